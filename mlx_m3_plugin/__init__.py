@@ -1,0 +1,55 @@
+"""MiniMax-M3 for stock mlx-lm and mlx-vlm.
+
+This file runs at every start of an interpreter that has the package installed
+(through ``mlx_m3_plugin_startup.pth``, or ``.start`` from Python 3.15 on), so it
+imports nothing but ``sys`` and must never raise.  Everything else waits until
+``mlx_lm`` or ``mlx_vlm`` is imported.
+
+Importing it by hand does the same: for a notebook kernel older than the
+installation, a frozen application, or ``python -S``.
+"""
+
+import sys
+
+__version__ = "0.1.0"
+__all__ = ["__version__", "install"]
+
+
+class _Doorbell:
+    """Waits on ``sys.meta_path`` for the first import of an upstream library.
+
+    The class itself is the finder: no instance, no state but ``_waiting_for``.
+    """
+
+    _waiting_for: "tuple[str, ...]" = ("mlx_lm", "mlx_vlm")
+
+    @classmethod
+    def find_spec(cls, name, path=None, target=None):  # type: ignore[no-untyped-def]
+        if name in cls._waiting_for:
+            cls._waiting_for = ()
+            _activate(cls)
+
+
+def _activate(doorbell):  # type: ignore[no-untyped-def]
+    try:
+        from .startup.hook import activate
+
+        activate(replacing=doorbell)
+    except Exception as error:
+        import os
+
+        if os.environ.get("MLX_M3_PLUGIN_STRICT") == "1":
+            raise
+        sys.stderr.write(f"mlx-m3-plugin {__version__}: not active: {type(error).__name__}: {error}\n")
+
+
+def install() -> None:
+    """Make the plugin wait for ``mlx_lm`` and ``mlx_vlm``.  Calling it again does nothing."""
+    if not _Doorbell._waiting_for or _Doorbell in sys.meta_path:
+        return
+    sys.meta_path.insert(0, _Doorbell)  # type: ignore[arg-type]
+    if "mlx_lm" in sys.modules or "mlx_vlm" in sys.modules:
+        _Doorbell.find_spec("mlx_lm")
+
+
+install()

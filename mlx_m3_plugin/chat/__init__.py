@@ -1,0 +1,1 @@
+"""Reasoning markers, chat template, tool calls.  Text in, structures out; imports no mlx."""

@@ -1,0 +1,82 @@
+"""What mlx-lm expects of a model besides calling it, for both M3 model types."""
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import mlx.core as mx
+import mlx.nn as nn
+from mlx.utils import tree_flatten
+from mlx_lm.models.cache import CacheList
+
+from mlx_m3_plugin.model.config import TextConfig
+from mlx_m3_plugin.model.decoder import LanguageModel, TextModel
+from mlx_m3_plugin.model.sharding import shard_layers
+from mlx_m3_plugin.weights import check_weights, map_weights
+
+from .host import make_layer_cache
+
+
+class MlxLmModel(nn.Module):
+    """Base of the two ``Model`` classes; they differ in where the text model sits.
+
+    Attributes:
+        text_prefix: what stands before ``model.layers`` and ``lm_head`` in parameter names.
+    """
+
+    text_prefix: str
+    text_config: TextConfig
+    language_model: LanguageModel
+
+    @property
+    def text_model(self) -> TextModel:
+        return self.language_model.model
+
+    @property
+    def layers(self) -> list[nn.Module]:
+        """The layers that this process runs."""
+        return self.text_model.pipeline_layers
+
+    def make_cache(self) -> list[CacheList]:
+        return [make_layer_cache(layer.self_attn.is_sparse_attn) for layer in self.layers]
+
+    def sanitize(self, weights: dict[str, mx.array]) -> dict[str, mx.array]:
+        """Map the tensors of any known checkpoint layout to this model's parameter names."""
+        return map_weights(weights, self.text_config, self.text_prefix)
+
+    def load_weights(
+        self, file_or_weights: str | Path | list[tuple[str, mx.array]], strict: bool = True
+    ) -> nn.Module:
+        """As ``nn.Module.load_weights``, with an error that a person can read.
+
+        Raises:
+            ValueError: when ``strict``, tensors are missing, left over or of the wrong shape.
+        """
+        if isinstance(file_or_weights, (str, Path)):
+            file_or_weights = list(mx.load(str(file_or_weights)).items())
+        if strict:
+            check_weights(dict(file_or_weights), dict(tree_flatten(self.parameters())))
+        super().load_weights(file_or_weights, strict=strict)
+        return self
+
+    def shard(self, group: mx.distributed.Group | None = None) -> None:
+        shard_layers(self.layers, group or mx.distributed.init())
+
+    def pipeline(self, group: mx.distributed.Group, split: list[int] | None = None) -> None:
+        self.text_model.pipeline(group, split)
+
+    @property
+    def cast_predicate(self) -> Callable[[str], bool]:
+        """Which parameters a conversion may cast: not the router, which is float32 by design."""
+        return lambda path: not path.endswith(("block_sparse_moe.gate.weight", "e_score_correction_bias"))
+
+    @property
+    def quant_predicate(self) -> Callable[[str, nn.Module], Any]:
+        """Which parameters a conversion quantizes: all linear layers, the router in 8 bits."""
+
+        def predicate(path: str, _: nn.Module) -> bool | dict[str, int]:
+            if path.endswith("block_sparse_moe.gate"):
+                return {"group_size": 64, "bits": 8}
+            return True
+
+        return predicate

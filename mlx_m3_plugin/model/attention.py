@@ -1,0 +1,138 @@
+"""Attention with per-head query and key norms, and MSA on the layers that have an indexer."""
+
+from typing import Any
+
+import mlx.core as mx
+import mlx.nn as nn
+
+from .. import msa
+from .config import TextConfig
+from .host import Host
+from .norm import make_norm
+
+
+class Attention(nn.Module):
+    """Grouped-query attention; sparse where the config says so.
+
+    On sparse layers one index query head per KV group scores the blocks of keys against a
+    single shared index key, and the group's query heads attend to the chosen blocks.  The
+    index projections sit beside ``q_proj`` as in the published checkpoints.
+    """
+
+    def __init__(self, config: TextConfig, layer: int, host: Host):
+        super().__init__()
+        self.host = host
+        self.num_attention_heads = config.num_attention_heads
+        self.num_key_value_heads = config.num_key_value_heads
+        self.head_dim = config.head_dim
+        self.scale = config.head_dim**-0.5
+        self.use_qk_norm = config.use_qk_norm
+        self.is_sparse_attn = config.is_sparse_attention(layer)
+
+        hidden, head = config.hidden_size, config.head_dim
+        self.q_proj = nn.Linear(hidden, config.num_attention_heads * head, bias=False)
+        self.k_proj = nn.Linear(hidden, config.num_key_value_heads * head, bias=False)
+        self.v_proj = nn.Linear(hidden, config.num_key_value_heads * head, bias=False)
+        self.o_proj = nn.Linear(config.num_attention_heads * head, hidden, bias=False)
+        if self.use_qk_norm:
+            self.q_norm = make_norm(config, head)
+            self.k_norm = make_norm(config, head)
+        # Serves the index heads as well: the same leading channels, frequencies and positions.
+        self.rope = host.initialize_rope(
+            dims=config.rotary_dims,
+            base=config.rope_theta,
+            traditional=False,
+            scaling_config=config.rope_parameters or None,
+            max_position_embeddings=config.max_position_embeddings,
+        )
+        if self.is_sparse_attn:
+            self.index_n_heads = config.index_n_heads
+            self.index_head_dim = config.index_head_dim
+            self.index_block_size = config.index_block_size
+            self.index_topk_blocks = config.index_topk_blocks
+            self.index_local_blocks = config.index_local_blocks
+            self.index_init_blocks = config.index_init_blocks
+            self.index_q_proj = nn.Linear(hidden, config.index_n_heads * config.index_head_dim, bias=False)
+            self.index_k_proj = nn.Linear(hidden, config.index_head_dim, bias=False)
+            self.index_q_norm = make_norm(config, config.index_head_dim)
+            self.index_k_norm = make_norm(config, config.index_head_dim)
+
+    def __call__(self, x: mx.array, mask: Any = None, cache: Any = None) -> mx.array:
+        """``[B, L, hidden]`` -> ``[B, L, hidden]``; ``mask`` is the host's, for dense attention."""
+        batch, length, _ = x.shape
+        # Everything that depends on the offset comes first: some caches move it in place.
+        offset = self.host.offset(cache)
+        left_padding = self.host.left_padding(cache)
+        queries = self._queries(x, offset)
+        keys, values = self._keys_values(x, offset)
+        if self.is_sparse_attn:
+            query_positions = _query_positions(offset, length)
+            new_index_keys = self._index_keys(x, offset)
+            # Cached even while no block can be dropped: later steps need them.
+            index_keys = self.host.append_index_keys(cache, new_index_keys)
+            drops_blocks = index_keys.shape[2] > self.index_topk_blocks * self.index_block_size
+            index_queries = self._index_queries(x, offset) if drops_blocks else None
+        keys, values = self.host.append_keys_values(cache, keys, values)
+
+        if self.is_sparse_attn and index_queries is not None:
+            key_positions = _key_positions(left_padding, index_keys.shape[2])
+            block_ids = msa.select_blocks(
+                index_queries,
+                index_keys,
+                query_positions,
+                key_positions,
+                block_size=self.index_block_size,
+                topk_blocks=self.index_topk_blocks,
+                local_blocks=self.index_local_blocks,
+                init_blocks=self.index_init_blocks,
+            )
+            out = msa.attend(
+                queries,
+                keys,
+                values,
+                block_ids,
+                query_positions,
+                key_positions,
+                block_size=self.index_block_size,
+                scale=self.scale,
+            )
+        else:
+            out = self.host.attention(queries, keys, values, cache=cache, scale=self.scale, mask=mask)
+        return self.o_proj(out.transpose(0, 2, 1, 3).reshape(batch, length, -1))
+
+    def _queries(self, x: mx.array, offset: Any) -> mx.array:
+        queries = self._heads(self.q_proj(x), self.num_attention_heads)
+        if self.use_qk_norm:
+            queries = self.q_norm(queries)
+        return self.rope(queries, offset=offset)
+
+    def _keys_values(self, x: mx.array, offset: Any) -> tuple[mx.array, mx.array]:
+        keys = self._heads(self.k_proj(x), self.num_key_value_heads)
+        if self.use_qk_norm:
+            keys = self.k_norm(keys)
+        values = self._heads(self.v_proj(x), self.num_key_value_heads)
+        return self.rope(keys, offset=offset), values
+
+    def _index_queries(self, x: mx.array, offset: Any) -> mx.array:
+        queries = self._heads(self.index_q_proj(x), self.index_n_heads)
+        return self.rope(self.index_q_norm(queries), offset=offset)
+
+    def _index_keys(self, x: mx.array, offset: Any) -> mx.array:
+        keys = self._heads(self.index_k_proj(x), 1)
+        return self.rope(self.index_k_norm(keys), offset=offset)
+
+    @staticmethod
+    def _heads(x: mx.array, n_heads: int) -> mx.array:
+        """``[B, L, H * D]`` -> ``[B, H, L, D]``."""
+        return x.reshape(*x.shape[:2], n_heads, -1).transpose(0, 2, 1, 3)
+
+
+def _query_positions(offset: Any, length: int) -> mx.array:
+    """Content positions ``[B or 1, L]`` of the tokens that are being processed."""
+    positions = mx.arange(length)
+    return (positions + offset)[None] if isinstance(offset, int) else positions + offset[:, None]
+
+
+def _key_positions(left_padding: mx.array | None, n_keys: int) -> mx.array | None:
+    """Content positions ``[B, S]`` of all cache slots; None where slots are positions."""
+    return None if left_padding is None else mx.arange(n_keys) - left_padding[:, None]

@@ -1,0 +1,256 @@
+"""``TextConfig``: every spelling of an M3 text config, read into one.
+
+Three spellings are in circulation: the published one (nested ``sparse_attention_config``,
+``moe_layer_freq``), the one that transformers 5.x writes (flat ``index_*`` keys,
+``layer_types``, ``mlp_layer_types``, ``rope_parameters``), and either of them kept by an
+MLX conversion.  The attributes here carry transformers' names.
+"""
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field, fields
+from typing import Any
+
+# Published key inside ``sparse_attention_config`` -> attribute.
+_SPARSE_KEYS = {
+    "sparse_num_index_heads": "index_n_heads",
+    "sparse_index_dim": "index_head_dim",
+    "sparse_block_size": "index_block_size",
+    "sparse_topk_blocks": "index_topk_blocks",
+    "sparse_local_block": "index_local_blocks",
+    "sparse_init_block": "index_init_blocks",
+}
+
+# Options that change the computation and that no released M3 sets otherwise.  Reading
+# them wrong would be silent, so anything else is refused.
+_ONLY_KNOWN_VALUE: dict[str, tuple[Any, ...]] = {
+    "attention_output_gate": (False,),
+    "scoring_func": ("sigmoid",),
+    "use_routing_bias": (True,),
+    "qk_norm_type": ("per_head",),
+    # transformers writes "silu" into every re-saved config, whatever the model computes.
+    "hidden_act": ("swigluoai", "silu"),
+    "swiglu_beta": (1, 1.0),
+    "n_shared_experts": (1,),
+}
+
+
+@dataclass
+class TextConfig:
+    """Shape and constants of the text model; the defaults are those of transformers 5.23.
+
+    Attributes:
+        layer_types: per layer ``"minimax_m3_sparse"`` or ``"full_attention"``.
+        mlp_layer_types: per layer ``"sparse"`` (mixture of experts) or ``"dense"``.
+        rope_parameters: what ``initialize_rope`` of the host takes, e.g. ``{"rope_type":
+            "yarn", ...}``; ``rope_theta`` and ``rotary_dims`` are already taken out of it.
+        rotary_dims: how many leading channels of a head are rotated.
+        index_n_heads: index query heads, one per KV group.
+        index_block_size: keys per block, in tokens.
+        index_topk_blocks: the block budget of a query.
+        index_local_blocks: blocks up to the query's own that count as always chosen.
+        index_init_blocks: blocks at the start that count as always chosen (0 in M3).
+    """
+
+    model_type: str = "minimax_m3_vl_text"
+    vocab_size: int = 200064
+    hidden_size: int = 6144
+    num_hidden_layers: int = 60
+    num_attention_heads: int = 64
+    num_key_value_heads: int = 4
+    head_dim: int = 128
+    dense_intermediate_size: int = 12288
+    intermediate_size: int = 3072
+    shared_intermediate_size: int = 3072
+    num_local_experts: int = 128
+    num_experts_per_tok: int = 4
+    routed_scaling_factor: float = 2.0
+    rms_norm_eps: float = 1e-6
+    use_gemma_norm: bool = True
+    use_qk_norm: bool = True
+    swiglu_alpha: float = 1.702
+    swiglu_limit: float = 7.0
+    max_position_embeddings: int = 1048576
+    rope_theta: float = 5000000.0
+    rope_parameters: dict[str, Any] = field(default_factory=dict)
+    rotary_dims: int = 64
+    tie_word_embeddings: bool = False
+    layer_types: list[str] = field(default_factory=list)
+    mlp_layer_types: list[str] = field(default_factory=list)
+    index_n_heads: int = 4
+    index_head_dim: int = 128
+    index_block_size: int = 128
+    index_topk_blocks: int = 16
+    index_local_blocks: int = 1
+    index_init_blocks: int = 0
+
+    @classmethod
+    def from_dict(cls, params: Mapping[str, Any]) -> "TextConfig":
+        """Read a text config in any spelling.
+
+        Raises:
+            ValueError: a key has a wrong type, or a value that this model does not compute.
+        """
+        sparse = _mapping(params, "sparse_attention_config")
+        _refuse_unknown_values(params, sparse)
+        known = {f.name for f in fields(cls)}
+        read = {k: v for k, v in params.items() if k in known and v is not None}
+        read.update({new: sparse[old] for old, new in _SPARSE_KEYS.items() if old in sparse})
+
+        n_layers = _integer(read.get("num_hidden_layers", cls.num_hidden_layers), "num_hidden_layers")
+        read["layer_types"] = _layer_types(params, sparse, n_layers)
+        read["mlp_layer_types"] = _mlp_layer_types(params, n_layers)
+        read.update(_rope(params, read.get("head_dim", cls.head_dim)))
+        config = cls(**read)
+        config._check()
+        return config
+
+    def is_sparse_attention(self, layer: int) -> bool:
+        return self.layer_types[layer] != "full_attention"
+
+    def is_moe(self, layer: int) -> bool:
+        return self.mlp_layer_types[layer] == "sparse"
+
+    def _check(self) -> None:
+        for f in fields(self):
+            value = getattr(self, f.name)
+            if f.type is int or f.type == "int":
+                minimum = 0 if f.name in ("index_local_blocks", "index_init_blocks") else 1
+                if _integer(value, f.name) < minimum:
+                    raise ValueError(f"config: {f.name} must be at least {minimum}, not {value}")
+            elif (f.type is float or f.type == "float") and not _is_number(value):
+                raise ValueError(f"config: {f.name} must be a number, not {value!r}")
+            elif (f.type is bool or f.type == "bool") and not isinstance(value, bool):
+                raise ValueError(f"config: {f.name} must be true or false, not {value!r}")
+        if self.num_attention_heads % self.num_key_value_heads:
+            raise ValueError(
+                f"config: num_attention_heads ({self.num_attention_heads}) must be a multiple of "
+                f"num_key_value_heads ({self.num_key_value_heads})"
+            )
+        if self.num_experts_per_tok > self.num_local_experts:
+            raise ValueError(
+                f"config: num_experts_per_tok ({self.num_experts_per_tok}) is larger than "
+                f"num_local_experts ({self.num_local_experts})"
+            )
+        if not 0 < self.rotary_dims <= self.head_dim or self.rotary_dims % 2:
+            raise ValueError(
+                f"config: {self.rotary_dims} rotated channels do not fit a head of {self.head_dim}"
+            )
+        if "minimax_m3_sparse" in self.layer_types:
+            self._check_sparse_attention()
+
+    def _check_sparse_attention(self) -> None:
+        if self.index_n_heads != self.num_key_value_heads:
+            raise ValueError(
+                f"config: {self.index_n_heads} index heads for {self.num_key_value_heads} KV heads; "
+                "block selection is defined for one index head per KV head"
+            )
+        if self.index_head_dim < self.rotary_dims:
+            raise ValueError(
+                f"config: index_head_dim ({self.index_head_dim}) is smaller than the {self.rotary_dims} "
+                "rotated channels"
+            )
+        forced = self.index_local_blocks + self.index_init_blocks
+        if forced > self.index_topk_blocks:
+            raise ValueError(
+                f"config: {forced} local and initial blocks are always chosen, but index_topk_blocks is "
+                f"{self.index_topk_blocks}"
+            )
+
+
+def text_config_of(config: Mapping[str, Any]) -> TextConfig:
+    """The text config of a checkpoint's ``config.json``, nested under ``text_config`` or flat."""
+    nested = config.get("text_config")
+    if nested is None:
+        return TextConfig.from_dict(config)
+    nested = dict(_mapping(config, "text_config"))
+    # transformers keeps this one at the top of a re-saved config.
+    nested.setdefault("tie_word_embeddings", config.get("tie_word_embeddings", False))
+    return TextConfig.from_dict(nested)
+
+
+def _layer_types(params: Mapping[str, Any], sparse: Mapping[str, Any], n_layers: int) -> list[str]:
+    if sparse.get("use_sparse_attention") is False:
+        return ["full_attention"] * n_layers
+    if params.get("layer_types") is not None:
+        allowed = ("minimax_m3_sparse", "full_attention")
+        return _per_layer(params["layer_types"], "layer_types", n_layers, allowed)
+    freq = sparse.get("sparse_attention_freq", params.get("sparse_attention_freq"))
+    if freq is not None:
+        freq = _per_layer(freq, "sparse_attention_freq", n_layers, (0, 1))
+        return ["minimax_m3_sparse" if f else "full_attention" for f in freq]
+    if sparse:
+        raise ValueError(
+            "config: sparse_attention_config does not say which layers are sparse "
+            "(sparse_attention_freq is missing)"
+        )
+    # As in transformers: without any mention of sparse layers there are none.
+    return ["full_attention"] * n_layers
+
+
+def _mlp_layer_types(params: Mapping[str, Any], n_layers: int) -> list[str]:
+    if params.get("mlp_layer_types") is not None:
+        return _per_layer(params["mlp_layer_types"], "mlp_layer_types", n_layers, ("sparse", "dense"))
+    if params.get("moe_layer_freq") is not None:
+        freq = _per_layer(params["moe_layer_freq"], "moe_layer_freq", n_layers, (0, 1))
+        return ["sparse" if f else "dense" for f in freq]
+    return ["sparse"] * n_layers
+
+
+def _per_layer(value: Any, key: str, n_layers: int, allowed: tuple[Any, ...]) -> list[Any]:
+    if not isinstance(value, (list, tuple)) or len(value) != n_layers:
+        raise ValueError(f"config: {key} must be a list with one entry for each of {n_layers} layers")
+    wrong = [v for v in value if v not in allowed]
+    if wrong:
+        raise ValueError(f"config: {key} holds {wrong[0]!r}; known are {', '.join(map(repr, allowed))}")
+    return list(value)
+
+
+def _rope(params: Mapping[str, Any], head_dim: int) -> dict[str, Any]:
+    """``rope_theta``, ``rotary_dims`` and ``rope_parameters`` in transformers' order of precedence."""
+    rope = dict(_mapping(params, "rope_scaling") or _mapping(params, "rope_parameters"))
+    theta = rope.get("rope_theta", params.get("rope_theta") or TextConfig.rope_theta)
+    factor = rope.get("partial_rotary_factor", params.get("partial_rotary_factor"))
+    if factor is not None:
+        if not _is_number(factor):
+            raise ValueError(f"config: partial_rotary_factor must be a number, not {factor!r}")
+        rotary_dims = int(head_dim * factor)
+    else:
+        rotary_dims = params.get("rotary_dim") or TextConfig.rotary_dims
+    for key in ("rope_theta", "partial_rotary_factor"):
+        rope.pop(key, None)
+    return {"rope_theta": theta, "rotary_dims": rotary_dims, "rope_parameters": rope}
+
+
+def _refuse_unknown_values(params: Mapping[str, Any], sparse: Mapping[str, Any]) -> None:
+    for key, known in _ONLY_KNOWN_VALUE.items():
+        if params.get(key) is not None and params[key] not in known:
+            raise ValueError(f"config: {key} is {params[key]!r}; M3 is defined for {known[0]!r} only")
+    if sparse.get("sparse_score_type", "max") != "max":
+        raise ValueError(f"config: sparse_score_type {sparse['sparse_score_type']!r} is not known, only 'max'")
+    index_values = sparse.get("sparse_disable_index_value")
+    freq = sparse.get("sparse_attention_freq")
+    if (
+        isinstance(index_values, list)
+        and isinstance(freq, list)
+        and any(f and not disabled for f, disabled in zip(freq, index_values, strict=False))
+    ):
+        raise ValueError("config: sparse_disable_index_value is 0 on a sparse layer; index values are not known")
+
+
+def _mapping(params: Mapping[str, Any], key: str) -> Mapping[str, Any]:
+    value = params.get(key)
+    if value is None:
+        return {}
+    if not isinstance(value, Mapping):
+        raise ValueError(f"config: {key} must be an object, not {value!r}")
+    return value
+
+
+def _integer(value: Any, key: str) -> int:
+    if isinstance(value, bool) or not isinstance(value, int):
+        raise ValueError(f"config: {key} must be an integer, not {value!r}")
+    return value
+
+
+def _is_number(value: Any) -> bool:
+    return isinstance(value, (int, float)) and not isinstance(value, bool)

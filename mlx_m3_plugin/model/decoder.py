@@ -1,0 +1,82 @@
+"""The decoder: embedding, layers, final norm, and the language-model head."""
+
+from typing import Any
+
+import mlx.core as mx
+import mlx.nn as nn
+
+from .attention import Attention
+from .config import TextConfig
+from .host import Host
+from .moe import DenseMLP, SparseMoeBlock
+from .norm import make_norm
+from .pipeline import PipelineMixin
+
+
+class DecoderLayer(nn.Module):
+    def __init__(self, config: TextConfig, layer: int, host: Host):
+        super().__init__()
+        self.self_attn = Attention(config, layer, host)
+        self.is_moe = config.is_moe(layer)
+        if self.is_moe:
+            self.block_sparse_moe = SparseMoeBlock(config, host)
+        else:
+            self.mlp = DenseMLP(config, config.dense_intermediate_size)
+        self.input_layernorm = make_norm(config, config.hidden_size)
+        self.post_attention_layernorm = make_norm(config, config.hidden_size)
+
+    def __call__(self, x: mx.array, mask: Any = None, cache: Any = None) -> mx.array:
+        x = x + self.self_attn(self.input_layernorm(x), mask, cache)
+        feed_forward = self.block_sparse_moe if self.is_moe else self.mlp
+        return x + feed_forward(self.post_attention_layernorm(x))
+
+
+class TextModel(PipelineMixin, nn.Module):
+    """Token ids or embeddings to the last hidden states."""
+
+    def __init__(self, config: TextConfig, host: Host):
+        super().__init__()
+        self.host = host
+        self.embed_tokens = nn.Embedding(config.vocab_size, config.hidden_size)
+        self.layers = [DecoderLayer(config, i, host) for i in range(config.num_hidden_layers)]
+        self.norm = make_norm(config, config.hidden_size)
+
+    def __call__(
+        self, inputs: mx.array, cache: Any = None, input_embeddings: mx.array | None = None
+    ) -> mx.array:
+        """Token ids ``[B, L]``, or ``input_embeddings`` ``[B, L, D]`` -> ``[B, L, D]``."""
+        h = self.embed_tokens(inputs) if input_embeddings is None else input_embeddings
+        layers = self.pipeline_layers
+        cache = [None] * len(layers) if cache is None else cache
+        mask = self.host.attention_mask(h, cache[0])
+
+        if self.pipeline_rank < self.pipeline_size - 1:
+            h = mx.distributed.recv_like(h, self.pipeline_rank + 1)
+        for layer, layer_cache in zip(layers, cache, strict=True):
+            h = layer(h, mask, layer_cache)
+        if self.pipeline_rank != 0:
+            h = mx.distributed.send(h, self.pipeline_rank - 1)
+            # Nothing else on this rank consumes what it has sent.
+            self.host.keep_in_graph(cache[-1], [h])
+        if self.pipeline_size > 1:
+            h = mx.distributed.all_gather(h)[: h.shape[0]]
+        return self.norm(h)
+
+
+class LanguageModel(nn.Module):
+    """:class:`TextModel` with its head: token ids ``[B, L]`` to logits ``[B, L, vocab_size]``."""
+
+    def __init__(self, config: TextConfig, host: Host):
+        super().__init__()
+        self.config = config
+        self.model = TextModel(config, host)
+        if not config.tie_word_embeddings:
+            self.lm_head = nn.Linear(config.hidden_size, config.vocab_size, bias=False)
+
+    def __call__(
+        self, inputs: mx.array, cache: Any = None, input_embeddings: mx.array | None = None
+    ) -> mx.array:
+        h = self.model(inputs, cache, input_embeddings)
+        if self.config.tie_word_embeddings:
+            return self.model.embed_tokens.as_linear(h)
+        return self.lm_head(h)

@@ -1,0 +1,96 @@
+"""Feed-forward layers: the dense MLP, the router, and the mixture of experts."""
+
+from functools import partial
+
+import mlx.core as mx
+import mlx.nn as nn
+from mlx.nn.layers.distributed import sum_gradients
+
+from .config import TextConfig
+from .host import Host
+
+
+@partial(mx.compile, shapeless=True)
+def swiglu_oai(gate: mx.array, up: mx.array, alpha: float, limit: float) -> mx.array:
+    """``g * sigmoid(alpha * g) * (u + 1)`` with ``g = min(gate, limit)``, ``u = clip(up, -limit, limit)``.
+
+    The gate is clamped from above only (``MiniMaxM3VLDenseMLP`` of transformers 5.23).
+    """
+    gate = mx.minimum(gate, limit)
+    up = mx.clip(up, -limit, limit)
+    return gate * mx.sigmoid(alpha * gate) * (up + 1)
+
+
+class SwiGLUOAI(nn.Module):
+    """:func:`swiglu_oai` in the argument order of the hosts' ``SwitchGLU``: up first, then gate."""
+
+    def __init__(self, config: TextConfig):
+        super().__init__()
+        self._alpha = config.swiglu_alpha
+        self._limit = config.swiglu_limit
+
+    def __call__(self, up: mx.array, gate: mx.array) -> mx.array:
+        return swiglu_oai(gate, up, self._alpha, self._limit)
+
+
+class DenseMLP(nn.Module):
+    """The MLP of a dense layer, and the shared expert of a mixture layer."""
+
+    def __init__(self, config: TextConfig, intermediate_size: int):
+        super().__init__()
+        self.gate_proj = nn.Linear(config.hidden_size, intermediate_size, bias=False)
+        self.up_proj = nn.Linear(config.hidden_size, intermediate_size, bias=False)
+        self.down_proj = nn.Linear(intermediate_size, config.hidden_size, bias=False)
+        self.activation = SwiGLUOAI(config)
+
+    def __call__(self, x: mx.array) -> mx.array:
+        return self.down_proj(self.activation(self.up_proj(x), self.gate_proj(x)))
+
+
+class SparseMoeBlock(nn.Module):
+    """``routed_scaling_factor * sum_e p_e * expert_e(x) + shared_expert(x)``."""
+
+    def __init__(self, config: TextConfig, host: Host):
+        super().__init__()
+        self.num_experts_per_tok = config.num_experts_per_tok
+        self.routed_scaling_factor = config.routed_scaling_factor
+        self.gate = nn.Linear(config.hidden_size, config.num_local_experts, bias=False)
+        self.e_score_correction_bias = mx.zeros((config.num_local_experts,))
+        self.switch_mlp = host.SwitchGLU(
+            config.hidden_size,
+            config.intermediate_size,
+            config.num_local_experts,
+            activation=SwiGLUOAI(config),
+        )
+        self.shared_experts = DenseMLP(config, config.shared_intermediate_size)
+        self.sharding_group: mx.distributed.Group | None = None
+
+    def route(self, x: mx.array) -> tuple[mx.array, mx.array]:
+        """Choose experts for tokens ``[N, D]``.
+
+        The product is in float32, the dtype in which the checkpoints store the router.  The
+        correction bias takes part in the choice only, not in the weights.
+
+        Returns:
+            Expert ids ``[N, k]`` and their float32 weights ``[N, k]``, which sum to
+            ``routed_scaling_factor``.
+        """
+        k = self.num_experts_per_tok
+        scores = mx.sigmoid(self.gate(x.astype(mx.float32)).astype(mx.float32))
+        for_choice = scores + self.e_score_correction_bias.astype(mx.float32)
+        experts = mx.stop_gradient(mx.argpartition(-for_choice, kth=k - 1, axis=-1)[..., :k])
+        weights = mx.take_along_axis(scores, experts, axis=-1)
+        # 1e-20 is below every real sum; it keeps a token whose scores all underflow finite.
+        weights = weights / (weights.sum(axis=-1, keepdims=True) + 1e-20)
+        return experts, weights * self.routed_scaling_factor
+
+    def __call__(self, x: mx.array) -> mx.array:
+        if self.sharding_group is not None:
+            x = sum_gradients(self.sharding_group)(x)
+        tokens = x.reshape(-1, x.shape[-1])
+        experts, weights = self.route(tokens)
+        y = (self.switch_mlp(tokens, experts) * weights[..., None]).sum(axis=-2)
+        y = (y + self.shared_experts(tokens)).astype(x.dtype)
+        if self.sharding_group is not None:
+            y = mx.distributed.all_sum(y, group=self.sharding_group)
+        return y.reshape(x.shape)

@@ -1,0 +1,235 @@
+"""The finder that serves our modules under upstream's names, and only when asked.
+
+``mlx_lm.utils`` looks up a model class with ``import_module("mlx_lm.models.<type>")``.
+:class:`PluginFinder` answers that question with the file named by our entry point
+``mlx_lm.models`` / ``<type>``, executed *under upstream's module name*: upstream code
+that tests ``type(x).__module__`` (mlx-vlm's prefix cache does) sees what it expects.
+
+The same finder runs a patch right after an upstream module was executed, for the few
+places that upstream does not look up by name.
+"""
+
+import importlib
+import importlib.machinery
+import importlib.util
+import logging
+import sys
+from collections.abc import Callable, Sequence
+from importlib.metadata import EntryPoint
+from importlib.metadata import entry_points as installed_entry_points
+from types import ModuleType
+from typing import Any
+
+from .settings import Settings, read_settings
+
+log = logging.getLogger("mlx_m3_plugin")
+
+DISTRIBUTION = "mlx-m3-plugin"
+PATCH_GROUP = "mlx_m3_plugin.patches"
+# The package in which upstream looks for a name -> the entry-point group that answers.
+NAMESPACES = {
+    "mlx_lm.models": "mlx_lm.models",
+    "mlx_lm.tool_parsers": "mlx_lm.tool_parsers",
+    "mlx_vlm.models": "mlx_vlm.models",
+    "mlx_vlm.tool_parsers": "mlx_vlm.tool_parsers",  # mlx-vlm <= 0.7.0
+    "mlx_vlm.tools.parsers": "mlx_vlm.tool_parsers",  # mlx-vlm >= 0.7.1
+}
+
+# What happened in this process, for ``mlx-m3 doctor`` and for bug reports.
+status: dict[str, Any] = {"active": False, "why": "not asked yet", "served": {}, "patched": {}, "errors": []}
+
+# Patch functions get the module they extend and a loader of our own entry points.
+EntryPointLoader = Callable[[str], list[Any]]
+Patch = Callable[[ModuleType, EntryPointLoader], Any]
+
+
+def activate(replacing: Any = None, settings: Settings | None = None) -> None:
+    """Put the finder on ``sys.meta_path``, in the place of ``replacing`` if that is on it."""
+    settings = settings or read_settings()
+    for complaint in settings.complaints:
+        _report(complaint, settings)
+    if status["active"] or not settings.enabled:
+        if not status["active"]:
+            status["why"] = "MLX_M3_PLUGIN is off"
+        if replacing in sys.meta_path:
+            sys.meta_path.remove(replacing)
+        return
+    entry_points = own_entry_points()
+    if not entry_points:
+        _report(f"no metadata of {DISTRIBUTION} found; install it with pip instead of copying it", settings)
+    finder = PluginFinder(entry_points, settings)
+    if replacing in sys.meta_path:
+        # In place: the import system may be iterating over this very list.
+        sys.meta_path[sys.meta_path.index(replacing)] = finder  # type: ignore[call-overload]
+    else:
+        sys.meta_path.insert(0, finder)  # type: ignore[arg-type]
+    status.update(active=True, why="installed")
+    finder.catch_up()
+    log.debug("active; native modules preferred: %s", settings.prefer_native)
+
+
+def own_entry_points() -> list[EntryPoint]:
+    """The entry points of this distribution.  What other packages register is theirs to load."""
+    found: dict[tuple[str, str], EntryPoint] = {}
+    groups = {*NAMESPACES.values(), PATCH_GROUP, "mlx_lm.thinking_markers", "mlx_vlm.thinking_markers"}
+    for group in sorted(groups):
+        for entry_point in installed_entry_points(group=group):
+            dist = entry_point.dist
+            if dist is not None and dist.name.lower().replace("_", "-") == DISTRIBUTION:
+                # A distribution can be on sys.path twice; the first one is the one that imports.
+                found.setdefault((group, entry_point.name), entry_point)
+    return list(found.values())
+
+
+class PluginFinder:
+    """A ``sys.meta_path`` finder for the names in ``NAMESPACES`` and for the modules to patch."""
+
+    def __init__(self, entry_points: Sequence[EntryPoint], settings: Settings):
+        self._modules = {(e.group, e.name): e.value for e in entry_points}
+        self._patches = {e.name: e for e in entry_points if e.group == PATCH_GROUP}
+        self._entry_points = entry_points
+        self._settings = settings
+
+    def find_spec(
+        self, fullname: str, path: Any = None, target: Any = None
+    ) -> importlib.machinery.ModuleSpec | None:
+        if not fullname.startswith("mlx_"):
+            return None
+        if fullname in self._patches:
+            return self._spec_with_patch(fullname, path, target)
+        value = self._module_for(fullname)
+        if value is None:
+            return None
+        if self._settings.prefer_native and self._native_spec(fullname, path, target) is not None:
+            return None
+        return graft_spec(fullname, value)
+
+    def catch_up(self) -> None:
+        """Do for modules that were imported before us what an import would have done."""
+        for name, entry_point in self._patches.items():
+            if name in sys.modules:
+                self._run_patch(sys.modules[name], entry_point)
+        for name in [n for n in sys.modules if self._module_for(n) and not self._settings.prefer_native]:
+            # The next look-up shall find ours.  Objects made from the native module keep working.
+            del sys.modules[name]
+            parent, _, leaf = name.rpartition(".")
+            if hasattr(sys.modules.get(parent), leaf):
+                delattr(sys.modules[parent], leaf)
+
+    def decide(self, fullname: str) -> dict[str, str | None]:
+        """Which module answers to ``fullname``, and why.  Imports the parent packages only."""
+        parent = fullname.rpartition(".")[0]
+        try:
+            path = getattr(importlib.import_module(parent), "__path__", None)
+            native = self._native_spec(fullname, path, None)
+        except ImportError:
+            native = None
+        value = self._module_for(fullname)
+        if value is None:
+            origin, source = (native.origin, "native") if native else (None, "none")
+            return {"name": fullname, "source": source, "path": origin, "why": "no entry point of ours"}
+        if native is not None and self._settings.prefer_native:
+            why = "MLX_M3_PLUGIN_PREFER=native"
+            return {"name": fullname, "source": "native", "path": native.origin, "why": why}
+        why = "ours wins over the native module" if native else "upstream has no such module"
+        return {"name": fullname, "source": "plugin", "path": _origin(value), "why": why}
+
+    def load_entry_points(self, group: str) -> list[Any]:
+        """The loaded objects of our entry points in ``group``."""
+        return [e.load() for e in self._entry_points if e.group == group]
+
+    def _module_for(self, fullname: str) -> str | None:
+        parent, _, leaf = fullname.rpartition(".")
+        group = NAMESPACES.get(parent)
+        return None if group is None else self._modules.get((group, leaf))
+
+    def _native_spec(self, fullname: str, path: Any, target: Any) -> importlib.machinery.ModuleSpec | None:
+        for finder in sys.meta_path:
+            find_spec = None if finder is self else getattr(finder, "find_spec", None)
+            spec = find_spec(fullname, path, target) if find_spec else None
+            if spec is not None:
+                return spec
+        return None
+
+    def _spec_with_patch(
+        self, fullname: str, path: Any, target: Any
+    ) -> importlib.machinery.ModuleSpec | None:
+        spec = self._native_spec(fullname, path, target)
+        if spec is not None and spec.loader is not None:
+            entry_point = self._patches[fullname]
+            spec.loader = _PatchingLoader(spec.loader, lambda module: self._run_patch(module, entry_point))  # type: ignore[assignment]
+        return spec
+
+    def _run_patch(self, module: ModuleType, entry_point: EntryPoint) -> None:
+        try:
+            patch: Patch = entry_point.load()
+            status["patched"][module.__name__] = patch(module, self.load_entry_points) or "done"
+        except Exception as error:
+            # Upstream has changed under us: the rest of the library must go on working.
+            message = f"cannot extend {module.__name__}: {type(error).__name__}: {error}"
+            _report(message, self._settings, error)
+
+
+def graft_spec(fullname: str, module_name: str) -> importlib.machinery.ModuleSpec:
+    """A spec that executes the file of ``module_name`` as ``fullname``.
+
+    Raises:
+        RuntimeError: the module named by our entry point is not there.  Not an
+            ``ImportError``: upstream would turn that into "Model type not supported".
+    """
+    origin = _origin(module_name)
+    if origin is None:
+        raise RuntimeError(f"mlx-m3-plugin: {module_name}, which should serve {fullname}, is not installed")
+    spec = importlib.util.spec_from_file_location(fullname, origin, loader=_GraftLoader(fullname, origin))
+    assert spec is not None
+    return spec
+
+
+class _GraftLoader(importlib.machinery.SourceFileLoader):
+    """Executes our file under upstream's name and never fails with an ``ImportError``."""
+
+    def exec_module(self, module: ModuleType) -> None:
+        try:
+            super().exec_module(module)
+        except Exception as error:
+            message = f"mlx-m3-plugin: {self.name} ({self.path}) failed: {type(error).__name__}: {error}"
+            status["errors"].append(message)
+            raise RuntimeError(message) from error
+        status["served"][self.name] = self.path
+
+
+class _PatchingLoader:
+    """Runs ``after`` right after the real loader has executed the module."""
+
+    def __init__(self, loader: Any, after: Callable[[ModuleType], None]):
+        self._loader = loader
+        self._after = after
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._loader, name)
+
+    def create_module(self, spec: importlib.machinery.ModuleSpec) -> ModuleType | None:
+        return self._loader.create_module(spec)
+
+    def exec_module(self, module: ModuleType) -> None:
+        # From here on the module looks as if we had never been there.
+        module.__loader__ = self._loader
+        if module.__spec__ is not None:
+            module.__spec__.loader = self._loader
+        self._loader.exec_module(module)
+        self._after(module)
+
+
+def _origin(module_name: str) -> str | None:
+    try:
+        spec = importlib.util.find_spec(module_name)
+    except ModuleNotFoundError:
+        return None
+    return None if spec is None else spec.origin
+
+
+def _report(message: str, settings: Settings, cause: Exception | None = None) -> None:
+    status["errors"].append(message)
+    if settings.strict:
+        raise RuntimeError(f"mlx-m3-plugin: {message}") from cause
+    log.warning("mlx-m3-plugin: %s", message)

@@ -1,0 +1,70 @@
+"""The last look before tensors go into a model: an error by module, not by the thousand lines."""
+
+import re
+from collections.abc import Iterable, Mapping
+
+import mlx.core as mx
+
+_NUMBER = re.compile(r"\.(\d+)(?=\.)")
+_LINES = 20
+
+
+def check_weights(weights: Mapping[str, mx.array], parameters: Mapping[str, mx.array]) -> None:
+    """Compare the tensors to load with the model's parameters.
+
+    Raises:
+        ValueError: tensors are missing, left over, or have another shape than the model's.
+            Names that differ only in numbers are told in one line.
+    """
+    missing = parameters.keys() - weights.keys()
+    left_over = weights.keys() - parameters.keys()
+    shapes = [
+        f"{name}: {tuple(array.shape)} in the checkpoint, {tuple(parameters[name].shape)} in the model"
+        for name, array in weights.items()
+        if name in parameters and array.shape != parameters[name].shape
+    ]
+    if not (missing or left_over or shapes):
+        return
+    lines = ["these weights do not make a MiniMax-M3 text model (mlx-m3-plugin)."]
+    lines += _section("missing", missing)
+    lines += _section("left over", left_over)
+    if shapes:
+        lines += [f"of the wrong shape ({len(shapes)}):", *_shorten(sorted(shapes))]
+    raise ValueError("\n".join(lines))
+
+
+def _section(title: str, names: Iterable[str]) -> list[str]:
+    names = sorted(names)
+    return [f"{title} ({len(names)}):", *_shorten(group_names(names))] if names else []
+
+
+def _shorten(lines: list[str]) -> list[str]:
+    more = len(lines) - _LINES
+    return [f"  {line}" for line in lines[:_LINES]] + ([f"  ... and {more} more"] if more > 0 else [])
+
+
+def group_names(names: Iterable[str]) -> list[str]:
+    """One line per module: ``layers.{3-59}.block_sparse_moe.experts.{0-127}.w1.weight (7296)``."""
+    groups: dict[str, list[tuple[int, ...]]] = {}
+    for name in names:
+        numbers = tuple(int(n) for n in _NUMBER.findall(name))
+        groups.setdefault(_NUMBER.sub(".{}", name), []).append(numbers)
+    lines = []
+    for pattern, numbers in sorted(groups.items()):
+        ranges = [_ranges(column) for column in zip(*numbers, strict=True)]
+        count = f" ({len(numbers)})" if len(numbers) > 1 else ""
+        lines.append(pattern.format(*ranges) + count)
+    return lines
+
+
+def _ranges(numbers: Iterable[int]) -> str:
+    """``{3-59}`` for consecutive numbers, ``{0-2,5}`` otherwise, a bare number for one."""
+    ordered = sorted(set(numbers))
+    runs: list[list[int]] = []
+    for n in ordered:
+        if runs and n == runs[-1][-1] + 1:
+            runs[-1].append(n)
+        else:
+            runs.append([n])
+    text = ",".join(str(r[0]) if len(r) == 1 else f"{r[0]}-{r[-1]}" for r in runs)
+    return text if len(ordered) == 1 else f"{{{text}}}"
