@@ -226,7 +226,9 @@ def _refuse_unknown_values(params: Mapping[str, Any], sparse: Mapping[str, Any])
         if params.get(key) is not None and params[key] not in known:
             raise ValueError(f"config: {key} is {params[key]!r}; M3 is defined for {known[0]!r} only")
     if sparse.get("sparse_score_type", "max") != "max":
-        raise ValueError(f"config: sparse_score_type {sparse['sparse_score_type']!r} is not known, only 'max'")
+        raise ValueError(
+            f"config: sparse_score_type {sparse['sparse_score_type']!r} is not known, only 'max'"
+        )
     index_values = sparse.get("sparse_disable_index_value")
     freq = sparse.get("sparse_attention_freq")
     if (
@@ -234,7 +236,9 @@ def _refuse_unknown_values(params: Mapping[str, Any], sparse: Mapping[str, Any])
         and isinstance(freq, list)
         and any(f and not disabled for f, disabled in zip(freq, index_values, strict=False))
     ):
-        raise ValueError("config: sparse_disable_index_value is 0 on a sparse layer; index values are not known")
+        raise ValueError(
+            "config: sparse_disable_index_value is 0 on a sparse layer; index values are not known"
+        )
 
 
 def _mapping(params: Mapping[str, Any], key: str) -> Mapping[str, Any]:

@@ -28,7 +28,7 @@ class Host:
         keep_in_graph: ``(cache, arrays)``; evaluating the cache shall evaluate these too.
     """
 
-    SwitchGLU: type[nn.Module]
+    SwitchGLU: Callable[..., nn.Module]
     initialize_rope: Callable[..., nn.Module]
     attention_mask: Callable[[mx.array, Any], Any]
     attention: Callable[..., mx.array]

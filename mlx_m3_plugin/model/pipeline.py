@@ -30,7 +30,8 @@ class PipelineMixin:
         Raises:
             ValueError: ``split`` does not give every rank at least one layer and all layers a rank.
         """
-        n_layers = len(self.layers)  # type: ignore[has-type]
+        layers = list(self.layers)  # type: ignore[has-type]
+        n_layers = len(layers)
         rank, size = group.rank(), group.size()
         if split is None:
             each, more = divmod(n_layers, size)
@@ -41,4 +42,4 @@ class PipelineMixin:
         self.start_idx = sum(split[rank + 1 :])
         self.end_idx = self.start_idx + split[rank]
         # Layer numbers stay what they are in the checkpoint.
-        self.layers = [None] * self.start_idx + self.layers[self.start_idx : self.end_idx]
+        self.layers = [None] * self.start_idx + layers[self.start_idx : self.end_idx]

@@ -1,5 +1,7 @@
 """Tensor parallelism: every process holds a share of the heads and of each MLP's width."""
 
+from collections.abc import Sequence
+
 import mlx.core as mx
 import mlx.nn as nn
 from mlx.nn.layers.distributed import shard_inplace, shard_linear
@@ -9,7 +11,7 @@ from .decoder import DecoderLayer
 from .moe import DenseMLP, SparseMoeBlock
 
 
-def shard_layers(layers: list[DecoderLayer], group: mx.distributed.Group) -> None:
+def shard_layers(layers: Sequence[DecoderLayer], group: mx.distributed.Group) -> None:
     """Shard decoder layers in place.
 
     Raises:

@@ -47,8 +47,8 @@ def group_names(names: Iterable[str]) -> list[str]:
     """One line per module: ``layers.{3-59}.block_sparse_moe.experts.{0-127}.w1.weight (7296)``."""
     groups: dict[str, list[tuple[int, ...]]] = {}
     for name in names:
-        numbers = tuple(int(n) for n in _NUMBER.findall(name))
-        groups.setdefault(_NUMBER.sub(".{}", name), []).append(numbers)
+        found = tuple(int(n) for n in _NUMBER.findall(name))
+        groups.setdefault(_NUMBER.sub(".{}", name), []).append(found)
     lines = []
     for pattern, numbers in sorted(groups.items()):
         ranges = [_ranges(column) for column in zip(*numbers, strict=True)]

@@ -11,7 +11,7 @@ class Tensor:
     """One node of a plan.
 
     Attributes:
-        operation: ``stored``, ``view``, ``rows`` or ``stack``.
+        operation: ``stored``, ``view``, ``rows``, ``squeeze`` or ``stack``.
         sources: the planned tensors it is made from.
         detail: the stored name, the viewed dtype, or the rows as ``(axis, start, stop)``.
         shape: its shape; ``dtype``: its dtype, as ``str(mx.dtype)``.
@@ -57,7 +57,7 @@ class Tensor:
             return made[0].view(mx.uint32)
         if self.operation == "squeeze":
             return made[0].squeeze(0)
-        assert self.operation == "rows" and isinstance(self.detail, tuple)
+        assert isinstance(self.detail, tuple)
         axis, start, stop = self.detail
         # Contiguous, or the slice would keep the whole source alive.
         return mx.contiguous(made[0][(slice(None),) * axis + (slice(start, stop),)])

@@ -10,7 +10,7 @@ from mlx.utils import tree_flatten
 from mlx_lm.models.cache import CacheList
 
 from mlx_m3_plugin.model.config import TextConfig
-from mlx_m3_plugin.model.decoder import LanguageModel, TextModel
+from mlx_m3_plugin.model.decoder import DecoderLayer, LanguageModel, TextModel
 from mlx_m3_plugin.model.sharding import shard_layers
 from mlx_m3_plugin.weights import check_weights, map_weights
 
@@ -33,7 +33,7 @@ class MlxLmModel(nn.Module):
         return self.language_model.model
 
     @property
-    def layers(self) -> list[nn.Module]:
+    def layers(self) -> list[DecoderLayer]:
         """The layers that this process runs."""
         return self.text_model.pipeline_layers
 
@@ -53,7 +53,7 @@ class MlxLmModel(nn.Module):
             ValueError: when ``strict``, tensors are missing, left over or of the wrong shape.
         """
         if isinstance(file_or_weights, (str, Path)):
-            file_or_weights = list(mx.load(str(file_or_weights)).items())
+            file_or_weights = list(mx.load(str(file_or_weights)).items())  # type: ignore[union-attr]
         if strict:
             check_weights(dict(file_or_weights), dict(tree_flatten(self.parameters())))
         super().load_weights(file_or_weights, strict=strict)

@@ -1,0 +1,1 @@
+"""What the ``mlx-m3`` command can do: each a function first, a command second."""
