@@ -1,0 +1,71 @@
+# make demo      run stock mlx_lm.generate on a tiny M3 checkpoint
+# make test      everything that needs no torch, on the newest mlx-lm and on 0.31.3
+# make test-live a small live comparison with transformers (installs torch), with fresh seeds
+# make test-full the full counts of every acceptance list
+# make lint      ruff and mypy
+
+PYTHON ?= python3
+CHECKPOINT ?= demo-checkpoint
+PROMPT ?= Tell me, step by step, how you decide which blocks of a long prompt to attend to.
+
+# mlx has no default build for Linux; these extras are mlx-lm's own names for them.
+ifeq ($(shell uname -s),Darwin)
+BUILD :=
+PIN_MLX := mlx
+else
+BUILD := cpu,
+PIN_MLX := mlx[cpu]
+endif
+
+NEWEST := .envs/newest/bin/python
+FLOOR := .envs/floor/bin/python
+PIP := -m pip install --quiet --disable-pip-version-check
+
+.PHONY: demo test test-live test-full lint golden clean
+
+demo: .venv/.ready
+	@test -d $(CHECKPOINT) || .venv/bin/mlx-m3 demo $(CHECKPOINT)
+	@.venv/bin/mlx-m3 doctor | head -1
+	.venv/bin/mlx_lm.generate --model $(CHECKPOINT) --max-tokens 40 --prompt "$(PROMPT)"
+
+test: .envs/newest/.ready .envs/floor/.ready
+	$(NEWEST) -m pytest -q --ignore tests/live
+	M3_NEWEST_PYTHON=$(CURDIR)/$(NEWEST) $(FLOOR) -m pytest -q --ignore tests/live
+
+test-live: .envs/newest/.torch
+	$(NEWEST) -m pytest -q tests/live --seeds 2
+
+test-full: lint test .envs/newest/.torch
+	$(NEWEST) -m pytest -q tests/live --seeds 20
+
+lint: .envs/newest/.ready
+	$(NEWEST) -m ruff check .
+	$(NEWEST) -m ruff format --check .
+	$(NEWEST) -m mypy
+
+golden: .envs/newest/.torch
+	$(NEWEST) tests/golden/make_golden.py
+
+.venv/.ready: pyproject.toml
+	$(PYTHON) -m venv .venv
+	.venv/bin/python $(PIP) -e "$(CURDIR)[$(BUILD)]"
+	@touch $@
+
+.envs/newest/.ready: pyproject.toml
+	$(PYTHON) -m venv .envs/newest
+	$(NEWEST) $(PIP) -e "$(CURDIR)[$(BUILD)test,lint]"
+	@touch $@
+
+# The last mlx-lm before it had an M3 class of its own, with the mlx of its time.
+.envs/floor/.ready: pyproject.toml
+	$(PYTHON) -m venv .envs/floor
+	$(FLOOR) $(PIP) -e "$(CURDIR)[$(BUILD)test]" mlx-lm==0.31.3 "$(PIN_MLX)==0.31.2"
+	@touch $@
+
+# torch 2.13.0: the reference is transformers' model, which needs it.
+.envs/newest/.torch: .envs/newest/.ready
+	$(NEWEST) $(PIP) torch==2.13.0
+	@touch $@
+
+clean:
+	rm -rf .venv .envs $(CHECKPOINT)

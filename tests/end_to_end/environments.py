@@ -1,0 +1,153 @@
+"""Throw-away virtual environments that cost a tenth of a second instead of a gigabyte.
+
+What we promise is about *installed* packages: that pip installs the start-up files, that
+a process finds them without importing us, that uninstalling leaves nothing.  So the tests
+install the real wheel with the real pip.  Only the heavy packages around it are borrowed:
+``site-packages`` of a new environment is filled with links to the entries of the running
+interpreter's, so pip sees mlx-lm as installed and everything we write stays in here.
+"""
+
+import os
+import site
+import subprocess
+import sys
+import venv
+from collections.abc import Mapping
+from dataclasses import dataclass
+from fnmatch import fnmatch
+from importlib.metadata import EntryPoint, distributions
+from pathlib import Path
+
+CHECKOUT = Path(__file__).resolve().parents[2]
+
+# Ours in every form of installation, and byte code that belongs to the borrowed directory.
+NEVER_SHARED = ("*mlx_m3_plugin*", "__pycache__")
+# mlx-lm does not need torch, but transformers imports it where it is: 1.5 s a process.
+SLOW_AND_UNNEEDED = ("torch", "torch-*", "torchgen", "functorch")
+
+CONSOLE_SCRIPT = """\
+#!{python}
+import sys
+from {module} import {function}
+if __name__ == '__main__':
+    sys.exit({function}())
+"""
+
+
+class CommandError(AssertionError):
+    """A child process failed; the message holds all it said."""
+
+
+@dataclass(frozen=True)
+class Environment:
+    """A virtual environment and the ways to run something in it."""
+
+    path: Path
+
+    @property
+    def python(self) -> Path:
+        return self.path / "bin" / "python"
+
+    @property
+    def site_packages(self) -> Path:
+        return self.path / "lib" / f"python{sys.version_info[0]}.{sys.version_info[1]}" / "site-packages"
+
+    @property
+    def plugin(self) -> Path:
+        """The installed package, where it is a real directory (so not in an editable install)."""
+        return self.site_packages / "mlx_m3_plugin"
+
+    def run(
+        self,
+        *args: str | Path,
+        env: Mapping[str, str] | None = None,
+        cwd: Path | None = None,
+        input: str | None = None,
+        timeout: float = 300,
+        check: bool = True,
+    ) -> subprocess.CompletedProcess[str]:
+        """Run this environment's ``python *args`` with the variables ``env`` added to a clean set."""
+        command = [str(self.python), *map(str, args)]
+        done = subprocess.run(
+            command,
+            env=clean_variables() | dict(env or {}),
+            cwd=cwd or self.path,
+            input=input,
+            timeout=timeout,
+            capture_output=True,
+            text=True,
+        )
+        if check and done.returncode != 0:
+            raise CommandError(f"{command}: exit status {done.returncode}\n{done.stdout}\n{done.stderr}")
+        return done
+
+    def pip(self, *args: str | Path) -> subprocess.CompletedProcess[str]:
+        return self.run("-m", "pip", "--disable-pip-version-check", *args)
+
+    def install(self, *what: str | Path) -> None:
+        """Install from local files alone; the dependencies are there already."""
+        self.pip("install", "--no-deps", "--no-index", "--no-build-isolation", *what)
+
+    def uninstall(self) -> None:
+        self.pip("uninstall", "--yes", "mlx-m3-plugin")
+
+    def script(self, name: str) -> Path:
+        """The console script ``name``, such as ``mlx_lm.generate``.
+
+        Scripts of borrowed packages are not linked: their first line names the other
+        environment's interpreter.  The file is written here from the same metadata and in
+        the same words as pip would, so that ``sys.argv[0]``, ``sys.path[0]`` and
+        ``__main__`` are what a user's process has.
+        """
+        path = self.path / "bin" / name
+        if not path.exists():
+            entry_point = self._console_entry_point(name)
+            source = CONSOLE_SCRIPT.format(
+                python=self.python, module=entry_point.module, function=entry_point.attr
+            )
+            path.write_text(source)
+            path.chmod(0o755)
+        return path
+
+    def run_script(self, name: str, *args: str | Path, **options: object) -> subprocess.CompletedProcess[str]:
+        """Run a console script, by its interpreter: a long path would not fit into a ``#!`` line."""
+        return self.run(self.script(name), *args, **options)  # type: ignore[arg-type]
+
+    def _console_entry_point(self, name: str) -> EntryPoint:
+        for distribution in distributions(path=[str(self.site_packages)]):
+            for entry_point in distribution.entry_points:
+                if entry_point.group == "console_scripts" and entry_point.name == name:
+                    return entry_point
+        raise LookupError(f"no console script {name!r} in {self.path}")
+
+
+def clean_variables() -> dict[str, str]:
+    """The environment variables of this process that change nothing about Python or about us."""
+    return {
+        name: value for name, value in os.environ.items() if not name.startswith(("PYTHON", "MLX_M3_PLUGIN"))
+    }
+
+
+def make_environment(path: Path, leave_out: tuple[str, ...] = SLOW_AND_UNNEEDED) -> Environment:
+    """A new environment at ``path`` with the packages of the running one, but without the plugin."""
+    venv.create(path, with_pip=False, symlinks=True)
+    environment = Environment(path)
+    for name, entry in shared_entries(leave_out).items():
+        (environment.site_packages / name).symlink_to(entry)
+    return environment
+
+
+def shared_entries(leave_out: tuple[str, ...]) -> dict[str, Path]:
+    """What to borrow, by name; of two directories with the same name the one that imports first."""
+    directories = [Path(directory) for directory in reversed(site.getsitepackages())]
+    entries = {entry.name: entry for d in directories if d.is_dir() for entry in d.iterdir()}
+    patterns = (*NEVER_SHARED, *leave_out)
+    return {n: entry for n, entry in entries.items() if not any(fnmatch(n, pattern) for pattern in patterns)}
+
+
+def build_wheel(directory: Path) -> Path:
+    """Build the wheel of this checkout into ``directory``."""
+    command = [sys.executable, "-m", "hatchling", "build", "--target", "wheel", "--directory", str(directory)]
+    subprocess.run(command, cwd=CHECKOUT, env=clean_variables(), check=True, capture_output=True)
+    (wheel,) = directory.glob("*.whl")
+    return wheel
