@@ -50,7 +50,8 @@ class Environment:
 
     @property
     def site_packages(self) -> Path:
-        return self.path / "lib" / f"python{sys.version_info[0]}.{sys.version_info[1]}" / "site-packages"
+        (directory,) = self.path.glob("lib/python*/site-packages")
+        return directory
 
     @property
     def plugin(self) -> Path:

@@ -4,7 +4,7 @@ The prompt cache is made of upstream's own classes, in the arrangement of upstre
 class: mlx-lm restores saved caches by the names in ``mlx_lm.models.cache``, so no other
 class could be loaded again, and files move freely between the two model classes.
 A layer's entry is ``CacheList(KVCache)``, with a second ``KVCache`` on sparse layers that
-holds the index keys as its keys and values of width 0.
+holds the index keys as its keys, and values that nothing reads.
 """
 
 from typing import Any
@@ -16,6 +16,11 @@ from mlx_lm.models.rope_utils import initialize_rope
 from mlx_lm.models.switch_layers import SwitchGLU
 
 from mlx_m3_plugin.model.host import Host
+
+
+# Upstream's M3 class gives the index cache values of width 0.  Before mlx-lm 0.32 (where caches
+# had a ``meta_state``) mlx could not write such an array into a saved prompt cache.
+_INDEX_VALUE_WIDTH = 1 if hasattr(KVCache, "meta_state") else 0
 
 
 def make_layer_cache(is_sparse_attention: bool) -> CacheList:
@@ -55,8 +60,8 @@ def append_keys_values(cache: CacheList | None, keys: mx.array, values: mx.array
 def append_index_keys(cache: CacheList | None, index_keys: mx.array) -> mx.array:
     if cache is None:
         return index_keys
-    no_values = mx.zeros((*index_keys.shape[:-1], 0), index_keys.dtype)
-    return cache[1].update_and_fetch(index_keys, no_values)[0]
+    unread = mx.zeros((*index_keys.shape[:-1], _INDEX_VALUE_WIDTH), index_keys.dtype)
+    return cache[1].update_and_fetch(index_keys, unread)[0]
 
 
 def keep_in_graph(cache: CacheList | None, arrays: list[mx.array]) -> None:
