@@ -99,7 +99,7 @@ class TextConfig:
         n_layers = _integer(read.get("num_hidden_layers", cls.num_hidden_layers), "num_hidden_layers")
         read["layer_types"] = _layer_types(params, sparse, n_layers)
         read["mlp_layer_types"] = _mlp_layer_types(params, n_layers)
-        read.update(_rope(params, read.get("head_dim", cls.head_dim)))
+        read.update(_rope(params, _integer(read.get("head_dim", cls.head_dim), "head_dim")))
         config = cls(**read)
         config._check()
         return config
@@ -133,7 +133,8 @@ class TextConfig:
             )
         if not 0 < self.rotary_dims <= self.head_dim or self.rotary_dims % 2:
             raise ValueError(
-                f"config: {self.rotary_dims} rotated channels do not fit a head of {self.head_dim}"
+                f"config: rotary_dim or partial_rotary_factor asks for {self.rotary_dims} rotated channels, "
+                f"which do not fit a head_dim of {self.head_dim}"
             )
         if "minimax_m3_sparse" in self.layer_types:
             self._check_sparse_attention()
@@ -141,8 +142,8 @@ class TextConfig:
     def _check_sparse_attention(self) -> None:
         if self.index_n_heads != self.num_key_value_heads:
             raise ValueError(
-                f"config: {self.index_n_heads} index heads for {self.num_key_value_heads} KV heads; "
-                "block selection is defined for one index head per KV head"
+                f"config: index_n_heads is {self.index_n_heads} and num_key_value_heads is "
+                f"{self.num_key_value_heads}; block selection is defined for one index head per KV head"
             )
         if self.index_head_dim < self.rotary_dims:
             raise ValueError(
@@ -215,7 +216,7 @@ def _rope(params: Mapping[str, Any], head_dim: int) -> dict[str, Any]:
             raise ValueError(f"config: partial_rotary_factor must be a number, not {factor!r}")
         rotary_dims = int(head_dim * factor)
     else:
-        rotary_dims = params.get("rotary_dim") or TextConfig.rotary_dims
+        rotary_dims = _integer(params.get("rotary_dim") or TextConfig.rotary_dims, "rotary_dim")
     for key in ("rope_theta", "partial_rotary_factor"):
         rope.pop(key, None)
     return {"rope_theta": theta, "rotary_dims": rotary_dims, "rope_parameters": rope}

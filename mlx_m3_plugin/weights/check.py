@@ -2,6 +2,7 @@
 
 import re
 from collections.abc import Iterable, Mapping
+from itertools import zip_longest
 
 import mlx.core as mx
 
@@ -45,15 +46,16 @@ def _shorten(lines: list[str]) -> list[str]:
 
 def group_names(names: Iterable[str]) -> list[str]:
     """One line per module: ``layers.{3-59}.block_sparse_moe.experts.{0-127}.w1.weight (7296)``."""
-    groups: dict[str, list[tuple[int, ...]]] = {}
+    groups: dict[tuple[str, ...], list[tuple[int, ...]]] = {}
     for name in names:
-        found = tuple(int(n) for n in _NUMBER.findall(name))
-        groups.setdefault(_NUMBER.sub(".{}", name), []).append(found)
+        # Every second piece is a number.
+        pieces = _NUMBER.split(name)
+        groups.setdefault(tuple(pieces[::2]), []).append(tuple(int(n) for n in pieces[1::2]))
     lines = []
-    for pattern, numbers in sorted(groups.items()):
-        ranges = [_ranges(column) for column in zip(*numbers, strict=True)]
-        count = f" ({len(numbers)})" if len(numbers) > 1 else ""
-        lines.append(pattern.format(*ranges) + count)
+    for texts, numbers in sorted(groups.items()):
+        ranges = [f".{_ranges(column)}" for column in zip(*numbers, strict=True)]
+        line = "".join(text + range_ for text, range_ in zip_longest(texts, ranges, fillvalue=""))
+        lines.append(line + (f" ({len(numbers)})" if len(numbers) > 1 else ""))
     return lines
 
 

@@ -17,7 +17,6 @@ from mlx_lm.models.switch_layers import SwitchGLU
 
 from mlx_m3_plugin.model.host import Host
 
-
 # Upstream's M3 class gives the index cache values of width 0.  Before mlx-lm 0.32 (where caches
 # had a ``meta_state``) mlx could not write such an array into a saved prompt cache.
 _INDEX_VALUE_WIDTH = 1 if hasattr(KVCache, "meta_state") else 0
