@@ -36,11 +36,18 @@ def _activate(doorbell):  # type: ignore[no-untyped-def]
 
         activate(replacing=doorbell)
     except Exception as error:
-        import os
-
-        if os.environ.get("MLX_M3_PLUGIN_STRICT") == "1":
+        if _is_strict():
             raise
         sys.stderr.write(f"mlx-m3-plugin {__version__}: not active: {type(error).__name__}: {error}\n")
+
+
+def _is_strict() -> bool:
+    try:
+        from .startup.settings import read_settings
+
+        return read_settings().strict
+    except Exception:  # whatever is broken in our package, the interpreter goes on
+        return False
 
 
 def install() -> None:

@@ -51,8 +51,8 @@ def activate(replacing: Any = None, settings: Settings | None = None) -> None:
     if status["active"] or not settings.enabled:
         if not status["active"]:
             status["why"] = "MLX_M3_PLUGIN is off"
-        if replacing in sys.meta_path:
-            sys.meta_path.remove(replacing)
+        # A new list: the import system is walking the old one and would skip the finder behind us.
+        sys.meta_path = [finder for finder in sys.meta_path if finder is not replacing]
         return
     entry_points = own_entry_points()
     if not entry_points:
@@ -109,7 +109,9 @@ class PluginFinder:
         for name, entry_point in self._patches.items():
             if name in sys.modules:
                 self._run_patch(sys.modules[name], entry_point)
-        for name in [n for n in sys.modules if self._module_for(n) and not self._settings.prefer_native]:
+        for name in [
+            n for n in list(sys.modules) if self._module_for(n) and not self._settings.prefer_native
+        ]:
             # The next look-up shall find ours.  Objects made from the native module keep working.
             del sys.modules[name]
             parent, _, leaf = name.rpartition(".")

@@ -9,8 +9,9 @@ from mlx_m3_plugin.chat.template import CHAT_TEMPLATE
 
 NS = "]<]minimax[>["
 IDENTITY = (
-    "Your model version is MiniMax-M3, developed by MiniMax. Knowledge cutoff: January 2026. Founded in early "
-    "2022, MiniMax is a global AI foundation model company committed to advancing the frontiers of AI towards AGI."
+    "Your model version is MiniMax-M3, developed by MiniMax. Knowledge cutoff: January 2026. Founded in "
+    "early 2022, MiniMax is a global AI foundation model company committed to advancing the frontiers of AI "
+    "towards AGI."
 )
 
 
@@ -35,8 +36,8 @@ def test_the_smallest_prompt_is_complete():
         "thinking is enabled, wrap your reasoning in <mm:think></mm:think> tags before your response. When "
         "thinking is disabled, begin your response directly after the </mm:think> prefix. When thinking is "
         "adaptive, decide on your own whether to think for the current turn.\n"
-        "Current thinking mode: adaptive. You are encouraged to think for complex decision-making, multi-step "
-        "reasoning, or when analyzing function/tool results.\n"
+        "Current thinking mode: adaptive. You are encouraged to think for complex decision-making, "
+        "multi-step reasoning, or when analyzing function/tool results.\n"
         "</thinking_instructions>[e~[\n]~b]developer\nYou are a helpful assistant.[e~[\n"
         "]~b]user\nHello[e~[\n]~b]ai\n"
     )
@@ -146,7 +147,8 @@ def test_tools_are_listed_as_given():
     tool = {"type": "function", "function": {"name": "wetter", "description": "für Köln", "b": 1, "a": 2}}
     prompt = render([{"role": "user", "content": "q"}], tools=[tool]).replace(NS, "§")
     assert (
-        "You are a helpful assistant.\n\n# Tools\nYou may call one or more tools to assist with the user query.\n"
+        "You are a helpful assistant.\n\n# Tools\n"
+        "You may call one or more tools to assist with the user query.\n"
         "Here are the tools available in JSONSchema format:\n\n<tools>\n"
         '<tool>{"name": "wetter", "description": "für Köln", "b": 1, "a": 2}</tool>\n</tools>\n\n'
         "To call tools, wrap all invocations in a single §<tool_call>§</tool_call> block. Parameter values "

@@ -43,7 +43,7 @@ def native(stock: Environment, tmp_path_factory: pytest.TempPathFactory) -> Envi
     newest = os.environ.get("M3_NEWEST_PYTHON")
     assert newest, "M3_NEWEST_PYTHON must name a Python that has the newest mlx-lm"
     environment = Environment(tmp_path_factory.mktemp("newest"))
-    make = "import sys; from pathlib import Path; import environments as e; e.make_environment(Path(sys.argv[1]))"
+    make = "import sys, pathlib, environments as e; e.make_environment(pathlib.Path(sys.argv[1]))"
     subprocess.run(
         [newest, "-c", make, str(environment.path)],
         check=True,

@@ -366,7 +366,6 @@ class TestManners:
         assert not any(name.startswith(("mlx_m3_plugin.hosts", "mlx_m3_plugin.model")) for name in added)
         assert with_us.stderr == without_us.stderr
 
-    @pytest.mark.xfail(reason="the doorbell takes itself off the list that the import system walks")
     def test_off_hides_no_other_finder(self, guest: Environment):
         """Someone else's finder right behind ours is asked for mlx_lm as if we were not there."""
         witness = """

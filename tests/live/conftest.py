@@ -19,10 +19,12 @@ def pytest_configure(config: pytest.Config) -> None:
 
 
 def pytest_report_header(config: pytest.Config) -> str:
-    return f"live parity: --first-seed {config.getoption('--first-seed')} --seeds {config.getoption('--seeds')}"
+    first, seeds = config.getoption("--first-seed"), config.getoption("--seeds")
+    return f"live parity: --first-seed {first} --seeds {seeds}"
 
 
 def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
     if "seed" in metafunc.fixturenames:
         first = metafunc.config.getoption("--first-seed")
-        metafunc.parametrize("seed", range(first, first + metafunc.config.getoption("--seeds")), scope="module")
+        seeds = range(first, first + metafunc.config.getoption("--seeds"))
+        metafunc.parametrize("seed", seeds, scope="module")
