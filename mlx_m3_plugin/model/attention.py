@@ -60,45 +60,45 @@ class Attention(nn.Module):
     def __call__(self, x: mx.array, mask: Any = None, cache: Any = None) -> mx.array:
         """``[B, L, hidden]`` -> ``[B, L, hidden]``; ``mask`` is the host's, for dense attention."""
         batch, length, _ = x.shape
-        # Everything that depends on the offset comes first: some caches move it in place.
         offset = self.host.offset(cache)
         left_padding = self.host.left_padding(cache)
         queries = self._queries(x, offset)
         keys, values = self._keys_values(x, offset)
-        if self.is_sparse_attn:
-            query_positions = _query_positions(offset, length)
-            new_index_keys = self._index_keys(x, offset)
-            # Cached even while no block can be dropped: later steps need them.
-            index_keys = self.host.append_index_keys(cache, new_index_keys)
-            drops_blocks = index_keys.shape[2] > self.index_topk_blocks * self.index_block_size
-            index_queries = self._index_queries(x, offset) if drops_blocks else None
-        keys, values = self.host.append_keys_values(cache, keys, values)
+        block_ids = self._select_blocks(x, offset, left_padding, cache) if self.is_sparse_attn else None
 
-        if self.is_sparse_attn and index_queries is not None:
-            key_positions = _key_positions(left_padding, index_keys.shape[2])
-            block_ids = msa.select_blocks(
-                index_queries,
-                index_keys,
-                query_positions,
-                key_positions,
-                block_size=self.index_block_size,
-                topk_blocks=self.index_topk_blocks,
-                local_blocks=self.index_local_blocks,
-                init_blocks=self.index_init_blocks,
-            )
+        keys, values = self.host.append_keys_values(cache, keys, values)
+        if block_ids is None:
+            out = self.host.attention(queries, keys, values, cache=cache, scale=self.scale, mask=mask)
+        else:
             out = msa.attend(
                 queries,
-                keys,
-                values,
+                *self.host.buffers(cache, keys, values),
                 block_ids,
-                query_positions,
-                key_positions,
+                offset,
+                left_padding,
                 block_size=self.index_block_size,
                 scale=self.scale,
             )
-        else:
-            out = self.host.attention(queries, keys, values, cache=cache, scale=self.scale, mask=mask)
         return self.o_proj(out.transpose(0, 2, 1, 3).reshape(batch, length, -1))
+
+    def _select_blocks(
+        self, x: mx.array, offset: Any, left_padding: mx.array | None, cache: Any
+    ) -> mx.array | None:
+        """Cache the index keys, and choose blocks; None while every block fits the budget."""
+        # Cached even while no block can be dropped: later steps need them.
+        index_keys = self.host.append_index_keys(cache, self._index_keys(x, offset))
+        if index_keys.shape[2] <= self.index_topk_blocks * self.index_block_size:
+            return None
+        return msa.select_blocks(
+            self._index_queries(x, offset),
+            index_keys,
+            offset,
+            left_padding,
+            block_size=self.index_block_size,
+            topk_blocks=self.index_topk_blocks,
+            local_blocks=self.index_local_blocks,
+            init_blocks=self.index_init_blocks,
+        )
 
     def _queries(self, x: mx.array, offset: Any) -> mx.array:
         queries = self._heads(self.q_proj(x), self.num_attention_heads)
@@ -125,14 +125,3 @@ class Attention(nn.Module):
     def _heads(x: mx.array, n_heads: int) -> mx.array:
         """``[B, L, H * D]`` -> ``[B, H, L, D]``."""
         return x.reshape(*x.shape[:2], n_heads, -1).transpose(0, 2, 1, 3)
-
-
-def _query_positions(offset: Any, length: int) -> mx.array:
-    """Content positions ``[B or 1, L]`` of the tokens that are being processed."""
-    positions = mx.arange(length)
-    return (positions + offset)[None] if isinstance(offset, int) else positions + offset[:, None]
-
-
-def _key_positions(left_padding: mx.array | None, n_keys: int) -> mx.array | None:
-    """Content positions ``[B, S]`` of all cache slots; None where slots are positions."""
-    return None if left_padding is None else mx.arange(n_keys) - left_padding[:, None]

@@ -47,7 +47,10 @@ class TextModel(PipelineMixin, nn.Module):
         """Token ids ``[B, L]``, or ``input_embeddings`` ``[B, L, D]`` -> ``[B, L, D]``."""
         h = self.embed_tokens(inputs) if input_embeddings is None else input_embeddings
         layers = self.pipeline_layers
-        cache = [None] * len(layers) if cache is None else cache
+        if cache is None:
+            cache = [None] * len(layers)
+        else:
+            self.host.adopt(cache)
         mask = self.host.attention_mask(h, cache[0])
 
         if self.pipeline_rank < self.pipeline_size - 1:

@@ -6,8 +6,13 @@ Source of the formulas: "MiniMax Sparse Attention", arXiv 2606.13392, equations 
 Every function here works in *content positions*: the first token of a row has position 0
 whatever padding stands before it in the cache, and block ``b`` of a row holds that row's
 tokens ``b * block_size`` to ``(b + 1) * block_size - 1``.
+
+``select`` and ``attend`` are what the model runs; ``reference`` is the plain definition that
+they are tested against.
 """
 
-from .reference import attend, select_blocks
+from .attend import attend
+from .keys_values import KeysValues, Quantized
+from .select import select_blocks
 
-__all__ = ["attend", "select_blocks"]
+__all__ = ["KeysValues", "Quantized", "attend", "select_blocks"]

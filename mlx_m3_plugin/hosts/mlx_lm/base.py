@@ -7,14 +7,13 @@ from typing import Any
 import mlx.core as mx
 import mlx.nn as nn
 from mlx.utils import tree_flatten
-from mlx_lm.models.cache import CacheList
 
 from mlx_m3_plugin.model.config import TextConfig
 from mlx_m3_plugin.model.decoder import DecoderLayer, LanguageModel, TextModel
 from mlx_m3_plugin.model.sharding import shard_layers
 from mlx_m3_plugin.weights import check_weights, map_weights
 
-from .host import make_layer_cache
+from .cache import CacheList, make_layer_cache
 
 
 class MlxLmModel(nn.Module):
