@@ -28,6 +28,7 @@ class Attention(nn.Module):
         self.scale = config.head_dim**-0.5
         self.use_qk_norm = config.use_qk_norm
         self.is_sparse_attn = config.is_sparse_attention(layer)
+        self.attends_densely = config.attention == "dense"
 
         hidden, head = config.hidden_size, config.head_dim
         self.q_proj = nn.Linear(hidden, config.num_attention_heads * head, bias=False)
@@ -84,10 +85,10 @@ class Attention(nn.Module):
     def _select_blocks(
         self, x: mx.array, offset: Any, left_padding: mx.array | None, cache: Any
     ) -> mx.array | None:
-        """Cache the index keys, and choose blocks; None while every block fits the budget."""
+        """Cache the index keys, and choose blocks; None while every block fits, or if all shall."""
         # Cached even while no block can be dropped: later steps need them.
         index_keys = self.host.append_index_keys(cache, self._index_keys(x, offset))
-        if index_keys.shape[2] <= self.index_topk_blocks * self.index_block_size:
+        if self.attends_densely or index_keys.shape[2] <= self.index_topk_blocks * self.index_block_size:
             return None
         return msa.select_blocks(
             self._index_queries(x, offset),
@@ -99,6 +100,12 @@ class Attention(nn.Module):
             local_blocks=self.index_local_blocks,
             init_blocks=self.index_init_blocks,
         )
+
+    def drop_indexer(self) -> None:
+        """Become a dense layer, for a checkpoint that has no weights for the indexer."""
+        self.is_sparse_attn = False
+        for name in ("index_q_proj", "index_k_proj", "index_q_norm", "index_k_norm"):
+            delattr(self, name)
 
     def _queries(self, x: mx.array, offset: Any) -> mx.array:
         queries = self._heads(self.q_proj(x), self.num_attention_heads)

@@ -6,6 +6,7 @@ Three spellings are in circulation: the published one (nested ``sparse_attention
 MLX conversion.  The attributes here carry transformers' names.
 """
 
+import os
 from collections.abc import Mapping
 from dataclasses import dataclass, field, fields
 from typing import Any
@@ -36,7 +37,7 @@ _ONLY_KNOWN_VALUE: dict[str, tuple[Any, ...]] = {
 
 @dataclass
 class TextConfig:
-    """Shape and constants of the text model; the defaults are those of transformers 5.23.
+    """Shape and constants of the text model; the defaults are those of the released M3.
 
     Attributes:
         layer_types: per layer ``"minimax_m3_sparse"`` or ``"full_attention"``.
@@ -49,6 +50,8 @@ class TextConfig:
         index_topk_blocks: the block budget of a query.
         index_local_blocks: blocks up to the query's own that count as always chosen.
         index_init_blocks: blocks at the start that count as always chosen (0 in M3).
+        attention: ``"sparse"``, or ``"dense"`` to attend to everything on every layer, which is
+            the same up to the block budget and not what the model was trained with beyond it.
     """
 
     model_type: str = "minimax_m3_vl_text"
@@ -82,6 +85,12 @@ class TextConfig:
     index_topk_blocks: int = 16
     index_local_blocks: int = 1
     index_init_blocks: int = 0
+    attention: str = "sparse"
+
+    @property
+    def budget(self) -> int:
+        """Tokens that a query may attend to on a sparse layer."""
+        return self.index_topk_blocks * self.index_block_size
 
     @classmethod
     def from_dict(cls, params: Mapping[str, Any]) -> "TextConfig":
@@ -136,6 +145,8 @@ class TextConfig:
                 f"config: rotary_dim or partial_rotary_factor asks for {self.rotary_dims} rotated channels, "
                 f"which do not fit a head_dim of {self.head_dim}"
             )
+        if self.attention not in ("sparse", "dense"):
+            raise ValueError(f"config: attention must be 'sparse' or 'dense', not {self.attention!r}")
         if "minimax_m3_sparse" in self.layer_types:
             self._check_sparse_attention()
 
@@ -158,15 +169,21 @@ class TextConfig:
             )
 
 
-def text_config_of(config: Mapping[str, Any]) -> TextConfig:
-    """The text config of a checkpoint's ``config.json``, nested under ``text_config`` or flat."""
-    nested = config.get("text_config")
-    if nested is None:
-        return TextConfig.from_dict(config)
-    nested = dict(_mapping(config, "text_config"))
-    # transformers keeps this one at the top of a re-saved config.
-    nested.setdefault("tie_word_embeddings", config.get("tie_word_embeddings", False))
-    return TextConfig.from_dict(nested)
+def text_config_of(config: Mapping[str, Any], environ: Mapping[str, str] = os.environ) -> TextConfig:
+    """The text config of a checkpoint's ``config.json``, nested under ``text_config`` or flat.
+
+    ``MLX_M3_PLUGIN_ATTENTION`` in the environment, or ``attention`` at the top of the config, where
+    mlx-lm's ``load_model(model_config=...)`` puts an override, choose between dense and sparse.
+    """
+    text = dict(config)
+    if config.get("text_config") is not None:
+        text = dict(_mapping(config, "text_config"))
+        # transformers keeps this one at the top of a re-saved config.
+        text.setdefault("tie_word_embeddings", config.get("tie_word_embeddings", False))
+    attention = environ.get("MLX_M3_PLUGIN_ATTENTION") or config.get("attention")
+    if attention is not None:
+        text["attention"] = attention
+    return TextConfig.from_dict(text)
 
 
 def _layer_types(params: Mapping[str, Any], sparse: Mapping[str, Any], n_layers: int) -> list[str]:
@@ -219,6 +236,8 @@ def _rope(params: Mapping[str, Any], head_dim: int) -> dict[str, Any]:
         rotary_dims = _integer(params.get("rotary_dim") or TextConfig.rotary_dims, "rotary_dim")
     for key in ("rope_theta", "partial_rotary_factor"):
         rope.pop(key, None)
+    if rope.get("rope_type", rope.get("type", "default")) == "default":
+        rope = {}
     return {"rope_theta": theta, "rotary_dims": rotary_dims, "rope_parameters": rope}
 
 

@@ -42,21 +42,32 @@ class TextModel(PipelineMixin, nn.Module):
         self.norm = make_norm(config, config.hidden_size)
 
     def __call__(
-        self, inputs: mx.array, cache: Any = None, input_embeddings: mx.array | None = None
+        self,
+        inputs: mx.array,
+        mask: None = None,
+        cache: Any = None,
+        input_embeddings: mx.array | None = None,
     ) -> mx.array:
-        """Token ids ``[B, L]``, or ``input_embeddings`` ``[B, L, D]`` -> ``[B, L, D]``."""
+        """Token ids ``[B, L]``, or ``input_embeddings`` ``[B, L, D]`` -> ``[B, L, D]``.
+
+        Raises:
+            ValueError: for a ``mask``.  The argument stands where mlx-lm's models have it, but
+                what is visible follows from the cache, on sparse layers in more than a mask.
+        """
+        if mask is not None:
+            raise ValueError("a mask cannot be given to MiniMax-M3; padding is told by the cache")
         h = self.embed_tokens(inputs) if input_embeddings is None else input_embeddings
         layers = self.pipeline_layers
         if cache is None:
             cache = [None] * len(layers)
         else:
             self.host.adopt(cache)
-        mask = self.host.attention_mask(h, cache[0])
+        dense_mask = self.host.attention_mask(h, cache[0])
 
         if self.pipeline_rank < self.pipeline_size - 1:
             h = mx.distributed.recv_like(h, self.pipeline_rank + 1)
         for layer, layer_cache in zip(layers, cache, strict=True):
-            h = layer(h, mask, layer_cache)
+            h = layer(h, dense_mask, layer_cache)
         if self.pipeline_rank != 0:
             h = mx.distributed.send(h, self.pipeline_rank - 1)
             # Nothing else on this rank consumes what it has sent.
@@ -79,7 +90,7 @@ class LanguageModel(nn.Module):
     def __call__(
         self, inputs: mx.array, cache: Any = None, input_embeddings: mx.array | None = None
     ) -> mx.array:
-        h = self.model(inputs, cache, input_embeddings)
+        h = self.model(inputs, cache=cache, input_embeddings=input_embeddings)
         if self.config.tie_word_embeddings:
             return self.model.embed_tokens.as_linear(h)
         return self.lm_head(h)

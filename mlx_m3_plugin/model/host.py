@@ -7,7 +7,9 @@ from typing import Any
 import mlx.core as mx
 import mlx.nn as nn
 
-from ..msa import KeysValues
+from ..msa import KeysValues, Quantized
+
+__all__ = ["Host", "KeysValues", "Quantized"]
 
 
 @dataclass(frozen=True)
@@ -26,8 +28,8 @@ class Host:
         adopt: ``(prompt cache)``; entries that the host made itself are prepared for use.
         offset: ``(cache)`` -> content position of the next token; an int, or ``[B]`` int32.
         left_padding: ``(cache)`` -> padding slots before each row's first token, ``[B]`` or None.
-        append_keys_values: ``(cache, keys, values)`` -> all keys and values so far.
         append_index_keys: ``(cache, index_keys [B, 1, L, D])`` -> all index keys so far.
+        append_keys_values: ``(cache, keys, values)`` -> all keys and values so far; comes second.
         buffers: ``(cache, keys, values)`` -> all slots of K and V, with those not yet used.
         keep_in_graph: ``(cache, arrays)``; evaluating the cache shall evaluate these too.
     """

@@ -6,6 +6,6 @@ to lazy arrays reads nothing.
 """
 
 from .check import check_weights
-from .layouts import map_weights, plan_layout
+from .layouts import lacks_indexers, map_weights, plan_layout
 
-__all__ = ["check_weights", "map_weights", "plan_layout"]
+__all__ = ["check_weights", "lacks_indexers", "map_weights", "plan_layout"]

@@ -7,7 +7,7 @@ from itertools import zip_longest
 import mlx.core as mx
 
 _NUMBER = re.compile(r"\.(\d+)(?=\.)")
-_LINES = 20
+_LINES = 15
 
 
 def check_weights(weights: Mapping[str, mx.array], parameters: Mapping[str, mx.array]) -> None:

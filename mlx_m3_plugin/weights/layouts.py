@@ -6,7 +6,7 @@ row), dense MLPs stored under ``block_sparse_moe``, and text-only extractions.
 """
 
 import re
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 
 import mlx.core as mx
 
@@ -19,6 +19,8 @@ Plan = dict[str, Tensor]
 _UNUSED = re.compile(r"^(model\.)?(vision_tower|multi_modal_projector|patch_merge_mlp|mtp)\.")
 # Whatever stands before ``model.layers`` or ``lm_head`` in the stored names.
 _TEXT_PREFIX = re.compile(r"^language_model\.(?=model\.|lm_head\.)")
+
+_LAYER = re.compile(r"(?:^|\.)model\.layers\.(\d+)\.self_attn\.q_proj\.")
 
 _PARTS = ("weight", "scales", "biases", "global_scale")
 # Published name of an expert's projection -> MLX's.
@@ -62,6 +64,21 @@ def plan_layout(weights: Mapping[str, mx.array], config: TextConfig, prefix: str
         else:
             _move_dense_mlp(plan, base)
     return {prefix + name: tensor for name, tensor in plan.items()}
+
+
+def lacks_indexers(names: Iterable[str], config: TextConfig) -> bool:
+    """Whether there are tensors of layers that are sparse by the config, and none of any indexer.
+
+    Conversions by the early branches of mlx-lm have left them out.
+    """
+    in_sparse_layer = False
+    for name in names:
+        if ".self_attn.index_" in name:
+            return False
+        layer = _LAYER.search(name)
+        if layer and config.is_sparse_attention(int(layer[1])):
+            in_sparse_layer = True
+    return in_sparse_layer
 
 
 def _read_mxfp8(plan: Plan) -> None:

@@ -1,5 +1,6 @@
 """What mlx-lm expects of a model besides calling it, for both M3 model types."""
 
+import logging
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -11,9 +12,20 @@ from mlx.utils import tree_flatten
 from mlx_m3_plugin.model.config import TextConfig
 from mlx_m3_plugin.model.decoder import DecoderLayer, LanguageModel, TextModel
 from mlx_m3_plugin.model.sharding import shard_layers
-from mlx_m3_plugin.weights import check_weights, map_weights
+from mlx_m3_plugin.weights import check_weights, lacks_indexers, map_weights
 
 from .cache import CacheList, make_layer_cache
+
+log = logging.getLogger("mlx_m3_plugin")
+
+
+def warn_dense(reason: str, config: TextConfig) -> None:
+    log.warning(
+        "mlx-m3-plugin: %s; every layer attends to everything. Past %d tokens that is not what "
+        "MiniMax-M3 was trained with, and its answers there are not to be relied on.",
+        reason,
+        config.budget,
+    )
 
 
 class MlxLmModel(nn.Module):
@@ -41,7 +53,15 @@ class MlxLmModel(nn.Module):
 
     def sanitize(self, weights: dict[str, mx.array]) -> dict[str, mx.array]:
         """Map the tensors of any known checkpoint layout to this model's parameter names."""
-        return map_weights(weights, self.text_config, self.text_prefix)
+        mapped = map_weights(weights, self.text_config, self.text_prefix)
+        if lacks_indexers(mapped, self.text_config):
+            for layer in self.layers:
+                if layer.self_attn.is_sparse_attn:
+                    layer.self_attn.drop_indexer()
+            warn_dense("this checkpoint has no indexer weights", self.text_config)
+        elif self.text_config.attention == "dense":
+            warn_dense("dense attention was asked for", self.text_config)
+        return mapped
 
     def load_weights(
         self, file_or_weights: str | Path | list[tuple[str, mx.array]], strict: bool = True

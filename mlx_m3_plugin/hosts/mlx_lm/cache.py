@@ -11,7 +11,7 @@ import mlx.core as mx
 from mlx_lm.models import cache as upstream
 from mlx_lm.models.cache import KVCache, QuantizedKVCache
 
-from mlx_m3_plugin.msa import KeysValues, Quantized
+from mlx_m3_plugin.model.host import KeysValues, Quantized
 
 # Upstream's M3 class gives the index cache values of width 0.  Before mlx-lm 0.32 (where caches
 # had a ``meta_state``) mlx could not write such an array into a saved prompt cache.
@@ -73,12 +73,11 @@ def left_padding(cache: CacheList | None) -> mx.array | None:
 def append_keys_values(cache: CacheList | None, keys: mx.array, values: mx.array) -> Any:
     if cache is None:
         return keys, values
-    keys_values = cache[0].update_and_fetch(keys, values)
     if len(cache.caches) > 1:
-        # Below the block budget nothing reads the index keys, and their values never are read:
+        # Below the block budget nothing reads the index keys, and nothing ever reads their values:
         # left alone they pile up as unevaluated graph until Metal runs out of buffers.
-        keep_in_graph(cache, [cache[1].keys, cache[1].values])
-    return keys_values
+        keys = mx.depends(keys, [cache[1].keys, cache[1].values])
+    return cache[0].update_and_fetch(keys, values)
 
 
 def append_index_keys(cache: CacheList | None, index_keys: mx.array) -> mx.array:

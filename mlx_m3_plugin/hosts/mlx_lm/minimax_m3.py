@@ -11,6 +11,8 @@ from mlx_m3_plugin.hosts.mlx_lm.host import MLX_LM
 from mlx_m3_plugin.model.config import TextConfig, text_config_of
 from mlx_m3_plugin.model.decoder import LanguageModel
 
+TextArgs = TextConfig
+
 
 @dataclass
 class ModelArgs:

@@ -1,0 +1,144 @@
+"""Who may import whom.  Data goes one way through the rooms; a newcomer can rely on it."""
+
+import ast
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+PACKAGE = "mlx_m3_plugin"
+ROOT = Path(__file__).parents[1] / PACKAGE
+
+# Room -> what it may import of ours, besides itself.  A name with a dot is one module.
+ALLOWED = {
+    "startup": (),
+    "msa": (),
+    "chat": (),
+    "model": ("msa",),
+    "weights": ("model.config",),
+    "hosts": ("model", "weights", "chat"),
+    "toolbox": ("hosts", "weights", "model", "chat", "startup"),
+    "cli": ("toolbox",),
+    # The package itself: it starts the hook when asked for it.
+    "__init__": ("startup",),
+    "__main__": ("cli",),
+}
+# Room -> the only modules of others that it may import, besides the standard library.
+ONLY_THESE_OTHERS = {"msa": ("mlx.core",), "chat": (), "startup": (), "__init__": ()}
+# Library -> the only place that may import it.
+ONLY_HERE = {"mlx_lm": "hosts/mlx_lm", "mlx_vlm": "hosts/mlx_vlm"}
+
+MAX_LINES = 400
+REASON = "# Long because: "
+
+FILES = sorted(ROOT.rglob("*.py"))
+each_file = pytest.mark.parametrize("file", FILES, ids=lambda file: file.relative_to(ROOT).as_posix())
+
+
+def imported_modules(source: str, path: Path) -> Iterator[str]:
+    """Absolute names of all modules that a file of the package may import, at any depth of code."""
+    package = (PACKAGE, *path.parent.parts)
+    for node in ast.walk(ast.parse(source)):
+        if isinstance(node, ast.Import):
+            yield from (alias.name for alias in node.names)
+        elif isinstance(node, ast.ImportFrom):
+            base = package[: len(package) + 1 - node.level] if node.level else ()
+            module = ".".join((*base, *([node.module] if node.module else [])))
+            # ``from package import name`` may import a module or a name of one: both are meant.
+            for alias in node.names:
+                yield f"{module}.{alias.name}"
+
+
+def is_in(module: str, name: str) -> bool:
+    return module == name or module.startswith(f"{name}.")
+
+
+def complaints(source: str, path: Path) -> list[str]:
+    """What a file at ``path`` (relative to the package) imports and must not."""
+    room = path.with_suffix("").parts[0]
+    found = []
+    for module in imported_modules(source, path):
+        top = module.partition(".")[0]
+        if top == PACKAGE:
+            ours = module.removeprefix(f"{PACKAGE}.")
+            if not any(is_in(ours, name) for name in (room, *ALLOWED[room])) and ours != "__version__":
+                found.append(f"{room} must not import {ours}")
+        elif top not in sys.stdlib_module_names:
+            others = ONLY_THESE_OTHERS.get(room)
+            if others is not None and not any(is_in(module, name) for name in others):
+                found.append(f"{room} must not import {module}")
+            place = ONLY_HERE.get(top)
+            if place is not None and not path.as_posix().startswith(f"{place}/"):
+                found.append(f"only {place} may import {top}")
+        if path.parts[0] == "hosts" and len(path.parts) > 2:
+            for host in ("mlx_lm", "mlx_vlm"):
+                if host != path.parts[1] and is_in(module, f"{PACKAGE}.hosts.{host}"):
+                    found.append(f"hosts/{path.parts[1]} must not import hosts/{host}")
+    return found
+
+
+@each_file
+def test_imports_follow_the_rule(file):
+    path = file.relative_to(ROOT)
+    assert path.with_suffix("").parts[0] in ALLOWED, "a room without a rule"
+    assert complaints(file.read_text(), path) == []
+
+
+def test_importing_the_package_imports_nothing_but_sys():
+    tree = ast.parse((ROOT / "__init__.py").read_text())
+    at_module_level = [node for node in tree.body if isinstance(node, (ast.Import, ast.ImportFrom))]
+    assert [ast.unparse(node) for node in at_module_level] == ["import sys"]
+    assert not any(isinstance(node, (ast.If, ast.Try, ast.With)) for node in tree.body)
+
+
+@each_file
+def test_a_long_file_says_why(file):
+    lines = file.read_text().splitlines()
+    assert len(lines) <= MAX_LINES or any(line.startswith(REASON) for line in lines[:5])
+
+
+def test_the_rooms_are_there():
+    assert {file.relative_to(ROOT).parts[0] for file in FILES} >= {"msa", "model", "weights", "hosts", "chat"}
+
+
+@pytest.mark.parametrize(
+    ("path", "source", "complaint"),
+    [
+        ("msa/a.py", "import numpy", "msa must not import numpy"),
+        ("msa/a.py", "import mlx.nn as nn", "msa must not import mlx.nn"),
+        ("msa/a.py", "from mlx import nn", "msa must not import mlx.nn"),
+        ("msa/a.py", "from ..model import norm", "msa must not import model.norm"),
+        ("chat/a.py", "import mlx.core", "chat must not import mlx.core"),
+        ("startup/a.py", "def f():\n    import mlx_lm", "startup must not import mlx_lm"),
+        ("model/a.py", "from mlx_lm.models import cache", "only hosts/mlx_lm may import mlx_lm"),
+        ("hosts/mlx_vlm/a.py", "import mlx_lm", "only hosts/mlx_lm may import mlx_lm"),
+        ("toolbox/a.py", "import mlx_vlm.utils", "only hosts/mlx_vlm may import mlx_vlm"),
+        ("hosts/mlx_vlm/a.py", "from ..mlx_lm import host", "hosts/mlx_vlm must not import hosts/mlx_lm"),
+        ("weights/a.py", "from ..model import attention", "weights must not import model.attention"),
+        ("model/a.py", "from mlx_m3_plugin.weights.check import x", "model must not import weights.check.x"),
+        ("cli.py", "from .model.config import TextConfig", "cli must not import model.config.TextConfig"),
+        ("cli.py", "from . import model", "cli must not import model"),
+    ],
+)
+def test_a_broken_rule_is_noticed(path, source, complaint):
+    assert complaint in complaints(source, Path(path))
+
+
+@pytest.mark.parametrize(
+    ("path", "source"),
+    [
+        (
+            "msa/a.py",
+            "import math\nimport mlx.core as mx\nfrom mlx.core import array\nfrom .reference import attend",
+        ),
+        ("weights/a.py", "from ..model.config import TextConfig\nfrom .tensor import Tensor"),
+        (
+            "hosts/mlx_lm/a.py",
+            "from mlx_lm.models.cache import KVCache\nfrom mlx_m3_plugin.model import decoder",
+        ),
+        ("cli.py", "import argparse\nfrom .toolbox import doctor\nfrom . import __version__"),
+    ],
+)
+def test_a_kept_rule_is_not_complained_of(path, source):
+    assert complaints(source, Path(path)) == []

@@ -1,0 +1,274 @@
+"""Every layout of a checkpoint is read back to the same parameters, bit for bit and lazily."""
+
+import json
+import re
+from dataclasses import dataclass
+
+import layout_makers
+import mlx.core as mx
+import pytest
+from layout_makers import CONFIG, LAYOUTS, MLP, MOE, PREFIX, Weights, parameters, quantized, with_prefix
+from mlx.utils import tree_flatten
+from mlx_lm.models.minimax_m3_vl import Model, ModelArgs
+
+from mlx_m3_plugin.model.config import TextConfig
+from mlx_m3_plugin.weights import check_weights, map_weights, plan_layout
+
+# Keyword arguments of mx.quantize, or none.
+PRECISIONS = {
+    "float32": None,
+    "4-bit": {"group_size": 32, "bits": 4},
+    "8-bit": {"group_size": 64, "bits": 8},
+    "mxfp8": {"group_size": 32, "bits": 8, "mode": "mxfp8"},
+    "mxfp4": {"group_size": 32, "bits": 4, "mode": "mxfp4"},
+}
+
+
+@pytest.fixture(scope="module", params=PRECISIONS)
+def truth(request: pytest.FixtureRequest) -> Weights:
+    how = PRECISIONS[request.param]
+    return parameters() if how is None else quantized(parameters(), **how)
+
+
+@pytest.fixture(scope="module")
+def float_truth() -> Weights:
+    return parameters()
+
+
+def assert_same(made: Weights, expected: Weights):
+    assert made.keys() == expected.keys()
+    for name, array in made.items():
+        assert array.dtype == expected[name].dtype, name
+        assert mx.array_equal(array, expected[name]), name
+
+
+def test_the_parameters_are_those_of_the_model(float_truth):
+    model = Model(ModelArgs(CONFIG))
+    check_weights(with_prefix(float_truth), dict(tree_flatten(model.parameters())))
+
+
+@pytest.mark.parametrize("prefix", ["", PREFIX])
+@pytest.mark.parametrize("layout", LAYOUTS)
+def test_a_layout_is_read_back_bit_for_bit(layout, prefix, truth):
+    """``prefix`` is the model's; the stored names carry ``language_model.``."""
+    stored = with_prefix(LAYOUTS[layout](truth))
+    expected = {prefix + name: array for name, array in truth.items()}
+    assert_same(map_weights(stored, CONFIG, prefix), expected)
+
+
+@pytest.mark.parametrize("layout", LAYOUTS)
+def test_text_only_names(layout, truth):
+    stored = LAYOUTS[layout](truth)
+    assert_same(map_weights(stored, CONFIG, PREFIX), with_prefix(truth))
+
+
+@pytest.mark.parametrize("layout", LAYOUTS)
+def test_other_parts_of_a_checkpoint_are_dropped(layout, float_truth):
+    stored = layout_makers.with_other_parts(with_prefix(LAYOUTS[layout](float_truth)))
+    assert_same(map_weights(stored, CONFIG, PREFIX), with_prefix(float_truth))
+
+
+@pytest.mark.parametrize("layout", LAYOUTS)
+def test_reading_twice_is_reading_once(layout, truth):
+    once = map_weights(with_prefix(LAYOUTS[layout](truth)), CONFIG, PREFIX)
+    twice = map_weights(once, CONFIG, PREFIX)
+    assert once.keys() == twice.keys()
+    assert all(twice[name] is once[name] for name in once)
+
+
+@pytest.mark.parametrize("layout", ["as_they_are", "published", "dense_under_block_sparse_moe"])
+def test_mxfp8_bytes(layout):
+    """The official checkpoint: e4m3 bytes as uint8, exponents as ``weight_scale_inv``."""
+    expected = quantized(parameters(), **PRECISIONS["mxfp8"])
+    stored = layout_makers.mxfp8_bytes(LAYOUTS[layout](expected))
+    assert f"{MOE}.gate.weight_scale_inv" not in stored
+    assert stored["model.layers.1.self_attn.index_q_proj.weight"].dtype == mx.uint8
+    assert_same(map_weights(with_prefix(stored), CONFIG, PREFIX), with_prefix(expected))
+
+
+def test_mxfp8_from_a_file_with_float8_tensors(tmp_path):
+    weight, scales = mx.quantize(parameters()[f"{MLP}.gate_proj.weight"], **PRECISIONS["mxfp8"])
+    stored = {
+        f"{MLP}.gate_proj.weight": ("F8_E4M3", weight.view(mx.uint8)),
+        f"{MLP}.gate_proj.weight_scale_inv": ("U8", scales),
+    }
+    header, data = {}, b""
+    for name, (dtype, array) in stored.items():
+        offsets = [len(data), len(data) + array.nbytes]
+        header[name] = {"dtype": dtype, "shape": array.shape, "data_offsets": offsets}
+        data += bytes(memoryview(array))
+    text = json.dumps(header).encode()
+    (tmp_path / "model.safetensors").write_bytes(len(text).to_bytes(8, "little") + text + data)
+    made = map_weights(mx.load(str(tmp_path / "model.safetensors")), CONFIG, "")
+    assert_same(made, {f"{MLP}.gate_proj.weight": weight, f"{MLP}.gate_proj.scales": scales})
+
+
+def test_a_fused_4_bit_checkpoint_is_split_exactly():
+    """Splitting packed rows is quantizing the halves: no value is unpacked on the way."""
+    how = PRECISIONS["4-bit"]
+    apart = parameters()
+    whole = layout_makers.fused_shared_as_last_expert(apart)
+    gate_up = whole[f"{MOE}.switch_mlp.gate_up_proj.weight"]
+    packed = dict(zip(("weight", "scales", "biases"), mx.quantize(gate_up, **how), strict=True))
+    stored = {f"{MOE}.switch_mlp.gate_up_proj.{part}": array for part, array in packed.items()}
+    made = map_weights(stored, CONFIG, "")
+    assert len(made) == 12
+    for owner in ("switch_mlp", "shared_experts"):
+        for projection in ("gate_proj", "up_proj"):
+            expected = mx.quantize(apart[f"{MOE}.{owner}.{projection}.weight"], **how)
+            for part, array in zip(("weight", "scales", "biases"), expected, strict=True):
+                assert mx.array_equal(made[f"{MOE}.{owner}.{projection}.{part}"], array)
+
+
+def test_the_head_of_tied_embeddings_is_dropped(float_truth):
+    config = TextConfig(**{**vars(CONFIG), "tie_word_embeddings": True})
+    made = map_weights(with_prefix(float_truth), config, PREFIX)
+    assert with_prefix(float_truth).keys() - made.keys() == {f"{PREFIX}lm_head.weight"}
+
+
+@pytest.mark.parametrize("missing", ["w1.weight", "w2.weight"])
+def test_a_missing_expert_is_not_papered_over(missing, float_truth):
+    """The other experts keep their stored names, for the check to name them."""
+    stored = layout_makers.published(float_truth)
+    del stored[f"{MOE}.experts.2.{missing}"]
+    made = map_weights(stored, CONFIG, "")
+    projection = {"w1.weight": "gate_proj", "w2.weight": "down_proj"}[missing]
+    assert f"{MOE}.switch_mlp.{projection}.weight" not in made
+    assert f"{MOE}.experts.0.{missing}" in made
+
+
+def test_unknown_tensors_keep_their_names(float_truth):
+    stored = with_prefix(float_truth) | {"language_model.model.layers.1.self_attn.surprise": mx.ones(1)}
+    made = map_weights(stored, CONFIG, PREFIX)
+    assert made.keys() - with_prefix(float_truth).keys() == {f"{PREFIX}model.layers.1.self_attn.surprise"}
+
+
+@pytest.mark.parametrize("layout", LAYOUTS)
+def test_the_plan_tells_shapes_and_dtypes(layout, truth):
+    plan = plan_layout(LAYOUTS[layout](truth), CONFIG, "")
+    assert plan.keys() == truth.keys()
+    for name, tensor in plan.items():
+        assert tensor.shape == truth[name].shape
+        assert tensor.dtype == str(truth[name].dtype)
+
+
+# --- without reading anything ---
+
+
+@dataclass
+class Header:
+    """All that a safetensors header says of a tensor."""
+
+    shape: tuple[int, ...]
+    dtype: mx.Dtype
+
+
+@pytest.mark.parametrize("layout", LAYOUTS)
+def test_a_plan_needs_headers_only(layout, truth):
+    stored = LAYOUTS[layout](truth)
+    headers = {name: Header(array.shape, array.dtype) for name, array in stored.items()}
+    plan = plan_layout(headers, CONFIG, PREFIX)
+    assert list(plan) == list(plan_layout(stored, CONFIG, PREFIX))
+    assert {name: str(t) for name, t in plan.items()} == {
+        name: str(t) for name, t in plan_layout(stored, CONFIG, PREFIX).items()
+    }
+
+
+def real_text_tensors() -> Weights:
+    """The published text tensors at their real sizes, which nobody could evaluate here."""
+    shapes = {
+        "model.embed_tokens.weight": (200064, 6144),
+        "lm_head.weight": (200064, 6144),
+        "model.norm.weight": (6144,),
+    }
+    attention = {
+        "self_attn.q_proj.weight": (8192, 6144),
+        "self_attn.k_proj.weight": (512, 6144),
+        "self_attn.v_proj.weight": (512, 6144),
+        "self_attn.o_proj.weight": (6144, 8192),
+        "self_attn.q_norm.weight": (128,),
+        "self_attn.k_norm.weight": (128,),
+        "input_layernorm.weight": (6144,),
+        "post_attention_layernorm.weight": (6144,),
+    }
+    dense = {
+        "mlp.gate_proj.weight": (12288, 6144),
+        "mlp.up_proj.weight": (12288, 6144),
+        "mlp.down_proj.weight": (6144, 12288),
+    }
+    sparse = {
+        "self_attn.index_q_proj.weight": (512, 6144),
+        "self_attn.index_k_proj.weight": (128, 6144),
+        "self_attn.index_q_norm.weight": (128,),
+        "self_attn.index_k_norm.weight": (128,),
+        "block_sparse_moe.gate.weight": (128, 6144),
+        "block_sparse_moe.e_score_correction_bias": (128,),
+        "block_sparse_moe.shared_experts.gate_proj.weight": (3072, 6144),
+        "block_sparse_moe.shared_experts.up_proj.weight": (3072, 6144),
+        "block_sparse_moe.shared_experts.down_proj.weight": (6144, 3072),
+    }
+    for expert in range(128):
+        sparse[f"block_sparse_moe.experts.{expert}.w1.weight"] = (3072, 6144)
+        sparse[f"block_sparse_moe.experts.{expert}.w3.weight"] = (3072, 6144)
+        sparse[f"block_sparse_moe.experts.{expert}.w2.weight"] = (6144, 3072)
+    for layer in range(60):
+        for name, shape in (attention | (dense if layer < 3 else sparse)).items():
+            shapes[f"model.layers.{layer}.{name}"] = shape
+    return {PREFIX + name: unread(shape, mx.bfloat16) for name, shape in shapes.items()}
+
+
+def unread(shape: tuple[int, ...], dtype: mx.Dtype) -> mx.array:
+    """No memory even when evaluated; a stack or a copy of these would take all there is."""
+    return mx.broadcast_to(mx.zeros((), dtype), shape)
+
+
+REAL_CONFIG = TextConfig(
+    layer_types=["full_attention"] * 3 + ["minimax_m3_sparse"] * 57,
+    mlp_layer_types=["dense"] * 3 + ["sparse"] * 57,
+)
+
+
+@pytest.mark.parametrize("bytes_per_weight", [2, 1], ids=["bf16", "mxfp8"])
+def test_the_real_model_is_mapped_and_loaded_without_reading_it(bytes_per_weight):
+    stored = real_text_tensors()
+    assert len(stored) == 22893
+    assert sum(array.size for array in stored.values()) == 426_174_572_928
+    model = Model(ModelArgs(REAL_CONFIG))
+    if bytes_per_weight == 1:
+        for name in [
+            n for n, a in stored.items() if a.ndim == 2 and not re.search(r"embed|head|\.gate\.", n)
+        ]:
+            rows, columns = stored[name].shape
+            stored[name] = unread((rows, columns), mx.uint8)
+            stored[f"{name}_scale_inv"] = unread((rows, columns // 32), mx.uint8)
+        assert len(stored) == 45838 - 523  # of which 523 belong to the vision path
+    before = mx.get_active_memory()
+    made = model.sanitize(stored)
+    if bytes_per_weight == 2:
+        model.load_weights(list(made.items()))
+    assert sum(array.nbytes for array in made.values()) == sum(array.nbytes for array in stored.values())
+    assert mx.get_active_memory() - before < 2**20
+
+
+def test_applying_a_plan_to_a_file_reads_nothing(tmp_path, float_truth):
+    mx.save_safetensors(str(tmp_path / "model.safetensors"), layout_makers.published(float_truth))
+    before = mx.get_active_memory()
+    made = map_weights(mx.load(str(tmp_path / "model.safetensors")), CONFIG, "")
+    assert mx.get_active_memory() - before < 1024
+    assert_same(made, float_truth)
+
+
+def test_a_split_does_not_keep_the_whole_alive():
+    """A slice would hold the fused tensor in memory; the halves are tensors of their own."""
+    fused = mx.random.normal((2, 2048, 64))
+    mx.eval(fused)
+    nbytes = fused.nbytes
+    stored = {f"{MOE}.switch_mlp.gate_up_proj.weight": fused}
+    before = mx.get_active_memory()
+    made = map_weights(stored, CONFIG, "")
+    gate = made[f"{MOE}.switch_mlp.gate_proj.weight"]
+    mx.eval(gate)
+    del made, fused
+    stored.clear()
+    assert mx.get_active_memory() - before < -0.4 * nbytes
+    assert gate.shape == (2, 1024, 64)
