@@ -152,6 +152,42 @@ def test_cache_prompt_then_generate(
         assert text == generate(native, demo, "--prompt-cache-file", file)
 
 
+# What ``mlx_lm.generate --kv-bits`` calls, with a look at the cache afterwards.
+GENERATE_QUANTIZED = """
+import sys
+from mlx_lm import load, stream_generate
+from mlx_lm.models.cache import make_prompt_cache
+model, tokenizer, *_ = load(sys.argv[1])
+cache = make_prompt_cache(model)
+options = dict(kv_bits=8, kv_group_size=32, quantized_kv_start=100)
+kinds = []
+for response in stream_generate(model, tokenizer, sys.argv[2], max_tokens=5, prompt_cache=cache, **options):
+    kinds.append({type(entry[0]).__name__ for entry in cache})
+print(kinds[-1], {type(entry[1]).__name__ for entry in cache if len(entry.caches) > 1})
+"""
+
+
+def test_kv_bits_quantizes(guest: Environment, demo: Path, tmp_path: Path) -> None:
+    output = guest.run("-c", GENERATE_QUANTIZED, demo, PROMPT).stdout
+    assert output.splitlines()[-1] == "{'QuantizedKVCache'} {'KVCache'}"
+    options = ("--kv-bits", "8", "--kv-group-size", "32", "--quantized-kv-start", "0")
+    assert generate(guest, demo, *options).strip()
+    # And into the file of a saved prompt cache, which is then gone on with.
+    file = tmp_path / "prompt.safetensors"
+    guest.run_script(
+        "mlx_lm.cache_prompt", "--model", demo, "--prompt", PROMPT, "--prompt-cache-file", file, *options
+    )
+    assert b'"dtype":"U32"' in file.read_bytes()[:100_000]  # packed, as nothing else in it is
+    assert generate(guest, demo, "--prompt-cache-file", file, *options).strip()
+
+
+def test_kv_bits_that_do_not_fit_are_refused(guest: Environment, demo: Path) -> None:
+    options = ("--prompt", PROMPT, "--kv-bits", "8", "--kv-group-size", "64", "--quantized-kv-start", "0")
+    run = guest.run_script("mlx_lm.generate", "--model", demo, *options, check=False)
+    assert run.returncode != 0
+    assert "a KV group size of 64 does not divide this model's head size of 32" in run.stderr
+
+
 def test_perplexity(guest: Environment, native: Environment, demo: Path, tmp_path: Path) -> None:
     rows = [json.dumps({"text": f"{n}. {PROMPT}"}) for n in range(4)]
     data = tmp_path / "data"
