@@ -10,10 +10,14 @@ PROMPT ?= Tell me, step by step, how you decide which blocks of a long prompt to
 
 # mlx has no default build for Linux; these extras are mlx-lm's own names for them.
 ifeq ($(shell uname -s),Darwin)
-BUILD :=
+DEMO_EXTRAS :=
+TEST_EXTRAS := [test]
+LINT_EXTRAS := [test,lint]
 PIN_MLX := mlx
 else
-BUILD := cpu,
+DEMO_EXTRAS := [cpu]
+TEST_EXTRAS := [cpu,test]
+LINT_EXTRAS := [cpu,test,lint]
 PIN_MLX := mlx[cpu]
 endif
 
@@ -48,18 +52,18 @@ golden: .envs/newest/.torch
 
 .venv/.ready: pyproject.toml
 	$(PYTHON) -m venv .venv
-	.venv/bin/python $(PIP) -e "$(CURDIR)[$(BUILD)]"
+	.venv/bin/python $(PIP) -e "$(CURDIR)$(DEMO_EXTRAS)"
 	@touch $@
 
 .envs/newest/.ready: pyproject.toml
 	$(PYTHON) -m venv .envs/newest
-	$(NEWEST) $(PIP) -e "$(CURDIR)[$(BUILD)test,lint]"
+	$(NEWEST) $(PIP) -e "$(CURDIR)$(LINT_EXTRAS)"
 	@touch $@
 
 # The last mlx-lm before it had an M3 class of its own, with the mlx of its time.
 .envs/floor/.ready: pyproject.toml
 	$(PYTHON) -m venv .envs/floor
-	$(FLOOR) $(PIP) -e "$(CURDIR)[$(BUILD)test]" mlx-lm==0.31.3 "$(PIN_MLX)==0.31.2"
+	$(FLOOR) $(PIP) -e "$(CURDIR)$(TEST_EXTRAS)" mlx-lm==0.31.3 "$(PIN_MLX)==0.31.2"
 	@touch $@
 
 # torch 2.13.0: the reference is transformers' model, which needs it.
