@@ -1,10 +1,11 @@
 """``mlx-m3 doctor`` tells the truth about a process that is not its own."""
 
 import json
+import subprocess
 from importlib.metadata import version
 from typing import Any
 
-from environments import Environment
+from environments import Environment, clean_variables
 
 HAS_NATIVE_CLASS = tuple(int(n) for n in version("mlx-lm").split(".")[:2]) >= (0, 32)
 
@@ -37,6 +38,13 @@ def test_the_same_for_a_person(guest: Environment) -> None:
     lines = guest.run_script("mlx-m3", "doctor").stdout.splitlines()
     assert lines[0] == "mlx-m3-plugin is active in a fresh process"
     assert any("mlx_lm.models.minimax_m3_vl: plugin" in line for line in lines)
+
+
+def test_a_reader_that_stops_early_is_no_error(guest: Environment) -> None:
+    command = f"set -o pipefail; {guest.python} {guest.script('mlx-m3')} doctor | head -1"
+    run = subprocess.run(["bash", "-c", command], capture_output=True, text=True, env=clean_variables())
+    assert (run.returncode, run.stderr) == (0, "")
+    assert run.stdout == "mlx-m3-plugin is active in a fresh process\n"
 
 
 def test_switched_off(guest: Environment) -> None:
