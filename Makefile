@@ -33,12 +33,13 @@ demo: .venv/.ready
 	.venv/bin/mlx_lm.generate --model $(CHECKPOINT) --max-tokens 40 --prompt "$(PROMPT)"
 
 test: .envs/newest/.ready .envs/floor/.ready
-	$(NEWEST) -m pytest -q --ignore tests/live
-	M3_NEWEST_PYTHON=$(CURDIR)/$(NEWEST) $(FLOOR) -m pytest -q --ignore tests/live
+	$(NEWEST) -m pytest -q --ignore tests/live $(FULL)
+	M3_NEWEST_PYTHON=$(CURDIR)/$(NEWEST) $(FLOOR) -m pytest -q --ignore tests/live $(FULL)
 
 test-live: .envs/newest/.torch
 	$(NEWEST) -m pytest -q tests/live --seeds 2
 
+test-full: FULL := --full
 test-full: lint test .envs/newest/.torch
 	$(NEWEST) -m pytest -q tests/live --seeds 20
 
