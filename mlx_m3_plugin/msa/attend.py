@@ -10,16 +10,18 @@ to 16 of n experts.  Two forms of the same sum:
   attention.  It takes any alignment of the rows in the cache.
 """
 
-from collections.abc import Callable
-from functools import partial
-
 import mlx.core as mx
 
 from .keys_values import KeysValues, Quantized
-from .tiling import Position, in_sequence, query_positions, rows_apart
+from .tiling import (
+    Position,
+    default_memory_budget,
+    in_sequence,
+    query_positions,
+    rows_apart,
+    transposed,
+)
 
-# Intermediate arrays of a tile, in bytes.
-MEMORY_BUDGET = 64 << 20
 # From this many queries on it pays to sort pairs; below, gathering is as fast and has fewer steps.
 PAIRS_FROM = 16
 # What stands for the score of a block without visible keys; unlike -inf it can be subtracted.
@@ -36,7 +38,7 @@ def attend(
     *,
     block_size: int,
     scale: float,
-    memory_budget: int = MEMORY_BUDGET,
+    memory_budget: int | None = None,
 ) -> mx.array:
     """Softmax attention of every query over the visible keys of its blocks (paper, eq. 8).
 
@@ -52,57 +54,27 @@ def attend(
         left_padding: ``[B]`` int32 cache slots before each row's first token, or None.
         block_size: keys per block.
         scale: factor of the dot products, ``D ** -0.5`` in M3.
-        memory_budget: bytes that the intermediate arrays of a tile may take.
+        memory_budget: bytes that the intermediate arrays of a tile may take; see ``tiling``.
 
     Returns:
         ``[B, H, L, Dv]`` in the dtype of ``queries``; the softmax is accumulated in float32.
         Rows of padding queries are finite and without meaning.
     """
     length = queries.shape[2]
-    tiled = partial(_in_tiles, block_size=block_size, scale=scale, memory_budget=memory_budget)
+    budget = memory_budget or default_memory_budget()
     if length < PAIRS_FROM or not _has_float32_grouped_matmul(keys):
-        return tiled(_attend_by_query, queries, keys, values, block_ids, offset, left_padding)
+        return _attend_by_query(
+            queries, keys, values, block_ids, offset, left_padding, block_size, scale, budget
+        )
     if left_padding is None:
-        keys, values = (_whole_blocks(x, offset, length, block_size) for x in (keys, values))
-        return tiled(_attend_by_pairs, queries, keys, values, block_ids, offset)
+        return _attend_by_pairs(queries, keys, values, block_ids, offset, block_size, scale, budget)
     rows = []
     for row, first, padding in rows_apart(offset, left_padding):
-        keys_of_row, values_of_row = (
-            _whole_blocks(_slots(x, row, padding), first, length, block_size) for x in (keys, values)
-        )
-        rows.append(tiled(_attend_by_pairs, queries[row], keys_of_row, values_of_row, block_ids[row], first))
+        # One slot of padding is left where the row has nothing else yet.
+        content = slice(min(padding, keys.shape[2] - 1), None)
+        k, v = _cut(keys, content, row), _cut(values, content, row)
+        rows.append(_attend_by_pairs(queries[row], k, v, block_ids[row], first, block_size, scale, budget))
     return mx.concatenate(rows)
-
-
-def _in_tiles(
-    attend_tile: Callable[..., mx.array],
-    queries: mx.array,
-    keys: KeysValues,
-    values: KeysValues,
-    block_ids: mx.array,
-    offset: Position,
-    *padding: mx.array | None,
-    block_size: int,
-    scale: float,
-    memory_budget: int,
-) -> mx.array:
-    batch, n_heads, length, _ = queries.shape
-    if attend_tile is _attend_by_pairs:
-        # Scores, probabilities and outputs: about six float32 arrays for each head.
-        numbers = 6 * n_heads * block_size
-    else:
-        # The gathered keys and values of each group, and their casts.
-        numbers = 2 * keys.shape[1] * block_size * (keys.shape[-1] + values.shape[-1])
-    rows = max(1, memory_budget // (4 * batch * block_ids.shape[-1] * numbers))
-
-    def compute(start: int, tile: mx.array) -> mx.array:
-        ids = block_ids[:, :, start : start + rows]
-        return attend_tile(
-            tile, keys, values, ids, offset + start, *padding, block_size=block_size, scale=scale
-        )
-
-    tiles = [(start, queries[:, :, start : start + rows]) for start in range(0, length, rows)]
-    return mx.concatenate(in_sequence(compute, tiles), axis=2).astype(queries.dtype)
 
 
 def _attend_by_query(
@@ -112,32 +84,40 @@ def _attend_by_query(
     block_ids: mx.array,
     offset: Position,
     left_padding: mx.array | None,
-    *,
     block_size: int,
     scale: float,
+    memory_budget: int,
 ) -> mx.array:
-    batch, n_heads, length, _ = queries.shape
+    batch, n_heads, length, dims = queries.shape
     groups, n_slots = keys.shape[1:3]
-    positions = (block_ids[..., None] * block_size + mx.arange(block_size)).flatten(-2)
-    query_at = query_positions(offset, length)
-    # A padding query sees everything: a softmax over nothing is NaN, and NaN in K or V spreads.
-    visible = ((positions >= 0) & (positions <= query_at)) | (query_at < 0)
-    slots = positions if left_padding is None else positions + left_padding[:, None, None, None]
-    slots = mx.clip(slots, 0, n_slots - 1)
-    slots = slots + (mx.arange(batch * groups) * n_slots).reshape(batch, groups, 1, 1)
+    # The gathered keys and values of each group, and their casts.
+    n_tokens = block_ids.shape[3] * block_size
+    bytes_per_query = 2 * 4 * batch * groups * n_tokens * (keys.shape[-1] + values.shape[-1])
+    rows = max(1, memory_budget // bytes_per_query)
 
-    # Every (row, group, query) is a batch entry of its own with one KV head.
-    entries = batch * groups * length
-    grouped = mx.unflatten(queries, 1, (groups, -1)).swapaxes(2, 3).reshape(entries, -1, 1, queries.shape[-1])
-    tokens = slots.reshape(entries, 1, -1)
-    k, v = _take_tokens(keys, tokens), _take_tokens(values, tokens)
-    if mx.default_device() == mx.cpu:
-        # MLX's CPU backend computes in the precision of its inputs.
-        grouped, k, v = (x.astype(mx.float32) for x in (grouped, k, v))
-    mask = visible.reshape(entries, 1, 1, -1)
-    out = mx.fast.scaled_dot_product_attention(grouped, k, v, scale=scale, mask=mask)
-    out = out.reshape(batch, groups, length, n_heads // groups, -1).swapaxes(2, 3)
-    return out.reshape(batch, n_heads, length, -1)
+    def attend_tile(start: int, tile: mx.array) -> mx.array:
+        ids = block_ids[:, :, start : start + rows]
+        positions = (ids[..., None] * block_size + mx.arange(block_size)).flatten(-2)
+        query_at = query_positions(offset + start, tile.shape[2])
+        # A padding query sees everything: a softmax over nothing is NaN, and NaN in K or V spreads.
+        visible = ((positions >= 0) & (positions <= query_at)) | (query_at < 0)
+        slots = positions if left_padding is None else positions + left_padding[:, None, None, None]
+        k, v = (_take_tokens(x, mx.clip(slots, 0, n_slots - 1)) for x in (keys, values))
+
+        # Every (row, group, query) is a batch entry of its own with one KV head.
+        entries = batch * groups * tile.shape[2]
+        grouped = mx.unflatten(tile, 1, (groups, -1)).swapaxes(2, 3).reshape(entries, -1, 1, dims)
+        k, v = (x.reshape(entries, 1, n_tokens, -1) for x in (k, v))
+        if mx.default_device() == mx.cpu:
+            # MLX's CPU backend computes in the precision of its inputs.
+            grouped, k, v = (x.astype(mx.float32) for x in (grouped, k, v))
+        mask = visible.reshape(entries, 1, 1, -1)
+        out = mx.fast.scaled_dot_product_attention(grouped, k, v, scale=scale, mask=mask)
+        out = out.reshape(batch, groups, tile.shape[2], n_heads // groups, -1).swapaxes(2, 3)
+        return out.reshape(batch, n_heads, tile.shape[2], -1)
+
+    tiles = [(start, queries[:, :, start : start + rows]) for start in range(0, length, rows)]
+    return mx.concatenate(in_sequence(attend_tile, tiles), axis=2).astype(queries.dtype)
 
 
 def _attend_by_pairs(
@@ -146,22 +126,58 @@ def _attend_by_pairs(
     values: KeysValues,
     block_ids: mx.array,
     offset: Position,
-    *,
     block_size: int,
     scale: float,
+    memory_budget: int,
 ) -> mx.array:
+    """One KV group after the other, each in tiles of queries; for rows without padding."""
     batch, n_heads, length, _ = queries.shape
     groups, k = block_ids.shape[1], block_ids.shape[3]
-    n_blocks = keys.shape[2] // block_size
-    first_block = (mx.arange(batch * groups) * n_blocks).reshape(batch, groups, 1, 1)
-    blocks = (mx.maximum(block_ids, 0) + first_block).flatten()
-    # Pairs that share a block stand together, so that it is read once.
-    order = mx.argsort(blocks)
-    blocks, query = blocks[order], order // k
+    heads = n_heads // groups
+    keys, values = (_whole_blocks(x, offset, length, block_size) for x in (keys, values))
+    # Scores, probabilities and outputs: about six float32 arrays.
+    rows = max(1, memory_budget // (6 * 4 * batch * heads * k * block_size))
 
-    # [B * G * L, heads of a group, D]
-    grouped = mx.unflatten(queries, 1, (groups, -1)).swapaxes(2, 3).flatten(0, 2).astype(mx.float32)
-    scores = _grouped_matmul(grouped * scale, keys, query, blocks, block_size, transpose=True)
+    def attend_group(group: int, queries: mx.array) -> mx.array:
+        of_group = slice(group, group + 1)
+        ids = block_ids[:, of_group]
+        rows_per_block = batch * length * k * heads * block_size // keys.shape[2]
+        key_blocks = _blocks(keys, of_group, block_size)
+        if not isinstance(key_blocks, Quantized):
+            key_blocks = transposed(key_blocks, rows_per_block)
+        value_blocks = _blocks(values, of_group, block_size)
+
+        def attend_tile(start: int, tile: mx.array) -> mx.array:
+            tile_ids = ids[:, :, start : start + rows]
+            return _attend_pairs(tile * scale, key_blocks, value_blocks, tile_ids, offset + start, block_size)
+
+        tiles = [(start, queries[:, :, start : start + rows]) for start in range(0, length, rows)]
+        return mx.concatenate(in_sequence(attend_tile, tiles), axis=2)
+
+    wide = queries.astype(mx.float32)
+    groups_of_heads = [(g, wide[:, g * heads : (g + 1) * heads]) for g in range(groups)]
+    return mx.concatenate(in_sequence(attend_group, groups_of_heads), axis=1).astype(queries.dtype)
+
+
+def _attend_pairs(
+    queries: mx.array,
+    key_blocks: KeysValues,
+    value_blocks: KeysValues,
+    block_ids: mx.array,
+    offset: Position,
+    block_size: int,
+) -> mx.array:
+    """The heads ``[B, heads, l, D]`` of one group, scaled, over the pairs ``[B, 1, l, k]``."""
+    batch, _, length, _ = queries.shape
+    k = block_ids.shape[3]
+    n_blocks = key_blocks.shape[1]
+    blocks = mx.maximum(block_ids, 0) + (mx.arange(batch) * n_blocks).reshape(batch, 1, 1, 1)
+    # Pairs that share a block stand together, so that it is read once.
+    order = mx.argsort(blocks.flatten())
+    blocks, query = blocks.flatten()[order], order // k
+
+    per_query = queries.swapaxes(1, 2).flatten(0, 1)
+    scores = _grouped_matmul(per_query, key_blocks, query, blocks, transpose=True)
     positions = block_ids[..., None] * block_size + mx.arange(block_size)
     visible = (positions >= 0) & (positions <= query_positions(offset, length)[..., None])
     scores = mx.where(visible.flatten(0, 3)[order][:, None], scores, -mx.inf)
@@ -169,8 +185,7 @@ def _attend_by_pairs(
     # A softmax per pair, merged over the pairs of a query by their maxima and sums.
     largest = mx.maximum(scores.max(axis=-1, keepdims=True), _NOTHING)
     weights = mx.exp(scores - largest)
-    pairs = mx.arange(order.size)
-    out = _grouped_matmul(weights, values, pairs, blocks, block_size, transpose=False)
+    out = _grouped_matmul(weights, value_blocks, mx.arange(order.size), blocks, transpose=False)
     back = mx.argsort(order)
 
     def by_query(x: mx.array) -> mx.array:
@@ -181,45 +196,56 @@ def _attend_by_pairs(
     # Only a padding query has nothing at all to attend to.
     total = mx.maximum((share * sums).sum(axis=1), 1e-30)
     out = (share * out).sum(axis=1) / total
-    out = out.reshape(batch, groups, length, n_heads // groups, -1).swapaxes(2, 3)
-    return out.reshape(batch, n_heads, length, -1)
+    return mx.unflatten(out, 0, (batch, length)).swapaxes(1, 2)
 
 
 def _grouped_matmul(
-    x: mx.array, y: KeysValues, x_index: mx.array, block: mx.array, block_size: int, *, transpose: bool
+    x: mx.array, blocks: KeysValues, x_index: mx.array, block: mx.array, *, transpose: bool
 ) -> mx.array:
-    """``x[x_index[p]] @ blocks of y[block[p]]`` for every pair ``p``, the block transposed or not."""
-    if isinstance(y, Quantized):
-        blocks = y.map(lambda a: mx.unflatten(a, 2, (-1, block_size)).flatten(0, 2))
+    """``x[x_index[p]] @ blocks[block[p]]`` for every pair ``p``.
+
+    Arrays come transposed where they shall be; quantized blocks are transposed by the product.
+    """
+    if isinstance(blocks, Quantized):
+        flat = blocks.map(lambda a: a.flatten(0, 1))
         return mx.gather_qmm(
             x,
-            blocks.weight,
-            blocks.scales.astype(x.dtype),
-            blocks.biases.astype(x.dtype),
+            flat.weight,
+            flat.scales.astype(x.dtype),
+            flat.biases.astype(x.dtype),
             lhs_indices=x_index,
             rhs_indices=block,
             transpose=transpose,
-            group_size=y.group_size,
-            bits=y.bits,
+            group_size=blocks.group_size,
+            bits=blocks.bits,
             sorted_indices=True,
         )
-    whole = mx.unflatten(y, 2, (-1, block_size))
-    whole = whole.swapaxes(-1, -2) if transpose else whole
-    return mx.gather_mm(x, whole, lhs_indices=x_index, rhs_indices=block, sorted_indices=True)
+    return mx.gather_mm(x, blocks, lhs_indices=x_index, rhs_indices=block, sorted_indices=True)
 
 
-def _take_tokens(x: KeysValues, tokens: mx.array) -> mx.array:
-    """Tokens of ``[B, G, S, D]`` by their index in the first three axes; dequantized."""
-    if isinstance(x, Quantized):
-        return x.map(lambda a: a.flatten(0, 2)[tokens]).dequantize()
-    return x.flatten(0, 2)[tokens]
-
-
-def _slots(x: KeysValues, row: slice, padding: int) -> KeysValues:
-    """One row without its padding; a single slot of it where there is nothing else yet."""
+def _blocks(x: KeysValues, group: slice, block_size: int) -> KeysValues:
+    """One group of ``[B, G, S, D]`` as ``[B, S / block_size, block_size, D]``."""
 
     def cut(a: mx.array) -> mx.array:
-        return a[row, :, min(padding, a.shape[2] - 1) :]
+        return mx.unflatten(a[:, group].squeeze(1), 1, (-1, block_size))
+
+    return x.map(cut) if isinstance(x, Quantized) else cut(x)
+
+
+def _take_tokens(x: KeysValues, slots: mx.array) -> mx.array:
+    """Tokens in ``slots`` ``[B, G, l, n]`` of ``[B, G, S, D]`` -> ``[B, G, l, n, D]``; dequantized."""
+    batch, groups = slots.shape[:2]
+    row, group = mx.arange(batch).reshape(-1, 1, 1, 1), mx.arange(groups).reshape(1, -1, 1, 1)
+
+    def take(a: mx.array) -> mx.array:
+        return a[row, group, slots]
+
+    return x.map(take).dequantize() if isinstance(x, Quantized) else take(x)
+
+
+def _cut(x: KeysValues, slots: slice, rows: slice = slice(None)) -> KeysValues:
+    def cut(a: mx.array) -> mx.array:
+        return a[rows, :, slots]
 
     return x.map(cut) if isinstance(x, Quantized) else cut(x)
 

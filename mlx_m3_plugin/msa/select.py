@@ -8,10 +8,14 @@ from functools import partial
 
 import mlx.core as mx
 
-from .tiling import Position, in_sequence, query_positions, rows_apart
-
-# Intermediate arrays of a tile, in bytes.
-MEMORY_BUDGET = 64 << 20
+from .tiling import (
+    Position,
+    default_memory_budget,
+    in_sequence,
+    query_positions,
+    rows_apart,
+    transposed,
+)
 
 
 def select_blocks(
@@ -24,7 +28,7 @@ def select_blocks(
     topk_blocks: int,
     local_blocks: int = 1,
     init_blocks: int = 0,
-    memory_budget: int = MEMORY_BUDGET,
+    memory_budget: int | None = None,
 ) -> mx.array:
     """The key blocks that each query of each group attends to (paper, eq. 6 and 7).
 
@@ -37,12 +41,13 @@ def select_blocks(
         topk_blocks: the most blocks a query may attend to.
         local_blocks: blocks up to and with the query's own that are always in.
         init_blocks: blocks at the start of the row that are always in.
-        memory_budget: bytes that the intermediate arrays of a tile may take.
+        memory_budget: bytes that the intermediate arrays of a tile may take; see ``tiling``.
 
     Returns:
         ``[B, G, L, k]`` int32 block ids in no particular order, with
         ``k = min(topk_blocks, ceil(S / block_size))``; -1 marks an unused slot.
     """
+    memory_budget = memory_budget or default_memory_budget()
     batch, groups, length, dims = index_queries.shape
     n_keys = index_keys.shape[2]
     k = min(topk_blocks, -(-n_keys // block_size))
@@ -121,7 +126,7 @@ def _block_scores(
             # All of the tile is in the future of all queries.
             return mx.full((batch, groups, length, -(-(stop - start) // block_size)), -mx.inf)
         keys = index_keys[:, :, start:stop].astype(mx.float32)
-        scores = queries @ keys.swapaxes(-1, -2)
+        scores = queries @ transposed(keys, uses=groups * length)
         if not isinstance(offset, int) or stop - 1 > offset:
             scores = _mask_future(scores, start, offset)
         return _pool(scores, block_size)

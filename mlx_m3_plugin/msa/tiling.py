@@ -9,6 +9,15 @@ import mlx.core as mx
 Position: TypeAlias = int | mx.array
 
 
+def default_memory_budget() -> int:
+    """Bytes for the intermediate arrays of a tile.
+
+    A CPU is fastest with tiles near its caches: memory that is new to the process costs it more
+    than arithmetic.  A GPU wants enough work in each kernel to be worth its start.
+    """
+    return 16 << 20 if mx.default_device() == mx.cpu else 512 << 20
+
+
 def query_positions(offset: Position, length: int) -> mx.array:
     """Content positions of ``length`` queries, ``[1 or B, 1, length, 1]``."""
     return (mx.array(offset).reshape(-1, 1) + mx.arange(length))[:, None, :, None]
@@ -34,3 +43,13 @@ def in_sequence(
     for start, tile in tiles:
         results.append(compute(start, mx.depends(tile, results[-1]) if results else tile))
     return results
+
+
+def transposed(x: mx.array, uses: int) -> mx.array:
+    """``[..., m, n]`` -> ``[..., n, m]``, to be multiplied with ``uses`` rows.
+
+    The BLAS of MLX's CPU wheels multiplies by a transposed matrix at two thirds of its rate, so
+    from some tens of rows on it is worth a copy there (``benchmarks/kernels.py``).
+    """
+    x = x.swapaxes(-1, -2)
+    return mx.contiguous(x) if uses >= 64 and mx.default_device() == mx.cpu else x
