@@ -7,6 +7,7 @@ from typing import Any
 import mlx.core as mx
 import pytest
 from mlx_lm.utils import load_model
+from native_mlx_lm import native_module
 
 CHECKPOINT = Path(__file__).parents[1] / "golden" / "as_published"
 BUDGET = 4 * 8
@@ -97,3 +98,17 @@ def test_anything_else_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("MLX_M3_PLUGIN_ATTENTION", "sparce")
     with pytest.raises(ValueError, match="attention must be 'sparse' or 'dense', not 'sparce'"):
         load_model(CHECKPOINT)
+
+
+@pytest.mark.skipif(native_module() is None, reason="this mlx-lm has no M3 class of its own")
+def test_upstream_does_not_load_it(without_indexer: Path) -> None:
+    """A line of the README's table."""
+    upstream: Any = native_module()
+    text = json.loads((CHECKPOINT / "config.json").read_text())["text_config"]
+    text["rotary_dim"] = text["head_dim"] // 2  # what transformers saves there is wrong for small heads
+    with pytest.raises(ValueError, match="index_q_proj"):
+        load_model(
+            without_indexer,
+            model_config={"text_config": text},
+            get_model_classes=lambda config: (upstream.Model, upstream.ModelArgs),
+        )
