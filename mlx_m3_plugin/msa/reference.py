@@ -39,6 +39,37 @@ def select_blocks(
         ``[B, G, L, k]`` int32 block ids in no particular order, with
         ``k = min(topk_blocks, ceil(S / block_size))``; -1 marks an unused slot.
     """
+    scores = block_scores(
+        index_queries,
+        index_keys,
+        query_positions,
+        key_positions,
+        block_size=block_size,
+        local_blocks=local_blocks,
+        init_blocks=init_blocks,
+    )
+    k = min(topk_blocks, scores.shape[-1])
+    # Block ids are choices, not numbers to differentiate.
+    ids = mx.stop_gradient(mx.argpartition(-scores, kth=k - 1, axis=-1)[..., :k])
+    chosen = mx.take_along_axis(scores, ids, axis=-1)
+    return mx.where(chosen == -mx.inf, -1, ids.astype(mx.int32))
+
+
+def block_scores(
+    index_queries: mx.array,
+    index_keys: mx.array,
+    query_positions: mx.array,
+    key_positions: mx.array | None,
+    *,
+    block_size: int,
+    local_blocks: int = 1,
+    init_blocks: int = 0,
+) -> mx.array:
+    """What :func:`select_blocks` chooses by: ``[B, G, L, ceil(S / block_size)]`` float32.
+
+    The largest dot product of each block; inf where a block is always in, -inf where nothing of
+    it is visible.
+    """
     n_keys = index_keys.shape[2]
     if key_positions is not None:
         index_keys = _in_content_order(index_keys, key_positions)
@@ -56,13 +87,7 @@ def select_blocks(
     block = mx.arange(n_blocks)
     own_block = query_positions[:, None, :, None] // block_size
     forced = ((block > own_block - local_blocks) | (block < init_blocks)) & (block <= own_block)
-    scores = mx.where(forced, mx.inf, scores)
-
-    k = min(topk_blocks, n_blocks)
-    # Block ids are choices, not numbers to differentiate.
-    ids = mx.stop_gradient(mx.argpartition(-scores, kth=k - 1, axis=-1)[..., :k])
-    chosen = mx.take_along_axis(scores, ids, axis=-1)
-    return mx.where(chosen == -mx.inf, -1, ids.astype(mx.int32))
+    return mx.where(forced, mx.inf, scores)
 
 
 def attend(

@@ -17,6 +17,7 @@ from mlx_lm.generate import BatchGenerator
 from mlx_lm.models.cache import make_prompt_cache
 from mlx_lm.utils import load_model
 from native_mlx_lm import native_module
+from ties import closest_choice
 
 CHECKPOINT = Path(__file__).parents[1] / "golden" / "as_published"
 BUDGET = 4 * 8  # tokens that a query of this checkpoint may attend to
@@ -72,7 +73,7 @@ def test_rows_equal_their_solo_runs(
     model: Any, fresh_seed: int, count: Callable[[int, int], int], capsys: pytest.CaptureFixture[str]
 ) -> None:
     rng = random.Random(fresh_seed)
-    largest, n_rows = 0.0, 0
+    largest, n_rows, n_ties = 0.0, 0, 0
     for _ in range(count(4, 32)):
         requests = random_requests(rng)
         options = {
@@ -80,13 +81,18 @@ def test_rows_equal_their_solo_runs(
             "prefill_batch_size": rng.choice([1, 3, 8]),
         }
         for row, (_, prompt, n_tokens) in zip(together(model, requests, **options), requests, strict=True):
-            expected = alone(model, prompt, n_tokens)
+            with closest_choice() as closest:
+                expected = alone(model, prompt, n_tokens)
+            if closest.is_tie:
+                n_ties += 1
+                continue
             assert [token for token, _ in row] == [token for token, _ in expected]
             differences = [mx.abs(a - b).max().item() for (_, a), (_, b) in zip(row, expected, strict=True)]
             largest, n_rows = max(largest, *differences), n_rows + 1
             assert largest <= 1e-4
     with capsys.disabled():
-        print(f"\n{n_rows} rows equal their solo runs; largest difference {largest:.1e}")
+        print(f"\n{n_rows} rows equal their solo runs; largest difference {largest:.1e}; {n_ties} with a tie")
+    assert n_rows > 10 * n_ties
 
 
 @pytest.mark.skipif(native_module() is None, reason="this mlx-lm has no M3 class of its own")

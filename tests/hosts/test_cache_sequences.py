@@ -18,6 +18,7 @@ from hypothesis.stateful import (
 )
 from mlx_lm.models.cache import load_prompt_cache, make_prompt_cache, save_prompt_cache, trim_prompt_cache
 from native_mlx_lm import TEXT, our_model
+from ties import closest_choice
 
 TOLERANCE = 1e-4
 LONGEST = 160  # tokens: more than six budgets of 3 blocks of 8
@@ -104,13 +105,17 @@ class CacheSequences(RuleBasedStateMachine):
     def next_logits_are_those_of_a_fresh_computation(self) -> None:
         if not self.tokens:
             return
-        expected = self.model(mx.array([self.tokens]))[0, -1]
+        with closest_choice() as closest:
+            expected = self.model(mx.array([self.tokens]))[0, -1]
+            following = self.model(mx.array([[*self.tokens, 5]]))[0, -1]
+            mx.eval(expected, following)
+        if closest.is_tie:
+            return
         if self.logits is not None:
             assert mx.abs(self.logits - expected).max().item() <= TOLERANCE
         after = copy.deepcopy(self.cache)
         logits = self.model(mx.array([[5]]), cache=after)[0, -1]
-        expected = self.model(mx.array([[*self.tokens, 5]]))[0, -1]
-        assert mx.abs(logits - expected).max().item() <= TOLERANCE
+        assert mx.abs(logits - following).max().item() <= TOLERANCE
 
 
 def test_no_sequence_of_operations_changes_the_logits(count: Callable[[int, int], int]) -> None:

@@ -112,6 +112,24 @@ class Oracle:
 
 
 def make_oracle(shape: dict[str, Any], seed: int, n_tokens: int = 150) -> Oracle:
+    """The model of ``seed``, or of the next one whose prompt meets no true tie.
+
+    A tie at one position changes what later positions attend to, so its whole prompt would be
+    left out; ``replaced`` counts them.
+    """
+    for attempt in range(5):
+        oracle = _make_oracle(shape, seed + attempt * 1_000_003, n_tokens)
+        if not oracle.ties:
+            break
+        replaced.append((seed, sorted(oracle.ties)))
+    return oracle
+
+
+# Seeds whose prompt met a true tie, with the positions.
+replaced: list[tuple[int, list[int]]] = []
+
+
+def _make_oracle(shape: dict[str, Any], seed: int, n_tokens: int) -> Oracle:
     torch.manual_seed(seed)
     text = MiniMaxM3VLTextConfig(**{**BASE, **shape})
     text._attn_implementation = "eager"
