@@ -1,6 +1,8 @@
 """The engine against the plain definition: any shape, padding and tile size, 1e-5."""
 
+import io
 import itertools
+import math
 from collections.abc import Callable
 
 import mlx.core as mx
@@ -9,6 +11,7 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from mlx_m3_plugin.msa import Quantized, attend, reference, select_blocks
+from mlx_m3_plugin.msa.tiling import in_sequence
 
 TOLERANCE = 1e-5
 # From a single key and query per tile up to everything at once.
@@ -171,6 +174,16 @@ def test_quantized_equals_attention_over_what_was_quantized(
     expected = reference.attend(q, *rounded, ids, query_at, key_at, block_size=8, scale=0.2)
     real = (query_at >= 0)[:, None, :, None]
     assert mx.where(real, mx.abs(out - expected), 0).max().item() <= TOLERANCE
+
+
+def test_a_tile_waits_for_the_one_before() -> None:
+    """Or MLX may make several at a time, each with its memory."""
+    tiles = [(i, mx.ones(3) * i) for i in range(4)]
+    results = in_sequence(lambda start, tile: mx.exp(tile), tiles)
+    graph = io.StringIO()
+    mx.export_to_dot(graph, results[-1])
+    assert graph.getvalue().count("Exp") == len(tiles)
+    assert [r[0].item() for r in results] == pytest.approx([math.exp(i) for i in range(4)])
 
 
 def test_memory_does_not_grow_with_the_context() -> None:
