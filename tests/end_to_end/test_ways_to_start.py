@@ -1,3 +1,4 @@
+# Long because: the whole table of ways to start, in one place.
 """Every way to start Python in which an installed plugin must, or cannot, be there unasked.
 
 The children import nothing of ours.  They import ``mlx_lm.models.minimax_m3_vl`` as mlx-lm

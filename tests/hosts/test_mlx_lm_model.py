@@ -1,3 +1,4 @@
+# Long because: one question, asked of every member of the native class.
 """What mlx-lm's native M3 class offers, ours offers: nothing a user had may be lost.
 
 From 0.32.2 on mlx-lm has a native class, and every comparison is with the installed file.
