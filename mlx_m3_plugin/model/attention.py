@@ -51,6 +51,7 @@ class Attention(nn.Module):
             self.index_head_dim = config.index_head_dim
             self.index_block_size = config.index_block_size
             self.index_topk_blocks = config.index_topk_blocks
+            self.index_budget = config.budget
             self.index_local_blocks = config.index_local_blocks
             self.index_init_blocks = config.index_init_blocks
             self.index_q_proj = nn.Linear(hidden, config.index_n_heads * config.index_head_dim, bias=False)
@@ -88,7 +89,7 @@ class Attention(nn.Module):
         """Cache the index keys, and choose blocks; None while every block fits, or if all shall."""
         # Cached even while no block can be dropped: later steps need them.
         index_keys = self.host.append_index_keys(cache, self._index_keys(x, offset))
-        if self.attends_densely or index_keys.shape[2] <= self.index_topk_blocks * self.index_block_size:
+        if self.attends_densely or index_keys.shape[2] <= self.index_budget:
             return None
         return msa.select_blocks(
             self._index_queries(x, offset),

@@ -17,6 +17,7 @@ from .tiling import (
     Position,
     default_memory_budget,
     in_sequence,
+    over_queries,
     query_positions,
     rows_apart,
     transposed,
@@ -88,7 +89,7 @@ def _attend_by_query(
     scale: float,
     memory_budget: int,
 ) -> mx.array:
-    batch, n_heads, length, dims = queries.shape
+    batch, n_heads, _, dims = queries.shape
     groups, n_slots = keys.shape[1:3]
     # The gathered keys and values of each group, and their casts.
     n_tokens = block_ids.shape[3] * block_size
@@ -116,8 +117,7 @@ def _attend_by_query(
         out = out.reshape(batch, groups, tile.shape[2], n_heads // groups, -1).swapaxes(2, 3)
         return out.reshape(batch, n_heads, tile.shape[2], -1)
 
-    tiles = [(start, queries[:, :, start : start + rows]) for start in range(0, length, rows)]
-    return mx.concatenate(in_sequence(attend_tile, tiles), axis=2).astype(queries.dtype)
+    return over_queries(attend_tile, queries, rows).astype(queries.dtype)
 
 
 def _attend_by_pairs(
@@ -151,8 +151,7 @@ def _attend_by_pairs(
             tile_ids = ids[:, :, start : start + rows]
             return _attend_pairs(tile * scale, key_blocks, value_blocks, tile_ids, offset + start, block_size)
 
-        tiles = [(start, queries[:, :, start : start + rows]) for start in range(0, length, rows)]
-        return mx.concatenate(in_sequence(attend_tile, tiles), axis=2)
+        return over_queries(attend_tile, queries, rows)
 
     wide = queries.astype(mx.float32)
     groups_of_heads = [(g, wide[:, g * heads : (g + 1) * heads]) for g in range(groups)]

@@ -12,6 +12,7 @@ from .tiling import (
     Position,
     default_memory_budget,
     in_sequence,
+    over_queries,
     query_positions,
     rows_apart,
     transposed,
@@ -57,13 +58,12 @@ def select_blocks(
     if groups * length < dims:
         # Few queries: fewer scores per key than a key has channels, so the scores are moved.
         rows = max(1, memory_budget // (6 * 4 * batch * groups * n_keys))
-        tiles = [(start, index_queries[:, :, start : start + rows]) for start in range(0, length, rows)]
 
         def choose_tile(start: int, queries: mx.array) -> mx.array:
             first = offset + start
             return choose(_scores_of_padded_rows(queries, index_keys, first, left_padding, block_size), first)
 
-        return mx.concatenate(in_sequence(choose_tile, tiles), axis=2)
+        return over_queries(choose_tile, index_queries, rows)
     rows_of_ids = []
     for row, first, padding in rows_apart(offset, left_padding):
         queries, keys = index_queries[row], index_keys[row, :, min(padding, n_keys - 1) :]
@@ -98,7 +98,7 @@ def _in_tiles(
     memory_budget: int,
 ) -> mx.array:
     """Choose blocks for rows without padding, a tile of queries at a time."""
-    batch, groups, length, _ = index_queries.shape
+    batch, groups = index_queries.shape[:2]
     n_blocks = -(-index_keys.shape[2] // block_size)
     # Half of the budget for the scores of blocks, of which choosing makes about eight copies.
     rows = max(1, memory_budget // (2 * 8 * 4 * batch * groups * n_blocks))
@@ -107,8 +107,7 @@ def _in_tiles(
         first = offset + start
         return choose(_block_scores(queries, index_keys, first, block_size, memory_budget // 2), first)
 
-    tiles = [(start, index_queries[:, :, start : start + rows]) for start in range(0, length, rows)]
-    return mx.concatenate(in_sequence(choose_tile, tiles), axis=2)
+    return over_queries(choose_tile, index_queries, rows)
 
 
 def _block_scores(

@@ -45,6 +45,13 @@ def in_sequence(
     return results
 
 
+def over_queries(compute: Callable[[int, mx.array], mx.array], queries: mx.array, rows: int) -> mx.array:
+    """``compute(start, tile)`` for tiles of ``rows`` queries ``[B, H, L, D]``, put together along L."""
+    length = queries.shape[2]
+    tiles = [(start, queries[:, :, start : start + rows]) for start in range(0, length, rows)]
+    return mx.concatenate(in_sequence(compute, tiles), axis=2)
+
+
 def transposed(x: mx.array, uses: int) -> mx.array:
     """``[..., m, n]`` -> ``[..., n, m]``, to be multiplied with ``uses`` rows.
 

@@ -3,7 +3,6 @@
 The oracle runs one unpadded row at a time; its own left-padded batches are wrong.
 """
 
-import json
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -106,9 +105,6 @@ class Oracle:
     def save(self, path: Path) -> None:
         """As ``save_pretrained`` writes it: published key names, 5.x config."""
         self.model.save_pretrained(path)
-
-    def config(self, path: Path) -> dict[str, Any]:
-        return json.loads((path / "config.json").read_text())
 
 
 def make_oracle(shape: dict[str, Any], seed: int, n_tokens: int = 150) -> Oracle:

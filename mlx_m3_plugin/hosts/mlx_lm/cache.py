@@ -42,7 +42,7 @@ class CacheList(upstream.CacheList):
         if head_dim % group_size:
             raise ValueError(
                 f"a KV group size of {group_size} does not divide this model's head size of {head_dim}; "
-                f"try --kv-group-size 32"
+                "try --kv-group-size 32"
             )
         return CacheList(keys_values.to_quantized(group_size=group_size, bits=bits), *index)
 
