@@ -37,7 +37,7 @@ test: .envs/newest/.ready .envs/floor/.ready
 	M3_NEWEST_PYTHON=$(CURDIR)/$(NEWEST) $(FLOOR) -m pytest -q --ignore tests/live $(FULL)
 
 test-live: .envs/newest/.torch
-	$(NEWEST) -m pytest -q tests/live --seeds 2
+	$(NEWEST) -m pytest -q tests/live --seeds 6
 
 test-full: FULL := --full
 test-full: lint test .envs/newest/.torch
