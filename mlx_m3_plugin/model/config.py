@@ -34,6 +34,23 @@ _ONLY_KNOWN_VALUE: dict[str, tuple[Any, ...]] = {
     "n_shared_experts": (1,),
 }
 
+# What no tensor's shape can confirm: a default here would be a guess.  Alternatives are the
+# spellings; one in ``rope_parameters`` or ``sparse_attention_config`` counts.
+_REQUIRED = (
+    ("num_experts_per_tok",),
+    ("routed_scaling_factor",),
+    ("rms_norm_eps",),
+    ("swiglu_alpha",),
+    ("swiglu_limit",),
+    ("rope_theta",),
+    ("rotary_dim", "partial_rotary_factor"),
+)
+_REQUIRED_IF_SPARSE = (
+    ("sparse_block_size", "index_block_size"),
+    ("sparse_topk_blocks", "index_topk_blocks"),
+    ("sparse_local_block", "index_local_blocks"),
+)
+
 
 @dataclass
 class TextConfig:
@@ -174,6 +191,9 @@ def text_config_of(config: Mapping[str, Any], environ: Mapping[str, str] = os.en
 
     ``MLX_M3_PLUGIN_ATTENTION`` in the environment, or ``attention`` at the top of the config, where
     mlx-lm's ``load_model(model_config=...)`` puts an override, choose between dense and sparse.
+
+    Raises:
+        ValueError: a key is missing, has a wrong type, or a value that this model does not compute.
     """
     text = dict(config)
     if config.get("text_config") is not None:
@@ -183,7 +203,20 @@ def text_config_of(config: Mapping[str, Any], environ: Mapping[str, str] = os.en
     attention = environ.get("MLX_M3_PLUGIN_ATTENTION") or config.get("attention")
     if attention is not None:
         text["attention"] = attention
-    return TextConfig.from_dict(text)
+    read = TextConfig.from_dict(text)
+    _require(text, _REQUIRED)
+    if "minimax_m3_sparse" in read.layer_types:
+        _require(text, _REQUIRED_IF_SPARSE)
+    return read
+
+
+def _require(text: Mapping[str, Any], keys: tuple[tuple[str, ...], ...]) -> None:
+    present = {key for key, value in text.items() if value is not None}
+    for nested in ("rope_parameters", "rope_scaling", "sparse_attention_config"):
+        present |= _mapping(text, nested).keys()
+    for spellings in keys:
+        if not present & set(spellings):
+            raise ValueError(f"config: {' or '.join(spellings)} is missing")
 
 
 def _layer_types(params: Mapping[str, Any], sparse: Mapping[str, Any], n_layers: int) -> list[str]:

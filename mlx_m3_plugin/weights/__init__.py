@@ -5,7 +5,21 @@ made from the stored ones.  The plan is made from names, shapes and dtypes alone
 to lazy arrays reads nothing.
 """
 
-from .check import check_weights
-from .layouts import lacks_indexers, map_weights, plan_layout
+from .check import check_values, check_weights, group_names
+from .headers import Headers, StoredTensor, read_headers
+from .layouts import fuse_experts, lacks_indexers, map_weights, plan_layout
+from .quantization import infer_quantization
 
-__all__ = ["check_weights", "lacks_indexers", "map_weights", "plan_layout"]
+__all__ = [
+    "Headers",
+    "StoredTensor",
+    "check_values",
+    "check_weights",
+    "fuse_experts",
+    "group_names",
+    "infer_quantization",
+    "lacks_indexers",
+    "map_weights",
+    "plan_layout",
+    "read_headers",
+]

@@ -5,6 +5,7 @@ from collections.abc import Iterable, Mapping
 from itertools import zip_longest
 
 import mlx.core as mx
+import mlx.nn as nn
 
 _NUMBER = re.compile(r"\.(\d+)(?=\.)")
 _LINES = 15
@@ -14,8 +15,8 @@ def check_weights(weights: Mapping[str, mx.array], parameters: Mapping[str, mx.a
     """Compare the tensors to load with the model's parameters.
 
     Raises:
-        ValueError: tensors are missing, left over, or have another shape than the model's.
-            Names that differ only in numbers are told in one line.
+        ValueError: tensors are missing, left over, or have another shape or kind of dtype than
+            the model's.  Names that differ only in numbers are told in one line.
     """
     missing = parameters.keys() - weights.keys()
     left_over = weights.keys() - parameters.keys()
@@ -24,14 +25,67 @@ def check_weights(weights: Mapping[str, mx.array], parameters: Mapping[str, mx.a
         for name, array in weights.items()
         if name in parameters and array.shape != parameters[name].shape
     ]
-    if not (missing or left_over or shapes):
+    dtypes = [
+        f"{name}: {_dtype(array)} in the checkpoint, {_dtype(parameters[name])} in the model"
+        for name, array in weights.items()
+        if name in parameters and _kind(array) != _kind(parameters[name])
+    ]
+    if not (missing or left_over or shapes or dtypes):
         return
     lines = ["these weights do not make a MiniMax-M3 text model (mlx-m3-plugin)."]
     lines += _section("missing", missing)
     lines += _section("left over", left_over)
     if shapes:
         lines += [f"of the wrong shape ({len(shapes)}):", *_shorten(sorted(shapes))]
+    if dtypes:
+        lines += [f"of the wrong dtype ({len(dtypes)}):", *_shorten(sorted(dtypes))]
     raise ValueError("\n".join(lines))
+
+
+def check_values(model: nn.Module) -> None:
+    """Look for values that are not numbers, where one of them spoils a whole row: in the scales
+    and biases of quantized weights, and in norms.
+
+    Reads them, so it is for weights that are to be in memory anyway, and one module at a time.
+
+    Raises:
+        ValueError: names the first tensors that hold such a value.
+    """
+    wrong = []
+    for path, module in model.named_modules():
+        suspects = {
+            name: _not_numbers(array, getattr(module, "mode", None) if name == "scales" else None)
+            for name, array in module.items()
+            if isinstance(array, mx.array) and (name in _SMALL or array.ndim == 1)
+        }
+        mx.eval(suspects)
+        wrong += [f"{path}.{name}" for name, count in suspects.items() if count.item()]
+    if wrong:
+        raise ValueError("\n".join(["these tensors hold values that are not numbers:", *_shorten(wrong)]))
+
+
+# Parts of a quantized module besides its packed values.
+_SMALL = ("scales", "biases", "global_scale")
+
+
+def _not_numbers(array: mx.array, mode: str | None) -> mx.array:
+    """How many values are NaN or infinite; 8-bit scales have codes of their own for that."""
+    if mode in ("mxfp8", "mxfp4"):
+        return (array == 255).sum()
+    if mode == "nvfp4":
+        return ((array & 127) == 127).sum()
+    if not mx.issubdtype(array.dtype, mx.floating):
+        return mx.array(0)
+    return (~mx.isfinite(array)).sum()
+
+
+def _kind(array: mx.array) -> str:
+    """Any float may stand for another; packed values and 8-bit scales are what they are."""
+    return "float" if mx.issubdtype(array.dtype, mx.floating) else str(array.dtype)
+
+
+def _dtype(array: mx.array) -> str:
+    return str(array.dtype).removeprefix("mlx.core.")
 
 
 def _section(title: str, names: Iterable[str]) -> list[str]:

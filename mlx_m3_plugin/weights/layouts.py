@@ -1,26 +1,19 @@
 """Checkpoint layouts, each step a small rewrite of ``{name: Tensor}``.
 
-Known here: the published layout, MXFP8, what ``mlx_lm.convert`` and ``mlx_vlm.convert``
-write (experts stacked, gate and up apart or fused, the shared expert apart or as one more
-row), dense MLPs stored under ``block_sparse_moe``, and text-only extractions.
+``docs/layouts.md`` lists what is in circulation.  No step looks at a repository's name or at a
+flag: key names, shapes and dtypes say what a checkpoint is.
 """
 
-import re
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping
 
 import mlx.core as mx
 
 from ..model.config import TextConfig
-from .tensor import Tensor
+from .formats import read_formats
+from .names import is_unused, is_vision, layer_of, published_name, rename
+from .tensor import HasShape, Tensor
 
 Plan = dict[str, Tensor]
-
-# Parts of a checkpoint that a text model has no use for.
-_UNUSED = re.compile(r"^(model\.)?(vision_tower|multi_modal_projector|patch_merge_mlp|mtp)\.")
-# Whatever stands before ``model.layers`` or ``lm_head`` in the stored names.
-_TEXT_PREFIX = re.compile(r"^language_model\.(?=model\.|lm_head\.)")
-
-_LAYER = re.compile(r"(?:^|\.)model\.layers\.(\d+)\.self_attn\.q_proj\.")
 
 _PARTS = ("weight", "scales", "biases", "global_scale")
 # Published name of an expert's projection -> MLX's.
@@ -32,64 +25,76 @@ def map_weights(weights: Mapping[str, mx.array], config: TextConfig, prefix: str
     return {name: tensor.make(weights) for name, tensor in plan_layout(weights, config, prefix).items()}
 
 
-def plan_layout(weights: Mapping[str, mx.array], config: TextConfig, prefix: str) -> Plan:
-    """How the parameters of the text model are made from the stored tensors.
+def plan_layout(
+    weights: Mapping[str, HasShape], config: TextConfig, prefix: str, *, vision: bool = False
+) -> Plan:
+    """How the parameters of the model are made from the stored tensors.
 
     Args:
         weights: the stored tensors; only names, shapes and dtypes are looked at.
         config: the text config.
         prefix: what the model puts before ``model.layers`` and ``lm_head`` in its names.
+        vision: keep the vision tower and the projectors, under their published names.
 
     Returns:
         ``{parameter name: Tensor}``.  What no step knows keeps its name, for the check of
         missing and left-over tensors to name it.
+
+    Raises:
+        ValueError: a tensor is there twice, or in a format that MLX has no mode for.
     """
-    plan = {
-        _TEXT_PREFIX.sub("", name): Tensor.stored(name, array)
-        for name, array in weights.items()
-        if not _UNUSED.match(name)
-    }
+    used = [name for name in weights if not is_unused(name)]
+    names = rename(used, lambda name: published_name(name, config))
+    plan = {new: Tensor.stored(name, weights[name]) for name, new in names.items()}
+    seen = {name: plan.pop(name) for name in list(plan) if is_vision(name)}
     if config.tie_word_embeddings:
         for part in _PARTS:
             plan.pop(f"lm_head.{part}", None)
-    _read_mxfp8(plan)
+    read_formats(plan)
     for layer in range(config.num_hidden_layers):
         base = f"model.layers.{layer}"
         if config.is_moe(layer):
             moe = f"{base}.block_sparse_moe"
             _stack_experts(plan, moe, config.num_local_experts)
             _take_out_shared_expert(plan, moe, config.num_local_experts)
-            for owner in (f"{moe}.switch_mlp", f"{moe}.shared_experts"):
-                _split_gate_up(plan, owner)
+            _split_gate_up(plan, f"{moe}.switch_mlp")
+            _split_gate_up(plan, f"{moe}.shared_experts")
         else:
-            _move_dense_mlp(plan, base)
-    return {prefix + name: tensor for name, tensor in plan.items()}
+            _split_gate_up(plan, f"{base}.mlp")
+    text = {prefix + name: tensor for name, tensor in plan.items()}
+    return {**text, **seen} if vision else text
 
 
-def lacks_indexers(names: Iterable[str], config: TextConfig) -> bool:
-    """Whether there are tensors of layers that are sparse by the config, and none of any indexer.
+def lacks_indexers(plan: Mapping[str, object], config: TextConfig) -> bool:
+    """Whether no tensor of any indexer is among these names, though the config has sparse layers.
 
-    Conversions by the early branches of mlx-lm have left them out.
+    Conversions by the early branches of mlx-lm have left them out.  Names may carry a prefix.
     """
     in_sparse_layer = False
-    for name in names:
+    for name in plan:
         if ".self_attn.index_" in name:
             return False
-        layer = _LAYER.search(name)
-        if layer and config.is_sparse_attention(int(layer[1])):
+        layer = layer_of(name.removeprefix("language_model."))
+        if layer is not None and config.is_sparse_attention(layer):
             in_sparse_layer = True
     return in_sparse_layer
 
 
-def _read_mxfp8(plan: Plan) -> None:
-    """e4m3 bytes with one E8M0 exponent per 32 inputs are MLX's ``mxfp8``, byte for byte."""
-    for name in [n for n in plan if n.endswith(".weight_scale_inv")]:
-        base = name.removesuffix(".weight_scale_inv")
-        weight = plan.get(f"{base}.weight")
-        if weight is None or weight.dtype != str(mx.uint8) or plan[name].dtype != str(mx.uint8):
-            continue
-        plan[f"{base}.scales"] = plan.pop(name)
-        plan[f"{base}.weight"] = weight.view_as_uint32()
+def fuse_experts(plan: Plan, config: TextConfig, prefix: str, *, pack_shared: bool) -> Plan:
+    """The way back: gate and up in one ``gate_up_proj``, and the shared expert as one more row.
+
+    mlx-vlm stores experts so by default.  Exact on quantized tensors: rows are never packed
+    together.  Modules whose gate and up, or whose shared and routed experts, differ in shape
+    or dtype stay apart.
+    """
+    plan = dict(plan)
+    for layer in range(config.num_hidden_layers):
+        if config.is_moe(layer):
+            moe = f"{prefix}model.layers.{layer}.block_sparse_moe"
+            if pack_shared:
+                _put_in_shared_expert(plan, moe)
+            _join_gate_up(plan, f"{moe}.switch_mlp")
+    return plan
 
 
 def _stack_experts(plan: Plan, moe: str, num_experts: int) -> None:
@@ -112,25 +117,45 @@ def _take_out_shared_expert(plan: Plan, moe: str, num_experts: int) -> None:
         for part in _PARTS:
             name = f"{moe}.switch_mlp.{projection}.{part}"
             experts = plan.get(name)
-            if experts is not None and experts.shape[0] == num_experts + 1:
+            if experts is not None and experts.shape[:1] == (num_experts + 1,):
                 plan[name] = experts.rows(0, num_experts)
-                shared = experts.rows(num_experts, num_experts + 1).without_first_axis()
+                shared = experts.rows(num_experts, num_experts + 1).reshape(*experts.shape[1:])
                 plan[f"{moe}.shared_experts.{projection}.{part}"] = shared
+
+
+def _put_in_shared_expert(plan: Plan, moe: str) -> None:
+    pairs = {}
+    for projection in _EXPERT_PROJECTIONS.values():
+        for part in _PARTS:
+            routed = plan.get(f"{moe}.switch_mlp.{projection}.{part}")
+            shared = plan.get(f"{moe}.shared_experts.{projection}.{part}")
+            if (routed and (routed.shape[1:], routed.dtype)) != (shared and (shared.shape, shared.dtype)):
+                return
+            if routed and shared:
+                pairs[projection, part] = Tensor.concatenate([routed, shared.reshape(1, *shared.shape)])
+    for (projection, part), rows in pairs.items():
+        del plan[f"{moe}.shared_experts.{projection}.{part}"]
+        plan[f"{moe}.switch_mlp.{projection}.{part}"] = rows
 
 
 def _split_gate_up(plan: Plan, owner: str) -> None:
     """Fused projections are concatenated: the first half of the output rows is the gate."""
     for part in ("weight", "scales", "biases"):
-        fused = plan.pop(f"{owner}.gate_up_proj.{part}", None)
-        if fused is not None:
+        fused = plan.get(f"{owner}.gate_up_proj.{part}")
+        if fused is not None and len(fused.shape) > 1:
+            del plan[f"{owner}.gate_up_proj.{part}"]
             rows = fused.shape[-2]
             plan[f"{owner}.gate_proj.{part}"] = fused.rows(0, rows // 2, axis=-2)
             plan[f"{owner}.up_proj.{part}"] = fused.rows(rows // 2, rows, axis=-2)
 
 
-def _move_dense_mlp(plan: Plan, base: str) -> None:
-    for projection in ("gate_proj", "up_proj", "down_proj"):
-        for part in _PARTS:
-            tensor = plan.pop(f"{base}.block_sparse_moe.{projection}.{part}", None)
-            if tensor is not None:
-                plan[f"{base}.mlp.{projection}.{part}"] = tensor
+def _join_gate_up(plan: Plan, owner: str) -> None:
+    pairs = {part: [plan.get(f"{owner}.{p}_proj.{part}") for p in ("gate", "up")] for part in _PARTS}
+    present = {part: [t for t in pair if t] for part, pair in pairs.items() if any(pair)}
+    if "global_scale" in present or any(
+        len({(t.shape, t.dtype) for t in pair}) != 1 or len(pair) != 2 for pair in present.values()
+    ):
+        return
+    for part, pair in present.items():
+        del plan[f"{owner}.gate_proj.{part}"], plan[f"{owner}.up_proj.{part}"]
+        plan[f"{owner}.gate_up_proj.{part}"] = Tensor.concatenate(pair, axis=-2)

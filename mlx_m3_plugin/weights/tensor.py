@@ -1,9 +1,21 @@
 """A tensor that is planned, not loaded: stored under a name, or made from others."""
 
-from collections.abc import Mapping, Sequence
+import math
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from typing import Any, Protocol
 
 import mlx.core as mx
+
+
+class HasShape(Protocol):
+    """What a plan is made from: an array, or a header's entry."""
+
+    @property
+    def shape(self) -> tuple[int, ...]: ...
+
+    @property
+    def dtype(self) -> Any: ...
 
 
 @dataclass(frozen=True)
@@ -11,59 +23,89 @@ class Tensor:
     """One node of a plan.
 
     Attributes:
-        operation: ``stored``, ``view``, ``rows``, ``squeeze`` or ``stack``.
+        operation: ``stored``, ``view``, ``rows``, ``reshape``, ``stack``, ``concatenate``,
+            ``multiply`` or ``divide``.
         sources: the planned tensors it is made from.
-        detail: the stored name, the viewed dtype, or the rows as ``(axis, start, stop)``.
+        detail: what the operation needs besides: the stored name, ``(axis, start, stop)``, the
+            axis to concatenate, the shape, the factor, or the number that is divided.
         shape: its shape; ``dtype``: its dtype, as ``str(mx.dtype)``.
     """
 
     operation: str
     sources: tuple["Tensor", ...]
-    detail: object
+    detail: Any
     shape: tuple[int, ...]
     dtype: str
 
     @staticmethod
-    def stored(name: str, array: mx.array) -> "Tensor":
+    def stored(name: str, array: HasShape) -> "Tensor":
         return Tensor("stored", (), name, tuple(array.shape), str(array.dtype))
 
     def view_as_uint32(self) -> "Tensor":
         """The same bytes as little-endian uint32: how MLX packs quantized values."""
         shape = (*self.shape[:-1], self.shape[-1] // 4)
-        return Tensor("view", (self,), "uint32", shape, str(mx.uint32))
+        return Tensor("view", (self,), None, shape, str(mx.uint32))
 
     def rows(self, start: int, stop: int, axis: int = 0) -> "Tensor":
         axis %= len(self.shape)
         shape = (*self.shape[:axis], stop - start, *self.shape[axis + 1 :])
         return Tensor("rows", (self,), (axis, start, stop), shape, self.dtype)
 
-    def without_first_axis(self) -> "Tensor":
-        """``[1, ...]`` -> ``[...]``."""
-        return Tensor("squeeze", (self,), None, self.shape[1:], self.dtype)
+    def reshape(self, *shape: int) -> "Tensor":
+        assert math.prod(shape) == math.prod(self.shape)
+        return Tensor("reshape", (self,), shape, shape, self.dtype)
+
+    def multiplied_by(self, factor: float) -> "Tensor":
+        return Tensor("multiply", (self,), factor, self.shape, self.dtype)
+
+    def dividing(self, number: float) -> "Tensor":
+        """``number / self``."""
+        return Tensor("divide", (self,), number, self.shape, self.dtype)
 
     @staticmethod
     def stack(tensors: Sequence["Tensor"]) -> "Tensor":
         first = tensors[0]
         return Tensor("stack", tuple(tensors), None, (len(tensors), *first.shape), first.dtype)
 
+    @staticmethod
+    def concatenate(tensors: Sequence["Tensor"], axis: int = 0) -> "Tensor":
+        first = tensors[0]
+        axis %= len(first.shape)
+        length = sum(tensor.shape[axis] for tensor in tensors)
+        shape = (*first.shape[:axis], length, *first.shape[axis + 1 :])
+        return Tensor("concatenate", tuple(tensors), axis, shape, first.dtype)
+
     def make(self, weights: Mapping[str, mx.array]) -> mx.array:
         """The lazy array, from the stored ones."""
         if self.operation == "stored":
-            return weights[str(self.detail)]
-        made = [source.make(weights) for source in self.sources]
-        if self.operation == "stack":
-            return mx.stack(made)
-        if self.operation == "view":
-            return made[0].view(mx.uint32)
-        if self.operation == "squeeze":
-            return made[0].squeeze(0)
-        assert isinstance(self.detail, tuple)
-        axis, start, stop = self.detail
-        # Contiguous, or the slice would keep the whole source alive.
-        return mx.contiguous(made[0][(slice(None),) * axis + (slice(start, stop),)])
+            return weights[self.detail]
+        return _MAKE[self.operation]([source.make(weights) for source in self.sources], self.detail)
+
+    def stored_names(self) -> Iterator[str]:
+        """The names of the stored tensors it is made from."""
+        if self.operation == "stored":
+            yield self.detail
+        for source in self.sources:
+            yield from source.stored_names()
 
     def __str__(self) -> str:
         if self.operation == "stored":
             return str(self.detail)
         detail = "" if self.detail is None else f", {self.detail}"
         return f"{self.operation}({', '.join(map(str, self.sources))}{detail})"
+
+
+def _rows(array: mx.array, axis: int, start: int, stop: int) -> mx.array:
+    # Contiguous, or the slice would keep the whole source alive.
+    return mx.contiguous(array[(slice(None),) * axis + (slice(start, stop),)])
+
+
+_MAKE = {
+    "view": lambda made, _: made[0].view(mx.uint32),
+    "rows": lambda made, detail: _rows(made[0], *detail),
+    "reshape": lambda made, shape: made[0].reshape(shape),
+    "multiply": lambda made, factor: made[0] * factor,
+    "divide": lambda made, number: number / made[0],
+    "stack": lambda made, _: mx.stack(made),
+    "concatenate": lambda made, axis: mx.concatenate(made, axis=axis),
+}

@@ -40,6 +40,10 @@ TEXT: dict[str, Any] = {
     "index_block_size": 8,
     "index_topk_blocks": 3,
     "index_local_blocks": 1,
+    "rms_norm_eps": 1e-6,
+    "routed_scaling_factor": 2.0,
+    "swiglu_alpha": 1.702,
+    "swiglu_limit": 7.0,
 }
 
 

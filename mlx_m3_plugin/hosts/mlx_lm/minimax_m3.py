@@ -3,7 +3,7 @@
 mlx-lm executes this file under its own module name, so every import is absolute.
 """
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 from mlx_m3_plugin.hosts.mlx_lm.base import MlxLmModel
@@ -20,10 +20,11 @@ class ModelArgs:
 
     text_config: TextConfig
     model_type: str = "minimax_m3"
+    loader_config: dict[str, Any] = field(default_factory=dict, repr=False)
 
     @classmethod
     def from_dict(cls, params: dict[str, Any]) -> "ModelArgs":
-        return cls(text_config_of(params), params.get("model_type", cls.model_type))
+        return cls(text_config_of(params), params.get("model_type", cls.model_type), params)
 
 
 class Model(LanguageModel, MlxLmModel):

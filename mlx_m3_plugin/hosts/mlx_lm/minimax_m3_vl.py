@@ -3,7 +3,7 @@
 mlx-lm executes this file under its own module name, so every import is absolute.
 """
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import mlx.core as mx
@@ -22,6 +22,7 @@ class ModelArgs:
 
     text_config: TextConfig
     model_type: str = "minimax_m3_vl"
+    loader_config: dict[str, Any] = field(default_factory=dict, repr=False)
 
     def __post_init__(self) -> None:
         if isinstance(self.text_config, dict):
@@ -29,7 +30,7 @@ class ModelArgs:
 
     @classmethod
     def from_dict(cls, params: dict[str, Any]) -> "ModelArgs":
-        return cls(text_config_of(params), params.get("model_type", cls.model_type))
+        return cls(text_config_of(params), params.get("model_type", cls.model_type), params)
 
 
 class Model(MlxLmModel):

@@ -1,8 +1,11 @@
 """Extensions of mlx-lm modules that it does not look up by name."""
 
+import functools
 from collections.abc import Callable
 from types import ModuleType
 from typing import Any
+
+from mlx_m3_plugin.weights.files import check_files, is_m3, with_shards_named_as_expected
 
 
 def tokenizer_utils(module: ModuleType, load_entry_points: Callable[[str], list[Any]]) -> list[str]:
@@ -27,3 +30,30 @@ def tokenizer_utils(module: ModuleType, load_entry_points: Callable[[str], list[
     __init__.__wrapped__ = original  # type: ignore[attr-defined]
     wrapper.__init__ = __init__
     return [f"thinking markers {start} {end}" for start, end in markers]
+
+
+def utils(module: Any, load_entry_points: Callable[[str], list[Any]]) -> list[str]:
+    """Have ``load_model`` look at an M3 checkpoint's files before, and at its values after.
+
+    MLX opens shards that are cut off or absent, and mlx-lm lets the second of two tensors of one
+    name win.  Other checkpoints go straight through.
+    """
+    original = module.load_model
+
+    @functools.wraps(original)
+    def load_model(
+        model_path: Any, lazy: bool = False, strict: bool = True, *args: Any, **kwargs: Any
+    ) -> Any:
+        if not is_m3(model_path):
+            return original(model_path, lazy, strict, *args, **kwargs)
+        if strict:
+            check_files(model_path)
+        with with_shards_named_as_expected(model_path) as path:
+            model, config = original(path, lazy, strict, *args, **kwargs)
+        # Reads scales, which a lazy load is to leave alone.
+        if not lazy and hasattr(model, "check_values"):
+            model.check_values()
+        return model, config
+
+    module.load_model = load_model
+    return ["load_model checks the files of M3 checkpoints"]

@@ -1,0 +1,129 @@
+"""Quantized formats of other libraries, read as MLX's own without touching a value.
+
+MLX packs a quantized matrix as ``weight`` (uint32), ``scales`` and, for affine quantization,
+``biases``.  Microscaling formats agree with it byte for byte, whatever they call their parts:
+
+=============  ==========================  ======================  =====================
+MLX's mode     values                      scales                  tensor scale
+=============  ==========================  ======================  =====================
+``mxfp8``      e4m3, one per byte          E8M0 per 32 inputs      none
+``mxfp4``      e2m1, two per byte          E8M0 per 32 inputs      none
+``nvfp4``      e2m1, two per byte          e4m3 per 16 inputs      float32
+=============  ==========================  ======================  =====================
+
+``mx.load`` gives 8-bit floats as uint8, so the mode is told by how many bytes share a scale.
+"""
+
+import re
+from collections import defaultdict
+
+import mlx.core as mx
+
+from .tensor import Tensor
+
+Plan = dict[str, Tensor]
+
+# Bytes of values per scale -> MLX's mode.
+_BYTES_PER_SCALE = {32: "mxfp8", 16: "mxfp4", 8: "nvfp4"}
+# MLX's tensor scale is the largest magnitude it can express: 6 (e2m1) times 448 (e4m3).
+_NVFP4_LARGEST = 6.0 * 448.0
+
+_VALUES = ("weight", "weight_packed")
+_SCALES = ("weight_scale_inv", "weight_scale")
+# How activations would be quantized; weights are all that matters here.
+_FOR_ACTIVATIONS = ("input_scale", "input_global_scale")
+_FOREIGN_PART = re.compile(
+    r"\.(weight_scale_inv|weight_scale|weight_scale_2|weight_global_scale|weight_packed|weight_shape"
+    r"|weight_zero_point|input_scale|input_global_scale|qweight|qzeros|g_idx)$"
+)
+
+
+def read_formats(plan: Plan) -> None:
+    """Turn every module that is quantized in a format of another library into MLX's parts.
+
+    Raises:
+        ValueError: MLX has no mode for a format; names it and a tensor.
+    """
+    foreign: dict[str, set[str]] = defaultdict(set)
+    for name in plan:
+        if part := _FOREIGN_PART.search(name):
+            foreign[name.removesuffix(part[0])].add(part[1])
+    for module, parts in foreign.items():
+        _read_module(plan, module, parts)
+
+
+def _read_module(plan: Plan, module: str, parts: set[str]) -> None:
+    for part in _FOR_ACTIVATIONS:
+        plan.pop(f"{module}.{part}", None)
+    values = next((p for p in reversed(_VALUES) if f"{module}.{p}" in plan), None)
+    scales = next((p for p in _SCALES if p in parts), None)
+    if values is None or scales is None:
+        if parts <= {*_FOR_ACTIVATIONS}:
+            return
+        if {"qweight", "qzeros", "g_idx", "weight_packed", "weight_zero_point"} & parts:
+            _refuse(plan, module, parts)
+        # A part is missing: the check before loading names what is left.
+        return
+    mode = _mode(plan[f"{module}.{values}"], plan[f"{module}.{scales}"])
+    if mode is None:
+        _refuse(plan, module, parts)
+    packed = plan.pop(f"{module}.{values}")
+    plan[f"{module}.weight"] = packed.view_as_uint32()
+    plan[f"{module}.scales"] = plan.pop(f"{module}.{scales}")
+    if mode == "nvfp4":
+        _read_tensor_scale(plan, module)
+
+
+def _mode(values: Tensor, scales: Tensor) -> str | None:
+    one_byte = values.dtype == scales.dtype == str(mx.uint8)
+    if not one_byte or len(values.shape) < 2 or len(values.shape) != len(scales.shape):
+        return None
+    if values.shape[:-1] != scales.shape[:-1] or not scales.shape[-1] or values.shape[-1] % 4:
+        return None
+    per_scale, rest = divmod(values.shape[-1], scales.shape[-1])
+    return None if rest else _BYTES_PER_SCALE.get(per_scale)
+
+
+def _read_tensor_scale(plan: Plan, module: str) -> None:
+    factor = plan.pop(f"{module}.weight_scale_2", None)
+    divisor = plan.pop(f"{module}.weight_global_scale", None)
+    if factor is not None:
+        # ModelOpt: value = e2m1 * weight_scale * weight_scale_2.
+        plan[f"{module}.global_scale"] = _scalar(factor, module).multiplied_by(_NVFP4_LARGEST)
+    elif divisor is not None:
+        # compressed-tensors: value = e2m1 * weight_scale / weight_global_scale.
+        plan[f"{module}.global_scale"] = _scalar(divisor, module).dividing(_NVFP4_LARGEST)
+
+
+def _scalar(tensor: Tensor, module: str) -> Tensor:
+    if any(n != 1 for n in tensor.shape) or tensor.dtype != str(mx.float32):
+        raise ValueError(
+            f"{module}: its tensor scale is {tensor.dtype} of shape {tensor.shape}, not one float32"
+        )
+    return tensor.reshape()
+
+
+def _refuse(plan: Plan, module: str, parts: set[str]) -> None:
+    told = {
+        f"{module}.{part}": plan[f"{module}.{part}"]
+        for part in sorted({*parts, "weight"})
+        if f"{module}.{part}" in plan
+    }
+    tensors = ", ".join(
+        f"{name} {t.dtype.removeprefix('mlx.core.')}{list(t.shape)}" for name, t in told.items()
+    )
+    raise ValueError(
+        f"MLX has no quantization mode for {_format_name(plan, module, parts)}: {tensors}. "
+        "Take the published bf16 or MXFP8 checkpoint instead, or dequantize this one first"
+    )
+
+
+def _format_name(plan: Plan, module: str, parts: set[str]) -> str:
+    if {"qweight", "qzeros", "g_idx"} & parts:
+        return "GPTQ or AWQ packing (qweight)"
+    if "weight_packed" in parts and plan[f"{module}.weight_packed"].dtype != str(mx.uint8):
+        return "compressed-tensors integers (weight_packed of whole words)"
+    scales = next(plan[f"{module}.{part}"] for part in _SCALES if part in parts)
+    if scales.dtype != str(mx.uint8):
+        return "fp8 with float scales per block or channel"
+    return "this packing"

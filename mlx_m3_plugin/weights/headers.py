@@ -1,0 +1,199 @@
+"""What safetensors headers say of a checkpoint, and what is wrong with its files.
+
+Only headers are read, so a checkpoint of any size takes a moment.  MLX itself opens a file
+whose end is missing, and keeps one of two tensors of the same name; here both are told.
+"""
+
+import json
+import math
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from itertools import pairwise
+from pathlib import Path
+from typing import Any
+
+INDEX = "model.safetensors.index.json"
+
+# safetensors dtype -> bytes of one element, and the dtype that ``mx.load`` gives it.
+_DTYPES = {
+    "BOOL": (1, "bool"),
+    "U8": (1, "uint8"),
+    "I8": (1, "int8"),
+    "U16": (2, "uint16"),
+    "I16": (2, "int16"),
+    "U32": (4, "uint32"),
+    "I32": (4, "int32"),
+    "U64": (8, "uint64"),
+    "I64": (8, "int64"),
+    "F8_E4M3": (1, "uint8"),
+    "F16": (2, "float16"),
+    "BF16": (2, "bfloat16"),
+    "F32": (4, "float32"),
+    "F64": (8, "float64"),
+    "C64": (8, "complex64"),
+}
+# The safetensors format's own limit.
+_LARGEST_HEADER = 100_000_000
+
+
+@dataclass(frozen=True)
+class StoredTensor:
+    """One tensor as its file's header describes it.
+
+    Attributes:
+        shape: as stored.  stored_dtype: safetensors' name, such as ``BF16``.
+        nbytes: bytes of data.  file: the name of its file.
+    """
+
+    shape: tuple[int, ...]
+    stored_dtype: str
+    nbytes: int
+    file: str
+
+    @property
+    def dtype(self) -> str:
+        """As ``str(array.dtype)`` of what ``mx.load`` makes of it."""
+        return f"mlx.core.{_DTYPES[self.stored_dtype][1]}"
+
+
+@dataclass
+class Headers:
+    """All tensors of a checkpoint, and what is wrong with its files, one line each."""
+
+    tensors: dict[str, StoredTensor] = field(default_factory=dict)
+    files: list[str] = field(default_factory=list)
+    problems: list[str] = field(default_factory=list)
+
+    def add(self, file: str, tensors: dict[str, StoredTensor]) -> None:
+        self.files.append(file)
+        for name, tensor in tensors.items():
+            if name in self.tensors:
+                self.problems.append(f"{name} is in two files: {self.tensors[name].file} and {file}")
+            self.tensors[name] = tensor
+
+
+def read_headers(directory: str | Path) -> Headers:
+    """Read the headers of all shards in ``directory``, and compare them with the index.
+
+    Problems are collected, not raised: a truncated shard should not hide a missing one.
+
+    Raises:
+        FileNotFoundError: there is no safetensors file in ``directory``.
+    """
+    directory = Path(directory)
+    files = weight_files(directory)
+    if not files and not (directory / INDEX).exists():
+        raise FileNotFoundError(f"{directory} holds no .safetensors file")
+    headers = Headers()
+    for file in files:
+        try:
+            headers.add(file.name, read_header(file))
+        except (ValueError, OSError) as error:
+            headers.files.append(file.name)
+            headers.problems.append(f"{file.name}: {error}")
+    headers.problems += _index_problems(directory, headers)
+    return headers
+
+
+def weight_files(directory: Path) -> list[Path]:
+    """The shards of a checkpoint: those named in its index, and others named like them."""
+    listed = {directory / name for name in set(_weight_map(directory).values())}
+    found = set(directory.glob("model*.safetensors"))
+    if not listed and not found:
+        found = set(directory.glob("*.safetensors")) - {directory / "consolidated.safetensors"}
+    return sorted(file for file in listed | found if file.exists())
+
+
+def read_header(file: Path) -> dict[str, StoredTensor]:
+    """The tensors of one file.
+
+    Raises:
+        ValueError: the file is not a whole safetensors file; says what is wrong.
+    """
+    size = file.stat().st_size
+    with file.open("rb") as stream:
+        length = int.from_bytes(stream.read(8), "little")
+        if size < 8 or length > min(size - 8, _LARGEST_HEADER):
+            raise ValueError(f"not a whole safetensors file: it says that its header has {length} bytes")
+        text = stream.read(length)
+    entries = _parse(text)
+    entries.pop("__metadata__", None)
+    tensors, ends = {}, [0]
+    for name, entry in entries.items():
+        tensors[name] = _tensor(name, entry, file.name)
+        ends.append(entry["data_offsets"][1])
+    data = size - 8 - length
+    if max(ends) > data:
+        cut = [name for name, entry in entries.items() if entry["data_offsets"][1] > data]
+        raise ValueError(
+            f"truncated: {max(ends) - data:,} bytes are missing, of {len(cut)} tensors ({cut[0]} is one); "
+            "download it again"
+        )
+    _check_no_overlap(entries)
+    return tensors
+
+
+def _parse(text: bytes) -> dict[str, Any]:
+    def refuse_doubles(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+        names = [name for name, _ in pairs]
+        if len(set(names)) < len(names):
+            double = next(name for name in names if names.count(name) > 1)
+            raise ValueError(f"{double} is twice in the header")
+        return dict(pairs)
+
+    try:
+        entries = json.loads(text, object_pairs_hook=refuse_doubles)
+    except (json.JSONDecodeError, UnicodeDecodeError, RecursionError) as error:
+        raise ValueError(f"its header is not JSON ({error})") from None
+    if not isinstance(entries, dict):
+        raise ValueError("its header is not a JSON object")
+    return entries
+
+
+def _tensor(name: str, entry: Any, file: str) -> StoredTensor:
+    try:
+        dtype, shape, (start, end) = entry["dtype"], tuple(entry["shape"]), entry["data_offsets"]
+        well_formed = all(type(n) is int and n >= 0 for n in (*shape, start, end))
+    except (TypeError, KeyError, ValueError):
+        well_formed = False
+    if not well_formed:
+        raise ValueError(f"{name}: its entry in the header is malformed")
+    if dtype not in _DTYPES:
+        raise ValueError(f"{name}: MLX does not read tensors of dtype {dtype}")
+    if end - start != math.prod(shape) * _DTYPES[dtype][0]:
+        raise ValueError(f"{name}: {end - start} bytes do not make a {dtype} tensor of shape {shape}")
+    return StoredTensor(shape, dtype, end - start, file)
+
+
+def _check_no_overlap(entries: dict[str, Any]) -> None:
+    spans = sorted((*entry["data_offsets"], name) for name, entry in entries.items())
+    for (_, end, first), (start, _, second) in pairwise(spans):
+        if start < end:
+            raise ValueError(f"{first} and {second} overlap")
+
+
+def _index_problems(directory: Path, headers: Headers) -> Iterator[str]:
+    weight_map = _weight_map(directory)
+    present = {file.name for file in weight_files(directory)}
+    absent: dict[str, list[str]] = {}
+    for name, file in weight_map.items():
+        if file not in present:
+            absent.setdefault(file, []).append(name)
+    for file, names in sorted(absent.items()):
+        yield f"{file} is listed in {INDEX} and absent; it holds {len(names)} tensors ({names[0]} is one)"
+    unreadable = {problem.partition(":")[0] for problem in headers.problems}
+    for name, file in weight_map.items():
+        if file in present and file not in unreadable and name not in headers.tensors:
+            yield f"{name} is listed in {INDEX} and not in {file}"
+
+
+def _weight_map(directory: Path) -> dict[str, str]:
+    try:
+        weight_map = json.loads((directory / INDEX).read_text(encoding="utf-8"))["weight_map"]
+    except FileNotFoundError:
+        return {}
+    except (ValueError, KeyError, TypeError):
+        raise ValueError(f"{directory / INDEX} is not an index of safetensors files") from None
+    if not isinstance(weight_map, dict) or not all(isinstance(file, str) for file in weight_map.values()):
+        raise ValueError(f"{directory / INDEX}: its weight_map is not a map of names to files")
+    return weight_map

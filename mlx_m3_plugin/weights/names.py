@@ -1,0 +1,89 @@
+"""Key names: every spelling in circulation, read into the published one.
+
+``model.layers...``, ``model.embed_tokens``, ``model.norm`` and ``lm_head`` for the text model,
+``vision_tower.vision_model...``, ``multi_modal_projector...`` and ``patch_merge_mlp...`` for
+vision.  The prefixes that stand before them differ between libraries and versions; what
+transformers names otherwise in memory is in its ``conversion_mapping``.
+"""
+
+import re
+from collections.abc import Callable, Iterable
+
+from ..model.config import TextConfig
+
+_TEXT = re.compile(r"^(?:model\.)?(?:language_model\.)?(?:model\.)?((?:layers|embed_tokens|norm)\..*)$")
+_HEAD = re.compile(r"^(?:model\.)?(?:language_model\.)?(lm_head\..*)$")
+_VISION = re.compile(r"^(?:model\.)?((?:vision_tower|multi_modal_projector|patch_merge_mlp)\..*)$")
+_LAYER = re.compile(r"^model\.layers\.(\d+)\.")
+
+# Heads for predicting several tokens, which the config promises and no release has.
+_UNUSED = re.compile(r"^(?:model\.|language_model\.)*mtp\.")
+
+_VISION_OF_TRANSFORMERS = {
+    "vision_tower.embeddings.proj.": "vision_tower.vision_model.embeddings.patch_embedding.",
+    "vision_tower.layers.": "vision_tower.vision_model.encoder.layers.",
+    "vision_tower.pre_layrnorm.": "vision_tower.vision_model.pre_layrnorm.",
+    "multi_modal_projector.merge_linear_": "patch_merge_mlp.linear_",
+}
+
+
+def is_unused(name: str) -> bool:
+    return _UNUSED.match(name) is not None
+
+
+def is_vision(published: str) -> bool:
+    return _VISION.match(published) is not None
+
+
+def layer_of(published: str) -> int | None:
+    layer = _LAYER.match(published)
+    return int(layer[1]) if layer else None
+
+
+def published_name(name: str, config: TextConfig) -> str:
+    """The published spelling of a stored name, without a prefix; unknown names stay as they are."""
+    if text := _TEXT.match(name):
+        return _in_layer(f"model.{text[1]}", config)
+    if head := _HEAD.match(name):
+        return head[1]
+    if vision := _VISION.match(name):
+        for theirs, published in _VISION_OF_TRANSFORMERS.items():
+            if vision[1].startswith(theirs):
+                return published + vision[1].removeprefix(theirs)
+        return vision[1]
+    return name
+
+
+def _in_layer(name: str, config: TextConfig) -> str:
+    layer = layer_of(name)
+    if layer is None or layer >= config.num_hidden_layers:
+        return name
+    base, _, rest = name.partition(f".layers.{layer}.")
+    if config.is_moe(layer):
+        rest = re.sub(r"^mlp\.", "block_sparse_moe.", rest)
+        rest = rest.replace(".gate.e_score_correction_bias", ".e_score_correction_bias")
+        rest = re.sub(r"\.experts\.(gate_up_proj|gate_proj|up_proj|down_proj)", r".switch_mlp.\1", rest)
+        # transformers holds stacked experts as parameters, not as modules with a weight.
+        rest = re.sub(r"\.switch_mlp\.(\w+)$", r".switch_mlp.\1.weight", rest)
+    else:
+        # Some exports store the dense layers' MLP like the others'.
+        rest = re.sub(r"^block_sparse_moe\.", "mlp.", rest)
+    rest = rest.replace("self_attn.indexer.", "self_attn.index_")
+    return f"{base}.layers.{layer}.{rest}"
+
+
+def rename(names: Iterable[str], new_name: Callable[[str], str]) -> dict[str, str]:
+    """``{stored name: new name}``.
+
+    Raises:
+        ValueError: two stored names become the same one.
+    """
+    renamed: dict[str, str] = {}
+    origin: dict[str, str] = {}
+    for name in names:
+        new = new_name(name)
+        if new in origin:
+            raise ValueError(f"this checkpoint holds the same tensor twice: as {origin[new]} and as {name}")
+        origin[new] = name
+        renamed[name] = new
+    return renamed
