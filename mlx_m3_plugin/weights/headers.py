@@ -135,11 +135,11 @@ def read_header(file: Path) -> dict[str, StoredTensor]:
 
 def _parse(text: bytes) -> dict[str, Any]:
     def refuse_doubles(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
-        names = [name for name, _ in pairs]
-        if len(set(names)) < len(names):
-            double = next(name for name in names if names.count(name) > 1)
-            raise ValueError(f"{double} is twice in the header")
-        return dict(pairs)
+        entries = dict(pairs)
+        if len(entries) < len(pairs):
+            names = [name for name, _ in pairs]
+            raise ValueError(f"{next(n for n in names if names.count(n) > 1)} is twice in the header")
+        return entries
 
     try:
         entries = json.loads(text, object_pairs_hook=refuse_doubles)

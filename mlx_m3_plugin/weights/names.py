@@ -14,6 +14,7 @@ from ..model.config import TextConfig
 _TEXT = re.compile(r"^(?:model\.)?(?:language_model\.)?(?:model\.)?((?:layers|embed_tokens|norm)\..*)$")
 _HEAD = re.compile(r"^(?:model\.)?(?:language_model\.)?(lm_head\..*)$")
 _VISION = re.compile(r"^(?:model\.)?((?:vision_tower|multi_modal_projector|patch_merge_mlp)\..*)$")
+_STACKED = re.compile(r"^(?:experts|switch_mlp)\.(gate_up_proj|gate_proj|up_proj|down_proj)(?:\.(\w+))?$")
 _LAYER = re.compile(r"^model\.layers\.(\d+)\.")
 
 # Heads for predicting several tokens, which the config promises and no release has.
@@ -58,18 +59,22 @@ def _in_layer(name: str, config: TextConfig) -> str:
     layer = layer_of(name)
     if layer is None or layer >= config.num_hidden_layers:
         return name
-    base, _, rest = name.partition(f".layers.{layer}.")
-    if config.is_moe(layer):
-        rest = re.sub(r"^mlp\.", "block_sparse_moe.", rest)
-        rest = rest.replace(".gate.e_score_correction_bias", ".e_score_correction_bias")
-        rest = re.sub(r"\.experts\.(gate_up_proj|gate_proj|up_proj|down_proj)", r".switch_mlp.\1", rest)
-        # transformers holds stacked experts as parameters, not as modules with a weight.
-        rest = re.sub(r"\.switch_mlp\.(\w+)$", r".switch_mlp.\1.weight", rest)
-    else:
-        # Some exports store the dense layers' MLP like the others'.
-        rest = re.sub(r"^block_sparse_moe\.", "mlp.", rest)
-    rest = rest.replace("self_attn.indexer.", "self_attn.index_")
-    return f"{base}.layers.{layer}.{rest}"
+    base, separator, rest = name.partition(f".layers.{layer}.")
+    if rest.startswith("self_attn.indexer."):
+        rest = rest.replace("self_attn.indexer.", "self_attn.index_")
+    elif rest.startswith(("mlp.", "block_sparse_moe.")):
+        rest = rest.partition(".")[2]
+        # Either is stored under the other's name by someone.
+        rest = f"block_sparse_moe.{_in_moe(rest)}" if config.is_moe(layer) else f"mlp.{rest}"
+    return base + separator + rest
+
+
+def _in_moe(name: str) -> str:
+    if name == "gate.e_score_correction_bias":
+        return "e_score_correction_bias"
+    stacked = _STACKED.match(name)
+    # transformers holds stacked experts as parameters, not as modules with a weight.
+    return f"switch_mlp.{stacked[1]}.{stacked[2] or 'weight'}" if stacked else name
 
 
 def rename(names: Iterable[str], new_name: Callable[[str], str]) -> dict[str, str]:

@@ -1,6 +1,9 @@
-"""NVFP4 experts with a tensor scale each, on versions of mlx-lm whose layers hold none."""
+"""NVFP4 experts with a tensor scale each.
 
-import inspect
+mlx-lm's own layer has such a scale from 0.32 on and gives it to ``gather_qmm``, which takes it
+on some GPUs only.  Here it multiplies what an expert puts out, which every backend can.
+"""
+
 from collections.abc import Mapping
 
 import mlx.core as mx
@@ -12,12 +15,22 @@ _NVFP4_LARGEST = 6.0 * 448.0
 
 
 class ScaledQuantizedSwitchLinear(QuantizedSwitchLinear):
-    """Adds ``global_scale`` ``[num_experts]`` float32, applied to the output of each expert."""
+    """With ``global_scale`` ``[num_experts]`` float32, in the meaning of ``mx.quantize``."""
 
     def __call__(self, x: mx.array, indices: mx.array, sorted_indices: bool = False) -> mx.array:
-        y = super().__call__(x, indices, sorted_indices)
-        scale = self.global_scale[indices] / _NVFP4_LARGEST
-        return y * scale[..., None, None].astype(y.dtype)
+        y = mx.gather_qmm(
+            x,
+            self["weight"],
+            self["scales"],
+            rhs_indices=indices,
+            transpose=True,
+            group_size=self.group_size,
+            bits=self.bits,
+            mode=self.mode,
+            sorted_indices=sorted_indices,
+        )
+        scale = self["global_scale"][indices] / _NVFP4_LARGEST
+        return (y * scale[..., None, None]).astype(y.dtype)
 
 
 class ScaledSwitchLinear(SwitchLinear):
@@ -35,8 +48,6 @@ class ScaledSwitchLinear(SwitchLinear):
 
 def hold_global_scales(model: nn.Module, weights: Mapping[str, mx.array]) -> None:
     """Prepare the expert layers that have a ``global_scale`` among ``weights`` to hold it."""
-    if "global_scale" in inspect.signature(SwitchLinear.to_quantized).parameters:
-        return
     for path, module in model.named_modules():
         if type(module) is SwitchLinear and f"{path}.global_scale" in weights:
             module.__class__ = ScaledSwitchLinear
