@@ -6,6 +6,7 @@ Three spellings are in circulation: the published one (nested ``sparse_attention
 MLX conversion.  The attributes here carry transformers' names.
 """
 
+import math
 import os
 from collections.abc import Mapping
 from dataclasses import dataclass, field, fields
@@ -34,9 +35,19 @@ _ONLY_KNOWN_VALUE: dict[str, tuple[Any, ...]] = {
     "n_shared_experts": (1,),
 }
 
-# What no tensor's shape can confirm: a default here would be a guess.  Alternatives are the
+# What a checkpoint's config must say, for a default would be a guess.  Alternatives are the
 # spellings; one in ``rope_parameters`` or ``sparse_attention_config`` counts.
 _REQUIRED = (
+    ("num_hidden_layers",),
+    ("hidden_size",),
+    ("vocab_size",),
+    ("num_attention_heads",),
+    ("num_key_value_heads",),
+    ("head_dim",),
+    ("intermediate_size",),
+    ("dense_intermediate_size",),
+    ("shared_intermediate_size",),
+    ("num_local_experts",),
     ("num_experts_per_tok",),
     ("routed_scaling_factor",),
     ("rms_norm_eps",),
@@ -46,6 +57,8 @@ _REQUIRED = (
     ("rotary_dim", "partial_rotary_factor"),
 )
 _REQUIRED_IF_SPARSE = (
+    ("sparse_num_index_heads", "index_n_heads"),
+    ("sparse_index_dim", "index_head_dim"),
     ("sparse_block_size", "index_block_size"),
     ("sparse_topk_blocks", "index_topk_blocks"),
     ("sparse_local_block", "index_local_blocks"),
@@ -123,6 +136,8 @@ class TextConfig:
         read.update({new: sparse[old] for old, new in _SPARSE_KEYS.items() if old in sparse})
 
         n_layers = _integer(read.get("num_hidden_layers", cls.num_hidden_layers), "num_hidden_layers")
+        if n_layers < 1:
+            raise ValueError(f"config: num_hidden_layers must be at least 1, not {n_layers}")
         read["layer_types"] = _layer_types(params, sparse, n_layers)
         read["mlp_layer_types"] = _mlp_layer_types(params, n_layers)
         read.update(_rope(params, _integer(read.get("head_dim", cls.head_dim), "head_dim")))
@@ -141,10 +156,10 @@ class TextConfig:
             value = getattr(self, f.name)
             if f.type is int or f.type == "int":
                 minimum = 0 if f.name in ("index_local_blocks", "index_init_blocks") else 1
-                if _integer(value, f.name) < minimum:
-                    raise ValueError(f"config: {f.name} must be at least {minimum}, not {value}")
-            elif (f.type is float or f.type == "float") and not _is_number(value):
-                raise ValueError(f"config: {f.name} must be a number, not {value!r}")
+                if _integer(value, _spellings(f.name)) < minimum:
+                    raise ValueError(f"config: {_spellings(f.name)} must be at least {minimum}, not {value}")
+            elif (f.type is float or f.type == "float") and not (_is_number(value) and 0 < value < math.inf):
+                raise ValueError(f"config: {f.name} must be a positive number, not {value!r}")
             elif (f.type is bool or f.type == "bool") and not isinstance(value, bool):
                 raise ValueError(f"config: {f.name} must be true or false, not {value!r}")
         if self.num_attention_heads % self.num_key_value_heads:
@@ -203,11 +218,11 @@ def text_config_of(config: Mapping[str, Any], environ: Mapping[str, str] = os.en
     attention = environ.get("MLX_M3_PLUGIN_ATTENTION") or config.get("attention")
     if attention is not None:
         text["attention"] = attention
-    read = TextConfig.from_dict(text)
     _require(text, _REQUIRED)
-    if "minimax_m3_sparse" in read.layer_types:
+    sparse = _mapping(text, "sparse_attention_config")
+    if sparse.get("use_sparse_attention", True) if sparse else "layer_types" in text:
         _require(text, _REQUIRED_IF_SPARSE)
-    return read
+    return TextConfig.from_dict(text)
 
 
 def _require(text: Mapping[str, Any], keys: tuple[tuple[str, ...], ...]) -> None:
@@ -217,6 +232,12 @@ def _require(text: Mapping[str, Any], keys: tuple[tuple[str, ...], ...]) -> None
     for spellings in keys:
         if not present & set(spellings):
             raise ValueError(f"config: {' or '.join(spellings)} is missing")
+
+
+def _spellings(attribute: str) -> str:
+    """As it stands in a config: ``index_n_heads (sparse_num_index_heads)``."""
+    published = [old for old, new in _SPARSE_KEYS.items() if new == attribute]
+    return f"{attribute} ({published[0]})" if published else attribute
 
 
 def _layer_types(params: Mapping[str, Any], sparse: Mapping[str, Any], n_layers: int) -> list[str]:
@@ -259,18 +280,20 @@ def _per_layer(value: Any, key: str, n_layers: int, allowed: tuple[Any, ...]) ->
 def _rope(params: Mapping[str, Any], head_dim: int) -> dict[str, Any]:
     """``rope_theta``, ``rotary_dims`` and ``rope_parameters`` in transformers' order of precedence."""
     rope = dict(_mapping(params, "rope_scaling") or _mapping(params, "rope_parameters"))
-    theta = rope.get("rope_theta", params.get("rope_theta") or TextConfig.rope_theta)
+    theta = rope.get("rope_theta", params.get("rope_theta"))
     factor = rope.get("partial_rotary_factor", params.get("partial_rotary_factor"))
     if factor is not None:
         if not _is_number(factor):
             raise ValueError(f"config: partial_rotary_factor must be a number, not {factor!r}")
         rotary_dims = int(head_dim * factor)
     else:
-        rotary_dims = _integer(params.get("rotary_dim") or TextConfig.rotary_dims, "rotary_dim")
+        rotary_dims = params.get("rotary_dim")
+        rotary_dims = _integer(TextConfig.rotary_dims if rotary_dims is None else rotary_dims, "rotary_dim")
     for key in ("rope_theta", "partial_rotary_factor"):
         rope.pop(key, None)
     if rope.get("rope_type", rope.get("type", "default")) == "default":
         rope = {}
+    theta = TextConfig.rope_theta if theta is None else theta
     return {"rope_theta": theta, "rotary_dims": rotary_dims, "rope_parameters": rope}
 
 

@@ -89,33 +89,30 @@ def _read_tensor_scale(plan: Plan, module: str) -> None:
     divisor = plan.pop(f"{module}.weight_global_scale", None)
     if factor is not None:
         # ModelOpt: value = e2m1 * weight_scale * weight_scale_2.
-        plan[f"{module}.global_scale"] = _scalar(factor, module).multiplied_by(_NVFP4_LARGEST)
+        plan[f"{module}.global_scale"] = _scalar(factor).multiplied_by(_NVFP4_LARGEST)
     elif divisor is not None:
         # compressed-tensors: value = e2m1 * weight_scale / weight_global_scale.
-        plan[f"{module}.global_scale"] = _scalar(divisor, module).dividing(_NVFP4_LARGEST)
+        plan[f"{module}.global_scale"] = _scalar(divisor).dividing(_NVFP4_LARGEST)
 
 
-def _scalar(tensor: Tensor, module: str) -> Tensor:
+def _scalar(tensor: Tensor) -> Tensor:
     if any(n != 1 for n in tensor.shape) or tensor.dtype != str(mx.float32):
-        raise ValueError(
-            f"{module}: its tensor scale is {tensor.dtype} of shape {tensor.shape}, not one float32"
-        )
+        raise ValueError(f"a tensor scale must be one float32: {_describe(tensor)}")
     return tensor.reshape()
 
 
 def _refuse(plan: Plan, module: str, parts: set[str]) -> None:
-    told = {
-        f"{module}.{part}": plan[f"{module}.{part}"]
-        for part in sorted({*parts, "weight"})
-        if f"{module}.{part}" in plan
-    }
-    tensors = ", ".join(
-        f"{name} {t.dtype.removeprefix('mlx.core.')}{list(t.shape)}" for name, t in told.items()
-    )
+    names = [f"{module}.{part}" for part in sorted({*parts, "weight"})]
+    tensors = ", ".join(_describe(plan[name]) for name in names if name in plan)
     raise ValueError(
         f"MLX has no quantization mode for {_format_name(plan, module, parts)}: {tensors}. "
         "Take the published bf16 or MXFP8 checkpoint instead, or dequantize this one first"
     )
+
+
+def _describe(tensor: Tensor) -> str:
+    """With its stored name."""
+    return f"{tensor} {tensor.dtype.removeprefix('mlx.core.')}{list(tensor.shape)}"
 
 
 def _format_name(plan: Plan, module: str, parts: set[str]) -> str:

@@ -126,8 +126,17 @@ def shared_as_last_expert(weights: Weights) -> Weights:
 
 def fused(weights: Weights) -> Weights:
     """Gate and up as one ``gate_up_proj``, the gate first."""
+    return _fused(weights, f"{MOE}.switch_mlp", f"{MOE}.shared_experts")
+
+
+def fused_experts(weights: Weights) -> Weights:
+    """The same for the experts in the stack only."""
+    return _fused(weights, f"{MOE}.switch_mlp")
+
+
+def _fused(weights: Weights, *owners: str) -> Weights:
     out = dict(weights)
-    for owner in (f"{MOE}.switch_mlp", f"{MOE}.shared_experts"):
+    for owner in owners:
         for part in _parts(out, f"{owner}.gate_proj"):
             halves = [out.pop(f"{owner}.{projection}.{part}") for projection in ("gate_proj", "up_proj")]
             out[f"{owner}.gate_up_proj.{part}"] = mx.concatenate(halves, axis=-2)

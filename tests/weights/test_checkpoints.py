@@ -3,14 +3,13 @@
 The reference is a float model that holds the values which the stored tensors stand for.
 """
 
-from pathlib import Path
-
 import mlx.core as mx
 import pytest
 from checkpoints import LAYOUTS, UNREPRESENTABLE, Layout
 from mlx.utils import tree_flatten
 from mlx_lm.models.minimax_m3_vl import Model, ModelArgs
 from mlx_lm.utils import load_config, load_model
+from opens import reference_logits
 
 # Three times the block budget of these models.
 TOKENS = mx.array([[(7 * i * i + 3 * i) % 90 for i in range(100)]])
@@ -21,16 +20,8 @@ def layout(request: pytest.FixtureRequest) -> Layout:
     return LAYOUTS[request.param]
 
 
-def reference_logits(path: Path, parameters: dict[str, mx.array]) -> mx.array:
-    config = load_config(path)
-    text = dict(config.get("text_config") or config)
-    model = Model(ModelArgs.from_dict({"model_type": "minimax_m3_vl", "text_config": text}))
-    model.load_weights(list(model.sanitize(parameters).items()))
-    return model(TOKENS)
-
-
 def test_a_checkpoint_opens_and_computes_what_its_tensors_say(layout, tmp_path):
-    reference = reference_logits(tmp_path, layout.write(tmp_path))
+    reference = reference_logits(tmp_path, layout.write(tmp_path), TOKENS)
     model, _ = load_model(tmp_path)
     logits = model(TOKENS).astype(mx.float32)
     assert mx.abs(logits - reference).max() <= layout.tolerance
@@ -42,8 +33,12 @@ def test_mapping_what_was_mapped_changes_nothing(layout, tmp_path):
     weights = dict(tree_flatten(model.parameters()))
     again = Model(ModelArgs.from_dict(load_config(tmp_path))).sanitize(dict(weights))
     prefix = "" if model.model_type == "minimax_m3" else "language_model."
-    assert {name.removeprefix("language_model.") for name in again} == {n.removeprefix(prefix) for n in weights}
-    assert all(again[f"language_model.{name.removeprefix(prefix)}"] is array for name, array in weights.items())
+    assert {name.removeprefix("language_model.") for name in again} == {
+        n.removeprefix(prefix) for n in weights
+    }
+    assert all(
+        again[f"language_model.{name.removeprefix(prefix)}"] is array for name, array in weights.items()
+    )
 
 
 @pytest.mark.parametrize("name", UNREPRESENTABLE)
@@ -51,3 +46,18 @@ def test_what_cannot_be_represented_is_refused_by_name(name, tmp_path):
     UNREPRESENTABLE[name].write(tmp_path)
     with pytest.raises(ValueError, match=UNREPRESENTABLE[name].offender):
         load_model(tmp_path)
+
+
+def test_shards_of_other_names_open(tmp_path):
+    """ModelOpt's files are not called ``model*``, which is all that mlx-lm looks for."""
+    layout = LAYOUTS["nvfp4_modelopt_mixed"]
+    reference = reference_logits(tmp_path, layout.write(tmp_path), TOKENS)
+    index = (tmp_path / "model.safetensors.index.json").read_text()
+    (tmp_path / "model.safetensors.index.json").write_text(index.replace('"model-', '"experts-layer-'))
+    for file in list(tmp_path.glob("model-*.safetensors")):
+        file.rename(tmp_path / file.name.replace("model-", "experts-layer-"))
+    model, _ = load_model(tmp_path)
+    assert mx.abs(model(TOKENS).astype(mx.float32) - reference).max() <= layout.tolerance
+    # Lazily too: the links are gone by the time the tensors are read.
+    model, _ = load_model(tmp_path, lazy=True)
+    assert mx.abs(model(TOKENS).astype(mx.float32) - reference).max() <= layout.tolerance

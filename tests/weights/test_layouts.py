@@ -7,12 +7,23 @@ from dataclasses import dataclass
 import layout_makers
 import mlx.core as mx
 import pytest
-from layout_makers import CONFIG, LAYOUTS, MLP, MOE, PREFIX, Weights, parameters, quantized, with_prefix
+from layout_makers import (
+    CONFIG,
+    EXPERTS,
+    LAYOUTS,
+    MLP,
+    MOE,
+    PREFIX,
+    Weights,
+    parameters,
+    quantized,
+    with_prefix,
+)
 from mlx.utils import tree_flatten
 from mlx_lm.models.minimax_m3_vl import Model, ModelArgs
 
 from mlx_m3_plugin.model.config import TextConfig
-from mlx_m3_plugin.weights import check_weights, map_weights, plan_layout
+from mlx_m3_plugin.weights import check_weights, fuse_experts, map_weights, plan_layout
 
 # Keyword arguments of mx.quantize, or none.
 PRECISIONS = {
@@ -84,6 +95,31 @@ def test_mxfp8_bytes(layout):
     assert f"{MOE}.gate.weight_scale_inv" not in stored
     assert stored["model.layers.1.self_attn.index_q_proj.weight"].dtype == mx.uint8
     assert_same(map_weights(with_prefix(stored), CONFIG, PREFIX), with_prefix(expected))
+
+
+# --- the way back ---
+
+
+@pytest.mark.parametrize("pack_shared", [True, False])
+def test_fusing_is_the_inverse_of_splitting(pack_shared, truth):
+    plan = fuse_experts(plan_layout(truth, CONFIG, ""), CONFIG, "", pack_shared=pack_shared)
+    made = {name: tensor.make(truth) for name, tensor in plan.items()}
+    expected = layout_makers.shared_as_last_expert(truth) if pack_shared else dict(truth)
+    assert_same(made, layout_makers.fused_experts(expected))
+
+
+def test_what_differs_in_bits_stays_apart(float_truth):
+    """No tensor can hold rows of 4 and of 8 bits."""
+    weights = quantized(float_truth, **PRECISIONS["4-bit"])
+    more_bits = quantized(float_truth, **PRECISIONS["8-bit"])
+    weights |= {name: a for name, a in more_bits.items() if f"{MOE}.shared_experts" in name}
+    plan = fuse_experts(plan_layout(weights, CONFIG, ""), CONFIG, "", pack_shared=True)
+    assert f"{MOE}.shared_experts.gate_proj.weight" in plan
+    assert plan[f"{MOE}.switch_mlp.gate_up_proj.weight"].shape[0] == EXPERTS
+
+    weights |= {name: a for name, a in more_bits.items() if f"{MOE}.switch_mlp.up_proj" in name}
+    plan = fuse_experts(plan_layout(weights, CONFIG, ""), CONFIG, "", pack_shared=False)
+    assert f"{MOE}.switch_mlp.gate_up_proj.weight" not in plan
 
 
 def test_mxfp8_from_a_file_with_float8_tensors(tmp_path):

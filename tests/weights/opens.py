@@ -1,0 +1,70 @@
+"""Which layouts a library opens, by trying each: ``python tests/weights/opens.py mlx_lm|mlx_vlm``.
+
+Prints ``{layout: null or the error}`` as JSON.  With ``MLX_M3_PLUGIN=off`` it asks the library
+alone.  Opening means a strict load and the right logits, compared within the block budget, so
+that a library's own block selection is not what is judged here.
+"""
+
+import contextlib
+import json
+import sys
+import tempfile
+from pathlib import Path
+from typing import Any
+
+import mlx.core as mx
+from checkpoints import LAYOUTS, Layout
+
+# Below the budget of 32 tokens.
+TOKENS = mx.array([[(7 * i * i + 3 * i) % 90 for i in range(30)]])
+
+
+def reference_logits(directory: Path, parameters: dict[str, mx.array], tokens: mx.array) -> mx.array:
+    """Logits of a float model that holds the values which the stored tensors stand for."""
+    from mlx_lm.utils import load_config
+
+    from mlx_m3_plugin.hosts.mlx_lm.minimax_m3_vl import Model, ModelArgs
+
+    config = load_config(directory)
+    text = dict(config.get("text_config") or config)
+    model = Model(ModelArgs.from_dict({"model_type": "minimax_m3_vl", "text_config": text}))
+    model.load_weights(list(model.sanitize(parameters).items()))
+    return model(tokens)
+
+
+def load_language_model(library: str, directory: Path) -> Any:
+    if library == "mlx_lm":
+        from mlx_lm.utils import load_model
+
+        return load_model(directory)[0]
+    from mlx_vlm.utils import load_model
+
+    return load_model(directory).language_model
+
+
+def logits_of(output: Any) -> mx.array:
+    """mlx-vlm wraps them."""
+    return getattr(output, "logits", output).astype(mx.float32)
+
+
+def why_not(layout: Layout, library: str) -> str | None:
+    with tempfile.TemporaryDirectory() as directory:
+        path = Path(directory)
+        reference = reference_logits(path, layout.write(path), TOKENS)
+        try:
+            logits = logits_of(load_language_model(library, path)(TOKENS))
+            difference = mx.abs(logits - reference).max().item()
+        except Exception as error:  # whatever the library says is the answer
+            return f"{type(error).__name__}: {error}"[:300]
+    return None if difference <= layout.tolerance else f"logits differ by {difference:.2g}"
+
+
+def main(library: str) -> None:
+    # What a library prints on the way is not the answer.
+    with contextlib.redirect_stdout(sys.stderr):
+        answers = {name: why_not(layout, library) for name, layout in LAYOUTS.items()}
+    print(json.dumps(answers, indent=1))
+
+
+if __name__ == "__main__":
+    main(sys.argv[1])

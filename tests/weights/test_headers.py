@@ -1,0 +1,120 @@
+"""What is wrong with a checkpoint's files is told from their headers, all of it at once."""
+
+import json
+
+import pytest
+from checkpoints import LAYOUTS
+
+from mlx_m3_plugin.weights import read_headers
+from mlx_m3_plugin.weights.files import check_files, is_m3, with_shards_named_as_expected
+
+FIRST, SECOND, THIRD = (f"model-0000{n}-of-00003.safetensors" for n in (1, 2, 3))
+
+
+@pytest.fixture
+def checkpoint(tmp_path):
+    LAYOUTS["mxfp8_official"].write(tmp_path)
+    return tmp_path
+
+
+def test_a_sound_checkpoint_has_no_problems(checkpoint):
+    headers = read_headers(checkpoint)
+    assert headers.problems == []
+    assert headers.files == [FIRST, SECOND, THIRD]
+    gate = headers.tensors["language_model.model.layers.0.mlp.gate_proj.weight"]
+    assert gate.stored_dtype == "F8_E4M3"
+    assert gate.dtype == "mlx.core.uint8"
+    assert gate.nbytes == gate.shape[0] * gate.shape[1]
+
+
+def test_every_problem_is_told_at_once(checkpoint):
+    (checkpoint / FIRST).unlink()
+    data = (checkpoint / SECOND).read_bytes()
+    (checkpoint / SECOND).write_bytes(data[:-10])
+    (checkpoint / "model-extra.safetensors").write_bytes((checkpoint / THIRD).read_bytes())
+    problems = "\n".join(read_headers(checkpoint).problems)
+    assert f"{FIRST} is listed in model.safetensors.index.json and absent; it holds" in problems
+    assert f"{SECOND}: truncated: 10 bytes are missing, of 1 tensors" in problems
+    assert f"is in two files: {THIRD} and model-extra.safetensors" in problems
+    # What an absent or truncated file would hold is not told tensor by tensor.
+    assert "is listed in model.safetensors.index.json and not in" not in problems
+    with pytest.raises(ValueError, match="is not a whole checkpoint") as error:
+        check_files(checkpoint)
+    assert "... and" in str(error.value)
+
+
+@pytest.mark.parametrize(
+    ("header", "told"),
+    [
+        ('{"a": {"dtype": "F32", "shape": [2], "data_offsets": [0, 8]}} x', "not JSON"),
+        ("[1]", "not a JSON object"),
+        ('{"a": 1}', "a: its entry in the header is malformed"),
+        ('{"a": {"dtype": "F32", "shape": [-2], "data_offsets": [0, 8]}}', "a: its entry"),
+        ('{"a": {"dtype": "F32", "shape": ["2"], "data_offsets": [0, 8]}}', "a: its entry"),
+        ('{"a": {"dtype": "F4", "shape": [2], "data_offsets": [0, 8]}}', "a: MLX does not read .* F4"),
+        ('{"a": {"dtype": "F32", "shape": [3], "data_offsets": [0, 8]}}', "a: 8 bytes do not make a F32"),
+        (
+            '{"a": {"dtype": "U8", "shape": [5], "data_offsets": [0, 5]},'
+            ' "b": {"dtype": "U8", "shape": [4], "data_offsets": [4, 8]}}',
+            "a and b overlap",
+        ),
+        (
+            '{"a": {"dtype": "U8", "shape": [1], "data_offsets": [0, 1]},'
+            ' "a": {"dtype": "U8", "shape": [1], "data_offsets": [1, 2]}}',
+            "a is twice in the header",
+        ),
+        ("[" * 100_000, "not JSON"),
+    ],
+)
+def test_a_header_is_not_believed(header, told, tmp_path):
+    text = header.encode()
+    (tmp_path / "model.safetensors").write_bytes(len(text).to_bytes(8, "little") + text + bytes(8))
+    problems = read_headers(tmp_path).problems
+    assert len(problems) == 1
+    with pytest.raises(ValueError, match=f"model.safetensors: .*{told}"):
+        check_files(tmp_path)
+
+
+@pytest.mark.parametrize("index", ["{", "[]", '{"weight_map": 3}', '{"weight_map": {"a": 3}}'])
+def test_an_index_is_not_believed(index, checkpoint):
+    (checkpoint / "model.safetensors.index.json").write_text(index)
+    with pytest.raises(ValueError, match=r"model\.safetensors\.index\.json"):
+        read_headers(checkpoint)
+
+
+def test_shards_of_other_names_are_found_and_linked(checkpoint):
+    """As ModelOpt names them."""
+    index = json.loads((checkpoint / "model.safetensors.index.json").read_text())
+    for number, file in enumerate((FIRST, SECOND, THIRD)):
+        new = f"experts-layer-{number}.safetensors"
+        (checkpoint / file).rename(checkpoint / new)
+        index["weight_map"] = {n: new if f == file else f for n, f in index["weight_map"].items()}
+    (checkpoint / "model.safetensors.index.json").write_text(json.dumps(index))
+    with with_shards_named_as_expected(checkpoint) as links:
+        assert links != checkpoint
+        shards = sorted(path.name for path in links.glob("model*.safetensors"))
+        assert shards == [f"model-experts-layer-{n}.safetensors" for n in range(3)]
+        assert (links / "config.json").read_text() == (checkpoint / "config.json").read_text()
+    assert not links.exists()
+
+
+def test_ordinary_names_are_left_alone(checkpoint):
+    with with_shards_named_as_expected(checkpoint) as path:
+        assert path == checkpoint
+
+
+@pytest.mark.parametrize(
+    ("config", "answer"),
+    [
+        ('{"model_type": "minimax_m3_vl"}', True),
+        ('{"model_type": "minimax_m3"}', True),
+        ('{"model_type": "llama"}', False),
+        ("{}", False),
+        ("[]", False),
+        ("{", False),
+    ],
+)
+def test_what_is_m3(config, answer, tmp_path):
+    (tmp_path / "config.json").write_text(config)
+    assert is_m3(tmp_path) is answer
+    assert is_m3(tmp_path / "nowhere") is False
