@@ -1,0 +1,47 @@
+"""``docs/layouts.md`` says of each library what it opens alone.  Each word of it is tried."""
+
+import json
+import os
+import subprocess
+import sys
+from importlib.metadata import version
+from pathlib import Path
+
+import layouts_table
+import pytest
+from checkpoints import LAYOUTS
+
+OPENS = Path(layouts_table.__file__).with_name("opens.py")
+
+
+def opened_alone(library: str) -> dict[str, str | None]:
+    environment = {**os.environ, "MLX_M3_PLUGIN": "off"}
+    run = subprocess.run([sys.executable, OPENS, library], env=environment, capture_output=True, text=True)
+    assert run.returncode == 0, run.stderr
+    return json.loads(run.stdout)
+
+
+def test_every_layout_has_its_row():
+    assert layouts_table.read_table().keys() == LAYOUTS.keys()
+    assert len(LAYOUTS) >= 24
+
+
+def test_with_the_plugin_every_layout_opens():
+    """What ``tests/weights/test_checkpoints.py`` shows, in the words of the table."""
+    columns = [c for c in next(iter(layouts_table.read_table().values())) if c.endswith("with the plugin")]
+    assert columns
+    for row in layouts_table.read_table().values():
+        assert [row[column] for column in columns] == ["yes"] * len(columns)
+
+
+def test_what_mlx_lm_opens_alone():
+    column = f"mlx-lm {version('mlx-lm')} alone"
+    table = layouts_table.read_table()
+    answers = opened_alone("mlx_lm")
+    if version("mlx-lm").startswith("0.31."):
+        assert all("not supported" in answer for answer in answers.values())
+    elif column not in next(iter(table.values())):
+        pytest.skip(f"the table has no column '{column}'; make one with layouts_table.py")
+    else:
+        said = {name: row[column] for name, row in table.items()}
+        assert said == {name: "yes" if answer is None else "no" for name, answer in answers.items()}
