@@ -20,9 +20,12 @@ _PARTS = ("weight", "scales", "biases", "global_scale")
 _EXPERT_PROJECTIONS = {"w1": "gate_proj", "w2": "down_proj", "w3": "up_proj"}
 
 
-def map_weights(weights: Mapping[str, mx.array], config: TextConfig, prefix: str) -> dict[str, mx.array]:
+def map_weights(
+    weights: Mapping[str, mx.array], config: TextConfig, prefix: str, *, vision: bool = False
+) -> dict[str, mx.array]:
     """Apply :func:`plan_layout` to lazy arrays.  Applying it to its own output changes nothing."""
-    return {name: tensor.make(weights) for name, tensor in plan_layout(weights, config, prefix).items()}
+    plan = plan_layout(weights, config, prefix, vision=vision)
+    return {name: tensor.make(weights) for name, tensor in plan.items()}
 
 
 def plan_layout(
@@ -75,7 +78,8 @@ def lacks_indexers(plan: Mapping[str, object], config: TextConfig) -> bool:
         if ".self_attn.index_" in name:
             return False
         layer = layer_of(name.removeprefix("language_model."))
-        if layer is not None and config.is_sparse_attention(layer):
+        # By the projection that stands beside them: some tools map a few tensors at a time.
+        if layer is not None and ".self_attn.q_proj." in name and config.is_sparse_attention(layer):
             in_sparse_layer = True
     return in_sparse_layer
 

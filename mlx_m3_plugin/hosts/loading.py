@@ -1,0 +1,117 @@
+"""Loading a checkpoint into a model, as both libraries do it: files, names, bits, values."""
+
+import logging
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import mlx.core as mx
+import mlx.nn as nn
+from mlx.utils import tree_flatten
+
+from ..model.config import TextConfig
+from ..model.decoder import DecoderLayer
+from ..model.scaled_experts import hold_global_scales
+from ..weights import check_values, check_weights, infer_quantization, lacks_indexers, map_weights
+
+log = logging.getLogger("mlx_m3_plugin")
+
+
+def warn_dense(reason: str, config: TextConfig) -> None:
+    log.warning(
+        "mlx-m3-plugin: %s; every layer attends to everything. Past %d tokens that is not what "
+        "MiniMax-M3 was trained with, and its answers there are not to be relied on.",
+        reason,
+        config.budget,
+    )
+
+
+class AnyLayout(nn.Module):
+    """What a ``Model`` class needs to take the tensors of any checkpoint layout.
+
+    Attributes:
+        text_prefix: what stands before ``model.layers`` and ``lm_head`` in parameter names.
+        takes_vision: whether the tensors of the vision tower and the projectors are kept.
+        loader_config: the dict that the host's loader made the model from, and reads again
+            after :meth:`sanitize`.
+    """
+
+    text_prefix: str
+    takes_vision = False
+
+    @property
+    def loader_config(self) -> dict[str, Any]:
+        raise NotImplementedError
+
+    def sanitize(self, weights: dict[str, mx.array]) -> dict[str, mx.array]:
+        """Map the tensors of any known checkpoint layout to this model's parameter names.
+
+        Raises:
+            ValueError: a tensor is there twice, or in a format that MLX has no mode for.
+        """
+        config: TextConfig = self.text_config
+        mapped = map_weights(weights, config, self.text_prefix, vision=self.takes_vision)
+        sparse: list[DecoderLayer] = [layer for layer in self.layers if layer.self_attn.is_sparse_attn]
+        if lacks_indexers(mapped, config):
+            for layer in sparse:
+                layer.self_attn.drop_indexer()
+            warn_dense("this checkpoint has no indexer weights", config)
+        elif not sparse:
+            warn_dense("this checkpoint's config names no sparse layers", config)
+        elif config.attention == "dense":
+            warn_dense("dense attention was asked for", config)
+        self._tell_loader(mapped)
+        return mapped
+
+    def _tell_loader(self, mapped: dict[str, mx.array]) -> None:
+        """Describe the mapped tensors in the loader's config, as it stands for what is saved too.
+
+        The checkpoint's own quantization map names modules as they were stored, and some loaders
+        take bits and modes from nowhere else.
+        """
+        config = self.loader_config
+        quantization = infer_quantization(mapped, dict(tree_flatten(self.parameters())))
+        for key in ("quantization", "quantization_config"):
+            config.pop(key, None)
+        if quantization is not None:
+            config.update(quantization=quantization, quantization_config=quantization)
+            hold_global_scales(self, mapped)
+        # For mlx-vlm: gate and up are apart here, and the shared expert is no row of the experts.
+        text_config = config.get("text_config")
+        (text_config if isinstance(text_config, dict) else config)["pack_shared_expert"] = False
+
+    def load_weights(
+        self, file_or_weights: str | Path | list[tuple[str, mx.array]], strict: bool = True
+    ) -> nn.Module:
+        """As ``nn.Module.load_weights``, with an error that a person can read.
+
+        Raises:
+            ValueError: when ``strict``, tensors are missing, left over, or of the wrong shape or
+                dtype.
+        """
+        if isinstance(file_or_weights, (str, Path)):
+            file_or_weights = list(mx.load(str(file_or_weights)).items())  # type: ignore[union-attr]
+        if strict:
+            check_weights(dict(file_or_weights), dict(tree_flatten(self.parameters())))
+        super().load_weights(file_or_weights, strict=strict)
+        return self
+
+    def check_values(self) -> None:
+        """See :func:`~mlx_m3_plugin.weights.check_values`."""
+        check_values(self)
+
+    @property
+    def cast_predicate(self) -> Callable[[str], bool]:
+        """Which parameters a conversion may cast: not the router, which is float32 by design."""
+        return lambda path: not path.endswith(("block_sparse_moe.gate.weight", "e_score_correction_bias"))
+
+    @property
+    def quant_predicate(self) -> Callable[[str, nn.Module], Any]:
+        """Which parameters a conversion quantizes: all linear layers, the router in 8 bits."""
+
+        def predicate(path: str, _: nn.Module) -> bool | dict[str, int]:
+            if path.endswith("block_sparse_moe.gate"):
+                return {"group_size": 64, "bits": 8}
+            return True
+
+        return predicate
