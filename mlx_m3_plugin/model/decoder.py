@@ -1,5 +1,6 @@
 """The decoder: embedding, layers, final norm, and the language-model head."""
 
+from collections.abc import Callable
 from typing import Any
 
 import mlx.core as mx
@@ -57,6 +58,15 @@ class TextModel(PipelineMixin, nn.Module):
         if mask is not None:
             raise ValueError("a mask cannot be given to MiniMax-M3; padding is told by the cache")
         h = self.embed_tokens(inputs) if input_embeddings is None else input_embeddings
+        return self.norm(self.run_layers(h, cache))
+
+    def run_layers(
+        self, h: mx.array, cache: Any = None, after_layer: Callable[[int, mx.array], None] | None = None
+    ) -> mx.array:
+        """Embeddings ``[B, L, D]`` -> hidden states ``[B, L, D]`` before the final norm.
+
+        ``after_layer`` is called with each layer's number and what the layer puts out.
+        """
         layers = self.pipeline_layers
         if cache is None:
             cache = [None] * len(layers)
@@ -66,15 +76,17 @@ class TextModel(PipelineMixin, nn.Module):
 
         if self.pipeline_rank < self.pipeline_size - 1:
             h = mx.distributed.recv_like(h, self.pipeline_rank + 1)
-        for layer, layer_cache in zip(layers, cache, strict=True):
+        for number, (layer, layer_cache) in enumerate(zip(layers, cache, strict=True), self.start_idx):
             h = layer(h, dense_mask, layer_cache)
+            if after_layer is not None:
+                after_layer(number, h)
         if self.pipeline_rank != 0:
             h = mx.distributed.send(h, self.pipeline_rank - 1)
             # Nothing else on this rank consumes what it has sent.
             self.host.keep_in_graph(cache[-1], [h])
         if self.pipeline_size > 1:
             h = mx.distributed.all_gather(h)[: h.shape[0]]
-        return self.norm(h)
+        return h
 
 
 class LanguageModel(nn.Module):
@@ -90,7 +102,10 @@ class LanguageModel(nn.Module):
     def __call__(
         self, inputs: mx.array, cache: Any = None, input_embeddings: mx.array | None = None
     ) -> mx.array:
-        h = self.model(inputs, cache=cache, input_embeddings=input_embeddings)
+        return self.logits(self.model(inputs, cache=cache, input_embeddings=input_embeddings))
+
+    def logits(self, h: mx.array) -> mx.array:
+        """Normed hidden states ``[B, L, D]`` -> ``[B, L, vocab_size]``."""
         if self.config.tie_word_embeddings:
             return self.model.embed_tokens.as_linear(h)
         return self.lm_head(h)

@@ -1,10 +1,13 @@
 """A checkpoint's directory, as a loader finds it."""
 
+import functools
+import inspect
 import json
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from typing import Any
 
 from .headers import read_headers, weight_files
 
@@ -35,6 +38,34 @@ def check_files(directory: str | Path) -> None:
         more = len(problems) - _PROBLEMS_TOLD
         told = problems[:_PROBLEMS_TOLD] + ([f"... and {more} more"] if more > 0 else [])
         raise ValueError("\n  ".join([f"{directory} is not a whole checkpoint (mlx-m3-plugin):", *told]))
+
+
+def with_checks(load_model: Callable[..., Any]) -> Callable[..., Any]:
+    """A host's ``load_model(path, lazy=False, ...)`` that looks at an M3 checkpoint's files before,
+    and at its values after.
+
+    MLX opens shards that are cut off or absent, and lets the second of two tensors of one name
+    win.  Other checkpoints go straight through.
+    """
+
+    @functools.wraps(load_model)
+    def checked(model_path: Any, *args: Any, **kwargs: Any) -> Any:
+        if not is_m3(model_path):
+            return load_model(model_path, *args, **kwargs)
+        asked = inspect.signature(load_model).bind(model_path, *args, **kwargs)
+        asked.apply_defaults()
+        options = {**asked.kwargs, **asked.arguments}
+        # Not strict: one rank of several may have fetched no more than its own shards.
+        if options.get("strict", True):
+            check_files(model_path)
+        loaded = load_model(model_path, *args, **kwargs)
+        model = loaded[0] if isinstance(loaded, tuple) else loaded
+        # Reads scales, which a lazy load is to leave alone.
+        if not options.get("lazy") and hasattr(model, "check_values"):
+            model.check_values()
+        return loaded
+
+    return checked
 
 
 @contextmanager

@@ -5,7 +5,7 @@ from collections.abc import Callable
 from types import ModuleType
 from typing import Any
 
-from mlx_m3_plugin.weights.files import check_files, is_m3, with_shards_named_as_expected
+from mlx_m3_plugin.weights.files import is_m3, with_checks, with_shards_named_as_expected
 
 
 def tokenizer_utils(module: ModuleType, load_entry_points: Callable[[str], list[Any]]) -> list[str]:
@@ -33,27 +33,15 @@ def tokenizer_utils(module: ModuleType, load_entry_points: Callable[[str], list[
 
 
 def utils(module: Any, load_entry_points: Callable[[str], list[Any]]) -> list[str]:
-    """Have ``load_model`` look at an M3 checkpoint's files before, and at its values after.
-
-    MLX opens shards that are cut off or absent, and mlx-lm lets the second of two tensors of one
-    name win.  Other checkpoints go straight through.
-    """
+    """Have ``load_model`` look at the files of M3 checkpoints, under whatever names they have."""
     original = module.load_model
 
     @functools.wraps(original)
-    def load_model(
-        model_path: Any, lazy: bool = False, strict: bool = True, *args: Any, **kwargs: Any
-    ) -> Any:
+    def load_model(model_path: Any, *args: Any, **kwargs: Any) -> Any:
         if not is_m3(model_path):
-            return original(model_path, lazy, strict, *args, **kwargs)
-        if strict:
-            check_files(model_path)
+            return original(model_path, *args, **kwargs)
         with with_shards_named_as_expected(model_path) as path:
-            model, config = original(path, lazy, strict, *args, **kwargs)
-        # Reads scales, which a lazy load is to leave alone.
-        if not lazy and hasattr(model, "check_values"):
-            model.check_values()
-        return model, config
+            return original(path, *args, **kwargs)
 
-    module.load_model = load_model
+    module.load_model = with_checks(load_model)
     return ["load_model checks the files of M3 checkpoints"]
