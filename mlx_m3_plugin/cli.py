@@ -45,7 +45,13 @@ def _parser() -> argparse.ArgumentParser:
     doctor = commands.add_parser("doctor", help="say whether the plugin is active here, and why not")
     doctor.set_defaults(command=_doctor)
 
-    for command in (demo, doctor):
+    inspect = commands.add_parser(
+        "inspect", help="say what a checkpoint is, what is wrong with it, how to run it"
+    )
+    inspect.add_argument("checkpoint", metavar="PATH_OR_REPO", help="a directory, or a repository on the Hub")
+    inspect.set_defaults(command=_inspect)
+
+    for command in (demo, doctor, inspect):
         command.add_argument("--json", action="store_true", help="print the result as JSON")
     return parser
 
@@ -93,6 +99,18 @@ def _doctor_lines(diagnosis: dict[str, Any]) -> list[str]:
     for title, entries in sections.items():
         lines += [title, *(f"  {entry}" for entry in entries)] if entries else []
     return lines
+
+
+def _inspect(args: argparse.Namespace) -> int:
+    from .toolbox.inspect import inspect
+    from .toolbox.inspect.text import lines_of
+
+    found = inspect(args.checkpoint)
+    if args.json:
+        _print_json(found.as_dict())
+    else:
+        print("\n".join(lines_of(found)))
+    return 0 if found.is_sound else 1
 
 
 def _print_json(content: Any) -> None:

@@ -287,8 +287,8 @@ def _rope(params: Mapping[str, Any], head_dim: int) -> dict[str, Any]:
             raise ValueError(f"config: partial_rotary_factor must be a number, not {factor!r}")
         rotary_dims = int(head_dim * factor)
     else:
-        rotary_dims = params.get("rotary_dim")
-        rotary_dims = _integer(TextConfig.rotary_dims if rotary_dims is None else rotary_dims, "rotary_dim")
+        given = params.get("rotary_dim")
+        rotary_dims = _integer(TextConfig.rotary_dims if given is None else given, "rotary_dim")
     for key in ("rope_theta", "partial_rotary_factor"):
         rope.pop(key, None)
     if rope.get("rope_type", rope.get("type", "default")) == "default":

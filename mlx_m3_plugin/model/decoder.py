@@ -94,7 +94,7 @@ class LanguageModel(nn.Module):
 
     def __init__(self, config: TextConfig, host: Host):
         super().__init__()
-        self.config = config
+        self.tie_word_embeddings = config.tie_word_embeddings
         self.model = TextModel(config, host)
         if not config.tie_word_embeddings:
             self.lm_head = nn.Linear(config.hidden_size, config.vocab_size, bias=False)
@@ -106,6 +106,6 @@ class LanguageModel(nn.Module):
 
     def logits(self, h: mx.array) -> mx.array:
         """Normed hidden states ``[B, L, D]`` -> ``[B, L, vocab_size]``."""
-        if self.config.tie_word_embeddings:
+        if self.tie_word_embeddings:
             return self.model.embed_tokens.as_linear(h)
         return self.lm_head(h)

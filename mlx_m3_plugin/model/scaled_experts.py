@@ -23,17 +23,17 @@ def hold_global_scales(model: nn.Module, weights: Mapping[str, mx.array]) -> Non
     """
     for path, module in model.named_modules():
         if f"{path}.global_scale" in weights and hasattr(module, "to_quantized"):
-            module.__class__ = _taking_a_scale(type(module))
+            module.__class__ = _taking_a_scale(type(module))  # type: ignore[arg-type]
 
 
 @cache
-def _taking_a_scale(linear: type[Any]) -> type[Any]:
+def _taking_a_scale(linear: Any) -> Any:
     def to_quantized(
         self: Any, group_size: int = 64, bits: int = 4, mode: str = "affine", global_scale: bool = False
     ) -> nn.Module:
         quantized = linear.to_quantized(self, group_size, bits, mode)
         if global_scale:
-            quantized.__class__ = _scaled(type(quantized))
+            quantized.__class__ = _scaled(type(quantized))  # type: ignore[arg-type]
             quantized.global_scale = mx.ones((self.weight.shape[0],))
         return quantized
 
@@ -41,7 +41,7 @@ def _taking_a_scale(linear: type[Any]) -> type[Any]:
 
 
 @cache
-def _scaled(quantized: type[Any]) -> type[Any]:
+def _scaled(quantized: Any) -> Any:
     def __call__(self: Any, x: mx.array, indices: mx.array, sorted_indices: bool = False) -> mx.array:
         y = mx.gather_qmm(
             x,

@@ -100,9 +100,10 @@ class PluginFinder:
         value = self._module_for(fullname)
         if value is None:
             return None
-        if self._settings.prefer_native and self._native_spec(fullname, path, target) is not None:
+        native = self._native_spec(fullname, path, target)
+        if self._settings.prefer_native and native is not None:
             return None
-        return graft_spec(fullname, value)
+        return graft_spec(fullname, value, native, self._settings)
 
     def catch_up(self) -> None:
         """Do for modules that were imported before us what an import would have done."""
@@ -172,8 +173,15 @@ class PluginFinder:
             _report(message, self._settings, error)
 
 
-def graft_spec(fullname: str, module_name: str) -> importlib.machinery.ModuleSpec:
+def graft_spec(
+    fullname: str,
+    module_name: str,
+    native: importlib.machinery.ModuleSpec | None = None,
+    settings: Settings | None = None,
+) -> importlib.machinery.ModuleSpec:
     """A spec that executes the file of ``module_name`` as ``fullname``.
+
+    Where ``native`` is a package, its sub-modules stay upstream's own.
 
     Raises:
         RuntimeError: the module named by our entry point is not there.  Not an
@@ -182,22 +190,51 @@ def graft_spec(fullname: str, module_name: str) -> importlib.machinery.ModuleSpe
     origin = _origin(module_name)
     if origin is None:
         raise RuntimeError(f"mlx-m3-plugin: {module_name}, which should serve {fullname}, is not installed")
-    spec = importlib.util.spec_from_file_location(fullname, origin, loader=_GraftLoader(fullname, origin))
+    loader = _GraftLoader(fullname, origin, native, settings or read_settings())
+    locations = native.submodule_search_locations if native else None
+    spec = importlib.util.spec_from_file_location(
+        fullname, origin, loader=loader, submodule_search_locations=locations
+    )
     assert spec is not None
     return spec
 
 
 class _GraftLoader(importlib.machinery.SourceFileLoader):
-    """Executes our file under upstream's name and never fails with an ``ImportError``."""
+    """Executes our file under upstream's name and never fails with an ``ImportError``.
+
+    A file of ours that finds upstream's parts changed says so by an exception with the attribute
+    ``fall_back_to_native``; then the native module takes its place, and that is told.
+    """
+
+    def __init__(
+        self, name: str, path: str, native: importlib.machinery.ModuleSpec | None, settings: Settings
+    ):
+        super().__init__(name, path)
+        self._native = native
+        self._settings = settings
 
     def exec_module(self, module: ModuleType) -> None:
         try:
             super().exec_module(module)
         except Exception as error:
             message = f"mlx-m3-plugin: {self.name} ({self.path}) failed: {type(error).__name__}: {error}"
+            if self._native is not None and getattr(error, "fall_back_to_native", False):
+                _report(f"{error}; {self.name} is upstream's own", self._settings, error)
+                self._exec_native(module)
+                return
             status["errors"].append(message)
             raise RuntimeError(message) from error
         status["served"][self.name] = self.path
+
+    def _exec_native(self, module: ModuleType) -> None:
+        native = self._native
+        assert native is not None
+        assert native.loader is not None
+        kept = {name: value for name, value in vars(module).items() if name.startswith("__")}
+        vars(module).clear()
+        vars(module).update(kept, __spec__=native, __file__=native.origin, __loader__=native.loader)
+        native.loader.exec_module(module)
+        status["served"][self.name] = native.origin
 
 
 class _PatchingLoader:

@@ -12,13 +12,18 @@ MLX's mode     values                      scales                  tensor scale
 =============  ==========================  ======================  =====================
 
 ``mx.load`` gives 8-bit floats as uint8, so the mode is told by how many bytes share a scale.
+
+compressed-tensors' integers are MLX's ``affine``: packed into an int32 in the same order, and
+``(q - zero_point) * scale``, with half of their range as the zero point unless one is stored.
 """
 
 import re
 from collections import defaultdict
+from typing import NoReturn
 
 import mlx.core as mx
 
+from ..model.config import TextConfig
 from .tensor import Tensor
 
 Plan = dict[str, Tensor]
@@ -38,7 +43,7 @@ _FOREIGN_PART = re.compile(
 )
 
 
-def read_formats(plan: Plan) -> None:
+def read_formats(plan: Plan, config: TextConfig) -> None:
     """Turn every module that is quantized in a format of another library into MLX's parts.
 
     Raises:
@@ -49,10 +54,10 @@ def read_formats(plan: Plan) -> None:
         if part := _FOREIGN_PART.search(name):
             foreign[name.removesuffix(part[0])].add(part[1])
     for module, parts in foreign.items():
-        _read_module(plan, module, parts)
+        _read_module(plan, module, parts, config)
 
 
-def _read_module(plan: Plan, module: str, parts: set[str]) -> None:
+def _read_module(plan: Plan, module: str, parts: set[str], config: TextConfig) -> None:
     for part in _FOR_ACTIVATIONS:
         plan.pop(f"{module}.{part}", None)
     values = next((p for p in reversed(_VALUES) if f"{module}.{p}" in plan), None)
@@ -63,6 +68,12 @@ def _read_module(plan: Plan, module: str, parts: set[str]) -> None:
         if {"qweight", "qzeros", "g_idx", "weight_packed", "weight_zero_point"} & parts:
             _refuse(plan, module, parts)
         # A part is missing: the check before loading names what is left.
+        return
+    if values == "weight_packed" and plan[f"{module}.{values}"].dtype == str(mx.int32):
+        bits = _integer_bits(plan[f"{module}.{values}"], plan[f"{module}.{scales}"], module, config)
+        if bits is None:
+            _refuse(plan, module, parts)
+        _read_integers(plan, module, bits)
         return
     mode = _mode(plan[f"{module}.{values}"], plan[f"{module}.{scales}"])
     if mode is None:
@@ -84,6 +95,40 @@ def _mode(values: Tensor, scales: Tensor) -> str | None:
     return None if rest else _BYTES_PER_SCALE.get(per_scale)
 
 
+def _integer_bits(values: Tensor, scales: Tensor, module: str, config: TextConfig) -> int | None:
+    """Bits of packed integers, in groups that MLX has; the input's width tells 4 from 8."""
+    width = _input_width(module, config)
+    if width is None or len(values.shape) != 2 or values.shape[:1] != scales.shape[:1]:
+        return None
+    bits, rest = divmod(values.shape[-1] * 32, width)
+    grouped = scales.shape[-1] * 32 <= width <= scales.shape[-1] * 128
+    return bits if bits in (4, 8) and grouped and not rest else None
+
+
+def _input_width(module: str, config: TextConfig) -> int | None:
+    projection = module.rpartition(".")[2]
+    if projection in ("w2", "down_proj"):
+        if ".shared_experts." in module:
+            return config.shared_intermediate_size
+        return config.intermediate_size if ".experts." in module else config.dense_intermediate_size
+    if projection == "o_proj":
+        return config.num_attention_heads * config.head_dim
+    known = ("w1", "w3", "gate_proj", "up_proj", "gate_up_proj", "q_proj", "k_proj", "v_proj", "lm_head")
+    return config.hidden_size if projection in (*known, "index_q_proj", "index_k_proj", "gate") else None
+
+
+def _read_integers(plan: Plan, module: str, bits: int) -> None:
+    plan.pop(f"{module}.weight_shape", None)
+    scales = plan.pop(f"{module}.weight_scale")
+    zero_points = plan.pop(f"{module}.weight_zero_point", None)
+    plan[f"{module}.weight"] = plan.pop(f"{module}.weight_packed").view_as_uint32()
+    plan[f"{module}.scales"] = scales
+    if zero_points is None:
+        plan[f"{module}.biases"] = scales.multiplied_by(-float(2 ** (bits - 1)))
+    else:
+        plan[f"{module}.biases"] = scales.minus_zero_points(zero_points, bits)
+
+
 def _read_tensor_scale(plan: Plan, module: str) -> None:
     factor = plan.pop(f"{module}.weight_scale_2", None)
     divisor = plan.pop(f"{module}.weight_global_scale", None)
@@ -101,7 +146,7 @@ def _scalar(tensor: Tensor) -> Tensor:
     return tensor.reshape()
 
 
-def _refuse(plan: Plan, module: str, parts: set[str]) -> None:
+def _refuse(plan: Plan, module: str, parts: set[str]) -> NoReturn:
     names = [f"{module}.{part}" for part in sorted({*parts, "weight"})]
     tensors = ", ".join(_describe(plan[name]) for name in names if name in plan)
     raise ValueError(
@@ -119,7 +164,7 @@ def _format_name(plan: Plan, module: str, parts: set[str]) -> str:
     if {"qweight", "qzeros", "g_idx"} & parts:
         return "GPTQ or AWQ packing (qweight)"
     if "weight_packed" in parts and plan[f"{module}.weight_packed"].dtype != str(mx.uint8):
-        return "compressed-tensors integers (weight_packed of whole words)"
+        return "these integers of compressed-tensors (4 or 8 bits in groups of 32 to 128 are read)"
     scales = next(plan[f"{module}.{part}"] for part in _SCALES if part in parts)
     if scales.dtype != str(mx.uint8):
         return "fp8 with float scales per block or channel"

@@ -53,7 +53,7 @@ def plan_layout(
     if config.tie_word_embeddings:
         for part in _PARTS:
             plan.pop(f"lm_head.{part}", None)
-    read_formats(plan)
+    read_formats(plan, config)
     for layer in range(config.num_hidden_layers):
         base = f"model.layers.{layer}"
         if config.is_moe(layer):

@@ -24,10 +24,10 @@ class Tensor:
 
     Attributes:
         operation: ``stored``, ``view``, ``rows``, ``reshape``, ``stack``, ``concatenate``,
-            ``multiply`` or ``divide``.
+            ``multiply``, ``divide`` or ``zero points``.
         sources: the planned tensors it is made from.
         detail: what the operation needs besides: the stored name, ``(axis, start, stop)``, the
-            axis to concatenate, the shape, the factor, or the number that is divided.
+            axis to concatenate, the shape, the factor, the number that is divided, or bits.
         shape: its shape; ``dtype``: its dtype, as ``str(mx.dtype)``.
     """
 
@@ -43,7 +43,8 @@ class Tensor:
 
     def view_as_uint32(self) -> "Tensor":
         """The same bytes as little-endian uint32: how MLX packs quantized values."""
-        shape = (*self.shape[:-1], self.shape[-1] // 4)
+        per_word = 1 if self.dtype == str(mx.int32) else 4
+        shape = (*self.shape[:-1], self.shape[-1] // per_word)
         return Tensor("view", (self,), None, shape, str(mx.uint32))
 
     def rows(self, start: int, stop: int, axis: int = 0) -> "Tensor":
@@ -61,6 +62,11 @@ class Tensor:
     def dividing(self, number: float) -> "Tensor":
         """``number / self``."""
         return Tensor("divide", (self,), number, self.shape, self.dtype)
+
+    def minus_zero_points(self, packed: "Tensor", bits: int) -> "Tensor":
+        """``-zero_point * self`` for scales ``[out, groups]``, with zero points packed along ``out``,
+        ``32 / bits`` rows to a word."""
+        return Tensor("zero points", (self, packed), bits, self.shape, self.dtype)
 
     @staticmethod
     def stack(tensors: Sequence["Tensor"]) -> "Tensor":
@@ -100,12 +106,19 @@ def _rows(array: mx.array, axis: int, start: int, stop: int) -> mx.array:
     return mx.contiguous(array[(slice(None),) * axis + (slice(start, stop),)])
 
 
+def _minus_zero_points(scales: mx.array, packed: mx.array, bits: int) -> mx.array:
+    shifts = mx.arange(0, 32, bits, dtype=mx.uint32)[:, None]
+    rows = (packed.view(mx.uint32)[:, None, :] >> shifts) & (2**bits - 1)
+    return -rows.reshape(scales.shape).astype(scales.dtype) * scales
+
+
 _MAKE = {
     "view": lambda made, _: made[0].view(mx.uint32),
     "rows": lambda made, detail: _rows(made[0], *detail),
     "reshape": lambda made, shape: made[0].reshape(shape),
     "multiply": lambda made, factor: made[0] * factor,
     "divide": lambda made, number: number / made[0],
+    "zero points": lambda made, bits: _minus_zero_points(made[0], made[1], bits),
     "stack": lambda made, _: mx.stack(made),
     "concatenate": lambda made, axis: mx.concatenate(made, axis=axis),
 }

@@ -60,16 +60,16 @@ def awq() -> Checkpoint:
     return foreign(parts_of, {"quant_method": "awq", "bits": 4, "group_size": 32, "version": "gemm"})
 
 
-def compressed_tensors_int4() -> Checkpoint:
+def compressed_tensors_channels() -> Checkpoint:
     def parts_of(array: mx.array) -> Weights:
         rows, columns = array.shape
         return {
-            "weight_packed": mx.zeros((rows, columns // 8), mx.int32),
-            "weight_scale": mx.full((rows, columns // 32), 0.01, mx.bfloat16),
+            "weight_packed": mx.zeros((rows, columns // 4), mx.int32),
+            "weight_scale": mx.full((rows, 1), 0.01, mx.bfloat16),
             "weight_shape": mx.array([rows, columns], mx.int64),
         }
 
-    group = {"num_bits": 4, "type": "int", "group_size": 32, "strategy": "group"}
+    group = {"num_bits": 8, "type": "int", "group_size": None, "strategy": "channel"}
     return foreign(parts_of, compressed_tensors(("pack-quantized", "Linear", group)))
 
 

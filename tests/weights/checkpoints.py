@@ -1,3 +1,4 @@
+# Long because: it is a table, one entry for each kind of checkpoint.
 """Every MiniMax-M3 checkpoint layout in circulation, as a tiny directory with true values.
 
 ``LAYOUTS`` are to be opened, ``UNREPRESENTABLE`` to be refused.  ``layout.write(directory)``
@@ -11,6 +12,7 @@ from functools import partial
 from pathlib import Path
 
 import checkpoint_formats as formats
+import checkpoint_integers as integers
 import checkpoint_parts as parts
 import checkpoint_refusals as refusals
 import mlx.core as mx
@@ -205,6 +207,40 @@ _LOW_PRECISION = (
     ),
 )
 
+
+def packed_integers(
+    make: Callable[[mx.array, int], tuple[Weights, mx.array]], bits: int
+) -> Callable[[], Checkpoint]:
+    group = {"num_bits": bits, "type": "int", "group_size": 32}
+    return partial(
+        other_experts,
+        lambda array, _: make(array, bits),
+        compressed_tensors(("pack-quantized", "Linear", group)),
+        all_float,
+    )
+
+
+_INTEGERS = (
+    Layout(
+        "int4_compressed_tensors",
+        "compressed-tensors 4-bit integers for experts, the rest float",
+        "cyankiwi/MiniMax-M3-AWQ-INT4",
+        packed_integers(integers.integers, 4),
+    ),
+    Layout(
+        "int4_compressed_tensors_zero_points",
+        "the same with zero points",
+        "llm-compressor",
+        packed_integers(integers.with_zero_points, 4),
+    ),
+    Layout(
+        "int8_compressed_tensors",
+        "compressed-tensors 8-bit integers for experts, the rest float",
+        "llm-compressor",
+        packed_integers(integers.integers, 8),
+    ),
+)
+
 _MLX_UNFUSED = (
     text_in_float("mlx_unfused_float", "MLX, unquantized", MLX_LM, partial(plain, as_they_are, vision=False)),
     text("mlx_unfused_4bit", "MLX 4-bit", MLX_LM, unfused_4),
@@ -352,7 +388,9 @@ _MLX_FUSED = (
     ),
 )
 
-LAYOUTS = {layout.name: layout for layout in (*_PUBLISHED, *_LOW_PRECISION, *_MLX_UNFUSED, *_MLX_FUSED)}
+LAYOUTS = {
+    layout.name: layout for layout in (*_PUBLISHED, *_LOW_PRECISION, *_INTEGERS, *_MLX_UNFUSED, *_MLX_FUSED)
+}
 
 _REFUSED = (
     Layout(
@@ -365,10 +403,10 @@ _REFUSED = (
     Layout("gptq", "GPTQ", "own quantizations", refusals.gptq, offender="qweight"),
     Layout("awq", "AWQ", "own quantizations", refusals.awq, offender="qweight"),
     Layout(
-        "int4_compressed_tensors",
-        "compressed-tensors 4-bit integers",
-        "cyankiwi/MiniMax-M3-AWQ-INT4",
-        refusals.compressed_tensors_int4,
+        "int8_channels_compressed_tensors",
+        "compressed-tensors 8-bit integers, one scale for each row",
+        "own quantizations",
+        refusals.compressed_tensors_channels,
         offender="weight_packed",
     ),
     in_float(

@@ -15,21 +15,39 @@ from typing import Any
 import mlx.core as mx
 from checkpoints import LAYOUTS, Layout
 
+from mlx_m3_plugin.model.config import text_config_of
+from mlx_m3_plugin.model.decoder import LanguageModel
+from mlx_m3_plugin.model.host import Host
+from mlx_m3_plugin.weights import lacks_indexers
+
 # Below the budget of 32 tokens.
 TOKENS = mx.array([[(7 * i * i + 3 * i) % 90 for i in range(30)]])
 
 
 def reference_logits(directory: Path, parameters: dict[str, mx.array], tokens: mx.array) -> mx.array:
     """Logits of a float model that holds the values which the stored tensors stand for."""
-    from mlx_lm.utils import load_config
-
-    from mlx_m3_plugin.hosts.mlx_lm.minimax_m3_vl import Model, ModelArgs
-
-    config = load_config(directory)
-    text = dict(config.get("text_config") or config)
-    model = Model(ModelArgs.from_dict({"model_type": "minimax_m3_vl", "text_config": text}))
-    model.load_weights(list(model.sanitize(parameters).items()))
+    config = text_config_of(json.loads((directory / "config.json").read_text()), environ={})
+    model = LanguageModel(config, any_host())
+    if lacks_indexers(parameters, config):
+        for layer in model.model.layers:
+            if layer.self_attn.is_sparse_attn:
+                layer.self_attn.drop_indexer()
+    model.load_weights(list(parameters.items()))
     return model(tokens)
+
+
+def any_host() -> Host:
+    try:
+        from mlx_m3_plugin.hosts.mlx_lm.host import MLX_LM
+
+        return MLX_LM
+    except ImportError:
+        # First the module that is served: it is what imports the others.
+        import mlx_vlm.models.minimax_m3_vl  # noqa: F401
+
+        from mlx_m3_plugin.hosts.mlx_vlm.host import MLX_VLM
+
+        return MLX_VLM
 
 
 def load_language_model(library: str, directory: Path) -> Any:

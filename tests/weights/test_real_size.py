@@ -24,7 +24,7 @@ def test_a_checkpoint_of_real_size_opens_without_being_read(layout, tmp_path):
     mx.clear_cache()
     before = mx.get_active_memory()
     mx.reset_peak_memory()
-    model, config = load_model(tmp_path, lazy=True)
+    model, _ = load_model(tmp_path, lazy=True)
     assert mx.get_peak_memory() - before < 2**20
 
     arrays = dict(tree_flatten(model.parameters()))

@@ -1,0 +1,143 @@
+"""The prompt cache of a layer: upstream's classes, made to take part in more of what upstream offers.
+
+Dense layers have a plain ``KVCache``, sparse ones a ``MiniMaxM3KVCache``, which holds the index
+keys beside K and V.  mlx-vlm's prefix cache on disk knows that class by its name and module, so
+ours keeps both; entries move freely between upstream's M3 class and ours.
+"""
+
+from typing import Any
+
+import mlx.core as mx
+from mlx_vlm.models.cache import KVCache, QuantizedKVCache
+from mlx_vlm.models.minimax_m3_vl import language as upstream
+
+from mlx_m3_plugin.model.host import KeysValues, Quantized
+
+
+class MiniMaxM3KVCache(upstream.MiniMaxM3KVCache):
+    """Upstream's cache of a sparse layer, with ``to_quantized`` and what older callers reach for."""
+
+    __module__ = upstream.__name__
+
+    # mlx-vlm before 0.7 trims a reused cache through these.
+    @property
+    def keys(self) -> mx.array | None:
+        return self.kv_cache.keys
+
+    @keys.setter
+    def keys(self, value: mx.array | None) -> None:
+        self.kv_cache.keys = value
+
+    @property
+    def values(self) -> mx.array | None:
+        return self.kv_cache.values
+
+    @values.setter
+    def values(self, value: mx.array | None) -> None:
+        self.kv_cache.values = value
+
+    @classmethod
+    def merge(cls, caches: Any, prefix_lens: Any = None) -> Any:
+        # In this very class: the prefix cache looks into its __dict__.
+        return upstream.MiniMaxM3BatchKVCache.merge(caches, prefix_lens=prefix_lens)
+
+    def to_quantized(self, group_size: int = 64, bits: int = 4) -> "QuantizedMiniMaxM3KVCache":
+        """K and V quantized; the index keys stay as they are, for they decide what is attended to.
+
+        Raises:
+            ValueError: ``group_size`` does not divide the head size.
+        """
+        if self.keys is not None and self.keys.shape[-1] % group_size:
+            raise ValueError(
+                f"a KV group size of {group_size} does not divide this model's head size of "
+                f"{self.keys.shape[-1]}; try --kv-group-size 32"
+            )
+        quantized = QuantizedMiniMaxM3KVCache()
+        quantized.kv_cache = self.kv_cache.to_quantized(group_size=group_size, bits=bits)
+        quantized.index_keys, quantized.index_offset = self.index_keys, self.index_offset
+        return quantized
+
+
+class QuantizedMiniMaxM3KVCache(upstream.MiniMaxM3KVCache):
+    """With K and V in a ``QuantizedKVCache``; the prefix cache takes it whole, by a snapshot.
+
+    Under another name, because what upstream does by the first one slices plain arrays.
+    """
+
+    # No batch form: upstream has none for quantized caches of this kind, and asks with hasattr.
+    to_batch = property()
+
+    def prefix_cache_snapshot(self) -> dict[str, Any]:
+        held = self.kv_cache
+        index = None if self.index_keys is None else self.index_keys[..., : self.index_offset, :]
+        return {"kv": held.state, "meta": (held.group_size, held.bits, held.offset), "index": index}
+
+    def prefix_cache_restore(self, snapshot: dict[str, Any]) -> None:
+        group_size, bits, offset = snapshot["meta"]
+        self.kv_cache = QuantizedKVCache(group_size=group_size, bits=bits)
+        self.kv_cache.keys, self.kv_cache.values = map(tuple, snapshot["kv"])
+        self.kv_cache.offset = offset
+        self.index_keys = snapshot["index"]
+        self.index_offset = 0 if self.index_keys is None else self.index_keys.shape[2]
+
+
+def make_layer_cache(is_sparse_attention: bool) -> Any:
+    return MiniMaxM3KVCache() if is_sparse_attention else KVCache()
+
+
+def adopt(caches: list[Any]) -> None:
+    """Give entries that upstream restored or extracted our methods."""
+    for entry in caches:
+        if type(entry) is upstream.MiniMaxM3KVCache:
+            entry.__class__ = MiniMaxM3KVCache
+
+
+def keys_values(cache: Any) -> Any:
+    """The part of an entry that holds K and V; None for None."""
+    return getattr(cache, "kv_cache", cache)
+
+
+def offset(cache: Any) -> Any:
+    if cache is None:
+        return 0
+    tokens = keys_values(cache).offset
+    # A copy: batch caches move their offsets in place.
+    return tokens if isinstance(tokens, int) else tokens + 0
+
+
+def left_padding(cache: Any) -> mx.array | None:
+    return getattr(keys_values(cache), "left_padding", None)
+
+
+def append_keys_values(cache: Any, keys: mx.array, values: mx.array) -> Any:
+    if cache is None:
+        return keys, values
+    if getattr(cache, "index_keys", None) is not None:
+        # Below the block budget nothing reads them: left alone they pile up as unevaluated graph.
+        keys = mx.depends(keys, [cache.index_keys])
+    return keys_values(cache).update_and_fetch(keys, values)
+
+
+def append_index_keys(cache: Any, index_keys: mx.array) -> mx.array:
+    return index_keys if cache is None else cache.update_index_and_fetch(index_keys)
+
+
+def buffers(cache: Any, keys: mx.array, values: mx.array) -> tuple[KeysValues, KeysValues]:
+    """All slots of the cache, with those to spare; cutting them off would cost a copy later."""
+    if cache is None:
+        return keys, values
+    held = keys_values(cache)
+    if isinstance(held, QuantizedKVCache):
+        settings = held.group_size, held.bits
+        return Quantized(*held.keys, *settings), Quantized(*held.values, *settings)  # type: ignore[call-arg]
+    return held.keys, held.values
+
+
+def keep_in_graph(cache: Any, arrays: list[mx.array]) -> None:
+    if cache is None:
+        return
+    held = keys_values(cache)
+    if isinstance(held, QuantizedKVCache):
+        held.keys = tuple(mx.depends(list(held.keys), arrays))
+    else:
+        held.keys = mx.depends(held.keys, arrays)

@@ -1,0 +1,36 @@
+"""mlx-vlm as a :class:`~mlx_m3_plugin.model.host.Host`."""
+
+from typing import Any
+
+import mlx.core as mx
+from mlx_vlm.models.base import create_attention_mask, scaled_dot_product_attention
+from mlx_vlm.models.rope_utils import initialize_rope
+from mlx_vlm.models.switch_layers import SwitchGLU
+
+from mlx_m3_plugin.model.host import Host
+
+from . import cache as caches
+
+
+def attention_mask(hidden_states: mx.array, cache: Any) -> Any:
+    return create_attention_mask(hidden_states, caches.keys_values(cache))
+
+
+def attention(queries: mx.array, keys: Any, values: Any, *, cache: Any, scale: float, mask: Any) -> mx.array:
+    held = caches.keys_values(cache)
+    return scaled_dot_product_attention(queries, keys, values, cache=held, scale=scale, mask=mask)
+
+
+MLX_VLM = Host(
+    SwitchGLU=SwitchGLU,
+    initialize_rope=initialize_rope,
+    attention_mask=attention_mask,
+    attention=attention,
+    adopt=caches.adopt,
+    offset=caches.offset,
+    left_padding=caches.left_padding,
+    append_keys_values=caches.append_keys_values,
+    append_index_keys=caches.append_index_keys,
+    buffers=caches.buffers,
+    keep_in_graph=caches.keep_in_graph,
+)

@@ -1,0 +1,169 @@
+"""The language model as mlx-vlm calls it: with embeddings, for its output object, and speculatively."""
+
+from collections.abc import Sequence
+from typing import Any
+
+import mlx.core as mx
+from mlx_vlm.models.base import LanguageModelOutput
+from mlx_vlm.models.minimax_m3_vl import language as upstream
+
+from mlx_m3_plugin.model import decoder
+from mlx_m3_plugin.model.config import TextConfig
+from mlx_m3_plugin.model.sharding import shard_layers
+
+from .cache import make_layer_cache
+from .host import MLX_VLM
+
+
+class TextModel(decoder.TextModel):
+    """With mlx-vlm's names for embeddings, and hidden states for drafters on the way."""
+
+    def __call__(  # type: ignore[override]
+        self,
+        inputs: mx.array,
+        inputs_embeds: mx.array | None = None,
+        mask: mx.array | None = None,
+        cache: Any = None,
+        capture_layer_ids: Sequence[int] | None = None,
+        hidden_sink: list[mx.array] | None = None,
+        position_ids: mx.array | None = None,
+    ) -> mx.array:
+        """Token ids ``[B, L]`` or embeddings ``[B, L, D]`` -> normed hidden states ``[B, L, D]``.
+
+        Args:
+            mask: ``[B, L]``, 1 for tokens, where no cache tells the padding: of trainers.
+            capture_layer_ids: layers whose output goes into ``hidden_sink``; without them it
+                gets the last hidden states before the final norm.
+            position_ids: not looked at; positions follow from the cache, in content.
+        """
+        h = self.embed_tokens(inputs) if inputs_embeds is None else inputs_embeds
+        if cache is None:
+            cache = self._cache_for_padding(mask)
+        captured = set(capture_layer_ids or ())
+
+        def capture(layer: int, output: mx.array) -> None:
+            if layer in captured and hidden_sink is not None:
+                hidden_sink.append(output)
+
+        h = self.run_layers(h, cache, capture)
+        if hidden_sink is not None and not captured:
+            hidden_sink.append(h)
+        return self.norm(h)
+
+    def make_cache(self) -> list[Any]:
+        return [make_layer_cache(layer.self_attn.is_sparse_attn) for layer in self.pipeline_layers]
+
+    def _cache_for_padding(self, mask: mx.array | None) -> list[Any] | None:
+        """A batch cache that knows the padding on the left; on the right nothing sees it anyway.
+
+        Raises:
+            ValueError: the mask has gaps, or is not ``[B, L]``.
+        """
+        if mask is None:
+            return None
+        if mask.ndim != 2:
+            raise ValueError(f"MiniMax-M3 takes a mask of shape [B, L], not {mask.shape}")
+        tokens = mask.astype(mx.bool_)
+        if tokens.all().item():
+            return None
+        left = mx.argmax(tokens, axis=1)
+        slots = mx.arange(mask.shape[1])
+        run = (slots >= left[:, None]) & (slots < (left + tokens.sum(axis=1))[:, None])
+        if (run != tokens).any().item():
+            raise ValueError("MiniMax-M3 takes masks of one run of tokens per row, with padding around it")
+        if not left.any().item():
+            return None
+        return [to_batch(entry, left.tolist()) for entry in self.make_cache()]
+
+
+def to_batch(entry: Any, left_padding: Any) -> Any:
+    """An empty entry for rows with ``left_padding``."""
+    from mlx_vlm.models.cache import BatchKVCache
+
+    return entry.to_batch(left_padding) if hasattr(entry, "to_batch") else BatchKVCache(left_padding)
+
+
+class LanguageModel(decoder.LanguageModel):
+    """Token ids ``[B, L]`` or embeddings to :class:`LanguageModelOutput`.
+
+    It has no ``get_rope_index``: mlx-vlm would ask it for the positions of a whole prompt and
+    pass them for the part that is not cached.
+    """
+
+    model: TextModel
+
+    # Rows of a batch that accept different numbers of drafted tokens cannot be rolled back.
+    requires_uniform_batch_acceptance = True
+
+    def __init__(self, args: TextConfig, config: Any = None):
+        super().__init__(args, MLX_VLM)
+        self.model = TextModel(args, MLX_VLM)
+        self.args = args
+        # Drafters read it: the whole model's config.
+        self.config = config or args
+        self.model_type = args.model_type
+
+    def __call__(  # type: ignore[override]
+        self,
+        inputs: mx.array,
+        inputs_embeds: mx.array | None = None,
+        mask: mx.array | None = None,
+        cache: Any = None,
+        capture_layer_ids: Sequence[int] | None = None,
+        return_hidden: bool = False,
+        return_shared_kv: bool = False,
+        skip_logits: bool = False,
+        hidden_sink: list[mx.array] | None = None,
+        attention_mask: mx.array | None = None,
+        **kwargs: Any,
+    ) -> LanguageModelOutput:
+        """Other keywords are what mlx-vlm passes to every model, such as image grids and positions."""
+        if hidden_sink is None and (capture_layer_ids is not None or return_hidden):
+            hidden_sink = []
+        if mask is None and attention_mask is not None and attention_mask.shape == inputs.shape:
+            mask = attention_mask
+        h = self.model(
+            inputs,
+            inputs_embeds=inputs_embeds,
+            mask=mask,
+            cache=cache,
+            capture_layer_ids=capture_layer_ids,
+            hidden_sink=hidden_sink,
+        )
+        return LanguageModelOutput(
+            logits=None if skip_logits else self.logits(h),
+            hidden_states=hidden_sink,
+            # K and V are not shared between layers.
+            shared_kv_states={} if return_shared_kv else None,
+        )
+
+    @property
+    def layers(self) -> list[decoder.DecoderLayer]:
+        """The layers that this process runs."""
+        return self.model.pipeline_layers
+
+    @property
+    def head_dim(self) -> int:
+        return self.args.head_dim
+
+    @property
+    def n_kv_heads(self) -> int:
+        return self.args.num_key_value_heads
+
+    def make_cache(self) -> list[Any]:
+        return self.model.make_cache()
+
+    def shard(self, group: mx.distributed.Group | None = None) -> None:
+        shard_layers(self.layers, group or mx.distributed.init())
+
+    def logits_from_hidden(self, hidden: mx.array) -> mx.array:
+        return self.logits(hidden)
+
+    def speculative_logits_from_hidden(self, hidden: mx.array) -> mx.array:
+        """From what ``hidden_sink`` gets: hidden states before the final norm."""
+        return self.logits(self.model.norm(hidden))
+
+    def speculative_argmax_from_hidden(self, hidden: mx.array) -> mx.array:
+        return mx.argmax(self.speculative_logits_from_hidden(hidden), axis=-1)
+
+    rollback_speculative_cache = upstream.LanguageModel.rollback_speculative_cache

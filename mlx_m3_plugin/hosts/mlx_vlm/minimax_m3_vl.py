@@ -1,0 +1,179 @@
+"""``mlx_vlm.models.minimax_m3_vl``: MiniMax-M3 with images and video.
+
+mlx-vlm executes this file under its own module name, as a package whose sub-modules stay
+upstream's, so every import is absolute.
+"""
+
+from typing import Any
+
+import mlx.core as mx
+import mlx.nn as nn
+
+from mlx_m3_plugin.hosts.mlx_vlm.parts import check_parts
+
+check_parts()
+
+from mlx_vlm.models.minimax_m3_vl.minimax_m3_vl import MiniMaxProjector  # noqa: E402
+from mlx_vlm.models.minimax_m3_vl.minimax_m3_vl import Model as UpstreamModel  # noqa: E402
+from mlx_vlm.models.minimax_m3_vl.processing_minimax_m3_vl import (  # noqa: E402
+    MiniMaxM3VLImageProcessor,
+    MiniMaxM3VLProcessor,
+    MiniMaxM3VLVideoProcessor,
+    MiniMaxVLProcessor,
+)
+from mlx_vlm.models.minimax_m3_vl.vision import VisionModel  # noqa: E402
+
+from mlx_m3_plugin.hosts.loading import AnyLayout  # noqa: E402
+from mlx_m3_plugin.hosts.mlx_vlm.cache import QuantizedMiniMaxM3KVCache  # noqa: E402
+from mlx_m3_plugin.hosts.mlx_vlm.config import ModelConfig, VisionConfig  # noqa: E402
+from mlx_m3_plugin.hosts.mlx_vlm.language import LanguageModel  # noqa: E402
+from mlx_m3_plugin.hosts.mlx_vlm.storing import StoredModel, as_stored  # noqa: E402
+from mlx_m3_plugin.model.config import TextConfig, text_config_of  # noqa: E402
+from mlx_m3_plugin.model.decoder import DecoderLayer  # noqa: E402
+
+__all__ = [
+    "LanguageModel",
+    "MiniMaxM3VLImageProcessor",
+    "MiniMaxM3VLProcessor",
+    "MiniMaxM3VLVideoProcessor",
+    "MiniMaxVLProcessor",
+    "Model",
+    "ModelConfig",
+    "QuantizedMiniMaxM3KVCache",
+    "TextConfig",
+    "VisionConfig",
+    "VisionModel",
+]
+
+VISION_PARTS = ("vision_tower", "multi_modal_projector", "patch_merge_mlp")
+
+
+class Model(AnyLayout, UpstreamModel):
+    """Upstream's vision tower, projectors and merging around our language model."""
+
+    text_prefix = "language_model."
+    takes_vision = True
+
+    def __init__(self, config: ModelConfig):
+        nn.Module.__init__(self)
+        if config.loader_config:
+            # The loader has put its own reading of the text config in the place of ours.
+            config.text_config = text_config_of(config.loader_config)
+        text, vision = config.text_config, config.vision_config
+        layers = config.vision_feature_layer
+        self.config = config
+        self.model_type = config.model_type
+        self.vision_feature_layer = layers
+        self.vision_feature_select_strategy = config.vision_feature_select_strategy
+        self.vision_tower = VisionModel(vision)
+        self.language_model = LanguageModel(text, config)
+        self.multi_modal_projector = MiniMaxProjector(
+            vision.hidden_size * (1 if isinstance(layers, int) else len(layers)),
+            config.projector_hidden_size,
+            text.hidden_size,
+            config.multimodal_projector_bias,
+            config.projector_hidden_act,
+        )
+        self.patch_merge_mlp = MiniMaxProjector(
+            text.hidden_size * vision.spatial_merge_size**2,
+            text.hidden_size,
+            text.hidden_size,
+            config.patch_merge_bias,
+            config.projector_hidden_act,
+        )
+
+    @property
+    def text_config(self) -> TextConfig:
+        return self.language_model.args
+
+    @property
+    def loader_config(self) -> dict[str, Any]:
+        return self.config.loader_config
+
+    @property
+    def layers(self) -> list[DecoderLayer]:
+        return self.language_model.layers
+
+    def __call__(
+        self,
+        input_ids: mx.array,
+        pixel_values: mx.array | None = None,
+        mask: mx.array | None = None,
+        cache: Any = None,
+        inputs_embeds: mx.array | None = None,
+        **kwargs: Any,
+    ) -> Any:
+        """Token ids ``[B, L]`` with pixel values to ``LanguageModelOutput``."""
+        if inputs_embeds is None:
+            made = self.get_input_embeddings(input_ids, pixel_values, **kwargs).to_dict()
+            kwargs = {**kwargs, **made}
+            inputs_embeds = kwargs.pop("inputs_embeds")
+        return self.language_model(input_ids, inputs_embeds=inputs_embeds, mask=mask, cache=cache, **kwargs)
+
+    def sanitize(self, weights: dict[str, mx.array]) -> dict[str, mx.array]:
+        mapped = super().sanitize(weights)
+        whole = f"{self.text_prefix}model.embed_tokens.weight" in mapped
+        if whole and not any(name.startswith(VISION_PARTS) for name in mapped):
+            for part in VISION_PARTS:
+                setattr(self, part, None)
+        return mapped
+
+    def get_input_embeddings(
+        self, input_ids: mx.array | None = None, pixel_values: mx.array | None = None, **kwargs: Any
+    ) -> Any:
+        """Token embeddings, with image and video features in the place of their tokens.
+
+        Raises:
+            ValueError: there are pixels, and this checkpoint has no vision tower.
+        """
+        pixels = pixel_values is not None or kwargs.get("pixel_values_videos") is not None
+        if pixels and self.vision_tower is None:
+            raise ValueError("this MiniMax-M3 checkpoint has no vision tower: it takes text only")
+        cached = kwargs.get("cached_image_features")
+        if isinstance(cached, (list, tuple)):
+            kwargs["cached_image_features"] = mx.concatenate(list(cached), axis=0)
+        elif cached is None:
+            self._use_vision_cache(pixel_values, kwargs)
+        return super().get_input_embeddings(input_ids, pixel_values, **kwargs)
+
+    def _use_vision_cache(self, pixel_values: mx.array | None, kwargs: dict[str, Any]) -> None:
+        """The server gives a cache of image features and the key of this request's images."""
+        cache, key = kwargs.pop("vision_cache", None), kwargs.pop("_image_key", None)
+        grid = kwargs.get("image_grid_thw")
+        if cache is None or key is None or pixel_values is None or grid is None:
+            return
+        features = cache.get(key)
+        if features is None:
+            features = self._compute_visual_features(pixel_values, grid)
+            cache.put(key, features)
+        kwargs["cached_image_features"] = features
+
+    def encode_image(self, pixel_values: mx.array, image_grid_thw: mx.array | None = None) -> Any:
+        """Features ``[image tokens, D]``; None without the grid, which some callers do not pass on:
+        then the features are made with the embeddings."""
+        return None if image_grid_thw is None else self._compute_visual_features(pixel_values, image_grid_thw)
+
+    def encode_images(
+        self, pixel_values: mx.array, image_grid_thw: mx.array | None = None, **kwargs: Any
+    ) -> list[mx.array]:
+        """The features of each image, to be cached one by one."""
+        if image_grid_thw is None:
+            raise ValueError("MiniMax-M3 needs image_grid_thw to encode images")
+        features = self._compute_visual_features(pixel_values, image_grid_thw)
+        merge = self.config.vision_config.spatial_merge_size
+        counts = image_grid_thw.prod(axis=1) // merge**2
+        ends: Any = mx.cumsum(counts).tolist()
+        return list(mx.split(features, ends[:-1], axis=0))
+
+    def as_stored(self) -> tuple[StoredModel, dict[str, Any]]:
+        """See :func:`~mlx_m3_plugin.hosts.mlx_vlm.storing.as_stored`."""
+        return as_stored(self, self.text_config, self.text_prefix)
+
+    def shard(self, group: mx.distributed.Group | None = None) -> None:
+        self.language_model.shard(group)
+
+    def speculative_logits_from_hidden(self, hidden: mx.array) -> mx.array:
+        return self.language_model.speculative_logits_from_hidden(hidden)
+
+    def rollback_speculative_cache(self, *args: Any, **kwargs: Any) -> int:
+        return self.language_model.rollback_speculative_cache(*args, **kwargs)

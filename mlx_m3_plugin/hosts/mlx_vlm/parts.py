@@ -1,0 +1,72 @@
+"""Upstream's parts that ours are built from, and whether the installed mlx-vlm has them.
+
+The vision tower, the projectors, the processors and the caches are mlx-vlm's own.  Imports here
+are of sub-modules, which stay upstream's while we serve the package around them.
+"""
+
+import inspect
+from importlib import import_module
+from typing import Any
+
+_M3 = "mlx_vlm.models.minimax_m3_vl"
+_NEEDED = {
+    f"{_M3}.config": ("ModelConfig", "VisionConfig"),
+    f"{_M3}.language": ("MiniMaxM3KVCache", "MiniMaxM3BatchKVCache", "LanguageModel"),
+    f"{_M3}.minimax_m3_vl": ("Model", "MiniMaxProjector"),
+    f"{_M3}.vision": ("VisionModel",),
+    f"{_M3}.processing_minimax_m3_vl": ("MiniMaxM3VLProcessor",),
+    "mlx_vlm.models.base": (
+        "InputEmbeddingsFeatures",
+        "LanguageModelOutput",
+        "create_attention_mask",
+        "scaled_dot_product_attention",
+    ),
+    "mlx_vlm.models.cache": ("KVCache", "QuantizedKVCache"),
+    "mlx_vlm.models.rope_utils": ("initialize_rope",),
+    "mlx_vlm.models.switch_layers": ("SwitchGLU",),
+}
+# Methods of upstream's classes that ours inherit or call, with the parameters they must take.
+_METHODS = {
+    ("minimax_m3_vl", "Model", "_compute_visual_features"): ("pixel_values", "grid_thw"),
+    ("minimax_m3_vl", "Model", "merge_input_ids_with_visual_features"): ("inputs_embeds", "input_ids"),
+    ("minimax_m3_vl", "Model", "get_input_embeddings"): ("input_ids", "pixel_values"),
+    ("minimax_m3_vl", "MiniMaxProjector", "__init__"): ("input_dim", "hidden_dim", "output_dim", "bias"),
+    ("language", "MiniMaxM3KVCache", "update_index_and_fetch"): ("keys",),
+    ("language", "MiniMaxM3BatchKVCache", "merge"): ("caches",),
+    ("language", "LanguageModel", "rollback_speculative_cache"): ("caches", "accepted", "block_size"),
+}
+
+
+class PartsDoNotFitError(ImportError):
+    """The installed mlx-vlm is not one that our model can be put into."""
+
+    fall_back_to_native = True
+
+
+def check_parts() -> None:
+    """Look for all of upstream's parts.
+
+    Raises:
+        PartsDoNotFitError: names the first one that is missing or has changed.
+    """
+    for module, names in _NEEDED.items():
+        for name in names:
+            _find(module, name)
+    for (module, cls, method), parameters in _METHODS.items():
+        function = getattr(_find(f"{_M3}.{module}", cls), method, None)
+        taken = inspect.signature(function).parameters if function else ()
+        if not set(parameters) <= set(taken):
+            raise _misfit(f"{_M3}.{module}.{cls}.{method}")
+
+
+def _find(module: str, name: str) -> Any:
+    try:
+        return getattr(import_module(module), name)
+    except (ImportError, AttributeError) as error:
+        raise _misfit(f"{module}.{name}") from error
+
+
+def _misfit(what: str) -> PartsDoNotFitError:
+    from importlib.metadata import version
+
+    return PartsDoNotFitError(f"mlx-vlm {version('mlx-vlm')} has no {what} as it was when this was written")

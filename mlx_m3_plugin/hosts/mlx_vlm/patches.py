@@ -1,0 +1,43 @@
+"""Extensions of mlx-vlm modules that it does not look up by name."""
+
+from collections.abc import Callable
+from functools import wraps
+from typing import Any
+
+from mlx_m3_plugin.weights.files import with_checks
+
+
+def utils(module: Any, load_entry_points: Callable[[str], list[Any]]) -> list[str]:
+    """Check the files of M3 checkpoints when they are loaded, and save models in mlx-vlm's own layout."""
+    module.load_model = with_checks(module.load_model)
+    save_weights, save_config = module.save_weights, module.save_config
+    # What save_config has to say of the weights that save_weights has just written.
+    described: list[dict[str, Any]] = []
+
+    @wraps(save_weights)
+    def save_weights_as_stored(save_path: Any, model: Any, **kwargs: Any) -> None:
+        if hasattr(model, "as_stored"):
+            model, description = model.as_stored()
+            described[:] = [description]
+        save_weights(save_path, model, **kwargs)
+
+    @wraps(save_config)
+    def save_described_config(config: dict[str, Any], config_path: Any) -> None:
+        if described and config.get("model_type") in ("minimax_m3_vl", "minimax_m3"):
+            config = describe(config, described.pop())
+        save_config(config, config_path)
+
+    module.save_weights, module.save_config = save_weights_as_stored, save_described_config
+    return ["load_model checks the files of M3 checkpoints", "save_weights writes mlx-vlm's own M3 layout"]
+
+
+def describe(config: dict[str, Any], description: dict[str, Any]) -> dict[str, Any]:
+    """``config`` with what is true of the weights beside it: quantization, and how experts lie."""
+    config = {key: value for key, value in config.items() if not key.startswith("quantization")}
+    quantization = description["quantization"]
+    if quantization is not None:
+        config |= {"quantization": quantization, "quantization_config": quantization}
+    packed = {"pack_shared_expert": description["pack_shared_expert"]}
+    if isinstance(config.get("text_config"), dict):
+        return {**config, "text_config": config["text_config"] | packed}
+    return config | packed

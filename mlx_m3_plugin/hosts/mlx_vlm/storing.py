@@ -1,0 +1,64 @@
+"""A model as mlx-vlm stores M3: gate and up fused, the shared expert as one more row of the experts.
+
+Without us mlx-vlm opens no other layout, unless it is told to (from 0.6.5 on).
+"""
+
+from typing import Any
+
+import mlx.core as mx
+import mlx.nn as nn
+from mlx.utils import tree_flatten, tree_map, tree_unflatten
+
+from mlx_m3_plugin.model.config import TextConfig
+from mlx_m3_plugin.weights import fuse_experts
+from mlx_m3_plugin.weights.tensor import Tensor
+
+
+class StoredModel:
+    """What ``save_weights`` asks of a model: its parameters, and to let go of them."""
+
+    def __init__(self, parameters: dict[str, mx.array], model: nn.Module):
+        self._parameters = parameters
+        self._model = model
+
+    def parameters(self) -> Any:
+        return tree_unflatten(list(self._parameters.items()))
+
+    def update(self, parameters: Any) -> None:
+        """Called with empty arrays, for weights to be freed as they are written."""
+        self._parameters = dict(tree_flatten(parameters))
+        self._model.update(tree_map(lambda _: mx.array([]), self._model.parameters()))
+
+
+def as_stored(model: nn.Module, config: TextConfig, prefix: str) -> tuple[StoredModel, dict[str, Any]]:
+    """The model to save, and what its config has to say of it.
+
+    Experts stay as they are if some could not be fused: where gate and up, or the shared and the
+    routed experts, differ in bits.
+    """
+    arrays = dict(tree_flatten(model.parameters()))
+    plan = {name: Tensor.stored(name, array) for name, array in arrays.items()}
+    fused = fuse_experts(plan, config, prefix, pack_shared=True)
+    packed = not any(".switch_mlp.gate_proj." in name or ".shared_experts." in name for name in fused)
+    chosen = fused if packed else plan
+    made = {name: tensor.make(arrays) for name, tensor in chosen.items()}
+    description = {"quantization": _quantization(model, made), "pack_shared_expert": packed}
+    return StoredModel(made, model), description
+
+
+def _quantization(model: nn.Module, stored: dict[str, mx.array]) -> dict[str, Any] | None:
+    """Of every quantized module by the name it is stored under."""
+    modules = {}
+    for path, module in model.named_modules():
+        if getattr(module, "bits", None) is None or "scales" not in module:
+            continue
+        how = {"group_size": module.group_size, "bits": module.bits, "mode": module.mode}
+        # Half of one that is stored whole.
+        for name in (path, path.replace(".switch_mlp.gate_proj", ".switch_mlp.gate_up_proj")):
+            if f"{name}.scales" in stored:
+                modules[name] = how
+    if not modules:
+        return None
+    every = list(modules.values())
+    default = max(every, key=every.count)
+    return {**default, **{path: how for path, how in modules.items() if how != default}}

@@ -1,0 +1,267 @@
+"""What a checkpoint is, told by the names, shapes and dtypes of its tensors alone."""
+
+import math
+import re
+from collections import defaultdict
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass, field
+
+import mlx.core as mx
+
+from ...model.config import TextConfig
+from ...weights import Headers, StoredTensor
+from ...weights.names import is_unused, is_vision
+from ...weights.tensor import Tensor
+from .parameters import Precision, Shapes, quantized_modules
+
+PUBLISHED, AROUND, TRANSFORMERS, TEXT_ONLY = (
+    "language_model.model.layers",
+    "model.language_model.model.layers",
+    "model.language_model.layers",
+    "model.layers",
+)
+_NAMES_IN_WORDS = {
+    PUBLISHED: "published names",
+    AROUND: "published names behind another model.",
+    TRANSFORMERS: "transformers' names",
+    TEXT_ONLY: "text-only names",
+}
+_NUMBER = re.compile(r"\.\d+(?=\.)")
+_OUTER = re.compile(r"^((?:model\.|language_model\.)*)(?:layers\.N|embed_tokens|norm)\.")
+_FOREIGN = re.compile(
+    r"\.(weight_scale(?:_inv|_2)?|weight_global_scale|weight_packed|weight_shape|weight_zero_point"
+    r"|qweight|qzeros|g_idx)$"
+)
+_PARTS_OF_QUANTIZED = ("scales", "biases", "global_scale")
+
+# Component -> what its tensors' published names contain; the first that fits counts.
+COMPONENTS = {
+    "embeddings": (".embed_tokens.",),
+    "lm_head": ("lm_head.",),
+    "vision tower": ("vision_tower.",),
+    "projector": ("multi_modal_projector.",),
+    "patch merge": ("patch_merge_mlp.",),
+    "indexer": (".self_attn.index_",),
+    "attention": (".self_attn.",),
+    "dense MLP": (".mlp.",),
+    "routed experts": (".switch_mlp.", ".experts."),
+    "shared expert": (".shared_experts.",),
+    "router": (".block_sparse_moe.",),
+    "norms": ("norm.weight",),
+}
+OTHER = "other"
+# In the order in which a token meets them.
+TABLE_ORDER = (
+    *("embeddings", "attention", "indexer", "dense MLP", "router", "routed experts", "shared expert"),
+    *("norms", "lm_head", "vision tower", "projector", "patch merge", OTHER),
+)
+
+
+@dataclass(frozen=True)
+class Layout:
+    """How the tensors are named and arranged.
+
+    Attributes:
+        names: how the layers' names begin, one of the four spellings, or several.
+        modules: ``published``, or ``transformers`` for its names of modules in memory.
+        experts: ``one by one``, ``stacked``, ``fused`` (stacked, gate and up as one) or ``none``.
+        expert_rows: rows of the stack.
+        shared_expert: ``apart``, ``last row`` of the experts' stack, or ``none``.
+        dense_under_moe: dense layers' MLPs are named ``block_sparse_moe``.
+        unused: tensors for predicting several tokens, which nothing reads.
+        foreign_parts: names of the parts of weights that are quantized in another library's format.
+        tensor_scales: quantized weights have a scale of the whole tensor.
+        quantized: there are quantized weights in MLX's own format.
+    """
+
+    names: str
+    modules: str
+    experts: str
+    expert_rows: int
+    shared_expert: str
+    indexer: bool
+    vision: bool
+    dense_under_moe: bool = False
+    unused: int = 0
+    foreign_parts: list[str] = field(default_factory=list)
+    tensor_scales: bool = False
+    quantized: bool = False
+
+    def in_words(self) -> list[str]:
+        words = [f"{_NAMES_IN_WORDS.get(self.names, 'unknown names')} ({self.names})"]
+        if self.modules == "transformers":
+            words.append("modules as transformers names them in memory")
+        words.append(
+            {
+                "one by one": "one tensor for each expert's projection",
+                "stacked": f"experts stacked ({self.expert_rows} rows), gate and up apart",
+                "fused": f"experts stacked ({self.expert_rows} rows), gate and up fused",
+                "none": "no experts",
+            }[self.experts]
+        )
+        if self.shared_expert == "last row":
+            words.append("shared expert packed as their last row")
+        if self.dense_under_moe:
+            words.append("dense MLPs under block_sparse_moe")
+        if self.unused:
+            words.append(f"{self.unused} mtp tensors that nothing reads")
+        return words
+
+
+@dataclass
+class StoredDtype:
+    """What is stored in one dtype, by safetensors' name of it."""
+
+    dtype: str
+    tensors: int = 0
+    bytes: int = 0
+
+
+@dataclass
+class Component:
+    """A part of the model.
+
+    Attributes:
+        parameters: numbers in the model, whatever they are packed into.
+        bytes: of all its tensors, with scales and biases.
+        stored_as: the precisions in it, most parameters first.
+    """
+
+    name: str
+    parameters: int = 0
+    bytes: int = 0
+    stored_as: list[str] = field(default_factory=list)
+    bits_per_weight: float | None = None
+
+
+def recognise_layout(tensors: Mapping[str, StoredTensor], config: TextConfig | None) -> Layout:
+    """Read the layout from the stored names.  ``config`` tells how many rows are routed experts."""
+    kinds: dict[str, str] = {}
+    for name in tensors:
+        kinds.setdefault(_NUMBER.sub(".N", name), name)
+    text = [kind for kind in kinds if not is_unused(kind) and not is_vision(kind)]
+    outer = {match[1] for kind in text if (match := _OUTER.match(kind))}
+    stacks = [
+        kind for kind in text if _has(kind, (".switch_mlp.", ".experts.")) and ".experts.N." not in kind
+    ]
+    rows = max((tensors[kinds[kind]].shape[0] for kind in stacks if tensors[kinds[kind]].shape), default=0)
+    apart = any(".shared_experts." in kind for kind in text)
+    packed = not apart and config is not None and rows == config.num_local_experts + 1
+    return Layout(
+        names=" and ".join(sorted(f"{prefix}layers" for prefix in outer)) or "none",
+        modules="transformers" if any(map(_is_transformers_module, text)) else "published",
+        experts=_arrangement(text, stacks),
+        expert_rows=rows,
+        shared_expert="apart" if apart else "last row" if packed else "none",
+        indexer=any(_has(kind, (".self_attn.index_", ".self_attn.indexer.")) for kind in text),
+        vision=any(map(is_vision, kinds)),
+        dense_under_moe=any(re.search(r"\.block_sparse_moe\.(gate|up|down)_proj\.", kind) for kind in text),
+        unused=sum(map(is_unused, tensors)),
+        foreign_parts=sorted({match[1] for kind in text if (match := _FOREIGN.search(kind))}),
+        tensor_scales=any(kind.endswith(".global_scale") for kind in text),
+        quantized=any(kind.endswith(".scales") for kind in text),
+    )
+
+
+def _arrangement(kinds: Iterable[str], stacks: Iterable[str]) -> str:
+    if any(".experts.N." in kind for kind in kinds):
+        return "one by one"
+    if any(".gate_up_proj" in kind for kind in stacks):
+        return "fused"
+    return "stacked" if stacks else "none"
+
+
+def _is_transformers_module(kind: str) -> bool:
+    theirs = (".self_attn.indexer.", ".mlp.experts.", ".mlp.gate.", ".mlp.gate_up_proj.")
+    return _has(kind, theirs)
+
+
+def _has(name: str, parts: Iterable[str]) -> bool:
+    return any(part in name for part in parts)
+
+
+def dtype_histogram(headers: Headers) -> list[StoredDtype]:
+    """Most bytes first."""
+    found: dict[str, StoredDtype] = {}
+    for tensor in headers.tensors.values():
+        entry = found.setdefault(tensor.stored_dtype, StoredDtype(tensor.stored_dtype))
+        entry.tensors += 1
+        entry.bytes += tensor.nbytes
+    return sorted(found.values(), key=lambda entry: -entry.bytes)
+
+
+@dataclass
+class Contents:
+    """What a plan holds: its components and precisions, and what is wrong with quantized modules."""
+
+    components: list[Component]
+    precisions: list[Precision]
+    quantized: dict[str, Precision]
+    problems: list[str]
+
+
+def measure(plan: Mapping[str, Tensor], shapes: Shapes, headers: Headers) -> Contents:
+    """Count parameters and bytes.
+
+    Args:
+        plan: without a prefix, vision included.
+        shapes: of the model's parameters before quantization.
+        headers: for what the plan leaves out.
+    """
+    quantized, problems = quantized_modules(plan, shapes)
+    components = {name: Component(name) for name in TABLE_ORDER}
+    by_component: dict[str, dict[str, int]] = defaultdict(lambda: defaultdict(int))
+    precisions: dict[str, Precision] = {}
+    for name, tensor in plan.items():
+        component = components[component_of(name)]
+        component.bytes += math.prod(tensor.shape) * _item_size(tensor.dtype)
+        module, _, part = name.rpartition(".")
+        if part in _PARTS_OF_QUANTIZED and f"{module}.weight" in plan:
+            continue
+        how = quantized.get(module) if part == "weight" else None
+        parameters = _count(tensor, how)
+        precision = how or _float_precision(tensor)
+        entry = precisions.setdefault(
+            str(precision), Precision(precision.mode, precision.bits, precision.group_size)
+        )
+        entry.modules += 1
+        entry.parameters += parameters
+        component.parameters += parameters
+        by_component[component.name][str(precision)] += parameters
+    for name, stored_as in by_component.items():
+        components[name].stored_as = sorted(stored_as, key=lambda how: -stored_as[how])
+    other = components[OTHER]
+    # What a plan leaves out, such as heads for predicting several tokens.
+    other.bytes += sum(t.nbytes for t in headers.tensors.values()) - sum(c.bytes for c in components.values())
+    other.parameters += sum(math.prod(t.shape) for n, t in headers.tensors.items() if is_unused(n))
+    for component in components.values():
+        component.bits_per_weight = bits_per_weight(component.bytes, component.parameters)
+    return Contents(
+        [component for component in components.values() if component.bytes],
+        sorted(precisions.values(), key=lambda entry: -entry.parameters),
+        quantized,
+        problems,
+    )
+
+
+def bits_per_weight(stored_bytes: int, parameters: int) -> float | None:
+    return 8 * stored_bytes / parameters if parameters else None
+
+
+def component_of(name: str) -> str:
+    """The component that a published name belongs to."""
+    return next((component for component, parts in COMPONENTS.items() if _has(name, parts)), OTHER)
+
+
+def _count(tensor: Tensor, how: Precision | None) -> int:
+    stored = math.prod(tensor.shape)
+    return stored if how is None else stored * 32 // how.bits
+
+
+def _float_precision(tensor: Tensor) -> Precision:
+    return Precision(tensor.dtype.removeprefix("mlx.core."), 8 * _item_size(tensor.dtype), None)
+
+
+def _item_size(dtype: str) -> int:
+    name = dtype.removeprefix("mlx.core.")
+    return getattr(mx, "bool_" if name == "bool" else name).size

@@ -1,0 +1,228 @@
+"""The parameters that a model of a config has, how they are stored, and what is wrong with them.
+
+Names are the published ones without a prefix, shapes those before any quantization.
+"""
+
+from collections import defaultdict
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+from ...model.config import TextConfig
+from ...weights import group_names, infer_quantization
+from ...weights.tensor import Tensor
+
+Shapes = dict[str, tuple[int, ...]]
+# Shape and kind of dtype.
+_Stored = tuple[tuple[int, ...], str]
+_Entries = Iterator[tuple[str, tuple[int, ...]]]
+
+_PACKED, _FLOAT = "uint32", "float"
+
+
+@dataclass
+class Precision:
+    """One way in which weights are stored: quantized, with ``bits`` and ``group_size``, or as floats."""
+
+    mode: str
+    bits: int
+    group_size: int | None
+    modules: int = 0
+    parameters: int = 0
+
+    def __str__(self) -> str:
+        return f"affine {self.bits}-bit g{self.group_size}" if self.mode == "affine" else self.mode
+
+
+def text_shapes(config: TextConfig, *, indexers: bool = True) -> Shapes:
+    """The text model's, experts stacked; ``indexers=False`` for a checkpoint that has none."""
+    return dict(_text(config, indexers))
+
+
+def vision_shapes(config: Mapping[str, Any]) -> Shapes:
+    """Those of the vision tower and the projectors, from the whole ``config.json``.
+
+    What the config does not say is as in the released M3.
+
+    Raises:
+        ValueError: a size is not a number.
+    """
+    try:
+        return dict(_vision(config))
+    except (TypeError, AttributeError) as error:
+        raise ValueError(f"config: vision_config does not describe a vision tower ({error})") from None
+
+
+def _text(config: TextConfig, indexers: bool) -> _Entries:
+    hidden = config.hidden_size
+    yield "model.embed_tokens.weight", (config.vocab_size, hidden)
+    yield "model.norm.weight", (hidden,)
+    if not config.tie_word_embeddings:
+        yield "lm_head.weight", (config.vocab_size, hidden)
+    for layer in range(config.num_hidden_layers):
+        base = f"model.layers.{layer}"
+        yield f"{base}.input_layernorm.weight", (hidden,)
+        yield f"{base}.post_attention_layernorm.weight", (hidden,)
+        yield from _attention(f"{base}.self_attn", config)
+        if indexers and config.is_sparse_attention(layer):
+            yield from _indexer(f"{base}.self_attn", config)
+        if config.is_moe(layer):
+            yield from _mixture(f"{base}.block_sparse_moe", config)
+        else:
+            yield from _mlp(f"{base}.mlp", hidden, config.dense_intermediate_size)
+
+
+def _attention(base: str, config: TextConfig) -> _Entries:
+    hidden, head = config.hidden_size, config.head_dim
+    yield f"{base}.q_proj.weight", (config.num_attention_heads * head, hidden)
+    yield f"{base}.k_proj.weight", (config.num_key_value_heads * head, hidden)
+    yield f"{base}.v_proj.weight", (config.num_key_value_heads * head, hidden)
+    yield f"{base}.o_proj.weight", (hidden, config.num_attention_heads * head)
+    if config.use_qk_norm:
+        yield f"{base}.q_norm.weight", (head,)
+        yield f"{base}.k_norm.weight", (head,)
+
+
+def _indexer(base: str, config: TextConfig) -> _Entries:
+    hidden, head = config.hidden_size, config.index_head_dim
+    yield f"{base}.index_q_proj.weight", (config.index_n_heads * head, hidden)
+    yield f"{base}.index_k_proj.weight", (head, hidden)
+    yield f"{base}.index_q_norm.weight", (head,)
+    yield f"{base}.index_k_norm.weight", (head,)
+
+
+def _mixture(base: str, config: TextConfig) -> _Entries:
+    hidden, experts = config.hidden_size, config.num_local_experts
+    yield f"{base}.gate.weight", (experts, hidden)
+    yield f"{base}.e_score_correction_bias", (experts,)
+    yield from _mlp(f"{base}.switch_mlp", hidden, config.intermediate_size, experts)
+    yield from _mlp(f"{base}.shared_experts", hidden, config.shared_intermediate_size)
+
+
+def _mlp(base: str, hidden: int, width: int, *experts: int) -> _Entries:
+    yield f"{base}.gate_proj.weight", (*experts, width, hidden)
+    yield f"{base}.up_proj.weight", (*experts, width, hidden)
+    yield f"{base}.down_proj.weight", (*experts, hidden, width)
+
+
+def _vision(config: Mapping[str, Any]) -> _Entries:
+    vision, text = config.get("vision_config") or {}, config.get("text_config") or config
+    merging = vision.get("img_token_compression_config") or config.get("img_token_compression_config") or {}
+    hidden, wide = vision.get("hidden_size", 1280), vision.get("intermediate_size", 5120)
+    frames = vision.get("temporal_patch_size", merging.get("temporal_patch_size", 2))
+    side = vision.get("patch_size", 14)
+    tower = "vision_tower.vision_model"
+    patch = (vision.get("num_channels", 3), frames, side, side)
+    yield f"{tower}.embeddings.patch_embedding.weight", (hidden, *patch)
+    yield from _with_bias(f"{tower}.pre_layrnorm", hidden)
+    for layer in range(vision.get("num_hidden_layers", 32)):
+        base = f"{tower}.encoder.layers.{layer}"
+        for norm in ("layer_norm1", "layer_norm2"):
+            yield from _with_bias(f"{base}.{norm}", hidden)
+        for projection in ("q_proj", "k_proj", "v_proj", "out_proj"):
+            yield from _with_bias(f"{base}.self_attn.{projection}", hidden, hidden)
+        yield from _with_bias(f"{base}.mlp.fc1", wide, hidden)
+        yield from _with_bias(f"{base}.mlp.fc2", hidden, wide)
+
+    out = text.get("hidden_size", TextConfig.hidden_size)
+    between = config.get("projector_hidden_size", out)
+    merged = vision.get("spatial_merge_size", merging.get("spatial_merge_size", 2)) ** 2 * out
+    yield from _with_bias("multi_modal_projector.linear_1", between, hidden)
+    yield from _with_bias("multi_modal_projector.linear_2", out, between)
+    yield from _with_bias("patch_merge_mlp.linear_1", between, merged)
+    yield from _with_bias("patch_merge_mlp.linear_2", out, between)
+
+
+def _with_bias(module: str, *shape: int) -> _Entries:
+    yield f"{module}.weight", shape
+    yield f"{module}.bias", shape[:1]
+
+
+@dataclass
+class _Shape:
+    """What quantization is inferred from besides the stored parts."""
+
+    shape: tuple[int, ...]
+    dtype: Any = None
+
+
+def quantized_modules(plan: Mapping[str, Tensor], shapes: Shapes) -> tuple[dict[str, Precision], list[str]]:
+    """How each quantized module of ``shapes`` is, and a line for each that MLX could not have quantized."""
+    quantized, problems = {}, []
+    for name, scales in plan.items():
+        module = name.removesuffix(".scales")
+        weight = f"{module}.weight"
+        if module == name or weight not in plan or weight not in shapes:
+            continue
+        parts = {weight: plan[weight], name: scales}
+        try:
+            found = infer_quantization(parts, {weight: _Shape(shapes[weight])})
+        except (ValueError, IndexError, ZeroDivisionError) as error:
+            problems.append(str(error))
+            continue
+        if found is not None:
+            quantized[module] = Precision(found["mode"], found["bits"], found["group_size"])
+    return quantized, problems
+
+
+def differences(
+    plan: Mapping[str, Tensor], shapes: Shapes, quantized: Mapping[str, Precision], prefix: str = ""
+) -> list[str]:
+    """What is missing, left over, or of another shape or kind of dtype, one line for each kind of module.
+
+    Args:
+        quantized: the modules that are, by their paths.
+        prefix: what the model puts before the names of parameters, for those that are missing.
+    """
+    expected = _as_stored(plan, shapes, quantized)
+    missing = group_names(prefix + name for name in expected.keys() - plan.keys())
+    left_over = group_names(
+        stored for name in plan.keys() - expected.keys() for stored in plan[name].stored_names()
+    )
+    wrong: dict[str, list[str]] = defaultdict(list)
+    for name in plan.keys() & expected.keys():
+        has, wants = (plan[name].shape, _kind(plan[name].dtype)), expected[name]
+        if wants is not None and has != wants:
+            wrong[f"is {_told(has)}, not {_told(wants)}"].append(prefix + name)
+    return [
+        *(f"missing: {line}" for line in missing),
+        *(f"left over: {line}" for line in left_over),
+        *(f"{line} {how}" for how, names in sorted(wrong.items()) for line in group_names(names)),
+    ]
+
+
+def _as_stored(
+    plan: Mapping[str, Tensor], shapes: Shapes, quantized: Mapping[str, Precision]
+) -> dict[str, _Stored | None]:
+    """Name -> shape and kind of dtype; None where its quantization is told to be wrong elsewhere."""
+    expected: dict[str, _Stored | None] = {}
+    for name, shape in shapes.items():
+        module = name.removesuffix(".weight")
+        how = quantized.get(module)
+        if how is None or how.group_size is None:
+            if name in plan and f"{module}.scales" in plan:
+                parts = (name, f"{module}.scales", f"{module}.biases", f"{module}.global_scale")
+                expected |= dict.fromkeys(part for part in parts if part in plan)
+            else:
+                expected[name] = shape, _FLOAT
+            continue
+        *rows, width = shape
+        groups = (*rows, width // how.group_size)
+        expected[name] = (*rows, width * how.bits // 32), _PACKED
+        expected[f"{module}.scales"] = groups, _FLOAT if how.mode == "affine" else "uint8"
+        if how.mode == "affine":
+            expected[f"{module}.biases"] = groups, _FLOAT
+        if how.mode == "nvfp4" and f"{module}.global_scale" in plan:
+            expected[f"{module}.global_scale"] = tuple(shape[:-2]), _FLOAT
+    return expected
+
+
+def _kind(dtype: str) -> str:
+    """Any float may stand for another; packed values and 8-bit scales are what they are."""
+    name = dtype.removeprefix("mlx.core.")
+    return _FLOAT if "float" in name else name
+
+
+def _told(stored: _Stored) -> str:
+    shape, kind = stored
+    return f"{kind}{list(shape)}"

@@ -1,0 +1,167 @@
+"""What can be known of a checkpoint without its weights: headers and settings, from disk or from the Hub."""
+
+import json
+import re
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from ...weights import Headers, StoredTensor, read_headers
+from ...weights.files import MODEL_TYPES
+
+_REPOSITORY = re.compile(r"^[\w-][\w.-]*/[\w.-]+$")
+# Seconds to wait for the Hub's first answer.
+_PATIENCE = 20
+CHAT_TEMPLATE_FILES = ("chat_template.jinja", "chat_template.json")
+
+# The text of one of a checkpoint's small files, None when it has no such file.
+ReadText = Callable[[str], str | None]
+
+
+@dataclass
+class Source:
+    """A checkpoint as its headers and settings describe it.
+
+    Attributes:
+        name: the path or repository id as it was asked for.
+        config: ``config.json``.
+        tokenizer_config: ``tokenizer_config.json``, None when there is none.
+        chat_template: its text, wherever it is kept.
+        problems: settings that cannot be read, one line each.
+    """
+
+    name: str
+    headers: Headers
+    config: dict[str, Any]
+    tokenizer_config: dict[str, Any] | None = None
+    chat_template: str | None = None
+    problems: list[str] = field(default_factory=list)
+
+
+def open_source(path_or_repository: str | Path) -> Source:
+    """Read headers and settings.
+
+    Raises:
+        OSError: it is neither a directory nor a repository that can be read.
+        ValueError: it is no MiniMax-M3 checkpoint.
+    """
+    name = str(path_or_repository)
+    directory = Path(name).expanduser()
+    if directory.is_dir():
+        read_text: ReadText = lambda file: _read_file(directory / file)
+        # The config first: of another model there is nothing more to say.
+        config = _read_config(name, read_text)
+        return _with_settings(Source(name, read_headers(directory), config), read_text)
+    if directory.exists():
+        raise NotADirectoryError(f"{name} is a file; name the directory that it is in")
+    if not _REPOSITORY.match(name):
+        raise FileNotFoundError(
+            f"{name} is neither a directory nor a repository id such as MiniMaxAI/MiniMax-M3"
+        )
+    return _from_hub(name)
+
+
+def _from_hub(repository: str) -> Source:
+    import huggingface_hub
+
+    try:
+        # First, for it says at once what is wrong; a download tries again for half a minute.
+        info = huggingface_hub.model_info(repository, timeout=_PATIENCE)
+        files = {file.rfilename for file in info.siblings or ()}
+
+        def read_text(file: str) -> str | None:
+            if file not in files:
+                return None
+            return _read_file(Path(huggingface_hub.hf_hub_download(repository, file, revision=info.sha)))
+
+        config = _read_config(repository, read_text)
+        metadata = huggingface_hub.get_safetensors_metadata(repository, revision=info.sha)
+        return _with_settings(Source(repository, _hub_headers(metadata), config), read_text)
+    except _BadCheckpoint:
+        raise
+    # The Hub's client, its HTTP library and proxies each have exceptions of their own.
+    except Exception as error:
+        reason = str(error).strip().partition("\n")[0] or type(error).__name__
+        raise OSError(
+            f"{repository} is no directory here, and the Hugging Face Hub does not give it: {reason}"
+        ) from error
+
+
+def _hub_headers(metadata: Any) -> Headers:
+    headers, listed = Headers(), dict(metadata.weight_map)
+    for file, content in sorted(metadata.files_metadata.items()):
+        tensors = {}
+        for name, entry in content.tensors.items():
+            listed.pop(name, None)
+            start, end = entry.data_offsets
+            tensor = StoredTensor(tuple(entry.shape), entry.dtype, end - start, file)
+            if _mlx_reads(tensor):
+                tensors[name] = tensor
+            else:
+                headers.problems.append(f"{file}: {name}: MLX does not read tensors of dtype {entry.dtype}")
+        headers.add(file, tensors)
+    headers.problems += [f"{name} is listed in the index and not in {file}" for name, file in listed.items()]
+    return headers
+
+
+def _mlx_reads(tensor: StoredTensor) -> bool:
+    try:
+        return bool(tensor.dtype)
+    except KeyError:
+        return False
+
+
+class _BadCheckpoint(ValueError):
+    """The settings were read, and are not those of a MiniMax-M3."""
+
+
+def _read_config(name: str, read_text: ReadText) -> dict[str, Any]:
+    text = read_text("config.json")
+    if text is None:
+        raise FileNotFoundError(f"{name} holds no config.json")
+    config = _parse_object(text, f"{name}: config.json")
+    if config.get("model_type") not in MODEL_TYPES:
+        raise _BadCheckpoint(
+            f"{name} is no MiniMax-M3: its config.json has model_type {config.get('model_type')!r}"
+        )
+    return config
+
+
+def _with_settings(source: Source, read_text: ReadText) -> Source:
+    text = read_text("tokenizer_config.json")
+    if text is not None:
+        try:
+            source.tokenizer_config = _parse_object(text, "tokenizer_config.json")
+        except ValueError as error:
+            source.problems.append(str(error))
+            source.tokenizer_config = {}
+    source.chat_template = _chat_template(source.tokenizer_config or {}, read_text)
+    return source
+
+
+def _chat_template(tokenizer_config: dict[str, Any], read_text: ReadText) -> str | None:
+    for file in CHAT_TEMPLATE_FILES:
+        text = read_text(file)
+        if text is not None:
+            return text
+    kept = tokenizer_config.get("chat_template")
+    # Several templates by name are kept as a list.
+    return kept if isinstance(kept, str) or kept is None else json.dumps(kept, ensure_ascii=False)
+
+
+def _parse_object(text: str, what: str) -> dict[str, Any]:
+    try:
+        content = json.loads(text)
+    except (ValueError, RecursionError) as error:
+        raise _BadCheckpoint(f"{what} is not JSON ({error})") from None
+    if not isinstance(content, dict):
+        raise _BadCheckpoint(f"{what} is not a JSON object")
+    return content
+
+
+def _read_file(file: Path) -> str | None:
+    try:
+        return file.read_text(encoding="utf-8")
+    except FileNotFoundError:
+        return None

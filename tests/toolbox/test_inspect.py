@@ -1,0 +1,301 @@
+"""``mlx-m3 inspect``: parameters and bytes to the unit, and every kind of problem by its name."""
+
+import importlib.util
+import json
+import re
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+from checkpoint_edits import edit_header, edit_json, stored_names
+from checkpoints import LAYOUTS, UNREPRESENTABLE
+from layout_makers import CONFIG
+from mlx.utils import tree_flatten
+from mlx_lm.models.minimax_m3_vl import Model, ModelArgs
+from real_size import REAL_LAYOUTS
+
+from mlx_m3_plugin.cli import main
+from mlx_m3_plugin.model.config import TextConfig
+from mlx_m3_plugin.toolbox.demo import write_demo
+from mlx_m3_plugin.toolbox.inspect import inspect
+from mlx_m3_plugin.toolbox.inspect.parameters import text_shapes
+
+# The components of the released model; sums of the table in the specification.
+REAL_COMPONENTS = {
+    "embeddings": 1_229_193_216,
+    "attention": 60 * 106_955_008,
+    "indexer": 57 * 3_932_416,
+    "dense MLP": 3 * 226_492_416,
+    "router": 57 * (786_432 + 128),
+    "routed experts": 413_122_166_784,
+    "shared expert": 3_227_516_928,
+    "norms": (2 * 60 + 1) * 6144,
+    "lm_head": 1_229_193_216,
+    "vision tower": 631_185_920,
+    "projector": 45_625_344,
+    "patch merge": 188_755_968,
+}
+
+
+# --- counts ---
+
+
+@pytest.mark.parametrize("name", REAL_LAYOUTS)
+def test_real_sizes_are_counted_to_the_unit(name, tmp_path):
+    written = REAL_LAYOUTS[name](tmp_path)
+    found = inspect(tmp_path)
+    assert (found.tensors, found.bytes, found.parameters) == (
+        written.tensors,
+        written.bytes,
+        written.parameters,
+    )
+    assert sum(component.bytes for component in found.components) == written.bytes
+    counted = {component.name: component.parameters for component in found.components}
+    if name == "text_only_6bit":
+        gone = ("indexer", "vision tower", "projector", "patch merge")
+        assert counted == {part: n for part, n in REAL_COMPONENTS.items() if part not in gone}
+    else:
+        assert counted == REAL_COMPONENTS
+        assert found.parameters == 427_040_140_160
+    # Nothing but what these directories lack.
+    assert [problem.partition(":")[0] for problem in found.problems] == [
+        "tokenizer_config.json is absent",
+        "no chat template",
+    ]
+    assert found.memory.per_token == (122_880 if name == "text_only_6bit" else 137_472)
+
+
+def test_the_official_mxfp8_checkpoint(tmp_path):
+    REAL_LAYOUTS["mxfp8"](tmp_path)
+    found = inspect(tmp_path)
+    assert (found.tensors, found.files) == (45_838, 31)
+    assert {(entry.dtype, entry.tensors) for entry in found.dtypes} >= {("F8_E4M3", 22_422), ("U8", 22_422)}
+    assert [str(precision) for precision in found.precisions] == ["mxfp8", "bfloat16", "float32"]
+    assert found.attention.with_indexer == list(range(3, 60))
+    assert (found.attention.budget, found.attention.context) == (2048, 1048576)
+    experts = next(component for component in found.components if component.name == "routed experts")
+    assert experts.bits_per_weight == 8.25
+
+
+@pytest.mark.parametrize("changes", [{}, {"tie_word_embeddings": True}, {"use_qk_norm": False}])
+def test_the_expected_parameters_are_those_of_the_model(changes):
+    config = TextConfig(**{**vars(CONFIG), **changes})
+    parameters = dict(tree_flatten(Model(ModelArgs(config)).parameters()))
+    expected = {f"language_model.{name}": shape for name, shape in text_shapes(config).items()}
+    assert expected == {name: array.shape for name, array in parameters.items()}
+
+
+# --- problems ---
+
+Q_PROJ = "language_model.model.layers.0.self_attn.q_proj.weight"
+EXPERT = "language_model.model.layers.1.block_sparse_moe.experts.2.w1.weight"
+PROJECTOR = "multi_modal_projector.linear_1.bias"
+
+
+def drop(header: dict[str, Any], name: str) -> None:
+    del header[name]
+
+
+def rename(header: dict[str, Any], name: str) -> None:
+    header[name.replace("q_proj", "qq_proj")] = header.pop(name)
+
+
+def transpose(header: dict[str, Any], name: str) -> None:
+    header[name]["shape"].reverse()
+
+
+def make_integer(header: dict[str, Any], name: str) -> None:
+    header[name]["dtype"] = "I32"
+
+
+@pytest.mark.parametrize(
+    ("name", "edit", "problem"),
+    [
+        (Q_PROJ, drop, f"missing: {Q_PROJ}"),
+        (EXPERT, drop, "missing: language_model.model.layers.1.block_sparse_moe.switch_mlp.gate_proj.weight"),
+        (
+            EXPERT,
+            drop,
+            "left over: language_model.model.layers.1.block_sparse_moe.experts.{0-1,3}.w1.weight (3)",
+        ),
+        (Q_PROJ, rename, f"left over: {Q_PROJ.replace('q_proj', 'qq_proj')}"),
+        (Q_PROJ, transpose, f"{Q_PROJ} is float[128, 256], not float[256, 128]"),
+        (Q_PROJ, make_integer, f"{Q_PROJ} is int32[256, 128], not float[256, 128]"),
+    ],
+)
+def test_wrong_tensors_are_named(name, edit, problem, checkpoint):
+    edit_header(checkpoint, name, edit)
+    found = inspect(checkpoint)
+    assert problem in found.problems
+    assert not any(r.with_plugin.opens or r.without_plugin.opens for r in found.readers)
+    assert found.commands == []
+
+
+def test_a_missing_vision_tensor_does_not_concern_mlx_lm(checkpoint):
+    edit_header(checkpoint, PROJECTOR, drop)
+    found = inspect(checkpoint)
+    assert found.problems == [f"missing: {PROJECTOR}"]
+    assert [reader.without_plugin.opens for reader in found.readers] == [found_in_mlx_lm(), False]
+    assert found.readers[0].with_plugin.opens
+    assert not any("mlx_vlm" in command for command in found.commands)
+
+
+def found_in_mlx_lm() -> bool:
+    """Whether the installed mlx-lm has a class of its own."""
+    (place,) = importlib.util.find_spec("mlx_lm").submodule_search_locations
+    return (Path(place) / "models" / "minimax_m3_vl.py").exists()
+
+
+def test_scales_that_fit_no_quantization(tmp_path):
+    LAYOUTS["mlx_unfused_4bit"].write(tmp_path / "m3")
+
+    def narrow(header: dict[str, Any], name: str) -> None:
+        rows, width = header[name]["shape"]
+        header[name]["shape"] = [4 * rows, width // 4]
+
+    edit_header(tmp_path / "m3", Q_PROJ, narrow)
+    (problem,) = inspect(tmp_path / "m3").problems
+    assert problem.startswith("model.layers.0.self_attn.q_proj: a weight of shape (1024, 4)")
+    assert "is no quantization of 128 inputs that MLX knows" in problem
+
+
+def test_a_truncated_shard_is_told_alone(checkpoint):
+    file = checkpoint / "model-00002-of-00003.safetensors"
+    file.write_bytes(file.read_bytes()[:-1000])
+    (problem,) = inspect(checkpoint).problems
+    assert problem.startswith(f"{file.name}: truncated: 1,000 bytes are missing")
+    assert not inspect(checkpoint).readers[0].with_plugin.opens
+
+
+def test_an_absent_shard_is_told_alone(checkpoint):
+    (checkpoint / "model-00003-of-00003.safetensors").unlink()
+    (problem,) = inspect(checkpoint).problems
+    assert "model-00003-of-00003.safetensors is listed in model.safetensors.index.json and absent" in problem
+
+
+def test_a_tensor_in_two_files(checkpoint):
+    copy = checkpoint / "model-00004-of-00004.safetensors"
+    copy.write_bytes((checkpoint / "model-00001-of-00003.safetensors").read_bytes())
+    assert any("is in two files" in problem for problem in inspect(checkpoint).problems)
+
+
+@pytest.mark.parametrize("name", UNREPRESENTABLE)
+def test_what_cannot_be_represented_is_a_problem(name, tiny):
+    found = inspect(tiny(name))
+    (problem,) = found.problems
+    assert UNREPRESENTABLE[name].offender in problem
+    assert not found.readers[0].with_plugin.opens
+
+
+def test_a_broken_config_leaves_what_headers_say(checkpoint, capsys):
+    edit_json(checkpoint / "config.json", lambda config: config["text_config"].pop("swiglu_alpha"))
+    found = inspect(checkpoint)
+    assert found.problems == ["config: swiglu_alpha is missing"]
+    assert found.components is None
+    assert found.tensors == len(stored_names(checkpoint))
+    assert found.commands == []
+    assert main(["inspect", str(checkpoint)]) == 1
+    assert "swiglu_alpha is missing" in capsys.readouterr().out
+
+
+def no_tokenizer(checkpoint: Path) -> None:
+    (checkpoint / "tokenizer_config.json").unlink()
+
+
+def stale_parser(checkpoint: Path) -> None:
+    file = checkpoint / "tokenizer_config.json"
+    edit_json(file, lambda config: config.update(tool_parser_type="json_tools"))
+
+
+def broken_tokenizer_config(checkpoint: Path) -> None:
+    (checkpoint / "tokenizer_config.json").write_text("[]")
+
+
+def no_template(checkpoint: Path) -> None:
+    (checkpoint / "chat_template.jinja").unlink()
+
+
+def foreign_template(checkpoint: Path) -> None:
+    (checkpoint / "chat_template.jinja").write_text("{{ messages }}<think>")
+
+
+@pytest.mark.parametrize(
+    ("damage", "problem"),
+    [
+        (no_tokenizer, "tokenizer_config.json is absent"),
+        (stale_parser, "tool_parser_type is json_tools"),
+        (broken_tokenizer_config, "tokenizer_config.json is not a JSON object"),
+        (no_template, "no chat template"),
+        (foreign_template, "it has no <mm:think>"),
+    ],
+)
+def test_tokenizer_settings(damage, problem, checkpoint):
+    damage(checkpoint)
+    (told,) = inspect(checkpoint).problems
+    assert problem in told
+
+
+@pytest.mark.parametrize("where", ["chat_template.json", "tokenizer_config.json"])
+def test_a_chat_template_may_be_elsewhere(where, checkpoint):
+    template = (checkpoint / "chat_template.jinja").read_text()
+    no_template(checkpoint)
+    (checkpoint / where).write_text(json.dumps({"chat_template": template}))
+    assert inspect(checkpoint).problems == []
+
+
+# --- the command ---
+
+
+def test_a_sound_checkpoint(tmp_path, capsys):
+    write_demo(tmp_path / "it's a demo")
+    assert main(["inspect", str(tmp_path / "it's a demo")]) == 0
+    printed = capsys.readouterr().out
+    assert re.search(r"total +2,730,304 +10,921,216 +32\.00", printed)
+    assert re.search(r"Problems\n +none", printed)
+    # Ready to paste, with any path.
+    assert f"""mlx_lm.chat --model '{tmp_path}/it'"'"'s a demo' """ in printed
+
+
+def test_json_holds_everything(checkpoint, capsys):
+    no_template(checkpoint)
+    assert main(["inspect", str(checkpoint), "--json"]) == 1
+    printed = json.loads(capsys.readouterr().out)
+    found = inspect(checkpoint)
+    assert printed == json.loads(json.dumps(found.as_dict()))
+    assert printed["is_sound"] is False
+    assert printed["components"][0]["parameters"] == found.components[0].parameters
+    assert printed["readers"][0]["with_plugin"] == {"opens": True, "reason": None, "not_yet": False}
+
+
+@pytest.mark.parametrize(
+    ("make", "complaint"),
+    [
+        (lambda path: path / "nothing" / "here", "neither a directory nor a repository id"),
+        (lambda path: path, "holds no config.json"),
+        (lambda path: write(path / "config.json", "{}"), "is no MiniMax-M3"),
+        (lambda path: write(path / "config.json", "{"), "is not JSON"),
+        (lambda path: write(path / "config.json", '{"model_type": "minimax_m3"}'), "no .safetensors"),
+        (lambda path: write(path / "config.json", "{}") / "config.json", "is a file"),
+    ],
+)
+def test_bad_input(make, complaint, tmp_path, capsys):
+    assert main(["inspect", str(make(tmp_path))]) == 2
+    assert complaint in capsys.readouterr().err
+
+
+def write(file: Path, text: str) -> Path:
+    file.write_text(text)
+    return file.parent
+
+
+def test_it_imports_neither_mlx_lm_nor_transformers(tiny):
+    code = (
+        "import sys\n"
+        "from mlx_m3_plugin.cli import main\n"
+        "code = main(['inspect', sys.argv[1]])\n"
+        "assert not {'mlx_lm', 'transformers', 'huggingface_hub'} & set(sys.modules)\n"
+        "sys.exit(code)"
+    )
+    subprocess.run([sys.executable, "-c", code, tiny("published_float")], check=True, capture_output=True)
