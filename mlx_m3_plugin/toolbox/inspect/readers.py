@@ -34,7 +34,7 @@ class Verdict:
 
 @dataclass(frozen=True)
 class Reader:
-    """One library; ``version`` is the newest one known where it is not installed."""
+    """One library; ``version`` is the newest one known where none is installed that the rules are of."""
 
     library: str
     version: str
@@ -80,12 +80,8 @@ class Features:
 
     @property
     def mlx_vlm_converts_format(self) -> bool:
-        """mlx-vlm makes plain weights of these when it loads them."""
-        quantization = self.config.get("quantization_config") or {}
-        parts = set(self.layout.foreign_parts)
-        if self.quant_method == "fp8":
-            return parts == {"weight_scale_inv"}
-        return self.quant_method == "compressed-tensors" and quantization.get("format") == "pack-quantized"
+        """mlx-vlm makes plain weights of it when it loads them."""
+        return self.quant_method == "fp8" and set(self.layout.foreign_parts) == {"weight_scale_inv"}
 
 
 def packs_shared_expert(config: TextConfig, raw: Mapping[str, Any]) -> bool:
@@ -135,6 +131,10 @@ _MLX_VLM: tuple[Rule, ...] = (
     ),
     (lambda f: f.layout.dense_under_moe, "it does not look for dense MLPs under block_sparse_moe"),
     (
+        lambda f: f.has_foreign_format and f.quant_method == "compressed-tensors",
+        "it opens this format only where every module has it",
+    ),
+    (
         lambda f: f.has_foreign_format and not f.mlx_vlm_converts_format,
         "it does not know this quantized format",
     ),
@@ -156,14 +156,19 @@ def who_opens(model_type: str, features: Features | None) -> list[Reader]:
     """The verdicts on both libraries; without ``features``, of a broken config, nobody opens it."""
     readers = []
     for library in NEWEST_KNOWN:
-        installed = _installed_version(library)
         without = Verdict(False, _SEE_PROBLEMS) if features is None else stock_verdict(library, features)
         opens = features is not None and features.plugin_opens
+        if library == "mlx-vlm" and features is not None:
+            opens = opens and features.vision_is_whole
+        installed = _installed_version(library)
+        told = installed is not None and (
+            installed == NEWEST_KNOWN[library] or not _serves(library, "minimax_m3_vl")
+        )
         readers.append(
             Reader(
                 library,
-                installed or NEWEST_KNOWN[library],
-                installed is not None,
+                installed if installed and told else NEWEST_KNOWN[library],
+                told,
                 without,
                 _plugin_verdict(library, model_type, without, opens),
             )

@@ -4,6 +4,7 @@ import os
 import shlex
 import sys
 from dataclasses import dataclass
+from importlib.metadata import PackageNotFoundError, version
 
 from ...model.config import TextConfig
 
@@ -68,7 +69,10 @@ def machine_memory() -> int | None:
 
 
 def commands(name: str, *, mlx_lm: bool, mlx_vlm: bool) -> list[str]:
-    """Stock command lines with M3's recommended sampling, ready to paste."""
+    """Stock command lines with M3's recommended sampling, ready to paste.
+
+    ``mlx_lm``, ``mlx_vlm``: for which to give them.
+    """
     model = f"--model {shlex.quote(name)}"
     lines = []
     if mlx_lm:
@@ -79,10 +83,22 @@ def commands(name: str, *, mlx_lm: bool, mlx_vlm: bool) -> list[str]:
             f"mlx_lm.server {model} {_ENOUGH_TO_THINK} {_SAMPLING} --top-k 40",
         ]
     if mlx_vlm:
-        sampling = _SAMPLING.replace("--temp ", "--temperature ")
+        sampling = _SAMPLING.replace("--temp ", "--temperature ") + " --top-k 40"
+        if _is_before("mlx-vlm", (0, 7)):
+            # It takes the others from generation_config.json only.
+            sampling = "--temperature 1.0"
         question = '--image photo.jpg --prompt "What is this?"'
-        lines.append(f"mlx_vlm.generate {model} {question} {_ENOUGH_TO_THINK} {sampling} --top-k 40")
+        lines.append(f"mlx_vlm.generate {model} {question} {_ENOUGH_TO_THINK} {sampling}")
     return lines
+
+
+def _is_before(package: str, release: tuple[int, int]) -> bool:
+    """Whether an older one is installed."""
+    try:
+        installed = version(package).split(".")
+    except PackageNotFoundError:
+        return False
+    return tuple(int(part) for part in installed[:2]) < release
 
 
 def memory_lines(memory: Memory) -> list[str]:
