@@ -1,5 +1,5 @@
 # make demo      run stock mlx_lm.generate on a tiny M3 checkpoint
-# make test      everything that needs no torch, on the newest mlx-lm and on 0.31.3
+# make test      everything that needs no torch, on the newest mlx-lm and mlx-vlm, and on 0.31.3 and 0.6.4
 # make test-live a small live comparison with transformers (installs torch), with fresh seeds
 # make test-full the full counts of every acceptance list
 # make lint      ruff and mypy
@@ -12,17 +12,18 @@ PROMPT ?= Tell me, step by step, how you decide which blocks of a long prompt to
 ifeq ($(shell uname -s),Darwin)
 DEMO_EXTRAS :=
 TEST_EXTRAS := [test]
-LINT_EXTRAS := [test,lint]
+LINT_EXTRAS := [vlm,test,lint]
 PIN_MLX := mlx
 else
 DEMO_EXTRAS := [cpu]
 TEST_EXTRAS := [cpu,test]
-LINT_EXTRAS := [cpu,test,lint]
+LINT_EXTRAS := [cpu,vlm,test,lint]
 PIN_MLX := mlx[cpu]
 endif
 
 NEWEST := .envs/newest/bin/python
 FLOOR := .envs/floor/bin/python
+BETWEEN := .envs/between/bin/python
 PIP := -m pip install --quiet --disable-pip-version-check
 
 .PHONY: demo test test-live test-full lint golden clean
@@ -40,7 +41,8 @@ test-live: .envs/newest/.torch
 	$(NEWEST) -m pytest -q tests/live --seeds 6
 
 test-full: FULL := --full
-test-full: lint test .envs/newest/.torch
+test-full: lint test .envs/newest/.torch .envs/between/.ready
+	$(BETWEEN) -m pytest -q tests/vlm --full
 	$(NEWEST) -m pytest -q tests/live --seeds 20
 
 lint: .envs/newest/.ready
@@ -61,10 +63,17 @@ golden: .envs/newest/.torch
 	$(NEWEST) $(PIP) -e "$(CURDIR)$(LINT_EXTRAS)"
 	@touch $@
 
-# The last mlx-lm before it had an M3 class of its own, with the mlx of its time.
+# The last mlx-lm before it had an M3 class of its own, with the mlx of its time, and the first
+# mlx-vlm that had one.
 .envs/floor/.ready: pyproject.toml
 	$(PYTHON) -m venv .envs/floor
-	$(FLOOR) $(PIP) -e "$(CURDIR)$(TEST_EXTRAS)" mlx-lm==0.31.3 "$(PIN_MLX)==0.31.2"
+	$(FLOOR) $(PIP) -e "$(CURDIR)$(TEST_EXTRAS)" mlx-lm==0.31.3 "$(PIN_MLX)==0.31.2" mlx-vlm==0.6.4
+	@touch $@
+
+# The first mlx-vlm with component adapters for its prefix cache, and with expert offload.
+.envs/between/.ready: pyproject.toml
+	$(PYTHON) -m venv .envs/between
+	$(BETWEEN) $(PIP) -e "$(CURDIR)$(TEST_EXTRAS)" mlx-vlm==0.7.0
 	@touch $@
 
 # torch 2.13.0: the reference is transformers' model, which needs it.
