@@ -2,10 +2,8 @@
 
 from typing import Any
 
+# Each is one token of M3's vocabulary.  ``<think>`` is in the vocabulary too, but M3 does not use it.
 THINK_START, THINK_END = "<mm:think>", "</mm:think>"
-
-# As the entry point ``mlx_lm.thinking_markers`` has them.
-THINKING_MARKERS = [(THINK_START, THINK_END)]
 
 THINKING_MODES = ("enabled", "disabled", "adaptive")
 

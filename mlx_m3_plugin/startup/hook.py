@@ -71,7 +71,7 @@ def activate(replacing: Any = None, settings: Settings | None = None) -> None:
 def own_entry_points() -> list[EntryPoint]:
     """The entry points of this distribution.  What other packages register is theirs to load."""
     found: dict[tuple[str, str], EntryPoint] = {}
-    groups = {*NAMESPACES.values(), PATCH_GROUP, "mlx_lm.thinking_markers", "mlx_vlm.thinking_markers"}
+    groups = {*NAMESPACES.values(), PATCH_GROUP}
     for group in sorted(groups):
         for entry_point in installed_entry_points(group=group):
             dist = entry_point.dist

@@ -56,7 +56,7 @@ def test_switched_off(guest: Environment) -> None:
 
 def test_native_preferred(guest: Environment) -> None:
     code, diagnosis = doctor(guest, MLX_M3_PLUGIN_PREFER="native")
-    (vl,) = [m for m in diagnosis["modules"] if m["name"].endswith("minimax_m3_vl")]
+    (vl,) = [m for m in diagnosis["modules"] if m["name"] == "mlx_lm.models.minimax_m3_vl"]
     assert code == 0
     assert vl["source"] == ("native" if HAS_NATIVE_CLASS else "plugin")
     assert "mlx_m3_plugin" not in vl["path"] or not HAS_NATIVE_CLASS

@@ -1,0 +1,55 @@
+"""A conversation as servers get it, made into what M3's chat template takes."""
+
+import json
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+
+def prepared(messages: Any) -> Any:
+    """The messages with reasoning under the template's name, and arguments as objects.
+
+    Servers and clients send an assistant's reasoning as ``reasoning`` and arguments as a JSON
+    string; the template reads ``reasoning_content`` and goes through the arguments.  What is not
+    a list of messages is returned as it is; nothing is changed in place.
+
+    Raises:
+        ValueError: the arguments of a tool call are no JSON object.
+    """
+    if not isinstance(messages, Sequence) or isinstance(messages, (str, bytes)):
+        return messages
+    return [_prepared_message(m) if _is_assistant(m) else m for m in messages]
+
+
+def _is_assistant(message: Any) -> bool:
+    return isinstance(message, Mapping) and message.get("role") == "assistant"
+
+
+def _prepared_message(message: Mapping[str, Any]) -> dict[str, Any]:
+    made = dict(message)
+    reasoning = made.get("reasoning")
+    if isinstance(reasoning, str) and not isinstance(made.get("reasoning_content"), str):
+        made["reasoning_content"] = reasoning
+    if made.get("tool_calls"):
+        made["tool_calls"] = [_prepared_call(call) for call in made["tool_calls"]]
+    return made
+
+
+def _prepared_call(call: Any) -> Any:
+    if not isinstance(call, Mapping):
+        return call
+    if isinstance(call.get("function"), Mapping):
+        return {**call, "function": _prepared_call(call["function"])}
+    arguments = call.get("arguments")
+    if arguments is None or arguments == "":
+        return {**call, "arguments": {}}
+    if not isinstance(arguments, str):
+        return call
+    try:
+        parsed = json.loads(arguments)
+    except ValueError:
+        parsed = None
+    if not isinstance(parsed, dict):
+        raise ValueError(
+            f"the arguments of the call of {call.get('name')} are not a JSON object: {arguments[:80]}"
+        )
+    return {**call, "arguments": parsed}

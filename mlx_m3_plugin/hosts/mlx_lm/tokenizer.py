@@ -1,0 +1,77 @@
+"""mlx-lm's ``TokenizerWrapper`` for M3: markers, tool parser, thinking modes, template."""
+
+from typing import Any
+
+from mlx_m3_plugin.chat.history import prepared
+from mlx_m3_plugin.chat.reasoning import THINK_END, THINK_START, thinking_mode
+from mlx_m3_plugin.chat.template import CHAT_TEMPLATE
+from mlx_m3_plugin.chat.tool_calls import NAMESPACE
+
+
+def is_m3(tokenizer: Any) -> bool:
+    """Whether its vocabulary has M3's markers, as no other model's has."""
+    vocabulary = tokenizer.get_vocab()
+    return all(marker in vocabulary for marker in (THINK_START, THINK_END, NAMESPACE))
+
+
+class SwallowedTokens(tuple):  # type: ignore[type-arg]
+    """The tokens of a marker that is no text outside of reasoning either."""
+
+
+def become_m3(wrapper: Any, tool_parser: Any) -> None:
+    """Make a ``TokenizerWrapper`` speak M3's formats, whatever the checkpoint's settings say.
+
+    Args:
+        tool_parser: a module with ``parse_tool_call``, ``tool_call_start`` and ``tool_call_end``.
+    """
+    tokenizer = wrapper._tokenizer
+    start, end = tokenizer.convert_tokens_to_ids([THINK_START, THINK_END])
+    wrapper._think_start, wrapper._think_end = THINK_START, THINK_END
+    wrapper._think_start_tokens, wrapper._think_end_tokens = (start,), SwallowedTokens((end,))
+    # In mlx-lm 0.32 markers of this kind are taken out of the content.
+    wrapper._structural_markers = (THINK_END,)
+    wrapper._tool_parser = tool_parser.parse_tool_call
+    for which in ("start", "end"):
+        marker = getattr(tool_parser, f"tool_call_{which}")
+        tokens = tuple(tokenizer.encode(marker, add_special_tokens=False))
+        setattr(wrapper, f"_tool_call_{which}", marker)
+        setattr(wrapper, f"_tool_call_{which}_tokens", tokens)
+    if not wrapper.has_chat_template:
+        tokenizer.chat_template = CHAT_TEMPLATE
+        wrapper.has_chat_template = True
+    wrapper.__class__ = _m3_class(type(wrapper))
+
+
+_classes: dict[type, type] = {}
+
+
+def _m3_class(base: Any) -> Any:
+    if base not in _classes:
+        _classes[base] = type(base.__name__, (_M3Behaviour, base), {"__module__": base.__module__})
+    return _classes[base]
+
+
+class _M3Behaviour:
+    """What an M3 wrapper does differently."""
+
+    def apply_chat_template(self, conversation: Any, *args: Any, **kwargs: Any) -> Any:
+        """With ``thinking_mode``, or with the ``enable_thinking`` that other models have."""
+        mode = thinking_mode(kwargs)
+        kwargs.pop("enable_thinking", None)
+        if mode is not None:
+            kwargs["thinking_mode"] = mode
+        return super().apply_chat_template(prepared(conversation), *args, **kwargs)  # type: ignore[misc]
+
+    # mlx-lm asks these about whole prompts, to know whether a reply begins in reasoning.  M3's
+    # instructions, and what users write, hold both markers as text: only the prompt's end counts.
+    def rfind_think_start(self, tokens: Any, start: Any = None, end: Any = None) -> int:
+        return _at_end(tokens, self._think_start_tokens)  # type: ignore[attr-defined]
+
+    def rfind_think_end(self, tokens: Any, start: Any = None, end: Any = None) -> int:
+        return _at_end(tokens, self._think_end_tokens)  # type: ignore[attr-defined]
+
+
+def _at_end(tokens: Any, marker: Any) -> int:
+    """Where the marker begins if the tokens end with it, or -1."""
+    begin = len(tokens) - len(marker)
+    return begin if begin >= 0 and tuple(tokens[begin:]) == tuple(marker) else -1
