@@ -40,6 +40,7 @@ def _parser() -> argparse.ArgumentParser:
     demo = commands.add_parser("demo", help="write a tiny M3 checkpoint with random weights")
     demo.add_argument("directory", metavar="DIR", help="where to write it; must not exist or be empty")
     demo.add_argument("--seed", type=int, default=0, help="seed of the random weights (default: 0)")
+    demo.add_argument("--vision", action="store_true", help="with a vision tower, for mlx-vlm")
     demo.set_defaults(command=_demo)
 
     doctor = commands.add_parser("doctor", help="say whether the plugin is active here, and why not")
@@ -57,15 +58,14 @@ def _parser() -> argparse.ArgumentParser:
 
 
 def _demo(args: argparse.Namespace) -> int:
-    from .toolbox.demo import write_demo
+    from .toolbox.demo import commands_to_try, write_demo
 
-    report = write_demo(args.directory, args.seed)
+    report = write_demo(args.directory, args.seed, args.vision)
     if args.json:
         _print_json(asdict(report))
         return 0
     print(f"Wrote a random MiniMax-M3 of {report.parameters / 1e6:.1f} M parameters to {report.path}")
-    print("Try it with stock mlx-lm:")
-    print(f'  mlx_lm.generate --model {report.path} --prompt "Hello" --max-tokens 40')
+    print("\n".join(commands_to_try(report)))
     return 0
 
 

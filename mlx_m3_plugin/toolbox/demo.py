@@ -8,10 +8,11 @@ tokens, so that an ordinary prompt passes it many times.
 import json
 import os
 import re
+import shlex
 import shutil
 import tempfile
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -21,6 +22,7 @@ from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers, 
 
 from ..chat.template import CHAT_TEMPLATE
 from ..model.config import TextConfig, text_config_of
+from . import demo_vision
 
 # Markers that belong to the text of a reply: decoding keeps them.
 _MARKUP_TOKENS = (
@@ -47,23 +49,28 @@ _CONTROL_TOKENS = (
     "]~!b[",
 )
 _WORD_PIECES = 640
+_PAD, _END = "]!p~[", "[e~["
 
 
 @dataclass(frozen=True)
 class DemoReport:
-    """What was written: where, the number of parameters, bytes of weights, and the seed."""
+    """What was written: where, the number of parameters, bytes of weights, the seed, and if it sees."""
 
     path: str
     parameters: int
     bytes: int
     seed: int
+    vision: bool = False
 
 
-def write_demo(directory: str | Path, seed: int = 0) -> DemoReport:
+def write_demo(directory: str | Path, seed: int = 0, vision: bool = False) -> DemoReport:
     """Write the demo checkpoint into ``directory``, which must not exist or be empty.
 
     Weights are float32: MLX's CPU backend has no expert matmul for 16-bit floats.  The same
     seed gives the same weights.  An interrupted run leaves nothing behind.
+
+    Args:
+        vision: with a vision tower, the processors' files, and a picture to show it.
 
     Raises:
         FileExistsError: ``directory`` is not empty.
@@ -74,22 +81,41 @@ def write_demo(directory: str | Path, seed: int = 0) -> DemoReport:
     directory.parent.mkdir(parents=True, exist_ok=True)
     unfinished = Path(tempfile.mkdtemp(prefix=f".{directory.name}.", dir=directory.parent))
     try:
-        report = _write_files(unfinished, seed)
+        report = _write_files(unfinished, seed, vision)
         unfinished.chmod(0o777 & ~_umask())
         if directory.exists():
             directory.rmdir()
         os.replace(unfinished, directory)
     finally:
         shutil.rmtree(unfinished, ignore_errors=True)
-    return DemoReport(str(directory), report.parameters, report.bytes, seed)
+    return replace(report, path=str(directory))
 
 
-def _write_files(directory: Path, seed: int) -> DemoReport:
+def commands_to_try(report: DemoReport) -> list[str]:
+    """Stock command lines for the demo, ready to paste, with headings."""
+    model = f"--model {shlex.quote(report.path)}"
+    lines = ["Try it with stock mlx-lm:", f'  mlx_lm.generate {model} --prompt "Hello" --max-tokens 40']
+    if report.vision:
+        image = f"--image {shlex.quote(str(Path(report.path) / demo_vision.PICTURE))}"
+        question = f'{image} --prompt "What is this?"'
+        lines += ["and with stock mlx-vlm:", f"  mlx_vlm.generate {model} {question} --max-tokens 40"]
+    return lines
+
+
+def _write_files(directory: Path, seed: int, vision: bool) -> DemoReport:
     tokenizer = demo_tokenizer()
     vocabulary = tokenizer.get_vocab()
     token_id = {token: vocabulary[token] for token in (*_CONTROL_TOKENS, *_MARKUP_TOKENS)}
     config = demo_config(tokenizer.get_vocab_size(), token_id)
-    weights = dict(random_weights(text_config_of(config), np.random.default_rng(seed)))
+    random = np.random.default_rng(seed)
+    weights = dict(random_weights(text_config_of(config), random))
+    if vision:
+        config = demo_vision.with_vision(config)
+        weights |= demo_vision.random_vision_weights(config, random)
+        weights["language_model.lm_head.weight"][demo_vision.unspeakable(tokenizer, token_id[_END])] = 0
+        for name, content in demo_vision.processor_files().items():
+            _write_json(directory / name, content)
+        (directory / demo_vision.PICTURE).write_bytes(demo_vision.picture())
 
     save_file(weights, directory / "model.safetensors", metadata={"format": "pt"})
     n_bytes = sum(w.nbytes for w in weights.values())
@@ -105,7 +131,7 @@ def _write_files(directory: Path, seed: int) -> DemoReport:
         directory / "generation_config.json",
         {
             "bos_token_id": token_id["]~b]"],
-            "eos_token_id": token_id["[e~["],
+            "eos_token_id": token_id[_END],
             "do_sample": True,
             "temperature": 1.0,
             "top_p": 0.95,
@@ -120,14 +146,15 @@ def _write_files(directory: Path, seed: int) -> DemoReport:
         {
             "tokenizer_class": "PreTrainedTokenizerFast",
             "bos_token": "]~!b[",
-            "eos_token": "[e~[",
+            "eos_token": _END,
+            "pad_token": _PAD,
             "add_bos_token": False,
             "clean_up_tokenization_spaces": False,
             "model_max_length": config["text_config"]["max_position_embeddings"],
         },
     )
     (directory / "chat_template.jinja").write_text(CHAT_TEMPLATE, encoding="utf-8")
-    return DemoReport(str(directory), sum(w.size for w in weights.values()), n_bytes, seed)
+    return DemoReport(str(directory), sum(w.size for w in weights.values()), n_bytes, seed, vision)
 
 
 def demo_tokenizer() -> Tokenizer:
@@ -144,6 +171,9 @@ def demo_tokenizer() -> Tokenizer:
     tokenizer.train_from_iterator(prose, trainer)
     tokenizer.add_special_tokens([AddedToken(t, special=True, normalized=False) for t in _CONTROL_TOKENS])
     tokenizer.add_tokens([AddedToken(t, special=False, normalized=False) for t in _MARKUP_TOKENS])
+    # Quantization of the head wants a multiple of 64 rows, and mlx-vlm a name for each of them.
+    spare = -tokenizer.get_vocab_size() % 64
+    tokenizer.add_tokens([AddedToken(f"<reserved_{n}>", normalized=False) for n in range(spare)])
     return tokenizer
 
 
@@ -151,8 +181,6 @@ def demo_config(vocab_size: int, token_id: dict[str, int]) -> dict[str, Any]:
     """``config.json`` in the published spelling."""
     n_layers, n_dense = 6, 2
     sparse_layers = [0] * n_dense + [1] * (n_layers - n_dense)
-    # A multiple of 64, as quantization of the head wants it; the rows past the end are unused.
-    rows = -(-vocab_size // 64) * 64
     return {
         "architectures": ["MiniMaxM3SparseForConditionalGeneration"],
         "model_type": "minimax_m3_vl",
@@ -162,9 +190,9 @@ def demo_config(vocab_size: int, token_id: dict[str, int]) -> dict[str, Any]:
         "text_config": {
             "architectures": ["MiniMaxM3SparseForCausalLM"],
             "dtype": "float32",
-            "vocab_size": rows,
+            "vocab_size": vocab_size,
             "bos_token_id": token_id["]~b]"],
-            "eos_token_id": token_id["[e~["],
+            "eos_token_id": token_id[_END],
             "hidden_size": 128,
             "num_hidden_layers": n_layers,
             "num_attention_heads": 8,
