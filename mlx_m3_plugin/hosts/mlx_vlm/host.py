@@ -17,7 +17,18 @@ def attention_mask(hidden_states: mx.array, cache: Any) -> Any:
 
 
 def attention(queries: mx.array, keys: Any, values: Any, *, cache: Any, scale: float, mask: Any) -> mx.array:
+    """mlx-vlm's fused attention, for layers and steps that attend to everything.
+
+    Raises:
+        NotImplementedError: a batch with quantized K and V, of which mlx-vlm has no form for
+            MiniMax-M3; 0.6.4 would go on with the wrong masks.
+    """
     held = caches.keys_values(cache)
+    if caches.left_padding(cache) is not None and "Quant" in type(held).__name__:
+        raise NotImplementedError(
+            "KV quantization in a batch is not there for MiniMax-M3: leave --kv-bits out, or send one "
+            "request at a time"
+        )
     return scaled_dot_product_attention(queries, keys, values, cache=held, scale=scale, mask=mask)
 
 

@@ -166,4 +166,18 @@ class LanguageModel(decoder.LanguageModel):
     def speculative_argmax_from_hidden(self, hidden: mx.array) -> mx.array:
         return mx.argmax(self.speculative_logits_from_hidden(hidden), axis=-1)
 
-    rollback_speculative_cache = upstream.LanguageModel.rollback_speculative_cache
+    def rollback_speculative_cache(self, caches: Any, gdn_states: Any, accepted: Any, block_size: int) -> int:
+        """Take back what was drafted and not accepted; returns how many tokens were.
+
+        Raises:
+            RuntimeError: rows of a batch have accepted different numbers, of which some versions
+                of mlx-vlm would leave traces in the cache.
+        """
+        counts: Any = mx.array(accepted).reshape(-1).tolist()
+        if len(set(counts)) > 1:
+            raise RuntimeError(
+                f"MiniMax-M3 takes uniform acceptance: the rows of a batch accepted {counts} tokens"
+            )
+        return upstream.LanguageModel.rollback_speculative_cache(
+            self, caches, gdn_states, accepted, block_size
+        )

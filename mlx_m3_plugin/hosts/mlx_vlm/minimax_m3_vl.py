@@ -111,9 +111,17 @@ class Model(AnyLayout, UpstreamModel):
         return self.language_model(input_ids, inputs_embeds=inputs_embeds, mask=mask, cache=cache, **kwargs)
 
     def sanitize(self, weights: dict[str, mx.array]) -> dict[str, mx.array]:
+        """As :meth:`AnyLayout.sanitize`; without any vision tensor this becomes a text model.
+
+        Raises:
+            ValueError: besides, there are tensors of some vision parts and none of others.
+        """
         mapped = super().sanitize(weights)
-        whole = f"{self.text_prefix}model.embed_tokens.weight" in mapped
-        if whole and not any(name.startswith(VISION_PARTS) for name in mapped):
+        absent = [p for p in VISION_PARTS if not any(name.startswith(f"{p}.") for name in mapped)]
+        # Tools that map a few tensors at a time leave most of everything out.
+        if f"{self.text_prefix}model.embed_tokens.weight" in mapped and absent:
+            if len(absent) < len(VISION_PARTS):
+                raise ValueError(f"this checkpoint has vision tensors, but none of {', '.join(absent)}")
             for part in VISION_PARTS:
                 setattr(self, part, None)
         return mapped

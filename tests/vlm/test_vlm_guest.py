@@ -1,0 +1,205 @@
+"""Guest manners: the native classes are there when ours do not fit, and other models see nothing of us."""
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+from environments import clean_variables
+from vlm_runs import VLM_VERSION
+
+CHECKOUT = Path(__file__).parents[2]
+
+
+def run(program: str, *args: str, **env: str) -> subprocess.CompletedProcess[str]:
+    return subprocess.run(
+        [sys.executable, "-c", program, *args],
+        capture_output=True,
+        text=True,
+        cwd=Path(sys.executable).parent,
+        env=clean_variables() | env,
+    )
+
+
+# --- upstream has changed ---
+
+MISFIT = """
+import json, logging, sys
+logging.basicConfig(format="%(name)s: %(message)s")
+module, name = sys.argv[1:]
+import importlib
+import mlx_vlm
+owner, _, attribute = name.rpartition(".")
+holder = importlib.import_module(module)
+if owner:
+    holder = getattr(holder, owner)
+delattr(holder, attribute)
+# Its own import has served the package around it already: once more, as if it had been so before.
+if sys.modules.pop("mlx_vlm.models.minimax_m3_vl", None):
+    del mlx_vlm.models.minimax_m3_vl
+from mlx_vlm.models import minimax_m3_vl, minimax_m3
+from mlx_m3_plugin.startup import hook
+print(json.dumps({
+    "files": [minimax_m3_vl.__file__, minimax_m3.__file__],
+    "classes": [m.Model.__module__ for m in (minimax_m3_vl, minimax_m3)],
+    "same": minimax_m3_vl.LanguageModel is sys.modules["mlx_vlm.models.minimax_m3_vl.language"].LanguageModel,
+    "config": minimax_m3_vl.ModelConfig.from_dict({"model_type": "minimax_m3_vl"}).model_type,
+    "errors": hook.status["errors"],
+    "served": hook.status["served"],
+}))
+"""
+MISSING = "mlx_vlm.models.minimax_m3_vl.minimax_m3_vl", "Model._compute_visual_features"
+
+
+def test_the_native_classes_where_a_part_is_missing() -> None:
+    """Upstream's file under upstream's name, one warning for each module, and ``status`` tells it."""
+    done = run(MISFIT, *MISSING)
+    assert done.returncode == 0, done.stderr
+    answer = json.loads(done.stdout)
+    directory = Path(answer["files"][0]).parents[1]
+    assert answer["files"] == [
+        str(directory / name / "__init__.py") for name in ("minimax_m3_vl", "minimax_m3")
+    ]
+    assert all(name.startswith("mlx_vlm.models.minimax_m3") for name in answer["classes"])
+    assert answer["same"]
+    assert answer["config"] == "minimax_m3_vl"
+    assert list(answer["served"].values()) == answer["files"]
+    assert len(answer["errors"]) == 2
+    for error, name in zip(answer["errors"], ("minimax_m3_vl", "minimax_m3"), strict=True):
+        assert MISSING[1] in error
+        assert f"mlx_vlm.models.{name} is upstream's own" in error
+    assert done.stderr.count("mlx-m3-plugin: ") == 2
+
+
+def test_an_error_where_a_part_is_missing_and_the_user_is_strict() -> None:
+    done = run(MISFIT, *MISSING, MLX_M3_PLUGIN_STRICT="1")
+    assert done.returncode == 1
+    assert "RuntimeError: mlx-m3-plugin: " in done.stderr.splitlines()[-1]
+    assert MISSING[1] in done.stderr.splitlines()[-1]
+
+
+@pytest.mark.parametrize(
+    ("module", "name"),
+    [
+        ("mlx_vlm.models.base", "InputEmbeddingsFeatures"),
+        ("mlx_vlm.models.cache", "QuantizedKVCache"),
+        ("mlx_vlm.models.minimax_m3_vl.language", "MiniMaxM3BatchKVCache"),
+        ("mlx_vlm.models.minimax_m3_vl.processing_minimax_m3_vl", "MiniMaxM3VLProcessor"),
+    ],
+)
+def test_each_missing_part_is_named(module: str, name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    from importlib import import_module
+
+    from mlx_m3_plugin.hosts.mlx_vlm.parts import PartsDoNotFitError, check_parts
+
+    check_parts()
+    monkeypatch.delattr(import_module(module), name)
+    with pytest.raises(PartsDoNotFitError, match=f"{module}.{name}") as raised:
+        check_parts()
+    assert raised.value.fall_back_to_native
+
+
+def test_each_changed_method_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
+    from mlx_vlm.models.minimax_m3_vl import language
+
+    from mlx_m3_plugin.hosts.mlx_vlm.parts import PartsDoNotFitError, check_parts
+
+    def rollback(self: Any, caches: Any) -> int:
+        return 0
+
+    monkeypatch.setattr(language.LanguageModel, "rollback_speculative_cache", rollback)
+    with pytest.raises(PartsDoNotFitError, match="rollback_speculative_cache"):
+        check_parts()
+
+
+# --- other models ---
+
+LOGITS = """
+import hashlib, importlib, json, sys
+import mlx.core as mx
+from mlx_vlm.models.cache import make_prompt_cache
+import mlx_vlm.utils
+
+plugged = any("mlx_m3_plugin" in type(f).__module__ for f in sys.meta_path)
+for config in json.loads(sys.argv[1]):
+    module = importlib.import_module("mlx_vlm.models." + config["model_type"])
+    mx.random.seed(7)
+    made = module.ModelConfig.from_dict(config)
+    for part in ("text", "vision"):
+        cls = getattr(module, part.capitalize() + "Config", None)
+        if cls is not None and part + "_config" in config:
+            setattr(made, part + "_config", cls.from_dict(config[part + "_config"]))
+    model = module.Model(made)
+    tokens = mx.random.randint(0, 100, (1, 40))
+    media = {}
+    if "image_token_id" in config:
+        tokens[:, 3:9] = config["image_token_id"]
+        media = {"pixel_values": mx.random.normal((24, 1176)), "image_grid_thw": mx.array([[1, 4, 6]])}
+    embeds = model.get_input_embeddings(tokens, media.pop("pixel_values", None), **media).inputs_embeds
+    cache = make_prompt_cache(model.language_model)
+    logits = [
+        model.language_model(tokens[:, a:b], inputs_embeds=embeds[:, a:b], cache=cache).logits
+        for a, b in ((0, 31), (31, 39), (39, 40))
+    ]
+    digest = hashlib.sha256(bytes(memoryview(mx.concatenate(logits, axis=1).astype(mx.float32)))).hexdigest()
+    print(config["model_type"], module.__file__.split("site-packages")[1], digest)
+print(plugged, file=sys.stderr)
+"""
+TEXT = {
+    "hidden_size": 64,
+    "num_hidden_layers": 2,
+    "intermediate_size": 96,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "rms_norm_eps": 1e-5,
+    "vocab_size": 128,
+    "rope_theta": 10000,
+    "max_position_embeddings": 512,
+}
+QWEN2_VL = {
+    "model_type": "qwen2_vl",
+    **TEXT,
+    "tie_word_embeddings": False,
+    "image_token_id": 101,
+    "video_token_id": 102,
+    "vision_start_token_id": 103,
+    "text_config": {
+        "model_type": "qwen2_vl",
+        **TEXT,
+        "rope_scaling": {"type": "mrope", "mrope_section": [2, 3, 3]},
+        "tie_word_embeddings": False,
+    },
+    "vision_config": {
+        "model_type": "qwen2_vl",
+        "depth": 2,
+        "embed_dim": 32,
+        "hidden_size": 64,
+        "num_heads": 2,
+        "image_size": 56,
+        "patch_size": 14,
+        "vocab_size": 128,
+        "mlp_ratio": 2.0,
+        "in_channels": 3,
+        "spatial_patch_size": 14,
+        "spatial_merge_size": 2,
+        "temporal_patch_size": 2,
+    },
+}
+
+
+def other_models() -> list[dict[str, Any]]:
+    return [QWEN2_VL]
+
+
+def test_logits_of_other_models_are_bit_identical() -> None:
+    config = json.dumps(other_models())
+    with_us, without_us = (run(LOGITS, config, MLX_M3_PLUGIN=switch) for switch in ("on", "off"))
+    assert with_us.returncode == without_us.returncode == 0, with_us.stderr + without_us.stderr
+    assert with_us.stderr.split()[-1] == "True"
+    assert without_us.stderr.split()[-1] == "False"
+    assert with_us.stdout == without_us.stdout
+    lines = with_us.stdout.splitlines()
+    assert len(lines) == len(other_models())
+    assert all(len(line.split()[-1]) == 64 for line in lines), VLM_VERSION

@@ -1,0 +1,68 @@
+"""Experts on disk (``mlx_vlm.moe_offload``): repacked by upstream, run by our class, to the same logits."""
+
+import contextlib
+import io
+from pathlib import Path
+from typing import Any
+
+import mlx.core as mx
+import pytest
+from checkpoints import LAYOUTS
+from vlm_runs import alone, assert_same_answer, difference, has_offload, text, with_images
+
+pytestmark = has_offload
+
+ORIGINAL = ("published_float", "published_text_only", "transformers_in_memory")
+CONVERTED = ("mlx_unfused_4bit", "mlx_unfused_4bit_vision", "mlx_unfused_float")
+
+
+def write(layout: str, directory: Path) -> tuple[str, str]:
+    """The checkpoint, and its expert store."""
+    from mlx_vlm import moe_offload
+
+    source, store = directory / "source", directory / "store"
+    LAYOUTS[layout].write(source)
+    with contextlib.redirect_stdout(io.StringIO()):
+        moe_offload.repack(str(source), str(store))
+    return str(source), str(store)
+
+
+def load(directory: str, **options: Any) -> Any:
+    from mlx_vlm.utils import load_model
+
+    return load_model(Path(directory), **options)
+
+
+@pytest.mark.parametrize("layout", [*ORIGINAL, *CONVERTED])
+def test_logits_are_those_of_resident_experts(tmp_path: Path, layout: str) -> None:
+    source, store = write(layout, tmp_path)
+    resident, offloaded = load(source), load(store, expert_cache_gb=1.0)
+    assert "mlx_m3_plugin" in type(offloaded.layers[0]).__module__
+    experts = offloaded.moe_offload_store
+    assert (experts.num_experts, experts.swapped) == (4, 2)
+    tokens = mx.array([text(120).tokens])
+    assert difference(offloaded(tokens).logits, resident(tokens).logits) <= 1e-6
+    assert_same_answer(alone(offloaded, text(60), 4), alone(resident, text(60), 4))
+
+
+def test_images(tmp_path: Path) -> None:
+    source, store = write("published_float", tmp_path)
+    resident, offloaded = load(source), load(store, expert_cache_gb=1.0)
+    assert_same_answer(alone(offloaded, with_images(90), 4), alone(resident, with_images(90), 4))
+
+
+def test_few_experts_in_memory(tmp_path: Path) -> None:
+    """Room for a part of them: they come and go."""
+    source, store = write("published_float", tmp_path)
+    resident = load(source)
+    one_expert = 3 * 192 * 128 * 4
+    offloaded = load(store, expert_cache_gb=3 * one_expert / 2**30)
+    tokens = mx.array([text(120).tokens])
+    assert difference(offloaded(tokens).logits, resident(tokens).logits) <= 1e-6
+
+
+def test_a_conversion_with_the_shared_expert_among_the_others(tmp_path: Path) -> None:
+    """mlx-vlm's own layout has one expert more than the config says: the store is of no use to us."""
+    _, store = write("mlx_fused_129_4bit", tmp_path)
+    with pytest.raises(ValueError, match=r"swapped 0|expert"):
+        load(store, expert_cache_gb=1.0)
