@@ -37,9 +37,7 @@ def main() -> None:
     if child:
         print(json.dumps(run_case(Path(child[0]), child[1])))
         return
-    print(
-        "| checkpoint | MoE layers | experts | | weights, GB | a MoE layer, GB | peak beyond the weights, GB |"
-    )
+    print("| checkpoint | MoE layers | experts | | weights, GB | a MoE layer, GB | peak beyond them, GB |")
     print("|---|--:|--:|---|--:|--:|--:|")
     for layout, layers, experts, what in CASES:
         with tempfile.TemporaryDirectory() as directory:

@@ -304,7 +304,9 @@ def test_kv_bits(model: Any, manager: Manager, tmp_path: Path, on_disk: bool) ->
     prompt = text(203)
     cold = quantized_reference(model, prompt, 202, options)
     prefix_cache = manager(directory)
-    for n_cached in (0, 202):
+    # 0.7.0 keeps nothing of a quantized cache on disk: a miss, and the same answer.
+    reused = 0 if on_disk and VLM_VERSION < (0, 7, 10) else 202
+    for n_cached in (0, reused):
         answer = streamed(model, prompt, N_TOKENS, apc_manager=prefix_cache, **options)
         assert answer.cached_tokens == n_cached
         assert_same_answer(answer, cold)
@@ -313,5 +315,5 @@ def test_kv_bits(model: Any, manager: Manager, tmp_path: Path, on_disk: bool) ->
             prefix_cache = manager(directory)
     more = continued(prompt, text(70, 1).tokens)
     answer = streamed(model, more, N_TOKENS, apc_manager=prefix_cache, **options)
-    assert answer.cached_tokens == 202
-    assert_same_answer(answer, quantized_reference(model, more, 202, options))
+    assert answer.cached_tokens == reused
+    assert_same_answer(answer, quantized_reference(model, more, reused or len(more.tokens) - 1, options))
