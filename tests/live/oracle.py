@@ -17,6 +17,9 @@ from transformers.models.minimax_m3_vl.configuration_minimax_m3_vl import (
 
 # Scores of blocks closer than this are ties that no specification orders.
 TIE = 1e-5
+# Scores of experts lie within [0, 1] and a bias, and their rounding within 5e-7.  A choice that
+# is closer than this is as much a tie as one of blocks.
+ROUTER_TIE = 2e-6
 
 # What every shape shares unless it says otherwise: small enough for milliseconds, with more
 # blocks than the budget in a hundred tokens.
@@ -185,10 +188,12 @@ def _unit_logits(model: Any, tokens: np.ndarray) -> None:
 
 
 class recorded_ties:
-    """Collects the positions whose k-th and (k+1)-th block scores are within ``TIE``."""
+    """Collects the positions of one row where the last chosen and the next one are a tie: blocks,
+    with scores within ``TIE``, or experts, with scores in [0, 1] within ``ROUTER_TIE``."""
 
     def __init__(self, model: Any):
         self._indexers = [m for m in model.modules() if isinstance(m, t5.MiniMaxM3VLIndexer)]
+        self._routers = [m for m in model.modules() if isinstance(m, t5.MiniMaxM3VLTopKRouter)]
         self.positions: set[int] = set()
 
     def __enter__(self) -> set[int]:
@@ -206,7 +211,16 @@ class recorded_ties:
             return topk(scores, k, dim=dim, **kwargs)
 
         torch.Tensor.topk = recording_topk
+        self._hooks = [router.register_forward_hook(self._look_at_experts) for router in self._routers]
         return positions
+
+    def _look_at_experts(self, router: Any, _: Any, outputs: Any) -> None:
+        scores = outputs[0].float().sigmoid() + router.e_score_correction_bias
+        ordered = scores.sort(dim=-1, descending=True).values
+        gaps = ordered[:, router.top_k - 1] - ordered[:, router.top_k]
+        self.positions.update(torch.nonzero(gaps < ROUTER_TIE).flatten().tolist())
 
     def __exit__(self, *exc: Any) -> None:
         torch.Tensor.topk = self._topk
+        for hook in self._hooks:
+            hook.remove()

@@ -4,8 +4,7 @@ Each row is run alone and unpadded, in one pass.
 """
 
 import json
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -35,9 +34,6 @@ VISION = dict(
 )
 
 
-# Scores of experts lie within [0, 1] and a bias, and their rounding within 5e-7.  A choice that
-# is closer than this is as much a tie as one of blocks.
-ROUTER_TIE = 2e-6
 # How often a prompt met a true tie and was replaced by another one, of how many.
 counts = {"prompts": 0, "replaced": 0}
 
@@ -51,9 +47,9 @@ def without_ties(
     counts["prompts"] += 1
     for attempt in range(5):
         made = make(attempt)
-        with oracle.recorded_ties(model) as block_ties, _router_ties(model) as router_ties:
+        with oracle.recorded_ties(model) as ties:
             logits = logits_of(model, made)
-        if not block_ties | router_ties:
+        if not ties:
             return made, logits
         counts["replaced"] += 1
     raise AssertionError("true ties in five prompts")
@@ -62,26 +58,6 @@ def without_ties(
 def assert_ties_are_rare() -> None:
     """Of 154 prompts with pictures, eight met one by chance; of 720 rows of text, three."""
     assert counts["replaced"] <= max(5, counts["prompts"] / 10), counts
-
-
-@contextmanager
-def _router_ties(model: Any) -> Iterator[set[int]]:
-    """Collects the positions at which the last chosen and the next expert are a tie."""
-    positions: set[int] = set()
-
-    def look(router: Any, _: Any, outputs: Any) -> None:
-        scores = outputs[0].float().sigmoid() + router.e_score_correction_bias
-        ordered = scores.sort(dim=-1, descending=True).values
-        gaps = ordered[:, router.top_k - 1] - ordered[:, router.top_k]
-        positions.update(torch.nonzero(gaps < ROUTER_TIE).flatten().tolist())
-
-    routers = [module for module in model.modules() if isinstance(module, t5.MiniMaxM3VLTopKRouter)]
-    hooks = [router.register_forward_hook(look) for router in routers]
-    try:
-        yield positions
-    finally:
-        for hook in hooks:
-            hook.remove()
 
 
 @dataclass
