@@ -42,14 +42,14 @@ def _prepared_call(call: Any) -> Any:
     arguments = call.get("arguments")
     if arguments is None or arguments == "":
         return {**call, "arguments": {}}
-    if not isinstance(arguments, str):
-        return call
-    try:
-        parsed = json.loads(arguments)
-    except ValueError:
-        parsed = None
-    if not isinstance(parsed, dict):
+    parsed = arguments
+    if isinstance(arguments, str):
+        try:
+            parsed = json.loads(arguments)
+        except ValueError:
+            parsed = None
+    if not isinstance(parsed, Mapping):
         raise ValueError(
-            f"the arguments of the call of {call.get('name')} are not a JSON object: {arguments[:80]}"
+            f"the arguments of the call of {call.get('name')} are not a JSON object: {str(arguments)[:80]}"
         )
     return {**call, "arguments": parsed}

@@ -10,14 +10,17 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from .reasoning import THINK_END, THINK_START
-from .tool_calls import NAMESPACE, ToolCall, parse_block
+from .tool_calls import MOST_BLANKS, MOST_PROBLEMS, NAMESPACE, ToolCall, parse_block
 
 _MARKERS = (THINK_START, THINK_END, NAMESPACE)
 _ANY_MARKER = re.compile("|".join(map(re.escape, _MARKERS)))
+_LONGEST_MARKER = max(map(len, _MARKERS))
 # What may follow the namespace token where no call is open.
 _OPENERS = ("<tool_call>", "</tool_call>", "<invoke")
-_END_OF_CALL = re.compile(rf"{re.escape(NAMESPACE)}\s*(</invoke>|</tool_call>)")
-_LONGEST_END = len(NAMESPACE) + len("</tool_call>") + 8
+_OPENER = re.compile(rf"\s{{0,{MOST_BLANKS}}}({'|'.join(_OPENERS)})")
+_LONGEST_OPENER = MOST_BLANKS + max(map(len, _OPENERS))
+_END_OF_CALL = re.compile(rf"{re.escape(NAMESPACE)}\s{{0,{MOST_BLANKS}}}(</invoke>|</tool_call>)")
+_LONGEST_END = len(NAMESPACE) + MOST_BLANKS + len("</tool_call>")
 
 
 @dataclass(frozen=True)
@@ -60,25 +63,24 @@ class ReplyParser:
     def __init__(self, tools: Any = None, in_reasoning: bool = False):
         self._tools = tools
         self._state = "reasoning" if in_reasoning else "content"
-        self._held = ""
-        # Where to go on looking for the end of a call.
-        self._searched = 0
+        # What is not read yet, from a position on.
+        self._held, self._at = "", 0
+        # The beginning of a call whose end has not come, and whether it stands in a block.
+        self._call: list[str] = []
+        self._in_block = False
+        self._problems_left = MOST_PROBLEMS
 
     def feed(self, piece: str) -> list[Event]:
-        self._held += piece
+        self._held, self._at = self._held[self._at :] + piece, 0
         return list(self._read(at_end=False))
 
     def finish(self) -> list[Event]:
         """What is left when no more text comes."""
         events = list(self._read(at_end=True))
-        rest, self._held = self._held, ""
         if self._state == "calls":
-            block = parse_block(rest, self._tools)
-            events += [Event("call", call=call) for call in block.calls]
-            events += [Event("problem", problem) for problem in block.problems]
-            events.append(Event("problem", "the tool-call block is not closed"))
-        elif rest:
-            events.append(Event(self._state, rest))
+            events += self._parsed("".join(self._call) + self._held[self._at :])
+            events += self._problems("the tool-call block is not closed")
+        self._held, self._at, self._call, self._state = "", 0, [], "content"
         return events
 
     def _read(self, at_end: bool) -> Iterator[Event]:
@@ -90,16 +92,19 @@ class ReplyParser:
 
     def _read_text(self, at_end: bool) -> list[Event] | None:
         """Up to and with the next marker; None when nothing more is certain."""
-        marker = _ANY_MARKER.search(self._held)
-        certain = marker.start() if marker else len(self._held) - (0 if at_end else self._held_back())
-        events = [Event(self._state, self._held[:certain])] if certain else []
-        self._held = self._held[certain:]
+        marker = _ANY_MARKER.search(self._held, self._at)
+        begin, self._at = self._at, len(self._held)
+        if marker:
+            self._at = marker.start()
+        elif not at_end:
+            self._at -= self._held_back(begin)
+        events = [Event(self._state, self._held[begin : self._at])] if begin < self._at else []
         if marker is None:
             return events or None
         if marker[0] == NAMESPACE:
             opened = self._open_calls(at_end)
             return events + opened if opened is not None else events or None
-        self._held = self._held[len(marker[0]) :]
+        self._at = marker.end()
         expected = THINK_END if self._state == "reasoning" else THINK_START
         if marker[0] == expected:
             self._state = "content" if marker[0] == THINK_END else "reasoning"
@@ -107,36 +112,49 @@ class ReplyParser:
         # and never text.
         return events
 
-    def _held_back(self) -> int:
+    def _held_back(self, begin: int) -> int:
         """How much of the end may be the beginning of a marker."""
-        longest = max(map(len, _MARKERS)) - 1
-        for length in range(min(longest, len(self._held)), 0, -1):
-            if any(marker.startswith(self._held[-length:]) for marker in _MARKERS):
-                return length
+        for at in range(max(begin, len(self._held) - _LONGEST_MARKER + 1), len(self._held)):
+            if self._held[at] in "<]" and any(m.startswith(self._held[at:]) for m in _MARKERS):
+                return len(self._held) - at
         return 0
 
     def _open_calls(self, at_end: bool) -> list[Event] | None:
-        """The text begins with the namespace token.  None while it is open what it is."""
-        rest = self._held[len(NAMESPACE) :]
-        after = rest.lstrip()
-        if not at_end and any(opener.startswith(after) for opener in _OPENERS):
-            return None
-        if after.startswith(("<tool_call>", "<invoke")):
-            self._state, self._searched = "calls", 0
-            if after.startswith("<tool_call>"):
-                self._held = after.removeprefix("<tool_call>")
+        """The text goes on with the namespace token.  None while it is open what it is."""
+        after = self._at + len(NAMESPACE)
+        opener = _OPENER.match(self._held, after)
+        if opener and opener[1] != "</tool_call>":
+            self._state, self._in_block = "calls", opener[1] == "<tool_call>"
+            if self._in_block:
+                self._at = opener.end()
             return []
-        self._held = after.removeprefix("</tool_call>") if after.startswith("</tool_call>") else rest
-        return [Event("problem", "a namespace token outside of a tool call")]
+        rest = self._held[after : after + _LONGEST_OPENER]
+        blanks = len(rest) - len(rest.lstrip())
+        if not opener and blanks <= MOST_BLANKS and any(tag.startswith(rest[blanks:]) for tag in _OPENERS):
+            if not at_end:
+                return None
+            self._at = len(self._held)
+            return self._problems("the reply ends where a tool call begins")
+        self._at = opener.end() if opener else after
+        return self._problems("a namespace token outside of a tool call")
 
     def _read_calls(self) -> list[Event] | None:
-        end = _END_OF_CALL.search(self._held, self._searched)
+        end = _END_OF_CALL.search(self._held, self._at)
+        # Without an end, all but what may be the beginning of one.
+        begin, self._at = self._at, end.end() if end else max(self._at, len(self._held) - _LONGEST_END + 1)
+        self._call.append(self._held[begin : self._at])
         if end is None:
-            self._searched = max(0, len(self._held) - _LONGEST_END)
             return None
-        text, self._held, self._searched = self._held[: end.end()], self._held[end.end() :], 0
-        block = parse_block(text, self._tools)
-        if end[1] == "</tool_call>":
+        text, self._call = "".join(self._call), []
+        if end[1] == "</tool_call>" or not self._in_block:
             self._state = "content"
-        events = [Event("call", call=call) for call in block.calls]
-        return events + [Event("problem", problem) for problem in block.problems]
+        return self._parsed(text)
+
+    def _parsed(self, text: str) -> list[Event]:
+        block = parse_block(text, self._tools)
+        return [Event("call", call=call) for call in block.calls] + self._problems(*block.problems)
+
+    def _problems(self, *problems: str) -> list[Event]:
+        told = problems[: self._problems_left]
+        self._problems_left -= len(told)
+        return [Event("problem", problem) for problem in told]

@@ -17,7 +17,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
-from .values import MAX_DEPTH, Element, bare_elements, typed
+from mlx_m3_plugin.chat.values import MAX_DEPTH, Element, bare_elements, typed_arguments
 
 log = logging.getLogger("mlx_m3_plugin")
 
@@ -25,12 +25,16 @@ NAMESPACE = "]<]minimax[>["
 tool_call_start = f"{NAMESPACE}<tool_call>"
 tool_call_end = f"{NAMESPACE}</tool_call>"
 
+# What may be between the namespace token and a tag of the block; a parameter's follows at once.
+MOST_BLANKS = 8
+_BLANKS = rf"\s{{0,{MOST_BLANKS}}}"
 # Models write ``to=`` for ``name=`` now and then.
-_INVOKE = re.compile(r"""\s*<invoke\s+(?:name|to)\s*=\s*(?:"([^"]*)"|'([^']*)'|([^\s"'<>]+))\s*>""")
-_BLOCK_TAG = re.compile(r"\s*</?tool_call>")
-_END_OF_INVOKE = re.compile(r"\s*</invoke>")
+_INVOKE = re.compile(rf"""{_BLANKS}<invoke\s+(?:name|to)\s*=\s*(?:"([^"]*)"|'([^']*)'|([^\s"'<>]+))\s*>""")
+_BLOCK_TAG = re.compile(rf"{_BLANKS}</?tool_call>")
+_END_OF_INVOKE = re.compile(rf"{_BLANKS}</invoke>")
 _TAG = re.compile(r"<(/?)([^<>/][^<>]*)>")
-_MOST_PROBLEMS = 20
+_CLOSING_TAG = re.compile(r"</([^<>]+)>\s*")
+MOST_PROBLEMS = 20
 
 
 class ToolCallError(ValueError):
@@ -100,18 +104,18 @@ class _BlockReader:
             end = self._text.find(NAMESPACE, after)
             self._read_piece(begin, after, end if end >= 0 else len(self._text))
             begin = end
-        if self._call is not None:
-            self._drop_call("is not closed")
+        self._leave_call(len(self._text))
 
     def _read_piece(self, begin: int, after: int, end: int) -> None:
         """From one namespace token at ``begin`` to the next one at ``end``."""
         if tag := _INVOKE.match(self._text, after, end):
-            if self._call is not None:
-                self._drop_call("is not closed")
+            self._leave_call(begin)
             self._begin_call(next(name for name in tag.groups() if name is not None), tag.end(), end)
+        elif tag := _BLOCK_TAG.match(self._text, after, end):
+            self._leave_call(begin)
+            self._note_stray(self._text[tag.end() : end])
         elif self._call is None:
-            tag = _BLOCK_TAG.match(self._text, after, end)
-            self._note_stray(self._text[tag.end() if tag else after : end])
+            self._note_stray(self._text[after:end])
         elif tag := _END_OF_INVOKE.match(self._text, after, end):
             self._end_call(begin)
             self._note_stray(self._text[tag.end() : end])
@@ -127,11 +131,12 @@ class _BlockReader:
             self._close(tag[2], begin)
             if self._broken is None:
                 self._open[-1].texts.append(self._text[tag.end() : end])
-        elif len(self._open) > MAX_DEPTH:
-            self._broken = f"has tags more than {MAX_DEPTH} deep"
         else:
-            while len(self._open) > 1 and self._close_without_token():
-                pass
+            closings = self._closings()
+            self._close_without_token(max(self._closable(closings), default=0), closings, begin)
+            self._take_elements_without_token()
+            if len(self._open) > MAX_DEPTH:
+                self._broken = f"has tags more than {MAX_DEPTH} deep"
             self._open.append(_OpenElement(tag[2], tag.end(), [self._text[tag.end() : end]]))
 
     def _begin_call(self, name: str, position: int, end: int) -> None:
@@ -139,49 +144,104 @@ class _BlockReader:
         self._open = [_OpenElement("invoke", position, [self._text[position:end]])]
 
     def _close(self, name: str, position: int) -> None:
-        while len(self._open) > 1 and self._open[-1].name != name and self._close_without_token():
-            pass
+        if self._open[-1].name != name:
+            closings = self._closings()
+            for count in self._closable(closings):
+                if self._open[-1 - count].name == name:
+                    self._close_without_token(count, closings, position)
+                    break
         if len(self._open) > 1 and self._open[-1].name == name:
-            self._finish(self._text[self._open[-1].begin : position])
+            self._finish(position)
         else:
             expected = f"</{self._open[-1].name}>" if len(self._open) > 1 else "a parameter or </invoke>"
             self._broken = f"has </{name}> where {expected} was to come"
 
-    def _close_without_token(self) -> bool:
-        """Close the innermost element if its own closing tag is there, as text."""
-        element, closing = self._open[-1], f"</{self._open[-1].name}>"
-        last = element.texts[-1].rstrip()
-        if not last.endswith(closing):
-            return False
-        element.texts[-1] = last.removesuffix(closing)
-        self._finish("".join(element.texts))
-        return True
+    def _closings(self) -> list[tuple[str, int]]:
+        """Closing tags without their token at the end of the text: names and places, the last first."""
+        text = self._open[-1].texts[-1]
+        found: list[tuple[str, int]] = []
+        end = len(text)
+        while len(found) < len(self._open):
+            begin = text.rfind("</", 0, end)
+            tag = _CLOSING_TAG.match(text, begin, end) if begin >= 0 else None
+            if tag is None or tag.end() != end:
+                break
+            found.append((tag[1], begin))
+            end = begin
+        return found
 
-    def _finish(self, source: str) -> None:
+    def _closable(self, closings: list[tuple[str, int]]) -> list[int]:
+        """How many of the innermost elements those tags may close, by their names."""
+        names, opened = [name for name, _ in closings], [element.name for element in self._open[:0:-1]]
+        counts = range(1, min(len(names), len(opened)) + 1)
+        return [count for count in counts if names[count - 1 :: -1] == opened[:count]]
+
+    def _close_without_token(self, count: int, closings: list[tuple[str, int]], position: int) -> None:
+        """Close ``count`` elements whose closing tags are there as text, just before ``position``."""
+        if count == 0:
+            return
+        innermost = self._open[-1]
+        text, begin = innermost.texts[-1], closings[count - 1][1]
+        innermost.texts[-1] = text[:begin]
+        if f"</{innermost.name}>" in innermost.texts[-1]:
+            self._broken = f"closes <{innermost.name}> twice"
+            return
+        for _, begin in closings[count - 1 :: -1]:
+            self._finish(position - len(text) + begin)
+        self._open[-1].texts.append("")
+
+    def _take_elements_without_token(self) -> None:
+        element = self._open[-1]
+        if found := bare_elements(element.texts[-1], depth=len(self._open)):
+            element.children += found
+            element.texts[-1] = ""
+
+    def _finish(self, position: int) -> None:
+        """The innermost element ends at ``position``."""
+        if self._open[-1].children:
+            self._take_elements_without_token()
         done = self._open.pop()
+        source = self._text[done.begin : position]
         element = Element(done.name, "".join(done.texts), done.children, source, depth=len(self._open))
         self._open[-1].children.append(element)
 
+    def _leave_call(self, position: int) -> None:
+        """What follows belongs to no open call: it may have been closed without the token."""
+        if self._call is None:
+            return
+        closings = self._closings()
+        if self._broken is None and closings and closings[0][0] == "invoke":
+            begin, texts = closings[0][1], self._open[-1].texts
+            position -= len(texts[-1]) - begin
+            texts[-1] = texts[-1][:begin]
+            self._end_call(position)
+        else:
+            self._drop_call(self._broken or "is not closed")
+
     def _end_call(self, position: int) -> None:
-        while self._broken is None and len(self._open) > 1:
-            if not self._close_without_token():
-                self._broken = f"does not close <{self._open[-1].name}>"
+        closings = self._closings()
+        if self._broken is None and len(self._open) - 1 in self._closable(closings):
+            self._close_without_token(len(self._open) - 1, closings, position)
+        if self._broken is None and len(self._open) > 1:
+            self._broken = f"does not close <{self._open[-1].name}>"
         if self._broken is not None:
             self._drop_call(self._broken)
             return
+        self._take_elements_without_token()
         assert self._call is not None
         name, invoke = self._call, self._open[0]
-        parameters = [*invoke.children, *self._parameters_without_token("".join(invoke.texts), name)]
+        text = "".join(invoke.texts)
+        if text.strip():
+            self._note(f"text between the parameters of {name}: {_shortened(text)}")
         if self._schemas and name not in self._schemas:
             self._note(f"{name} is none of the tools that were offered")
-        self.block.calls.append(ToolCall(name, _arguments(parameters, self._schemas.get(name))))
+        try:
+            arguments = typed_arguments(invoke.children, self._schemas.get(name))
+        except RecursionError:
+            self._drop_call("is nested too deep")
+            return
+        self.block.calls.append(ToolCall(name, arguments))
         self._call = None
-
-    def _parameters_without_token(self, text: str, name: str) -> list[Element]:
-        elements = bare_elements(text, depth=1)
-        if elements is None and text.strip():
-            self._note(f"text between the parameters of {name}: {_shortened(text)}")
-        return elements or []
 
     def _drop_call(self, why: str) -> None:
         self._note(f"the call of {self._call} {why}")
@@ -193,7 +253,7 @@ class _BlockReader:
 
     def _note(self, problem: str) -> None:
         # Of a text that is nothing but wrong, the beginning will do.
-        if len(self.block.problems) < _MOST_PROBLEMS:
+        if len(self.block.problems) < MOST_PROBLEMS:
             self.block.problems.append(problem)
 
 
@@ -205,12 +265,6 @@ class _OpenElement:
     begin: int
     texts: list[str]
     children: list[Element] = field(default_factory=list)
-
-
-def _arguments(parameters: list[Element], schema: Any) -> dict[str, Any]:
-    root = schema if isinstance(schema, Mapping) else {}
-    value = typed(Element("invoke", children=parameters), {**root, "type": "object"}, root)
-    return value if isinstance(value, dict) else {}
 
 
 def _schemas(tools: Any) -> dict[str, Any]:

@@ -7,33 +7,38 @@ The grammar writes values without types: ``5`` may be a number or a text, an emp
 import json
 import math
 import re
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterator, Mapping
+from copy import deepcopy
 from dataclasses import dataclass, field
+from functools import reduce
+from itertools import chain, product
 from typing import Any
+from urllib.parse import unquote
 
 Schema = Mapping[str, Any]
 
 _BARE_TAG = re.compile(r"\s*<([^\s<>/][^<>]*)>")
-_INTEGER = re.compile(r"[+-]?\d+$")
-_NUMBER = re.compile(r"[+-]?(\d+\.?\d*|\.\d+)([eE][+-]?\d+)?$")
-# What tool authors write besides JSON schema's own names.
-_ALIASES = {
-    "str": "string",
-    "text": "string",
-    "int": "integer",
-    "long": "integer",
-    "float": "number",
-    "double": "number",
+_INTEGER = re.compile(r"[+-]?[0-9]+\Z")
+_NUMBER = re.compile(r"[+-]?([0-9]+(\.[0-9]*)?|\.[0-9]+)([eE][+-]?[0-9]+)?\Z")
+# JSON schema's names, and what tool authors write besides them.
+_KINDS = {
+    **{kind: kind for kind in ("string", "integer", "number", "boolean", "null", "array", "object")},
+    **dict.fromkeys(("str", "text"), "string"),
+    **dict.fromkeys(("int", "long"), "integer"),
+    **dict.fromkeys(("float", "double"), "number"),
+    **dict.fromkeys(("dict", "map"), "object"),
     "bool": "boolean",
     "list": "array",
-    "dict": "object",
-    "map": "object",
     "none": "null",
 }
 # Nobody's arguments are as deep; text that opens tags without end has to be refused somewhere.
 MAX_DEPTH = 100
 # Python's own limit on digits, below which int() is fast.
 _MAX_DIGITS = 4000
+# What is looked at to find a schema's alternatives; they may be exponentially many.
+_MOST_STEPS = 4000
+_MOST_NESTED = 64
+_ANYTHING: dict[str, Any] = {"type": None}
 
 
 @dataclass
@@ -73,110 +78,152 @@ def bare_elements(text: str, depth: int) -> list[Element] | None:
         position = end + len(closing)
 
 
-def typed(element: Element, schema: Any, root: Schema) -> Any:
-    """The value that ``element`` stands for.
-
-    Args:
-        schema: what its parameter's schema says; anything that is not a mapping says nothing.
-        root: the tool's whole ``parameters``, which ``$ref`` points into.
-    """
-    branches = list(_branches(schema, root))
-    if element.children:
-        return _structure(element, branches, root)
-    return _leaf(element, branches, root)
+def typed_arguments(parameters: list[Element], schema: Any) -> dict[str, Any]:
+    """The arguments of a call, typed by what its tool has as ``parameters``."""
+    schemas = _Schemas(schema if isinstance(schema, Mapping) else {})
+    element = Element("invoke", children=parameters)
+    objects = [branch for branch in schemas.branches(schemas.root) if branch["type"] == "object"]
+    return _object(element, _best_branch(element, objects, schemas) if objects else schemas.root, schemas)
 
 
-def _branches(schema: Any, root: Schema, seen: set[str] | None = None) -> Iterator[Schema]:
-    """The alternatives of a schema, in its order: no ``$ref``, ``anyOf``, ``oneOf``, ``allOf`` or
-    list of types is left in them."""
-    if not isinstance(schema, Mapping):
-        return
-    # A second time the same reference adds no alternative, and it may be its own.
-    seen = set() if seen is None else seen
-    if isinstance(schema.get("$ref"), str):
-        if schema["$ref"] not in seen:
-            seen.add(schema["$ref"])
-            rest = {key: value for key, value in schema.items() if key != "$ref"}
-            for branch in _branches(_resolve(schema["$ref"], root), root, seen):
-                yield {**branch, **rest}
-        return
-    if isinstance(schema.get("allOf"), list):
-        yield from _branches(_merged(schema, root, seen), root, seen)
-        return
-    for key in ("anyOf", "oneOf"):
-        if isinstance(schema.get(key), list):
-            rest = {k: v for k, v in schema.items() if k != key}
+# --- schemas ---
+
+
+class _Schemas:
+    """A tool's whole ``parameters``, into which ``$ref`` points, and the alternatives in them."""
+
+    def __init__(self, root: Schema):
+        self.root = root
+        # By identity, which is why the schema is kept with it.
+        self._known: dict[int, tuple[Any, list[Schema]]] = {}
+        self._steps_left = 0
+
+    def branches(self, schema: Any) -> list[Schema]:
+        """The alternatives of a schema, in its order: no ``$ref``, ``anyOf``, ``oneOf``, ``allOf``,
+        ``nullable`` or list of types is left in them.  Anything but a mapping says nothing: none."""
+        if id(schema) not in self._known:
+            self._steps_left = _MOST_STEPS
+            found: list[Schema] = [{**each, "type": _type_of(each)} for each in self._expand(schema, ())]
+            self._known[id(schema)] = schema, found
+        return self._known[id(schema)][1]
+
+    def _expand(self, schema: Any, way: tuple[str, ...]) -> Iterator[Schema]:
+        """``way``: the keywords and references that led here."""
+        self._steps_left -= 1
+        if not isinstance(schema, Mapping) or self._steps_left < 0 or len(way) > _MOST_NESTED:
+            return
+        if schema.get("nullable") is True:
+            yield from self._expand(_without(schema, "nullable"), (*way, "nullable"))
+            yield {"type": "null"}
+        elif isinstance(reference := schema.get("$ref"), str):
+            # A reference that leads back to itself adds no alternative.
+            if reference not in way:
+                target = _resolve(reference, self.root)
+                yield from self._all_of([_without(schema, "$ref"), target], (*way, reference))
+        elif isinstance(parts := schema.get("allOf"), list):
+            yield from self._all_of([_without(schema, "allOf"), *parts], (*way, "allOf"))
+        elif key := next((key for key in ("anyOf", "oneOf") if isinstance(schema.get(key), list)), None):
+            rest = _without(schema, key)
             for option in schema[key]:
                 if isinstance(option, Mapping):
-                    yield from _branches({**rest, **option}, root, seen)
-            return
-    types = schema.get("type")
-    for name in types if isinstance(types, list) else [types]:
-        kind = _ALIASES.get(str(name).lower(), str(name).lower()) if name is not None else None
-        yield {**schema, "type": kind or _implied_type(schema)}
-    if schema.get("nullable") is True:
-        yield {"type": "null"}
+                    around = _without(rest, "type") if "type" in option else rest
+                    yield from self._all_of([around, option], (*way, key))
+        else:
+            types = schema.get("type")
+            for name in types if isinstance(types, list) else [types]:
+                yield {**schema, "type": _KINDS.get(name.lower()) if isinstance(name, str) else None}
+
+    def _all_of(self, parts: list[Any], way: tuple[str, ...]) -> Iterator[Schema]:
+        """Every alternative of each part with every one of the others."""
+        pools = [list(self._expand(part, way)) for part in parts if isinstance(part, Mapping)]
+        for combination in product(*pools):
+            self._steps_left -= len(combination)
+            if self._steps_left < 0:
+                return
+            anything: Schema | None = _ANYTHING
+            if (merged := reduce(_both, combination, anything)) is not None:
+                yield merged
+
+
+def _without(schema: Schema, key: str) -> dict[str, Any]:
+    return {name: value for name, value in schema.items() if name != key}
 
 
 def _resolve(reference: str, root: Schema) -> Any:
-    if not reference.startswith("#"):
+    if reference != "#" and not reference.startswith("#/"):
         return None
     target: Any = root
-    for part in reference[1:].split("/")[1:]:
-        part = part.replace("~1", "/").replace("~0", "~")
+    for part in reference.split("/")[1:]:
+        part = unquote(part).replace("~1", "/").replace("~0", "~")
+        if isinstance(target, list):
+            target = {str(index): item for index, item in enumerate(target)}
         target = target.get(part) if isinstance(target, Mapping) else None
     return target
 
 
-def _merged(schema: Schema, root: Schema, seen: set[str]) -> Schema:
-    """All parts of an ``allOf`` in one; of a part with alternatives, the first."""
-    merged: dict[str, Any] = {key: value for key, value in schema.items() if key != "allOf"}
-    for part in schema["allOf"]:
-        branch: Schema = next(_branches(part, root, seen), {})
-        properties = {**merged.get("properties", {}), **branch.get("properties", {})}
-        required = [*merged.get("required", []), *branch.get("required", [])]
-        kind = merged.get("type") or branch.get("type")
-        merged = {**merged, **branch, "type": kind}
-        if properties:
-            merged["properties"] = properties
-        if required:
-            merged["required"] = required
-    return merged
+def _both(one: Schema | None, other: Schema) -> Schema | None:
+    """What fits both of two alternatives; None for types that exclude each other."""
+    if one is None:
+        return None
+    kinds = {one["type"], other["type"]} - {None}
+    if len(kinds) == 2 and kinds != {"integer", "number"}:
+        return None
+    kind = "integer" if len(kinds) == 2 else next(iter(kinds), None)
+    properties = dict(_properties(one))
+    for name, schema in _properties(other).items():
+        properties[name] = {"allOf": [properties[name], schema]} if name in properties else schema
+    merged = {**one, **other, "type": kind, "required": [*_required(one), *_required(other)]}
+    return {**merged, "properties": properties} if properties else merged
 
 
-def _implied_type(schema: Schema) -> str | None:
+def _type_of(schema: Schema) -> str | None:
+    """The type of an alternative: as it says, or as its other keywords imply."""
+    if schema["type"] is not None:
+        return schema["type"]
     if "properties" in schema or "additionalProperties" in schema:
         return "object"
     return "array" if "items" in schema or "prefixItems" in schema else None
 
 
-# --- text ---
+def _properties(schema: Schema) -> Schema:
+    properties = schema.get("properties")
+    return properties if isinstance(properties, Mapping) else {}
 
 
-def _leaf(element: Element, branches: list[Schema], root: Schema) -> Any:
-    text = element.text
-    for schema in branches:
-        for value in _listed(schema):
-            if rendered(value) == text:
-                return value
-    kinds = [schema["type"] for schema in branches]
-    if text == "" and "string" not in kinds:
-        for empty, kind in ((None, "null"), ([], "array"), ({}, "object")):
-            if kind in kinds:
-                return empty
-    for schema in branches:
-        value = _as_type(element, schema, root)
-        if value is not _NO_VALUE:
-            return value
-    # Whatever the schema wanted, this is what was written.
-    return text
+def _required(schema: Schema) -> list[str]:
+    required = schema.get("required")
+    return [name for name in required if isinstance(name, str)] if isinstance(required, list) else []
 
 
-def _listed(schema: Schema) -> Iterable[Any]:
-    if "const" in schema:
-        return [schema["const"]]
-    listed = schema.get("enum")
+def _item_schema(schema: Schema, index: int) -> Any:
+    prefix, items = schema.get("prefixItems"), schema.get("items")
+    if isinstance(items, list):
+        # Of drafts before 2020-12.
+        prefix, items = items, schema.get("additionalItems")
+    return prefix[index] if isinstance(prefix, list) and index < len(prefix) else items
+
+
+def _listed(schema: Schema) -> list[Any]:
+    listed = [schema["const"]] if "const" in schema else schema.get("enum")
     return listed if isinstance(listed, list) else []
+
+
+# --- values ---
+
+
+def _typed(element: Element, schema: Any, schemas: _Schemas) -> Any:
+    """The value that ``element`` stands for, by what the schema of its parameter says."""
+    branches = schemas.branches(schema)
+    for value in chain.from_iterable(map(_listed, branches)):
+        if _is_written(value, element):
+            return deepcopy(value)
+    if not element.children:
+        return _leaf(element, branches, schemas)
+    kinds = {branch["type"] for branch in branches}
+    if "string" in kinds and not kinds & {"array", "object", None}:
+        # Tags in a text are text.
+        return element.source
+    return _structure(element, _best_branch(element, branches, schemas), schemas)
 
 
 def rendered(value: Any) -> str:
@@ -186,13 +233,54 @@ def rendered(value: Any) -> str:
     return "" if value is None else str(value)
 
 
+def _is_written(value: Any, element: Element) -> bool:
+    """Whether ``element`` is what the chat template makes of ``value``."""
+    if isinstance(value, Mapping):
+        members = [(name, member) for name, member in value.items() if member is not None]
+    elif isinstance(value, list):
+        members = [("item", member) for member in value]
+    else:
+        return not element.children and rendered(value) == element.text
+    if element.text.strip() or [name for name, _ in members] != [child.name for child in element.children]:
+        return False
+    pairs = zip((member for _, member in members), element.children, strict=True)
+    return all(_is_written(member, child) for member, child in pairs)
+
+
+# --- text ---
+
 _NO_VALUE = object()
 
 
-def _as_type(element: Element, schema: Schema, root: Schema) -> Any:
+def _leaf(element: Element, branches: list[Schema], schemas: _Schemas) -> Any:
+    text, kinds = element.text, [branch["type"] for branch in branches]
+    if not text.strip() and not any(map(_takes_text, branches)):
+        for empty, kind in ((None, "null"), ([], "array"), ({}, "object")):
+            if kind in kinds:
+                return empty
+    # What is written just as the template writes it goes before what can be understood.
+    for exact in (True, False):
+        for schema in branches:
+            value = _as_type(element, schema, schemas)
+            if value is not _NO_VALUE and (not exact or _is_exact(value, text)):
+                return value
+    arrays = [schema for schema in branches if schema["type"] == "array"]
+    # One bare value as an array of it; else, whatever the schema wanted, this is what was written.
+    return _array_of_one(element, arrays[0], schemas) if arrays and text.strip() else text
+
+
+def _is_exact(value: Any, text: str) -> bool:
+    return isinstance(value, (list, dict)) or text == ("null" if value is None else rendered(value))
+
+
+def _takes_text(schema: Schema) -> bool:
+    return schema["type"] in ("string", None) and not _listed(schema)
+
+
+def _as_type(element: Element, schema: Schema, schemas: _Schemas) -> Any:
     kind, text, word = schema["type"], element.text, element.text.strip()
     if kind in ("string", None):
-        return text if not _listed(schema) or kind is None else _NO_VALUE
+        return text if _takes_text(schema) else _NO_VALUE
     if kind == "integer":
         return _integer(word)
     if kind == "number":
@@ -201,16 +289,16 @@ def _as_type(element: Element, schema: Schema, root: Schema) -> Any:
         return {"true": True, "1": True, "false": False, "0": False}.get(word.lower(), _NO_VALUE)
     if kind == "null":
         return None if word.lower() in ("null", "none") else _NO_VALUE
-    if kind in ("array", "object"):
-        return _written_otherwise(element, schema, root)
-    return _NO_VALUE
+    if word.startswith("<") and (children := bare_elements(word, element.depth + 1)):
+        return _structure(Element(element.name, children=children), schema, schemas)
+    return _json(word, list if kind == "array" else dict)
 
 
 def _integer(word: str) -> Any:
-    if _INTEGER.match(word) and len(word) < _MAX_DIGITS:
-        return int(word)
     number = _number(word)
-    return int(number) if isinstance(number, float) and number.is_integer() else _NO_VALUE
+    if isinstance(number, float):
+        return int(number) if number.is_integer() else _NO_VALUE
+    return number
 
 
 def _number(word: str) -> Any:
@@ -222,110 +310,91 @@ def _number(word: str) -> Any:
     return value if math.isfinite(value) else _NO_VALUE
 
 
-def _written_otherwise(element: Element, schema: Schema, root: Schema) -> Any:
-    """An array or object as JSON, or in tags without their token; one bare value as an array of it."""
-    kind, word = schema["type"], element.text.strip()
-    if children := bare_elements(word, element.depth + 1):
-        return _structure(Element(element.name, children=children, depth=element.depth), [schema], root)
+def _finite(word: str) -> float:
+    if not math.isfinite(value := float(word)):
+        raise ValueError(f"{word} is no number of JSON")
+    return value
+
+
+def _json(word: str, kind: type) -> Any:
+    if not word.startswith("[" if kind is list else "{"):
+        return _NO_VALUE
     try:
-        value = json.loads(word)
+        return json.loads(word, parse_constant=_finite, parse_float=_finite)
     except (ValueError, RecursionError):
-        value = None
-    if isinstance(value, list if kind == "array" else dict):
-        return value
-    if kind == "array" and word:
-        only = Element("item", word, source=word, depth=element.depth + 1)
-        # The items of an array of arrays are not guessed at any further.
-        items = [branch for branch in _branches(_item_schema(schema, 0), root) if branch["type"] != "array"]
-        return [_leaf(only, items, root)]
-    return _NO_VALUE
+        return _NO_VALUE
+
+
+def _array_of_one(element: Element, schema: Schema, schemas: _Schemas) -> list[Any]:
+    word = element.text.strip()
+    only = Element("item", word, source=word, depth=element.depth + 1)
+    # The items of an array of arrays are not guessed at any further.
+    items = [branch for branch in schemas.branches(_item_schema(schema, 0)) if branch["type"] != "array"]
+    return [_leaf(only, items, schemas)]
 
 
 # --- tags ---
 
 
-def _structure(element: Element, branches: list[Schema], root: Schema) -> Any:
-    if branches and all(schema["type"] == "string" for schema in branches):
-        # Tags in a text are text.
-        return element.source
-    schema = _best_branch(element, branches)
-    if schema["type"] == "array":
-        return [
-            typed(child, _item_schema(schema, index), root) for index, child in enumerate(element.children)
-        ]
-    if schema["type"] is None and all(child.name == "item" for child in element.children):
-        return [typed(child, None, root) for child in element.children]
-    return _object(element, schema, root)
+def _structure(element: Element, schema: Schema, schemas: _Schemas) -> Any:
+    only_items = all(child.name == "item" for child in element.children)
+    if schema["type"] == "array" or (schema["type"] is None and only_items):
+        return _items(element.children, schema, schemas)
+    return _object(element, schema, schemas)
 
 
-def _best_branch(element: Element, branches: list[Schema]) -> Schema:
+def _best_branch(element: Element, branches: list[Schema], schemas: _Schemas) -> Schema:
+    """The alternative that has such tags in it: the first that fits, or the first that may."""
     names = {child.name for child in element.children}
     candidates = [schema for schema in branches if schema["type"] in ("array", "object")]
-    for schema in candidates:
-        if schema["type"] == "array" and names == {"item"}:
-            return schema
-        if schema["type"] == "object" and _object_fits(element, names, schema):
-            return schema
-    # Of what does not fit, the first one that can have tags in it at all.
-    return candidates[0] if candidates else {"type": None}
+    for strictly in (True, False):
+        for schema in candidates:
+            if schema["type"] == "array" and names == {"item"}:
+                return schema
+            if schema["type"] == "object" and _object_fits(element, names, schema, schemas, strictly):
+                return schema
+    # Of what fits nowhere, an object's tags are told by not being items.
+    objects = [schema for schema in candidates if schema["type"] == "object"]
+    return (objects or candidates or [_ANYTHING])[0]
 
 
-def _object_fits(element: Element, names: set[str], schema: Schema) -> bool:
-    properties = schema.get("properties") or {}
-    if not set(schema.get("required") or ()) <= names:
-        return False
-    if schema.get("additionalProperties", not properties) is False and not names <= set(properties):
+def _object_fits(
+    element: Element, names: set[str], schema: Schema, schemas: _Schemas, strictly: bool
+) -> bool:
+    properties = _properties(schema)
+    closed = not schema.get("additionalProperties", not properties)
+    if strictly and not (set(_required(schema)) <= names and (names <= set(properties) or not closed)):
         return False
     if properties and not names & set(properties):
         return False
-    told_apart = [
-        c for c in element.children if not c.children and isinstance(properties.get(c.name), Mapping)
-    ]
-    for child in told_apart:
-        listed = list(_listed(properties[child.name]))
-        if listed and child.text not in map(rendered, listed):
+    for child in element.children:
+        branches = schemas.branches(properties.get(child.name))
+        listed = [_listed(branch) for branch in branches]
+        if listed and all(listed) and not any(_is_written(v, child) for values in listed for v in values):
             return False
     return True
 
 
-def _item_schema(schema: Schema, index: int) -> Any:
-    prefix = schema.get("prefixItems")
-    items = schema.get("items")
-    if isinstance(items, list):
-        # Of drafts before 2020-12.
-        prefix, items = items, schema.get("additionalItems")
-    if isinstance(prefix, list) and index < len(prefix):
-        return prefix[index]
-    return items
+def _items(elements: list[Element], schema: Schema, schemas: _Schemas) -> list[Any]:
+    return [_typed(element, _item_schema(schema, index), schemas) for index, element in enumerate(elements)]
 
 
-def _object(element: Element, schema: Schema, root: Schema) -> dict[str, Any]:
+def _object(element: Element, schema: Schema, schemas: _Schemas) -> dict[str, Any]:
     together: dict[str, list[Element]] = {}
     for child in element.children:
         together.setdefault(child.name, []).append(child)
-    value = {name: _property(children, schema, root) for name, children in together.items()}
+    value: dict[str, Any] = {}
+    for name, children in together.items():
+        own = _properties(schema).get(name, schema.get("additionalProperties"))
+        # A repeated tag is a list, whose schema may be the property's own.
+        arrays = [branch for branch in schemas.branches(own) if branch["type"] == "array"]
+        if len(children) == 1:
+            value[name] = _typed(children[0], own, schemas)
+        else:
+            value[name] = _items(children, arrays[0] if arrays else {"items": own}, schemas)
     if element.text.strip():
         key = "$text"
         while key in value:
             key = f"${key}"
         value[key] = element.text
     return value
-
-
-def _property(children: list[Element], schema: Schema, root: Schema) -> Any:
-    own = property_schema(schema, children[0].name)
-    if len(children) == 1:
-        return typed(children[0], own, root)
-    # A repeated tag is a list, whose schema may be the property's own.
-    array = next((branch for branch in _branches(own, root) if branch["type"] == "array"), None)
-    return [
-        typed(child, own if array is None else _item_schema(array, index), root)
-        for index, child in enumerate(children)
-    ]
-
-
-def property_schema(schema: Schema, name: str) -> Any:
-    properties = schema.get("properties")
-    if isinstance(properties, Mapping) and name in properties:
-        return properties[name]
-    return schema.get("additionalProperties")

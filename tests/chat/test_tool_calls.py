@@ -1,0 +1,27 @@
+"""Tool calls: round trips through the chat template, and every decision on malformed text."""
+
+from collections.abc import Callable
+from typing import Any
+
+from hypothesis import HealthCheck, given, settings
+from tool_rendering import block_of
+from tool_schemas import calls
+from tool_values import exactly, pruned
+
+from mlx_m3_plugin.chat.tool_calls import parse_block
+
+
+def test_what_the_template_writes_is_read_back(count: Callable[[int, int], int]) -> None:
+    @settings(max_examples=count(300, 20_000), deadline=None, suppress_health_check=list(HealthCheck))
+    @given(calls())
+    def check(case: tuple[list[Any], list[dict[str, Any]]]) -> None:
+        tools, made = case
+        if not made:
+            return
+        block = parse_block(block_of(made), tools)
+        assert block.problems == []
+        assert [call.name for call in block.calls] == [call["name"] for call in made]
+        for call, expected in zip(block.calls, made, strict=True):
+            assert exactly(call.arguments, pruned(expected["arguments"])), (call.arguments, expected)
+
+    check()
