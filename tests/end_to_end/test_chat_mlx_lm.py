@@ -67,6 +67,12 @@ def question(topic: int) -> str:
     return f"Please look up {TOPICS[topic]}, twice."
 
 
+def token_id(model: Path, token: str) -> int:
+    added = json.loads((model / "tokenizer.json").read_text())["added_tokens"]
+    (found,) = (entry["id"] for entry in added if entry["content"] == token)
+    return found
+
+
 # --- replies ---
 
 
@@ -78,6 +84,15 @@ def test_a_reply_in_every_mode(
     answer = server.ask(question(3), stream, tools=TOOLS, extra_body={"chat_template_kwargs": arguments})
     assert answer.said == expected(3, thought=tokens != WITHOUT_REASONING)
     assert answer.tokens == tokens
+
+
+@streamed_or_not
+def test_a_reply_that_chooses_not_to_think(server: ChatServer, model: Path, stream: bool) -> None:
+    """In adaptive mode it then begins with the closing marker."""
+    bias = {token_id(model, THINK): -1000, token_id(model, END_OF_THINK): 5}
+    answer = server.ask(question(11), stream, tools=TOOLS, logit_bias=bias)
+    assert answer.said == expected(11, thought=False)
+    assert answer.tokens == WITHOUT_REASONING + 1
 
 
 @streamed_or_not
@@ -169,12 +184,6 @@ def test_the_end_of_what_was_said_is_not_lost(
     bias = {token_id(model, NS): -1000, token_id(model, EOS): 5}
     answer = server.ask(question(4), stream, tools=TOOLS, logit_bias=bias, seed=seed)
     assert answer.said == (REASONING, "Looking up [topic-04]", [], "stop")
-
-
-def token_id(model: Path, token: str) -> int:
-    added = json.loads((model / "tokenizer.json").read_text())["added_tokens"]
-    (found,) = (entry["id"] for entry in added if entry["content"] == token)
-    return found
 
 
 # --- conversations ---

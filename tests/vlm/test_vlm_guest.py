@@ -7,15 +7,13 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from environments import clean_variables
 import vlm_runs  # noqa: F401
+from environments import clean_variables
 
-CHECKOUT = Path(__file__).parents[2]
 
-
-def run(program: str, *args: str, **env: str) -> subprocess.CompletedProcess[str]:
+def run(*args: str | Path, **env: str) -> subprocess.CompletedProcess[str]:
     return subprocess.run(
-        [sys.executable, "-c", program, *args],
+        [sys.executable, *map(str, args)],
         capture_output=True,
         text=True,
         cwd=Path(sys.executable).parent,
@@ -25,24 +23,29 @@ def run(program: str, *args: str, **env: str) -> subprocess.CompletedProcess[str
 
 # --- upstream has changed ---
 
-MISFIT = """
-import importlib.machinery, json, logging, sys
-logging.basicConfig(format="%(name)s: %(message)s")
-damaged, cls, method = sys.argv[1:]
+# What stands in for another mlx-vlm: a module that has lost a method as soon as it is executed.
+DAMAGE = """
+import importlib.machinery, sys
+sys.modules["torch"] = None  # transformers would import it, for seconds
 
 class Damage:
     def find_spec(self, name, path=None, target=None):
-        if name != damaged:
+        if name != "mlx_vlm.models.minimax_m3_vl.minimax_m3_vl":
             return None
         spec = importlib.machinery.PathFinder.find_spec(name, path)
         execute = spec.loader.exec_module
         def exec_and_damage(module):
             execute(module)
-            delattr(getattr(module, cls), method)
+            del module.Model._compute_visual_features
         spec.loader.exec_module = exec_and_damage
         return spec
 
 sys.meta_path.insert(0, Damage())
+"""
+MISSING = "mlx_vlm.models.minimax_m3_vl.minimax_m3_vl.Model._compute_visual_features"
+IMPORT = """
+import json, logging, sys
+logging.basicConfig(format="%(name)s: %(message)s")
 from mlx_vlm.models import minimax_m3_vl, minimax_m3
 from mlx_m3_plugin.startup import hook
 print(json.dumps({
@@ -54,34 +57,49 @@ print(json.dumps({
     "served": hook.status["served"],
 }))
 """
-MISSING = "mlx_vlm.models.minimax_m3_vl.minimax_m3_vl", "Model", "_compute_visual_features"
 
 
-def test_the_native_classes_where_a_part_is_missing() -> None:
+@pytest.fixture(scope="module")
+def damaged(tmp_path_factory: pytest.TempPathFactory) -> dict[str, str]:
+    """Environment variables."""
+    directory = tmp_path_factory.mktemp("damage")
+    (directory / "sitecustomize.py").write_text(DAMAGE)
+    return {"PYTHONPATH": str(directory)}
+
+
+def test_the_native_classes_where_a_part_is_missing(damaged: dict[str, str]) -> None:
     """Upstream's file under upstream's name, one warning for each module, and ``status`` tells it."""
-    done = run(MISFIT, *MISSING)
+    done = run("-c", IMPORT, **damaged)
     assert done.returncode == 0, done.stderr
     answer = json.loads(done.stdout)
     directory = Path(answer["files"][0]).parents[1]
-    assert answer["files"] == [
-        str(directory / name / "__init__.py") for name in ("minimax_m3_vl", "minimax_m3")
-    ]
+    names = ("minimax_m3_vl", "minimax_m3")
+    assert answer["files"] == [str(directory / name / "__init__.py") for name in names]
     assert all(name.startswith("mlx_vlm.models.minimax_m3") for name in answer["classes"])
     assert answer["same"]
     assert answer["config"] == "minimax_m3_vl"
     assert list(answer["served"].values()) == answer["files"]
     assert len(answer["errors"]) == 2
-    for error, name in zip(answer["errors"], ("minimax_m3_vl", "minimax_m3"), strict=True):
-        assert ".".join(MISSING) in error
+    for error, name in zip(answer["errors"], names, strict=True):
+        assert MISSING in error
         assert f"mlx_vlm.models.{name} is upstream's own" in error
     assert done.stderr.count("mlx-m3-plugin: ") == 2
 
 
-def test_an_error_where_a_part_is_missing_and_the_user_is_strict() -> None:
-    done = run(MISFIT, *MISSING, MLX_M3_PLUGIN_STRICT="1")
+def test_an_error_where_a_part_is_missing_and_the_user_is_strict(damaged: dict[str, str]) -> None:
+    done = run("-c", IMPORT, MLX_M3_PLUGIN_STRICT="1", **damaged)
     assert done.returncode == 1
-    assert "RuntimeError: mlx-m3-plugin: " in done.stderr.splitlines()[-1]
-    assert ".".join(MISSING) in done.stderr.splitlines()[-1]
+    last = done.stderr.splitlines()[-1]
+    assert last.startswith("RuntimeError: mlx-m3-plugin: ")
+    assert MISSING in last
+
+
+def test_the_doctor_says_who_serves_where_a_part_is_missing(damaged: dict[str, str]) -> None:
+    done = run("-m", "mlx_m3_plugin.cli", "doctor", "--json", **damaged)
+    diagnosis = json.loads(done.stdout)
+    modules = {module["name"]: module for module in diagnosis["modules"]}
+    assert modules["mlx_vlm.models.minimax_m3_vl"]["source"] == "native"
+    assert any(MISSING in error for error in diagnosis["errors"])
 
 
 @pytest.mark.parametrize(
@@ -122,6 +140,7 @@ def test_each_changed_method_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
 
 LOGITS = """
 import hashlib, importlib, json, sys
+sys.modules["torch"] = None  # transformers would import it, for seconds
 import mlx.core as mx
 from mlx_vlm.models.cache import make_prompt_cache
 import mlx_vlm.utils
@@ -199,7 +218,7 @@ OTHERS = [QWEN2_VL, QWEN2]
 
 def test_logits_of_other_models_are_bit_identical() -> None:
     config = json.dumps(OTHERS)
-    with_us, without_us = (run(LOGITS, config, MLX_M3_PLUGIN=switch) for switch in ("on", "off"))
+    with_us, without_us = (run("-c", LOGITS, config, MLX_M3_PLUGIN=switch) for switch in ("on", "off"))
     assert with_us.returncode == without_us.returncode == 0, with_us.stderr + without_us.stderr
     assert with_us.stderr.split()[-1] == "True"
     assert without_us.stderr.split()[-1] == "False"
