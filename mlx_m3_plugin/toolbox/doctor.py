@@ -19,7 +19,7 @@ _PACKAGES = ("mlx-m3-plugin", "mlx", "mlx-lm", "mlx-vlm", "transformers")
 
 # Runs in a fresh process, which learns of us only through the start-up file.
 _PROBE = """
-import json, logging, sys
+import importlib.util, json, logging, sys
 logging.disable(logging.WARNING)
 hooked = "mlx_m3_plugin" in sys.modules
 answer = {"hooked": hooked, "status": None, "modules": []}
@@ -39,6 +39,19 @@ if hooked and "mlx_m3_plugin.startup.hook" in sys.modules:
             if namespace.split(".")[0] in sys.modules:
                 names = [e.name for e in hook.own_entry_points() if e.group == group]
                 answer["modules"] += [finder.decide(f"{namespace}.{name}") for name in names]
+        for module in list(answer["modules"]):
+            if importlib.util.find_spec(module["name"].rpartition(".")[0]) is None:
+                # Where another version of upstream looks.
+                answer["modules"].remove(module)
+            elif module["source"] == "plugin":
+                try:
+                    # Some stand back at this moment, if the installed upstream is not one they fit.
+                    __import__(module["name"])
+                except Exception as error:
+                    module.update(source="none", why=str(error))
+                served = hook.status["served"].get(module["name"], module["path"])
+                if served != module["path"]:
+                    module.update(source="native", path=served, why="ours does not fit this version")
     answer["status"] = hook.status
 print("\\n" + json.dumps(answer))
 """

@@ -1,5 +1,6 @@
 """The checks that mlx-vlm has for every model and cache, asked of ours."""
 
+import io
 from itertools import pairwise
 from typing import Any
 
@@ -68,6 +69,25 @@ def test_selection_is_at_work(model: Any) -> None:
             attention.is_sparse_attn = True
     assert difference(dense[:, : BUDGET - 8], expected[:, : BUDGET - 8]) <= TOLERANCE
     assert difference(dense[:, -1], expected[:, -1]) > 0.1
+
+
+def test_index_keys_are_evaluated_with_every_token(model: Any) -> None:
+    """From below the block budget, where nothing reads them, to beyond it.
+
+    Left alone they stay unevaluated, one more buffer per layer and token, until Metal refuses.
+    """
+    cache, token = model.make_cache(), mx.array([[1]])
+    for _ in range(2 * BUDGET):
+        token = mx.argmax(model.language_model(token, cache=cache).logits[:, -1:], axis=-1)
+        mx.eval(token)  # as mlx-vlm's loops do: the token, never the cache
+        assert graph_size(*(entry.index_keys for entry in cache[1:])) == 0
+
+
+def graph_size(*arrays: mx.array) -> int:
+    """Operations that evaluating ``arrays`` would still run."""
+    dot = io.StringIO()
+    mx.export_to_dot(dot, *arrays)
+    return dot.getvalue().count("->")
 
 
 # --- sanitize twice = once ---
