@@ -19,7 +19,7 @@ _PACKAGES = ("mlx-m3-plugin", "mlx", "mlx-lm", "mlx-vlm", "transformers")
 
 # Runs in a fresh process, which learns of us only through the start-up file.
 _PROBE = """
-import importlib.util, json, logging, sys
+import json, logging, sys
 logging.disable(logging.WARNING)
 hooked = "mlx_m3_plugin" in sys.modules
 answer = {"hooked": hooked, "status": None, "modules": []}
@@ -40,10 +40,13 @@ if hooked and "mlx_m3_plugin.startup.hook" in sys.modules:
                 names = [e.name for e in hook.own_entry_points() if e.group == group]
                 answer["modules"] += [finder.decide(f"{namespace}.{name}") for name in names]
         for module in list(answer["modules"]):
-            if importlib.util.find_spec(module["name"].rpartition(".")[0]) is None:
+            try:
+                __import__(module["name"].rpartition(".")[0])
+            except ModuleNotFoundError:
                 # Where another version of upstream looks.
                 answer["modules"].remove(module)
-            elif module["source"] == "plugin":
+                continue
+            if module["source"] == "plugin":
                 try:
                     # Some stand back at this moment, if the installed upstream is not one they fit.
                     __import__(module["name"])
