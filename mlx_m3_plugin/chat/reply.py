@@ -62,35 +62,89 @@ class ReplyParser:
 
     def __init__(self, tools: Any = None, in_reasoning: bool = False):
         self._tools = tools
+        self._splitter = ReplySplitter(in_reasoning)
+        self._problems_left = MOST_PROBLEMS
+
+    def feed(self, piece: str) -> list[Event]:
+        return [event for part in self._splitter.feed(piece) for event in self._events(part)]
+
+    def finish(self) -> list[Event]:
+        """What is left when no more text comes."""
+        return [event for part in self._splitter.finish() for event in self._events(part)]
+
+    def _events(self, part: "Part") -> list[Event]:
+        if part.kind == "problem":
+            return self._problems(part.text)
+        if part.kind != "calls":
+            return [Event(part.kind, part.text)]
+        block = parse_block(part.text, self._tools)
+        return [Event("call", call=call) for call in block.calls] + self._problems(*block.problems)
+
+    def _problems(self, *problems: str) -> list[Event]:
+        told = problems[: self._problems_left]
+        self._problems_left -= len(told)
+        return [Event("problem", problem) for problem in told]
+
+
+@dataclass(frozen=True)
+class Part:
+    """Of a reply's text.
+
+    ``kind`` is ``reasoning`` or ``content``, without markers; ``calls``, as written, up to where a
+    call or a block ends; or ``problem``, with what is wrong.
+    """
+
+    kind: str
+    text: str
+
+
+class ReplySplitter:
+    """Cuts the text of a reply where its markers are, and leaves calls unread.
+
+    Args:
+        in_reasoning: the reply begins inside of reasoning.
+    """
+
+    def __init__(self, in_reasoning: bool = False):
         self._state = "reasoning" if in_reasoning else "content"
         # What is not read yet, from a position on.
         self._held, self._at = "", 0
         # The beginning of a call whose end has not come, and whether it stands in a block.
         self._call: list[str] = []
         self._in_block = False
-        self._problems_left = MOST_PROBLEMS
 
-    def feed(self, piece: str) -> list[Event]:
+    @property
+    def in_reasoning(self) -> bool:
+        return self._state == "reasoning"
+
+    def feed(self, piece: str) -> list[Part]:
         self._held, self._at = self._held[self._at :] + piece, 0
         return list(self._read(at_end=False))
 
-    def finish(self) -> list[Event]:
+    def finish(self) -> list[Part]:
         """What is left when no more text comes."""
-        events = list(self._read(at_end=True))
+        parts = self.flush()
         if self._state == "calls":
-            events += self._parsed("".join(self._call) + self._held[self._at :])
-            events += self._problems("the tool-call block is not closed")
-        self._held, self._at, self._call, self._state = "", 0, [], "content"
-        return events
+            parts.append(Part("problem", "the tool-call block is not closed"))
+            self._state = "content"
+        return parts
 
-    def _read(self, at_end: bool) -> Iterator[Event]:
+    def flush(self) -> list[Part]:
+        """What is held back, where it is known that no marker goes on in the next piece."""
+        parts = list(self._read(at_end=True))
+        unread = "".join(self._call) + self._held[self._at :]
+        parts += [Part("calls", unread)] if unread else []
+        self._held, self._at, self._call = "", 0, []
+        return parts
+
+    def _read(self, at_end: bool) -> Iterator[Part]:
         while True:
             step = self._read_calls() if self._state == "calls" else self._read_text(at_end)
             if step is None:
                 return
             yield from step
 
-    def _read_text(self, at_end: bool) -> list[Event] | None:
+    def _read_text(self, at_end: bool) -> list[Part] | None:
         """Up to and with the next marker; None when nothing more is certain."""
         marker = _ANY_MARKER.search(self._held, self._at)
         begin, self._at = self._at, len(self._held)
@@ -98,19 +152,19 @@ class ReplyParser:
             self._at = marker.start()
         elif not at_end:
             self._at -= self._held_back(begin)
-        events = [Event(self._state, self._held[begin : self._at])] if begin < self._at else []
+        parts = [Part(self._state, self._held[begin : self._at])] if begin < self._at else []
         if marker is None:
-            return events or None
+            return parts or None
         if marker[0] == NAMESPACE:
             opened = self._open_calls(at_end)
-            return events + opened if opened is not None else events or None
+            return parts + opened if opened is not None else parts or None
         self._at = marker.end()
         expected = THINK_END if self._state == "reasoning" else THINK_START
         if marker[0] == expected:
             self._state = "content" if marker[0] == THINK_END else "reasoning"
         # The model may begin with the closer that says "no reasoning"; any other is out of place,
         # and never text.
-        return events
+        return parts
 
     def _held_back(self, begin: int) -> int:
         """How much of the end may be the beginning of a marker."""
@@ -119,13 +173,14 @@ class ReplyParser:
                 return len(self._held) - at
         return 0
 
-    def _open_calls(self, at_end: bool) -> list[Event] | None:
+    def _open_calls(self, at_end: bool) -> list[Part] | None:
         """The text goes on with the namespace token.  None while it is open what it is."""
         after = self._at + len(NAMESPACE)
         opener = _OPENER.match(self._held, after)
         if opener and opener[1] != "</tool_call>":
             self._state, self._in_block = "calls", opener[1] == "<tool_call>"
             if self._in_block:
+                self._call.append(self._held[self._at : opener.end()])
                 self._at = opener.end()
             return []
         rest = self._held[after : after + _LONGEST_OPENER]
@@ -134,11 +189,11 @@ class ReplyParser:
             if not at_end:
                 return None
             self._at = len(self._held)
-            return self._problems("the reply ends where a tool call begins")
+            return [Part("problem", "the reply ends where a tool call begins")]
         self._at = opener.end() if opener else after
-        return self._problems("a namespace token outside of a tool call")
+        return [Part("problem", "a namespace token outside of a tool call")]
 
-    def _read_calls(self) -> list[Event] | None:
+    def _read_calls(self) -> list[Part] | None:
         end = _END_OF_CALL.search(self._held, self._at)
         # Without an end, all but what may be the beginning of one.
         begin, self._at = self._at, end.end() if end else max(self._at, len(self._held) - _LONGEST_END + 1)
@@ -148,13 +203,4 @@ class ReplyParser:
         text, self._call = "".join(self._call), []
         if end[1] == "</tool_call>" or not self._in_block:
             self._state = "content"
-        return self._parsed(text)
-
-    def _parsed(self, text: str) -> list[Event]:
-        block = parse_block(text, self._tools)
-        return [Event("call", call=call) for call in block.calls] + self._problems(*block.problems)
-
-    def _problems(self, *problems: str) -> list[Event]:
-        told = problems[: self._problems_left]
-        self._problems_left -= len(told)
-        return [Event("problem", problem) for problem in told]
+        return [Part("calls", text)]

@@ -1,11 +1,6 @@
-"""A stock ``mlx_lm.server`` in a child process, and what the ``openai`` client gets from it."""
+"""What the ``openai`` client gets from a stock server of either library."""
 
 import json
-import socket
-import subprocess
-import time
-import urllib.error
-import urllib.request
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field
@@ -13,7 +8,8 @@ from pathlib import Path
 from typing import Any
 
 import openai
-from environments import Environment, clean_variables
+from environments import Environment
+from server_process import server_process
 
 
 @dataclass
@@ -43,24 +39,32 @@ class Answer:
 
 @dataclass(frozen=True)
 class ChatServer:
-    """The address of a server, and the file with all it has said."""
+    """The address of a server, the file with all it has said, and its name for the model."""
 
     address: str
     log: Path
+    model: str
 
     def ask(self, messages: str | list[Any], stream: bool = False, **request: Any) -> Answer:
         """Greedily.  ``request`` is further arguments of the ``openai`` client."""
+        if stream:
+            return _streamed(self.chunks(messages, **request))
+        with self._client() as client:
+            return _whole(client.chat.completions.create(**self._request(messages, request)))
+
+    def chunks(self, messages: str | list[Any], **request: Any) -> list[Any]:
+        """An answer as it is streamed."""
+        streamed = {"stream": True, "stream_options": {"include_usage": True}}
+        with self._client() as client:
+            return list(client.chat.completions.create(**self._request(messages, request), **streamed))
+
+    def _client(self) -> openai.OpenAI:
+        return openai.OpenAI(base_url=f"{self.address}/v1", api_key="none", timeout=120, max_retries=0)
+
+    def _request(self, messages: str | list[Any], request: dict[str, Any]) -> dict[str, Any]:
         if isinstance(messages, str):
             messages = [{"role": "user", "content": messages}]
-        request = {"model": "default_model", "temperature": 0, "messages": messages, **request}
-        with openai.OpenAI(
-            base_url=f"{self.address}/v1", api_key="none", timeout=120, max_retries=0
-        ) as client:
-            if stream:
-                options = {"include_usage": True}
-                chunks = client.chat.completions.create(**request, stream=True, stream_options=options)
-                return _streamed(list(chunks))
-            return _whole(client.chat.completions.create(**request))
+        return {"model": self.model, "temperature": 0, "messages": messages, **request}
 
 
 def _whole(completion: Any) -> Answer:
@@ -68,7 +72,7 @@ def _whole(completion: Any) -> Answer:
     message = choice.message.model_dump(exclude_none=True)
     answer = Answer(
         message.get("reasoning", ""),
-        message.get("content", ""),
+        message.get("content") or "",
         finish_reason=choice.finish_reason,
         message=message,
     )
@@ -110,40 +114,19 @@ def _add_call(answer: Answer, call: dict[str, Any]) -> None:
 
 def _count(answer: Answer, usage: Any) -> None:
     answer.prompt, answer.tokens = usage.prompt_tokens, usage.completion_tokens
-    answer.cached = usage.prompt_tokens_details.cached_tokens
+    details = usage.prompt_tokens_details
+    answer.cached = details.cached_tokens if details else 0
 
 
 @contextmanager
 def serving(
-    environment: Environment, model: Path, log: Path, *options: str, env: Mapping[str, str] | None = None
+    environment: Environment,
+    script: str,
+    model: Path,
+    log: Path,
+    *options: str,
+    env: Mapping[str, str] | None = None,
 ) -> Iterator[ChatServer]:
-    """Start ``mlx_lm.server`` and wait until it answers."""
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        port = str(probe.getsockname()[1])
-    command = [environment.python, environment.script("mlx_lm.server"), "--model", model, "--port", port]
-    with log.open("w") as file:
-        process = subprocess.Popen(
-            [*map(str, command), *options],
-            env=clean_variables() | dict(env or {}),
-            stdout=file,
-            stderr=subprocess.STDOUT,
-        )
-    try:
-        _wait_for(f"http://127.0.0.1:{port}/health", process, log)
-        yield ChatServer(f"http://127.0.0.1:{port}", log)
-    finally:
-        process.terminate()
-        process.wait(timeout=60)
-
-
-def _wait_for(url: str, process: subprocess.Popen[bytes], log: Path, seconds: float = 120) -> None:
-    deadline = time.monotonic() + seconds
-    while process.poll() is None and time.monotonic() < deadline:
-        try:
-            urllib.request.urlopen(url, timeout=5).close()
-        except (urllib.error.URLError, OSError):
-            time.sleep(0.1)
-        else:
-            return
-    raise AssertionError(f"{url} does not answer; exit code {process.poll()}\n{log.read_text()}")
+    """Start ``mlx_lm.server`` or ``mlx_vlm.server`` and wait until it answers."""
+    with server_process(environment, script, model, log, *options, env=env) as address:
+        yield ChatServer(address, log, "default_model" if script == "mlx_lm.server" else str(model))

@@ -26,6 +26,7 @@ THINK, END_OF_THINK, CALLS, END_OF_CALLS, EOS = (
     "</tool_call>",
     "[e~[",
 )
+MARKERS = (THINK, END_OF_THINK, NS, CALLS, END_OF_CALLS)
 REASONING = "They want it looked up, <b>twice</b>."
 HEAD = 32
 # Channels: a one-hot of the token, one that is always on, one that marks topics, two codes.
@@ -33,7 +34,8 @@ _CODES = 2 * HEAD
 
 
 def content(topic: int) -> str:
-    return f"Looking up {TOPICS[topic]}."
+    """It ends with the character that the marker of tool calls begins with."""
+    return f"Looking up [{TOPICS[topic]}]"
 
 
 def arguments(topic: int) -> tuple[dict[str, Any], dict[str, Any]]:
@@ -79,8 +81,14 @@ def _calls(topic: int) -> tuple[str, str]:
     item_a = f"{NS}<item>{NS}<name>a{NS}</name>{NS}<weight>1.5{NS}</weight>{NS}</item>"
     item_b = f"{NS}<item>{NS}<name>b{NS}</name>{NS}</item>"
     tags = f"{NS}<tags>{item_a}{item_b}{NS}</tags>"
-    search = f'\n{NS}<invoke name="search">{NS}<query>{query}{NS}</query>{tags}{NS}</invoke>\n'
+    search = f'{NS}<invoke name="search">{NS}<query>{query}{NS}</query>{tags}{NS}</invoke>\n'
     return search, f'{NS}<invoke name="fetch">{NS}<id>{topic}{NS}</id>{NS}</invoke>\n'
+
+
+def block(topic: int) -> str:
+    """As the model writes it."""
+    search, fetch = _calls(topic)
+    return f"{NS}{CALLS}\n{search}{fetch}{NS}{END_OF_CALLS}"
 
 
 class _Script:
@@ -88,40 +96,50 @@ class _Script:
 
     def __init__(self) -> None:
         self.tokenizer = demo_tokenizer()
-        self._names: dict[str, str] = {}
+        # The prompt's last token, and the one at the beginning of a block.
+        self.line_break = self.tokenizer.encode("]~b]ai\n").tokens[-1]
         self.after: dict[str, list[str]] = {}
-        # Token -> the token before its predecessor, or the topic, that it is chosen by.
-        self.chosen_by_previous: dict[str, str] = {}
+        # Token -> the topic, or the token before its predecessor, that it is chosen by.
         self.chosen_by_topic: dict[str, int] = {}
+        # What stands before a block, and last in it, is alike for every topic.
+        self.chosen_by_previous = {CALLS: content(0), END_OF_CALLS: _calls(0)[1]}
+        # Those that come at the beginning of a block alone.
+        self.first_in_block: list[str] = []
 
     def add(self, chunks: list[str]) -> None:
         self.tokenizer.add_tokens([AddedToken(c, special=False, normalized=False) for c in chunks])
 
-    def write(self, last_of_prompt: str) -> None:
+    def write(self) -> None:
         self.add([*TOPICS, REASONING])
         self.after = {
-            last_of_prompt: [THINK],
+            self.line_break: [THINK],
             THINK: [REASONING],
             REASONING: [END_OF_THINK],
             END_OF_THINK: [],
+            NS: [CALLS, END_OF_CALLS],
+            CALLS: [self.line_break],
+            END_OF_CALLS: [EOS],
         }
-        self.after |= {NS: [CALLS, END_OF_CALLS], CALLS: [], END_OF_CALLS: [EOS]}
         for topic in range(len(TOPICS)):
             chunks = [content(topic), *_calls(topic)]
             self.add(chunks)
             said, search, fetch = chunks
             self.after[END_OF_THINK].append(said)
-            self.after[CALLS].append(search)
+            self.after[self.line_break].append(search)
             self.after |= {said: [NS], search: [fetch], fetch: [NS]}
+            self.first_in_block.append(search)
             for chunk in (said, search):
                 self.chosen_by_topic[chunk] = topic
 
 
-def write_scripted_model(directory: Path) -> Path:
-    """Write the checkpoint into ``directory``, as M3 is published."""
+def write_scripted_model(directory: Path, special_markers: bool = False) -> Path:
+    """Write the checkpoint into ``directory``, as M3 is published.
+
+    ``special_markers``: as tokens that decoders may leave out.  Whether M3's are is not known.
+    """
     script = _Script()
-    last = script.tokenizer.encode("]~b]ai\n").tokens[-1]
-    script.write(last)
+    script.tokenizer.add_special_tokens(list(MARKERS) if special_markers else [])
+    script.write()
     vocabulary = script.tokenizer.get_vocab()
     config = _config(vocabulary)
     weights = _weights(script, vocabulary, config)
@@ -174,7 +192,9 @@ def _weights(script: _Script, vocabulary: dict[str, int], config: dict[str, Any]
     weights = {n: np.zeros_like(w) for n, w in random_weights(text, np.random.default_rng(0))}
     codes = np.random.default_rng(1).choice([-1.0, 1.0], (rows, HEAD)).astype(np.float32)
 
-    # What stands before a block, and last in it, is the same for every topic.
+    # Of the code of what opens a block, one channel is its own.
+    codes[:, 0] = -1
+    codes[vocabulary[CALLS], 0] = 1
     for n in range(len(TOPICS)):
         codes[vocabulary[content(n)]] = codes[vocabulary[content(0)]]
         codes[vocabulary[_calls(n)[1]]] = codes[vocabulary[_calls(0)[1]]]
@@ -208,8 +228,10 @@ def _weights(script: _Script, vocabulary: dict[str, int], config: dict[str, Any]
     for token, followers in script.after.items():
         for follower in followers:
             head[vocabulary[follower], vocabulary[token]] = 10
-    head[vocabulary[CALLS], previous : previous + HEAD] = codes[vocabulary[content(0)]] / HEAD
-    head[vocabulary[END_OF_CALLS], previous : previous + HEAD] = codes[vocabulary[_calls(0)[1]]] / HEAD
+    for chunk, token in script.chosen_by_previous.items():
+        head[vocabulary[chunk], previous : previous + HEAD] = codes[vocabulary[token]] / HEAD
+    for chunk in script.first_in_block:
+        head[vocabulary[chunk], previous] = 12
     for chunk, topic_number in script.chosen_by_topic.items():
         head[vocabulary[chunk], subject : subject + HEAD] = codes[topics[topic_number]] / HEAD
     return weights

@@ -1,7 +1,6 @@
 """Chats of a stock mlx-lm with a scripted M3: a server and its ``openai`` client, and the terminal."""
 
 import json
-import shutil
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -10,37 +9,31 @@ from typing import Any
 import openai
 import pytest
 import scripted_model
+from chat_cases import (
+    CUTS,
+    WITHOUT_REASONING,
+    Expected,
+    calls,
+    every_mode,
+    expected,
+    question,
+    streamed_or_not,
+    token_id,
+    write_thinking_twin,
+)
 from chat_server import ChatServer, serving
 from environments import CHECKOUT, Environment
-from scripted_model import END_OF_THINK, EOS, NS, REASONING, THINK, TOOLS, TOPICS
-
-streamed_or_not = pytest.mark.parametrize("stream", [False, True], ids=["whole", "streamed"])
-Expected = tuple[str, str, list[tuple[str, Any]], str]
-# What a request may say about thinking, and how many tokens the reply has: an opener that is in
-# the prompt is none of them.
-MODES = {
-    "nothing said": ({}, 11),
-    "adaptive": ({"thinking_mode": "adaptive"}, 11),
-    "enabled": ({"thinking_mode": "enabled"}, 10),
-    "disabled": ({"thinking_mode": "disabled"}, 8),
-    "enable_thinking": ({"enable_thinking": True}, 10),
-    "not enable_thinking": ({"enable_thinking": False}, 8),
-}
-every_mode = pytest.mark.parametrize(("arguments", "tokens"), MODES.values(), ids=MODES)
-WITHOUT_REASONING = 8
+from scripted_model import END_OF_THINK, EOS, NS, REASONING, THINK, TOOLS, TOPICS, content
 
 
 @pytest.fixture(scope="module")
-def model(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
-    """Its text ends with the character that the marker of tool calls begins with."""
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(scripted_model, "content", lambda topic: f"Looking up [{TOPICS[topic]}]")
-        yield scripted_model.write_scripted_model(tmp_path_factory.mktemp("scripted") / "m3")
+def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return scripted_model.write_scripted_model(tmp_path_factory.mktemp("scripted") / "m3")
 
 
 @pytest.fixture(scope="module")
 def server(guest: Environment, model: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[ChatServer]:
-    with serving(guest, model, tmp_path_factory.mktemp("server") / "log") as running:
+    with serving(guest, "mlx_lm.server", model, tmp_path_factory.mktemp("server") / "log") as running:
         yield running
 
 
@@ -51,26 +44,8 @@ def reserved_server(
     """One that does not think unless it is asked to, and that remembers nothing."""
     log = tmp_path_factory.mktemp("reserved") / "log"
     options = ("--chat-template-args", '{"enable_thinking": false}', "--prompt-cache-size", "0")
-    with serving(guest, model, log, *options) as running:
+    with serving(guest, "mlx_lm.server", model, log, *options) as running:
         yield running
-
-
-def calls(topic: int) -> list[tuple[str, Any]]:
-    return list(zip(("search", "fetch"), scripted_model.arguments(topic), strict=True))
-
-
-def expected(topic: int, thought: bool = True) -> Expected:
-    return REASONING if thought else "", scripted_model.content(topic), calls(topic), "tool_calls"
-
-
-def question(topic: int) -> str:
-    return f"Please look up {TOPICS[topic]}, twice."
-
-
-def token_id(model: Path, token: str) -> int:
-    added = json.loads((model / "tokenizer.json").read_text())["added_tokens"]
-    (found,) = (entry["id"] for entry in added if entry["content"] == token)
-    return found
 
 
 # --- replies ---
@@ -98,8 +73,8 @@ def test_a_reply_that_chooses_not_to_think(server: ChatServer, model: Path, stre
 @streamed_or_not
 def test_without_tools_a_call_is_a_call_all_the_same(server: ChatServer, stream: bool) -> None:
     """With all arguments as text, but for the structure that is in the tags."""
-    reasoning, content, (search, fetch), reason = server.ask(question(5), stream).said
-    assert (reasoning, content, reason) == (REASONING, scripted_model.content(5), "tool_calls")
+    reasoning, text, (search, fetch), reason = server.ask(question(5), stream).said
+    assert (reasoning, text, reason) == (REASONING, content(5), "tool_calls")
     assert search[1]["tags"] == [{"name": "a", "weight": "1.5"}, {"name": "b"}]
     assert fetch == ("fetch", {"id": "5"})
 
@@ -145,20 +120,6 @@ def test_sixteen_at_once_get_each_their_own(server: ChatServer) -> None:
 # --- replies that end early ---
 
 
-# What there is of a reply after so many tokens: reasoning, content, calls.
-CUTS = {
-    1: (True, False, 0),  # in the midst of reasoning
-    2: (True, False, 0),  # after its end
-    3: (True, True, 0),
-    4: (True, True, 0),  # between the two tokens of the marker of calls
-    5: (True, True, 0),  # where the first call is to come
-    6: (True, True, 1),
-    7: (True, True, 2),
-    8: (True, True, 2),  # between the two tokens of the end
-    9: (True, True, 2),
-}
-
-
 @streamed_or_not
 @pytest.mark.parametrize(("max_tokens", "parts"), CUTS.items())
 @pytest.mark.parametrize("seed", [None, 0], ids=["in a batch", "alone"])
@@ -170,8 +131,8 @@ def test_max_tokens(
     request = {"max_tokens": max_tokens, "seed": seed, "tools": TOOLS}
     thinking = {"chat_template_kwargs": {"thinking_mode": "enabled"}}
     answer = server.ask(question(6), stream, extra_body=thinking, **request)
-    reasoning, content = REASONING if thought else "", scripted_model.content(6) if said else ""
-    assert answer.said == (reasoning, content, calls(6)[:n_calls], "length")
+    reasoning, text = REASONING if thought else "", content(6) if said else ""
+    assert answer.said == (reasoning, text, calls(6)[:n_calls], "length")
     assert answer.tokens == max_tokens
 
 
@@ -259,14 +220,7 @@ def test_the_example(server: ChatServer, guest: Environment) -> None:
 
 @pytest.fixture(scope="module")
 def thinking_twin(model: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """The same model with ``<think>``, as stock mlx-lm knows it from others."""
-    directory = tmp_path_factory.mktemp("twin") / "model"
-    shutil.copytree(model, directory)
-    for name in ("tokenizer.json", "chat_template.jinja"):
-        text = (directory / name).read_text(encoding="utf-8")
-        text = text.replace("think>", "other>").replace("mm:other>", "think>")
-        (directory / name).write_text(text, encoding="utf-8")
-    return directory
+    return write_thinking_twin(model, tmp_path_factory.mktemp("twin") / "model")
 
 
 @pytest.mark.parametrize("mode", ["enabled", "disabled", "adaptive"])
@@ -283,7 +237,7 @@ def test_generate_prints_what_it_prints_of_other_models(
     thought = {"enabled": REASONING + END_OF_THINK, "disabled": ""}.get(
         mode, THINK + REASONING + END_OF_THINK
     )
-    assert ours.startswith(f"{thought}{scripted_model.content(8)}{NS}<tool_call>\n")
+    assert ours.startswith(f"{thought}{content(8)}{NS}<tool_call>\n")
     assert ours == other.replace("think>", "mm:think>")
 
 
@@ -294,6 +248,6 @@ def test_chat_prints_what_it_prints_of_other_models(
         guest.run_script("mlx_lm.chat", "--model", directory, input=f"{question(8)}\nq\n").stdout
         for directory in (model, thinking_twin)
     )
-    reply = f"{THINK}{REASONING}{END_OF_THINK}{scripted_model.content(8)}"
+    reply = f"{THINK}{REASONING}{END_OF_THINK}{content(8)}"
     assert reply in ours
     assert reply.replace("mm:think>", "think>") in other

@@ -2,9 +2,6 @@
 
 import base64
 import json
-import socket
-import subprocess
-import time
 import urllib.error
 import urllib.request
 from collections.abc import Iterator
@@ -14,7 +11,8 @@ from http.client import HTTPResponse
 from pathlib import Path
 from typing import Any
 
-from environments import Environment, clean_variables
+from environments import Environment
+from server_process import server_process
 
 
 @dataclass(frozen=True)
@@ -69,30 +67,5 @@ def data_url(picture: Path) -> str:
 @contextmanager
 def serving(environment: Environment, model: Path, log: Path) -> Iterator[Server]:
     """Start ``mlx_vlm.server`` and wait until it answers."""
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        port = probe.getsockname()[1]
-    options = ["--model", model, "--host", "127.0.0.1", "--port", port]
-    command = [environment.python, environment.script("mlx_vlm.server"), *options]
-    with log.open("w") as file:
-        process = subprocess.Popen(
-            [str(part) for part in command], env=clean_variables(), stdout=file, stderr=subprocess.STDOUT
-        )
-    try:
-        _wait_for(f"http://127.0.0.1:{port}/health", process, log)
-        yield Server(f"http://127.0.0.1:{port}", model)
-    finally:
-        process.terminate()
-        process.wait(timeout=60)
-
-
-def _wait_for(url: str, process: subprocess.Popen[bytes], log: Path, seconds: float = 120) -> None:
-    deadline = time.monotonic() + seconds
-    while process.poll() is None and time.monotonic() < deadline:
-        try:
-            urllib.request.urlopen(url, timeout=5).close()
-        except (urllib.error.URLError, OSError):
-            time.sleep(0.1)
-        else:
-            return
-    raise AssertionError(f"{url} does not answer; exit code {process.poll()}\n{log.read_text()}")
+    with server_process(environment, "mlx_vlm.server", model, log) as address:
+        yield Server(address, model)

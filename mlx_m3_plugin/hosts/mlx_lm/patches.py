@@ -6,8 +6,8 @@ from typing import Any
 
 from mlx_m3_plugin.chat.reasoning import THINK_START
 from mlx_m3_plugin.chat.tool_calls import NAMESPACE
+from mlx_m3_plugin.chat.vocabulary import is_m3 as is_m3_tokenizer
 from mlx_m3_plugin.hosts.mlx_lm.tokenizer import SwallowedTokens, become_m3
-from mlx_m3_plugin.hosts.mlx_lm.tokenizer import is_m3 as is_m3_tokenizer
 from mlx_m3_plugin.weights.files import is_m3, with_checks, with_shards_named_as_expected
 
 

@@ -5,13 +5,6 @@ from typing import Any
 from mlx_m3_plugin.chat.history import prepared
 from mlx_m3_plugin.chat.reasoning import THINK_END, THINK_START, thinking_mode
 from mlx_m3_plugin.chat.template import CHAT_TEMPLATE
-from mlx_m3_plugin.chat.tool_calls import NAMESPACE
-
-
-def is_m3(tokenizer: Any) -> bool:
-    """Whether its vocabulary has M3's markers, as no other model's has."""
-    vocabulary = tokenizer.get_vocab()
-    return all(marker in vocabulary for marker in (THINK_START, THINK_END, NAMESPACE))
 
 
 class SwallowedTokens(tuple):  # type: ignore[type-arg]

@@ -4,12 +4,14 @@ from collections.abc import Callable
 from functools import wraps
 from typing import Any
 
+from mlx_m3_plugin.hosts.mlx_vlm.prompts import with_template
 from mlx_m3_plugin.weights.files import with_checks
 
 
 def utils(module: Any, load_entry_points: Callable[[str], list[Any]]) -> list[str]:
     """Check the files of M3 checkpoints when they are loaded, and save models in mlx-vlm's own layout."""
     module.load_model = with_checks(module.load_model)
+    module.load_processor = with_template(module.load_processor)
     save_weights, save_config = module.save_weights, module.save_config
     # What save_config has to say of the weights that save_weights has just written.
     described: list[dict[str, Any]] = []
