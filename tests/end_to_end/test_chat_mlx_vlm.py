@@ -203,7 +203,7 @@ def test_ten_rounds_of_tools_go_on_in_the_cache(
         assert answer.prompt == afresh.prompt
         if before and not IS_FLOOR:
             # mlx-vlm keeps the prompt of the turn before, and not the reply to it.
-            assert answer.cached == before.prompt - 1
+            assert before.prompt - 1 <= answer.cached <= before.prompt + before.tokens
         before = answer
         messages.append(answer.message)
         messages += [
