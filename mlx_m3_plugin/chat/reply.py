@@ -10,7 +10,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from .reasoning import THINK_END, THINK_START
-from .tool_calls import MOST_BLANKS, MOST_PROBLEMS, NAMESPACE, ToolCall, parse_block
+from .tool_calls import MOST_BLANKS, MOST_PROBLEMS, NAMESPACE, OfferedTools, ToolCall, parse_block
 
 _MARKERS = (THINK_START, THINK_END, NAMESPACE)
 _ANY_MARKER = re.compile("|".join(map(re.escape, _MARKERS)))
@@ -61,7 +61,7 @@ class ReplyParser:
     """
 
     def __init__(self, tools: Any = None, in_reasoning: bool = False):
-        self._tools = tools
+        self._tools = OfferedTools(tools)
         self._splitter = ReplySplitter(in_reasoning)
         self._problems_left = MOST_PROBLEMS
 

@@ -6,7 +6,15 @@ from typing import Any
 
 from .reasoning import THINK_END, THINK_START
 from .reply import Part, ReplySplitter
-from .tool_calls import MOST_BLANKS, NAMESPACE, parse_block, tool_call_end, tool_call_start
+from .tool_calls import (
+    MOST_BLANKS,
+    MOST_PROBLEMS,
+    NAMESPACE,
+    OfferedTools,
+    parse_block,
+    tool_call_end,
+    tool_call_start,
+)
 
 log = logging.getLogger("mlx_m3_plugin")
 
@@ -31,12 +39,13 @@ class ReplyRewriter:
     """
 
     def __init__(self, tools: Any = None, in_reasoning: bool = False, calls_are_text: bool = False):
-        self._tools = tools
+        self._tools = OfferedTools(tools)
         self._calls_are_text = calls_are_text
         self._splitter = ReplySplitter(in_reasoning)
         # What is to come first, and whether reasoning is open in what was returned.
         self._begin = THINK_START if in_reasoning else ""
         self._reasoning_is_open = in_reasoning
+        self._problems_left = MOST_PROBLEMS
 
     def feed(self, piece: str) -> str:
         return self._rewritten(self._splitter.feed(piece))
@@ -51,7 +60,7 @@ class ReplyRewriter:
 
     def _text_of(self, part: Part) -> str:
         if part.kind == "problem":
-            log.warning("mlx-m3-plugin: in a reply: %s", part.text)
+            self._log("reply", part.text)
             return ""
         text = self._block(part.text) if part.kind == "calls" else part.text
         if not text:
@@ -67,6 +76,10 @@ class ReplyRewriter:
         block = parse_block(text, self._tools)
         if block.calls:
             return tool_call_start + _OUTER_TAGS.sub("", text) + tool_call_end
-        for problem in block.problems:
-            log.warning("mlx-m3-plugin: in a tool call: %s", problem)
+        self._log("tool call", *block.problems)
         return ""
+
+    def _log(self, where: str, *problems: str) -> None:
+        for problem in problems[: self._problems_left]:
+            log.warning("mlx-m3-plugin: in a %s: %s", where, problem)
+        self._problems_left = max(self._problems_left - len(problems), 0)

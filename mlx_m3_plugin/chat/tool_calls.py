@@ -17,7 +17,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
-from mlx_m3_plugin.chat.values import MAX_DEPTH, Element, bare_elements, typed_arguments
+from mlx_m3_plugin.chat.values import MAX_DEPTH, Element, Schemas, bare_elements, typed_arguments
 
 log = logging.getLogger("mlx_m3_plugin")
 
@@ -77,20 +77,43 @@ def parse_block(text: str, tools: Any = None) -> Block:
     """Read the text of a block, with or without its markers; never raises.
 
     Args:
-        tools: the request's tools, in OpenAI's form; they say what types arguments have.
+        tools: the request's tools, in OpenAI's form, or made ready by :class:`OfferedTools`; they say
+            what types arguments have.
     """
-    reader = _BlockReader(text, _schemas(tools))
+    reader = _BlockReader(text, tools if isinstance(tools, OfferedTools) else OfferedTools(tools))
     reader.read()
     return reader.block
+
+
+class OfferedTools:
+    """A request's tools, made ready for any number of calls.
+
+    Args:
+        tools: in OpenAI's form, or bare functions.  What is neither is left out.
+    """
+
+    def __init__(self, tools: Any):
+        self._schemas: dict[str, Schemas] = {}
+        for tool in tools if isinstance(tools, (list, tuple)) else ():
+            function = tool.get("function", tool) if isinstance(tool, Mapping) else None
+            if isinstance(function, Mapping) and isinstance(function.get("name"), str):
+                self._schemas[function["name"]] = Schemas(function.get("parameters"))
+
+    def lack(self, name: str) -> bool:
+        """Whether there are tools, and ``name`` is none of them."""
+        return bool(self._schemas) and name not in self._schemas
+
+    def schemas_of(self, name: str) -> Schemas:
+        return self._schemas.get(name) or Schemas(None)
 
 
 class _BlockReader:
     """Goes once through the tags, with the open ones on a stack."""
 
-    def __init__(self, text: str, schemas: Mapping[str, Any]):
+    def __init__(self, text: str, tools: OfferedTools):
         self.block = Block()
         self._text = text
-        self._schemas = schemas
+        self._tools = tools
         self._call: str | None = None
         self._broken: str | None = None
         # The invoke itself, and the elements open in it.
@@ -233,10 +256,10 @@ class _BlockReader:
         text = "".join(invoke.texts)
         if text.strip():
             self._note(f"text between the parameters of {name}: {_shortened(text)}")
-        if self._schemas and name not in self._schemas:
+        if self._tools.lack(name):
             self._note(f"{name} is none of the tools that were offered")
         try:
-            arguments = typed_arguments(invoke.children, self._schemas.get(name))
+            arguments = typed_arguments(invoke.children, self._tools.schemas_of(name))
         except RecursionError:
             self._drop_call("is nested too deep")
             return
@@ -265,16 +288,6 @@ class _OpenElement:
     begin: int
     texts: list[str]
     children: list[Element] = field(default_factory=list)
-
-
-def _schemas(tools: Any) -> dict[str, Any]:
-    """``{name: parameters}`` of OpenAI's ``tools``, or of bare functions."""
-    schemas = {}
-    for tool in tools if isinstance(tools, (list, tuple)) else ():
-        function = tool.get("function", tool) if isinstance(tool, Mapping) else None
-        if isinstance(function, Mapping) and isinstance(function.get("name"), str):
-            schemas[function["name"]] = function.get("parameters")
-    return schemas
 
 
 def _shortened(text: str, longest: int = 80) -> str:

@@ -78,9 +78,8 @@ def bare_elements(text: str, depth: int) -> list[Element] | None:
         position = end + len(closing)
 
 
-def typed_arguments(parameters: list[Element], schema: Any) -> dict[str, Any]:
+def typed_arguments(parameters: list[Element], schemas: "Schemas") -> dict[str, Any]:
     """The arguments of a call, typed by what its tool has as ``parameters``."""
-    schemas = _Schemas(schema if isinstance(schema, Mapping) else {})
     element = Element("invoke", children=parameters)
     objects = [branch for branch in schemas.branches(schemas.root) if branch["type"] == "object"]
     return _object(element, _best_branch(element, objects, schemas) if objects else schemas.root, schemas)
@@ -89,11 +88,11 @@ def typed_arguments(parameters: list[Element], schema: Any) -> dict[str, Any]:
 # --- schemas ---
 
 
-class _Schemas:
+class Schemas:
     """A tool's whole ``parameters``, into which ``$ref`` points, and the alternatives in them."""
 
-    def __init__(self, root: Schema):
-        self.root = root
+    def __init__(self, root: Any):
+        self.root: Schema = root if isinstance(root, Mapping) else {}
         # By identity, which is why the schema is kept with it.
         self._known: dict[int, tuple[Any, list[Schema]]] = {}
         self._steps_left = 0
@@ -211,7 +210,7 @@ def _listed(schema: Schema) -> list[Any]:
 # --- values ---
 
 
-def _typed(element: Element, schema: Any, schemas: _Schemas) -> Any:
+def _typed(element: Element, schema: Any, schemas: Schemas) -> Any:
     """The value that ``element`` stands for, by what the schema of its parameter says."""
     branches = schemas.branches(schema)
     for value in chain.from_iterable(map(_listed, branches)):
@@ -252,7 +251,7 @@ def _is_written(value: Any, element: Element) -> bool:
 _NO_VALUE = object()
 
 
-def _leaf(element: Element, branches: list[Schema], schemas: _Schemas) -> Any:
+def _leaf(element: Element, branches: list[Schema], schemas: Schemas) -> Any:
     text, kinds = element.text, [branch["type"] for branch in branches]
     if not text.strip() and not any(map(_takes_text, branches)):
         for empty, kind in ((None, "null"), ([], "array"), ({}, "object")):
@@ -277,7 +276,7 @@ def _takes_text(schema: Schema) -> bool:
     return schema["type"] in ("string", None) and not _listed(schema)
 
 
-def _as_type(element: Element, schema: Schema, schemas: _Schemas) -> Any:
+def _as_type(element: Element, schema: Schema, schemas: Schemas) -> Any:
     kind, text, word = schema["type"], element.text, element.text.strip()
     if kind in ("string", None):
         return text if _takes_text(schema) else _NO_VALUE
@@ -325,7 +324,7 @@ def _json(word: str, kind: type) -> Any:
         return _NO_VALUE
 
 
-def _array_of_one(element: Element, schema: Schema, schemas: _Schemas) -> list[Any]:
+def _array_of_one(element: Element, schema: Schema, schemas: Schemas) -> list[Any]:
     word = element.text.strip()
     only = Element("item", word, source=word, depth=element.depth + 1)
     # The items of an array of arrays are not guessed at any further.
@@ -336,14 +335,14 @@ def _array_of_one(element: Element, schema: Schema, schemas: _Schemas) -> list[A
 # --- tags ---
 
 
-def _structure(element: Element, schema: Schema, schemas: _Schemas) -> Any:
+def _structure(element: Element, schema: Schema, schemas: Schemas) -> Any:
     only_items = all(child.name == "item" for child in element.children)
     if schema["type"] == "array" or (schema["type"] is None and only_items):
         return _items(element.children, schema, schemas)
     return _object(element, schema, schemas)
 
 
-def _best_branch(element: Element, branches: list[Schema], schemas: _Schemas) -> Schema:
+def _best_branch(element: Element, branches: list[Schema], schemas: Schemas) -> Schema:
     """The alternative that has such tags in it: the first that fits, or the first that may."""
     names = {child.name for child in element.children}
     candidates = [schema for schema in branches if schema["type"] in ("array", "object")]
@@ -358,9 +357,7 @@ def _best_branch(element: Element, branches: list[Schema], schemas: _Schemas) ->
     return (objects or candidates or [_ANYTHING])[0]
 
 
-def _object_fits(
-    element: Element, names: set[str], schema: Schema, schemas: _Schemas, strictly: bool
-) -> bool:
+def _object_fits(element: Element, names: set[str], schema: Schema, schemas: Schemas, strictly: bool) -> bool:
     properties = _properties(schema)
     closed = not schema.get("additionalProperties", not properties)
     if strictly and not (set(_required(schema)) <= names and (names <= set(properties) or not closed)):
@@ -375,11 +372,11 @@ def _object_fits(
     return True
 
 
-def _items(elements: list[Element], schema: Schema, schemas: _Schemas) -> list[Any]:
+def _items(elements: list[Element], schema: Schema, schemas: Schemas) -> list[Any]:
     return [_typed(element, _item_schema(schema, index), schemas) for index, element in enumerate(elements)]
 
 
-def _object(element: Element, schema: Schema, schemas: _Schemas) -> dict[str, Any]:
+def _object(element: Element, schema: Schema, schemas: Schemas) -> dict[str, Any]:
     together: dict[str, list[Element]] = {}
     for child in element.children:
         together.setdefault(child.name, []).append(child)

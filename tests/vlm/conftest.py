@@ -6,8 +6,8 @@ from typing import Any
 
 import pytest
 
-# ``ties`` and ``environments`` serve these tests as well.
-sys.path += [str(Path(__file__).parents[1] / room) for room in ("hosts", "end_to_end")]
+# ``ties``, ``environments`` and the makers of replies serve these tests as well.
+sys.path += [str(Path(__file__).parents[1] / room) for room in ("hosts", "end_to_end", "chat")]
 
 
 @pytest.fixture(scope="session")

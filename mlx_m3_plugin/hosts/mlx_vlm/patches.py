@@ -2,9 +2,12 @@
 
 from collections.abc import Callable
 from functools import wraps
+from inspect import signature
 from typing import Any
 
-from mlx_m3_plugin.hosts.mlx_vlm.prompts import with_template
+from mlx_m3_plugin.chat.reasoning import THINK_END, THINK_START
+from mlx_m3_plugin.chat.vocabulary import is_m3
+from mlx_m3_plugin.hosts.mlx_vlm.prompts import knows_open_prompts, with_template
 from mlx_m3_plugin.weights.files import with_checks
 
 
@@ -12,6 +15,8 @@ def utils(module: Any, load_entry_points: Callable[[str], list[Any]]) -> list[st
     """Check the files of M3 checkpoints when they are loaded, and save models in mlx-vlm's own layout."""
     module.load_model = with_checks(module.load_model)
     module.load_processor = with_template(module.load_processor)
+    if knows_open_prompts(module.ThinkingBudgetCriteria):
+        _count_m3_thinking(module.ThinkingBudgetCriteria)
     save_weights, save_config = module.save_weights, module.save_config
     # What save_config has to say of the weights that save_weights has just written.
     described: list[dict[str, Any]] = []
@@ -30,7 +35,36 @@ def utils(module: Any, load_entry_points: Callable[[str], list[Any]]) -> list[st
         save_config(config, config_path)
 
     module.save_weights, module.save_config = save_weights_as_stored, save_described_config
-    return ["load_model checks the files of M3 checkpoints", "save_weights writes mlx-vlm's own M3 layout"]
+    return [
+        "load_model checks the files of M3 checkpoints",
+        "save_weights writes mlx-vlm's own M3 layout",
+        "thinking budgets",
+    ]
+
+
+def _count_m3_thinking(criteria: Any) -> None:
+    """``--thinking-budget`` for M3, where nobody has named the markers.
+
+    Those of other models are in M3's vocabulary as well, and never come.  mlx-vlm then takes the
+    prompt for one that opens no reasoning; ``enable_thinking`` has M3's open it.
+    """
+    init = criteria.__init__
+
+    @wraps(init)
+    def __init__(self: Any, tokenizer: Any, *args: Any, **kwargs: Any) -> None:
+        given = signature(init).bind(self, tokenizer, *args, **kwargs)
+        given.apply_defaults()
+        if is_m3(tokenizer) and given.arguments["thinking_start_token"] in (None, "<think>"):
+            opened = bool(given.arguments["enable_thinking"])
+            given.arguments.update(
+                thinking_start_token=THINK_START,
+                thinking_end_token=THINK_END,
+                prompt_preopens_thinking=opened,
+                enable_thinking=True,
+            )
+        init(*given.args, **given.kwargs)
+
+    criteria.__init__ = __init__
 
 
 def describe(config: dict[str, Any], description: dict[str, Any]) -> dict[str, Any]:

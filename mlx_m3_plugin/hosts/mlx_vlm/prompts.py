@@ -3,6 +3,7 @@
 from collections import UserList
 from collections.abc import Callable
 from functools import wraps
+from inspect import signature
 from typing import Any
 
 from mlx_m3_plugin.chat.history import prepared
@@ -18,6 +19,12 @@ def tokenizer_of(processor: Any) -> Any:
 
 def is_m3_processor(processor: Any) -> bool:
     return is_m3(tokenizer_of(processor))
+
+
+def knows_open_prompts(budget_criteria: Any) -> bool:
+    """Whether ``ThinkingBudgetCriteria`` tells a prompt that has opened reasoning from one that has
+    not, as it does from mlx-vlm 0.7 on.  Before, there are no budgets in adaptive mode."""
+    return "prompt_preopens_thinking" in signature(budget_criteria.__init__).parameters
 
 
 def with_template(load_processor: Callable[..., Any]) -> Callable[..., Any]:

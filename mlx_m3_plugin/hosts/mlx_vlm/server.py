@@ -16,7 +16,7 @@ from mlx_m3_plugin.chat.reasoning import THINK_END, THINK_START, thinking_mode
 from mlx_m3_plugin.chat.reply import ReplyParser, ReplySplitter
 from mlx_m3_plugin.chat.rewriting import ReplyRewriter
 from mlx_m3_plugin.chat.tool_calls import tool_call_start
-from mlx_m3_plugin.hosts.mlx_vlm.prompts import is_m3_processor
+from mlx_m3_plugin.hosts.mlx_vlm.prompts import is_m3_processor, knows_open_prompts
 
 Loader = Callable[[str], list[Any]]
 
@@ -94,7 +94,8 @@ def arguments_of(made: Any, request: Any) -> Any:
         "template_arguments": template | ({"thinking_mode": mode} if mode else {}),
         "tools": _offered_tools(request),
     }
-    return _arguments_class(type(made))(**arguments)
+    base: Any = type(made)
+    return _arguments_class(base)(**arguments)
 
 
 def _mode_of(request: Any, template: dict[str, Any], made: Any) -> str | None:
@@ -116,8 +117,11 @@ def _may_think(mode: str | None, made: Any) -> bool:
     """Upstream's ``enable_thinking``: whether reasoning is shown, limited, and waited for."""
     if mode == "enabled" or mode == "disabled":
         return mode == "enabled"
+    from mlx_vlm.utils import ThinkingBudgetCriteria
+
+    has_budget = made.thinking_budget is not None and knows_open_prompts(ThinkingBudgetCriteria)
     # A grammar would wait for the end of a reasoning that may never begin.
-    return made.logits_processors is None and (made.enable_thinking or made.thinking_budget is not None)
+    return made.logits_processors is None and (made.enable_thinking or has_budget)
 
 
 def _said(request: Any, name: str) -> Any:
@@ -126,15 +130,17 @@ def _said(request: Any, name: str) -> Any:
 
 
 def _field(request: Any, name: str, key: str) -> Any:
-    value = getattr(request, name, None)
-    value = value.model_dump() if hasattr(value, "model_dump") else value
+    value = _plain(getattr(request, name, None))
     return value.get(key) if isinstance(value, Mapping) else None
+
+
+def _plain(value: Any) -> Any:
+    return value.model_dump() if hasattr(value, "model_dump") else value
 
 
 def _check_history(request: Any) -> None:
     """Upstream takes arguments that cannot be read for none."""
-    messages = getattr(request, "messages", None) or ()
-    messages = [m.model_dump() if hasattr(m, "model_dump") else m for m in messages]
+    messages = list(map(_plain, getattr(request, "messages", None) or ()))
     items = getattr(request, "input", None)
     for item in items if isinstance(items, list) else ():
         if isinstance(item, Mapping) and item.get("type") == "function_call":
@@ -147,8 +153,7 @@ def _offered_tools(request: Any) -> list[Any]:
     if getattr(request, "tool_choice", None) == "none":
         return []
     offered = []
-    for tool in getattr(request, "tools", None) or ():
-        tool = tool.model_dump() if hasattr(tool, "model_dump") else tool
+    for tool in map(_plain, getattr(request, "tools", None) or ()):
         if isinstance(tool, Mapping) and "function" not in tool:
             parameters = tool.get("parameters", tool.get("input_schema"))
             tool = {"function": {"name": tool.get("name"), "parameters": parameters}}

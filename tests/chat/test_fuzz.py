@@ -1,0 +1,76 @@
+"""Random and mutated input: no exception but the documented one, and nothing that never ends."""
+
+import json
+import random
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import tool_fuzz
+from tool_replies import MARKERS
+
+from mlx_m3_plugin.chat.reply import Reply, ReplyParser
+from mlx_m3_plugin.chat.rewriting import ReplyRewriter
+from mlx_m3_plugin.chat.tool_calls import Block, ToolCallError, parse_block, parse_tool_call
+
+# Of one draw of tools and blocks.
+CASES = 50
+
+
+def test_no_input_does_harm(count: Callable[[int, int], int], fresh_seed: int) -> None:
+    rng = random.Random(fresh_seed)
+    for _ in range(count(5_000, 1_000_000) // CASES):
+        tools, blocks = tool_fuzz.tools(rng), [tool_fuzz.block(rng) for _ in range(4)]
+        for _ in range(CASES):
+            text = tool_fuzz.text(rng, blocks)
+            try:
+                _check(rng, text, tools)
+            except Exception as error:
+                raise AssertionError(f"{error!r} for {text!r} with {tools!r}") from error
+
+
+def _check(rng: random.Random, text: str, tools: Any) -> None:
+    block = parse_block(text, tools)
+    for call in block.calls:
+        # What a server sends on: JSON, with no NaN in it.
+        json.dumps(call.arguments, allow_nan=False)
+    _check_what_servers_get(text, tools, block)
+    whole, cut = _read([text], tools), _read(tool_fuzz.pieces(rng, text), tools)
+    assert cut == whole
+    if any(marker in text for text in (whole.reasoning, whole.content) for marker in MARKERS):
+        # No marker of the reply's: what was on both sides of one that is gone.
+        return
+    rewriter = ReplyRewriter(tools)
+    rewritten = "".join(map(rewriter.feed, tool_fuzz.pieces(rng, text))) + rewriter.finish()
+    again = _read([rewritten], tools)
+    assert (again.reasoning, again.content, again.calls) == (whole.reasoning, whole.content, whole.calls)
+
+
+def _check_what_servers_get(text: str, tools: Any, block: Block) -> None:
+    """The one documented exception, where there is no complete call, and only there."""
+    if not block.calls:
+        with pytest.raises(ToolCallError, match=r"\w"):
+            parse_tool_call(text, tools)
+        return
+    calls = parse_tool_call(text, tools)
+    assert (calls if isinstance(calls, list) else [calls]) == [call.as_dict() for call in block.calls]
+
+
+def _read(pieces: list[str], tools: Any) -> Reply:
+    parser, reply = ReplyParser(tools), Reply()
+    for piece in pieces:
+        for event in parser.feed(piece):
+            reply.add(event)
+    for event in parser.finish():
+        reply.add(event)
+    return reply
+
+
+@pytest.mark.parametrize("depth", [101, 10_000])
+def test_what_is_nested_too_deep_is_refused(depth: int) -> None:
+    nested = "".join(f"{tool_fuzz.NS}<a>" for _ in range(depth)) + "x"
+    nested += "".join(f"{tool_fuzz.NS}</a>" for _ in range(depth))
+    call = f'{tool_fuzz.NS}<invoke name="f">{{}}{tool_fuzz.NS}</invoke>'
+    reply = _read([f"{tool_fuzz.NS}<tool_call>{call.format(nested)}{call.format('')}"], None)
+    assert [call.arguments for call in reply.calls] == [{}]
+    assert reply.problems[0] == "the call of f has tags more than 100 deep"
