@@ -20,7 +20,7 @@ from mlx_m3_plugin.cli import main
 from mlx_m3_plugin.model.config import TextConfig
 from mlx_m3_plugin.toolbox.demo import write_demo
 from mlx_m3_plugin.toolbox.inspect import inspect
-from mlx_m3_plugin.toolbox.inspect.parameters import text_shapes
+from mlx_m3_plugin.weights.shapes import text_shapes
 
 # The components of the released model; sums of the table in the specification.
 REAL_COMPONENTS = {

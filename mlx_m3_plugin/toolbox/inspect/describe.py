@@ -11,8 +11,9 @@ import mlx.core as mx
 from ...model.config import TextConfig
 from ...weights import Headers, StoredTensor
 from ...weights.names import is_unused, is_vision
+from ...weights.shapes import OTHER, Shapes, component_of
 from ...weights.tensor import Tensor
-from .parameters import Precision, Shapes, quantized_modules
+from .parameters import Precision, quantized_modules
 
 PUBLISHED, AROUND, TRANSFORMERS, TEXT_ONLY = (
     "language_model.model.layers",
@@ -34,22 +35,6 @@ _FOREIGN = re.compile(
 )
 _PARTS_OF_QUANTIZED = ("scales", "biases", "global_scale")
 
-# Component -> what its tensors' published names contain; the first that fits counts.
-COMPONENTS = {
-    "embeddings": (".embed_tokens.",),
-    "lm_head": ("lm_head.",),
-    "vision tower": ("vision_tower.",),
-    "projector": ("multi_modal_projector.",),
-    "patch merge": ("patch_merge_mlp.",),
-    "indexer": (".self_attn.index_",),
-    "attention": (".self_attn.",),
-    "dense MLP": (".mlp.",),
-    "routed experts": (".switch_mlp.", ".experts."),
-    "shared expert": (".shared_experts.",),
-    "router": (".block_sparse_moe.",),
-    "norms": ("norm.weight",),
-}
-OTHER = "other"
 # In the order in which a token meets them.
 TABLE_ORDER = (
     *("embeddings", "attention", "indexer", "dense MLP", "router", "routed experts", "shared expert"),
@@ -246,11 +231,6 @@ def measure(plan: Mapping[str, Tensor], shapes: Shapes, headers: Headers) -> Con
 
 def bits_per_weight(stored_bytes: int, parameters: int) -> float | None:
     return 8 * stored_bytes / parameters if parameters else None
-
-
-def component_of(name: str) -> str:
-    """The component that a published name belongs to."""
-    return next((component for component, parts in COMPONENTS.items() if _has(name, parts)), OTHER)
 
 
 def _count(tensor: Tensor, how: Precision | None) -> int:
