@@ -43,12 +43,14 @@ class StoredTensor:
     Attributes:
         shape: as stored.  stored_dtype: safetensors' name, such as ``BF16``.
         nbytes: bytes of data.  file: the name of its file.
+        start: where in the file its data begins; 0 if only the header was seen.
     """
 
     shape: tuple[int, ...]
     stored_dtype: str
     nbytes: int
     file: str
+    start: int = 0
 
     @property
     def dtype(self) -> str:
@@ -120,7 +122,7 @@ def read_header(file: Path) -> dict[str, StoredTensor]:
     entries.pop("__metadata__", None)
     tensors, ends = {}, [0]
     for name, entry in entries.items():
-        tensors[name] = _tensor(name, entry, file.name)
+        tensors[name] = _tensor(name, entry, file.name, 8 + length)
         ends.append(entry["data_offsets"][1])
     data = size - 8 - length
     if max(ends) > data:
@@ -150,7 +152,7 @@ def _parse(text: bytes) -> dict[str, Any]:
     return entries
 
 
-def _tensor(name: str, entry: Any, file: str) -> StoredTensor:
+def _tensor(name: str, entry: Any, file: str, data_begins: int) -> StoredTensor:
     try:
         dtype, shape, (start, end) = entry["dtype"], tuple(entry["shape"]), entry["data_offsets"]
         well_formed = all(type(n) is int and n >= 0 for n in (*shape, start, end))
@@ -162,7 +164,7 @@ def _tensor(name: str, entry: Any, file: str) -> StoredTensor:
         raise ValueError(f"{name}: MLX does not read tensors of dtype {dtype}")
     if end - start != math.prod(shape) * _DTYPES[dtype][0]:
         raise ValueError(f"{name}: {end - start} bytes do not make a {dtype} tensor of shape {shape}")
-    return StoredTensor(shape, dtype, end - start, file)
+    return StoredTensor(shape, dtype, end - start, file, data_begins + start)
 
 
 def _check_no_overlap(entries: dict[str, Any]) -> None:

@@ -81,11 +81,61 @@ class Tensor:
         shape = (*first.shape[:axis], length, *first.shape[axis + 1 :])
         return Tensor("concatenate", tuple(tensors), axis, shape, first.dtype)
 
+    def taken(self, start: int, stop: int, axis: int = 0) -> "Tensor":
+        """``rows``, made of as little of what is stored as can be: of a stack, the tensors in question.
+
+        ``axis`` is one of all but the last, which values are packed along.
+        """
+        axis %= len(self.shape)
+        assert axis < len(self.shape) - 1 or len(self.shape) == 1
+        shape = (*self.shape[:axis], stop - start, *self.shape[axis + 1 :])
+        if (start, stop) == (0, self.shape[axis]):
+            return self
+        if self.operation in ("view", "multiply", "divide"):
+            sources = (self.sources[0].taken(start, stop, axis),)
+            return Tensor(self.operation, sources, self.detail, shape, self.dtype)
+        if self.operation == "stack":
+            if axis == 0:
+                return Tensor.stack(self.sources[start:stop])
+            return Tensor.stack([source.taken(start, stop, axis - 1) for source in self.sources])
+        if self.operation == "concatenate" and axis != self.detail:
+            return Tensor.concatenate([s.taken(start, stop, axis) for s in self.sources], self.detail)
+        if self.operation == "concatenate":
+            return self._taken_of_joined(start, stop, axis)
+        if self.operation == "rows" and self.detail[0] == axis:
+            begin = self.detail[1]
+            return self.sources[0].taken(begin + start, begin + stop, axis)
+        if self.operation == "rows":
+            of, first, last = self.detail
+            return self.sources[0].taken(first, last, of).taken_rows(start, stop, axis)
+        if self.operation == "reshape" and self.sources[0].shape == (1, *self.shape):
+            return self.sources[0].taken(start, stop, axis + 1).reshape(*shape)
+        return self.rows(start, stop, axis)
+
+    def taken_rows(self, start: int, stop: int, axis: int) -> "Tensor":
+        """``taken``, of what is itself no more than rows of something stored."""
+        return self.rows(start, stop, axis) if self.operation == "rows" else self.taken(start, stop, axis)
+
+    def expert(self, number: int) -> "Tensor":
+        """One of the first axis, which goes."""
+        one = self.taken(number, number + 1)
+        return one.sources[0] if one.operation == "stack" else one.reshape(*self.shape[1:])
+
+    def _taken_of_joined(self, start: int, stop: int, axis: int) -> "Tensor":
+        parts, begin = [], 0
+        for source in self.sources:
+            end = begin + source.shape[axis]
+            first, last = max(start, begin), min(stop, end)
+            if first < last:
+                parts.append(source.taken(first - begin, last - begin, axis))
+            begin = end
+        return parts[0] if len(parts) == 1 else Tensor.concatenate(parts, axis)
+
     def make(self, weights: Mapping[str, mx.array]) -> mx.array:
         """The lazy array, from the stored ones."""
         if self.operation == "stored":
             return weights[self.detail]
-        return _MAKE[self.operation]([source.make(weights) for source in self.sources], self.detail)
+        return make_from(self, [source.make(weights) for source in self.sources])
 
     def stored_names(self) -> Iterator[str]:
         """The names of the stored tensors it is made from."""
@@ -99,6 +149,11 @@ class Tensor:
             return str(self.detail)
         detail = "" if self.detail is None else f", {self.detail}"
         return f"{self.operation}({', '.join(map(str, self.sources))}{detail})"
+
+
+def make_from(tensor: Tensor, made: list[mx.array]) -> mx.array:
+    """The array of a tensor that is not stored, from those of its sources."""
+    return _MAKE[tensor.operation](made, tensor.detail)
 
 
 def _rows(array: mx.array, axis: int, start: int, stop: int) -> mx.array:

@@ -1,0 +1,222 @@
+"""Recipes: small TOML files that say how each part of a converted M3 is stored.
+
+    summary = "4 bits, and 8 in the router"
+
+    [default]
+    bits = 4
+    group_size = 64
+
+    [[rule]]
+    parts = ["router"]
+    bits = 8
+    group_size = 64
+
+Of several rules that fit a matrix, the last one decides.  ``docs/recipes.md`` tells the words.
+"""
+
+import sys
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass, field
+from importlib.resources import files
+from pathlib import Path
+from typing import Any
+
+from ...model.config import TextConfig
+from .matrices import PARTS, Matrix
+
+if sys.version_info >= (3, 11):
+    import tomllib
+else:
+    import tomli as tomllib
+
+_GROUP_SIZES = {"affine": 64, "mxfp8": 32, "mxfp4": 32, "nvfp4": 16}
+_BITS = {"affine": (2, 3, 4, 5, 6, 8), "mxfp8": (8,), "mxfp4": (4,), "nvfp4": (4,)}
+_AFFINE_GROUP_SIZES = (32, 64, 128)
+_DTYPES = ("bfloat16", "float16", "float32", "keep")
+_PLAN_KEYS = {"method", "base_bits", "target_bpw", "cap_bpw", "raise_down_proj", "raise_experts_to"}
+
+
+class RecipeError(ValueError):
+    """A recipe that cannot be followed; the message names its file."""
+
+
+@dataclass(frozen=True)
+class How:
+    """How a matrix is stored: quantized by MLX, or in a float dtype.
+
+    Attributes:
+        bits, group_size, mode: of ``mx.quantize``; bits is None for floats.
+        dtype: ``bfloat16``, ``float16``, ``float32``, or ``keep`` for the one it has.
+    """
+
+    bits: int | None = None
+    group_size: int = 64
+    mode: str = "affine"
+    dtype: str = "keep"
+
+    def bytes_of(self, matrix: Matrix, stored_itemsize: int = 2) -> int:
+        """Of a matrix of this size, scales and biases included."""
+        if self.bits is None:
+            return matrix.size * {"float32": 4, "keep": stored_itemsize}.get(self.dtype, 2)
+        per_group = 2 * stored_itemsize if self.mode == "affine" else 1
+        return matrix.size * self.bits // 8 + matrix.size // self.group_size * per_group
+
+    def as_quantization(self) -> dict[str, Any]:
+        """The words of a config's ``quantization``."""
+        return {"group_size": self.group_size, "bits": self.bits, "mode": self.mode}
+
+    def __str__(self) -> str:
+        if self.bits is None:
+            return "as stored" if self.dtype == "keep" else self.dtype
+        return f"{self.bits}-bit g{self.group_size}" if self.mode == "affine" else self.mode
+
+
+@dataclass(frozen=True)
+class Rule:
+    """``parts`` of the model, on some ``layers`` or (None) on all, are stored like ``how``."""
+
+    parts: tuple[str, ...]
+    layers: frozenset[int] | None
+    how: How
+
+    def fits(self, matrix: Matrix) -> bool:
+        return matrix.is_one_of(self.parts) and (self.layers is None or matrix.layer in self.layers)
+
+
+@dataclass(frozen=True)
+class Recipe:
+    """What a recipe's file says.
+
+    Attributes:
+        plan: for recipes whose bits are worked out to a budget; see :mod:`.budget`.
+        text: the file as it is.
+    """
+
+    name: str
+    summary: str
+    default: How
+    rules: tuple[Rule, ...] = ()
+    plan: Mapping[str, Any] = field(default_factory=dict)
+    text: str = ""
+
+    def how(self, matrix: Matrix) -> How:
+        chosen = next((rule.how for rule in reversed(self.rules) if rule.fits(matrix)), self.default)
+        if chosen.bits is not None and matrix.columns % chosen.group_size:
+            raise RecipeError(
+                f"{self.name}: {matrix.module} has {matrix.columns} inputs, which do not divide into groups "
+                f"of {chosen.group_size}"
+            )
+        return chosen
+
+
+def recipe_names() -> list[str]:
+    """Of the recipes that come with the package."""
+    folder = files(__package__) / "recipes"
+    return sorted(
+        entry.name.removesuffix(".toml") for entry in folder.iterdir() if entry.name.endswith(".toml")
+    )
+
+
+def load_recipe(name_or_path: str, config: TextConfig) -> Recipe:
+    """A recipe by its name, or from a file of one's own.
+
+    Raises:
+        RecipeError: there is none, or it does not fit a model of this config.
+    """
+    if name_or_path in recipe_names():
+        text = (files(__package__) / "recipes" / f"{name_or_path}.toml").read_text(encoding="utf-8")
+        return parse_recipe(name_or_path, text, config)
+    path = Path(name_or_path).expanduser()
+    if not path.is_file():
+        raise RecipeError(
+            f"{name_or_path} is no recipe: neither a file nor one of {', '.join(recipe_names())}"
+        )
+    return parse_recipe(path.stem, path.read_text(encoding="utf-8"), config)
+
+
+def parse_recipe(name: str, text: str, config: TextConfig) -> Recipe:
+    try:
+        content = tomllib.loads(text)
+    except tomllib.TOMLDecodeError as error:
+        raise RecipeError(f"{name}: not TOML ({error})") from None
+    _check_keys(name, content, {"summary", "default", "rule", "plan"})
+    if not isinstance(content.get("default"), dict):
+        raise RecipeError(f"{name}: there is no [default] to say how most matrices are stored")
+    rules = content.get("rule", [])
+    if not isinstance(rules, list) or not all(isinstance(rule, dict) for rule in rules):
+        raise RecipeError(f"{name}: rules are written as [[rule]]")
+    plan = content.get("plan", {})
+    _check_keys(f"{name}: [plan]", plan, _PLAN_KEYS)
+    return Recipe(
+        name,
+        str(content.get("summary", "")),
+        _how(f"{name}: [default]", content["default"]),
+        tuple(_rule(f"{name}: rule {n}", rule, config) for n, rule in enumerate(rules, 1)),
+        plan,
+        text,
+    )
+
+
+def _rule(where: str, content: dict[str, Any], config: TextConfig) -> Rule:
+    parts = content.pop("parts", None)
+    if not isinstance(parts, list) or not parts:
+        raise RecipeError(f'{where} names no parts, such as parts = ["attention", "experts.down_proj"]')
+    unknown = [part for part in parts if part not in PARTS]
+    if unknown:
+        raise RecipeError(
+            f"{where}: M3 has no {', '.join(map(str, unknown))}; its parts are {', '.join(PARTS)}"
+        )
+    layers = content.pop("layers", None)
+    how = _how(where, content)
+    if how.bits is not None and any(part.startswith("vision") for part in parts):
+        raise RecipeError(f"{where}: the vision tower is not quantized; give it a dtype")
+    return Rule(tuple(parts), None if layers is None else _layers(where, layers, config), how)
+
+
+def _layers(where: str, entries: Any, config: TextConfig) -> frozenset[int]:
+    """``[0, 1, "3-57", -1]``: numbers, ranges with both ends in them, and numbers from the end."""
+    count = config.num_hidden_layers
+    chosen: set[int] = set()
+    for entry in entries if isinstance(entries, list) else [entries]:
+        try:
+            first, _, last = entry.partition("-") if isinstance(entry, str) else (entry, "", "")
+            numbers = range(int(first), int(last or first) + 1)
+        except (ValueError, TypeError):
+            raise RecipeError(
+                f'{where}: layers are numbers or ranges such as "3-57", not {entry!r}'
+            ) from None
+        if not numbers or not all(-count <= number < count for number in numbers):
+            raise RecipeError(f"{where}: of {count} layers there is no {entry}")
+        chosen |= {number % count for number in numbers}
+    return frozenset(chosen)
+
+
+def _how(where: str, content: dict[str, Any]) -> How:
+    _check_keys(where, content, {"bits", "group_size", "mode", "dtype"})
+    if "dtype" in content:
+        if content["dtype"] not in _DTYPES or len(content) > 1:
+            raise RecipeError(f"{where}: dtype stands alone and is one of {', '.join(_DTYPES)}")
+        return How(dtype=content["dtype"])
+    mode = content.get("mode", "affine")
+    if mode not in _BITS:
+        raise RecipeError(f"{where}: mode is one of {', '.join(_BITS)}, not {mode!r}")
+    bits = content.get("bits", _BITS[mode][0] if len(_BITS[mode]) == 1 else None)
+    group_size = content.get("group_size", _GROUP_SIZES[mode])
+    if bits not in _BITS[mode]:
+        raise RecipeError(f"{where}: {mode} has {_or(_BITS[mode])} bits, not {bits!r}")
+    allowed = _AFFINE_GROUP_SIZES if mode == "affine" else (_GROUP_SIZES[mode],)
+    if group_size not in allowed:
+        raise RecipeError(f"{where}: {mode} has groups of {_or(allowed)}, not {group_size!r}")
+    return How(bits, group_size, mode)
+
+
+def _or(numbers: Iterable[int]) -> str:
+    return " or ".join(map(str, numbers))
+
+
+def _check_keys(where: str, content: Mapping[str, Any], known: set[str]) -> None:
+    unknown = sorted(content.keys() - known)
+    if unknown:
+        raise RecipeError(
+            f"{where}: {', '.join(unknown)} is no word of a recipe; these are: {', '.join(sorted(known))}"
+        )

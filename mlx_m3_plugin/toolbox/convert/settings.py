@@ -1,0 +1,75 @@
+"""What goes beside the weights: config, tokenizer, template, processor, licence, and the model card."""
+
+import json
+import shutil
+from pathlib import Path
+from typing import Any
+
+from ...chat.template import CHAT_TEMPLATE
+from ...weights.headers import INDEX
+from ..inspect.source import CHAT_TEMPLATE_FILES
+from .card import model_card
+from .plan import Plan
+
+_WEIGHTS = (".safetensors", ".bin", ".gguf", ".pt", ".pth", ".npz")
+# Written anew, or about weights that are not these.
+_NOT_COPIED = ("config.json", "README.md", INDEX, "hf_quant_config.json", "offload_index.json")
+_LARGEST = 200 << 20
+
+
+def write_settings(directory: Path, plan: Plan) -> None:
+    source = plan.source.directory
+    for file in sorted(source.iterdir()):
+        if _is_copied(file):
+            shutil.copyfile(file, directory / file.name)
+    _write_json(directory / "config.json", new_config(plan))
+    _forget_wrong_parser(directory / "tokenizer_config.json")
+    if not _has_template(directory):
+        (directory / CHAT_TEMPLATE_FILES[0]).write_text(CHAT_TEMPLATE, encoding="utf-8")
+    (directory / "README.md").write_text(model_card(plan), encoding="utf-8")
+
+
+def _is_copied(file: Path) -> bool:
+    return (
+        file.is_file()
+        and not file.name.startswith(".")
+        and file.suffix not in _WEIGHTS
+        and file.name not in _NOT_COPIED
+        and not file.name.endswith(".index.json")
+        and file.stat().st_size <= _LARGEST
+    )
+
+
+def new_config(plan: Plan) -> dict[str, Any]:
+    """The source's ``config.json`` with what is true of the new weights."""
+    config = {k: v for k, v in plan.source.config.items() if not k.startswith("quantization")}
+    quantization = plan.quantization()
+    if quantization is not None:
+        config |= {"quantization": quantization, "quantization_config": quantization}
+    # For mlx-vlm, which packs unless it is told not to.
+    packed = {"pack_shared_expert": plan.packed}
+    if isinstance(config.get("text_config"), dict):
+        text = {k: v for k, v in config["text_config"].items() if not k.startswith("quantization")}
+        return {**config, "text_config": text | packed}
+    return config | packed
+
+
+def _forget_wrong_parser(file: Path) -> None:
+    """An older mlx-lm has written ``json_tools``, with which calls are dropped, into its conversions."""
+    try:
+        settings = json.loads(file.read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        return
+    if settings.pop("tool_parser_type", None) is not None:
+        _write_json(file, settings)
+
+
+def _has_template(directory: Path) -> bool:
+    if any((directory / name).exists() for name in CHAT_TEMPLATE_FILES):
+        return True
+    file = directory / "tokenizer_config.json"
+    return file.exists() and bool(json.loads(file.read_text(encoding="utf-8")).get("chat_template"))
+
+
+def _write_json(file: Path, content: dict[str, Any]) -> None:
+    file.write_text(json.dumps(content, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")

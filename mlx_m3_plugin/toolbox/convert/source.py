@@ -1,0 +1,100 @@
+"""A checkpoint opened for converting: every weight of the model, and how it is stored."""
+
+import json
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import mlx.core as mx
+
+from ...model.config import TextConfig, text_config_of
+from ...weights import Headers, lacks_indexers, plan_layout, read_headers
+from ...weights.files import MODEL_TYPES
+from ...weights.names import is_vision
+from ...weights.shapes import text_shapes, vision_shapes
+from ...weights.tensor import Tensor
+from ..inspect.parameters import Precision, differences, quantized_modules
+
+
+@dataclass(frozen=True)
+class Source:
+    """What is to be converted, evaluated or measured.
+
+    Attributes:
+        config: ``config.json``.  text_config: what the model is computed with.
+        plan: published parameter names, without a prefix -> how they are made from stored tensors.
+        quantized: module -> how it is stored, for those in one of MLX's modes.
+        indexers: whether the checkpoint has weights for them.
+    """
+
+    directory: Path
+    config: dict[str, Any]
+    text_config: TextConfig
+    headers: Headers
+    plan: Mapping[str, Tensor]
+    quantized: Mapping[str, Precision]
+    indexers: bool
+
+    @property
+    def prefix(self) -> str:
+        """What stands before the text model's names in MLX's checkpoints of this model type."""
+        return "language_model." if self.config["model_type"] == "minimax_m3_vl" else ""
+
+    @property
+    def vision(self) -> list[str]:
+        """The names of the vision tower's parameters, and the projectors'."""
+        return [name for name in self.plan if is_vision(name)]
+
+    def float_dtype(self, module: str) -> str:
+        """The dtype of a module's weight, or of what it is dequantized to."""
+        how = self.quantized.get(module)
+        if how is None:
+            return self.plan[f"{module}.weight"].dtype
+        return self.plan[f"{module}.scales"].dtype if how.mode == "affine" else str(mx.bfloat16)
+
+
+def open_checkpoint(directory: str | Path) -> Source:
+    """Read headers and settings, and see that every weight of the model is there.
+
+    Raises:
+        OSError: there is no checkpoint in ``directory``.
+        ValueError: it is no MiniMax-M3, or not all of one; says what is missing or wrong.
+    """
+    directory = Path(directory).expanduser()
+    config = _read_config(directory)
+    text_config = text_config_of(config, environ={})
+    headers = read_headers(directory)
+    _refuse(directory, headers.problems)
+    plan = plan_layout(headers.tensors, text_config, "", vision=True)
+    indexers = not lacks_indexers(plan, text_config)
+    shapes = text_shapes(text_config, indexers=indexers)
+    seen = {name: tensor for name, tensor in plan.items() if is_vision(name)}
+    if seen:
+        shapes |= vision_shapes(config)
+    quantized, problems = quantized_modules(plan, shapes)
+    _refuse(directory, problems or differences(plan, shapes, quantized))
+    return Source(directory, config, text_config, headers, plan, quantized, indexers)
+
+
+def _read_config(directory: Path) -> dict[str, Any]:
+    if not directory.is_dir():
+        raise FileNotFoundError(
+            f"{directory} is no directory; download a checkpoint with `hf download REPO --local-dir DIR`"
+        )
+    file = directory / "config.json"
+    try:
+        config = json.loads(file.read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        raise FileNotFoundError(f"{directory} holds no config.json") from None
+    except ValueError as error:
+        raise ValueError(f"{file} is not JSON ({error})") from None
+    if not isinstance(config, dict) or config.get("model_type") not in MODEL_TYPES:
+        raise ValueError(f"{directory} is no MiniMax-M3: see its config.json")
+    return config
+
+
+def _refuse(directory: Path, problems: list[str]) -> None:
+    if problems:
+        told = problems[:10] + ([f"... and {len(problems) - 10} more"] if len(problems) > 10 else [])
+        raise ValueError("\n  ".join([f"{directory} is not a whole MiniMax-M3:", *told]))
