@@ -1,17 +1,18 @@
 """``mlx-m3 convert``: any M3 checkpoint to MLX's layout by a recipe, in little memory."""
 
+from ..checkpoint import Checkpoint, open_checkpoint
+from ..precision import How
 from .plan import Plan, plan_conversion
-from .recipe import How, Recipe, RecipeError, load_recipe, parse_recipe, recipe_names
+from .recipe import Recipe, RecipeError, load_recipe, parse_recipe, recipe_names
 from .run import Report, convert
-from .source import Source, open_checkpoint
 
 __all__ = [
+    "Checkpoint",
     "How",
     "Plan",
     "Recipe",
     "RecipeError",
     "Report",
-    "Source",
     "convert",
     "load_recipe",
     "open_checkpoint",

@@ -1,13 +1,12 @@
 """From a stored matrix to the one to be written, some rows at a time."""
 
 from collections.abc import Iterator
-from typing import Any
 
 import mlx.core as mx
 
 from ...weights.reading import TensorReader
+from ..precision import converted
 from .plan import Module, Piece
-from .recipe import How
 
 # Quantizing takes some copies in float32 of what it works on.
 _BYTES_PER_ELEMENT = 24
@@ -49,30 +48,3 @@ def _made(
     made = converted(stored, piece.how, module.how)
     mx.eval(made)
     return made
-
-
-def converted(stored: dict[str, mx.array], source: How, how: How) -> dict[str, mx.array]:
-    """Lazy rows of a matrix as ``how`` has them, from the parts that ``source`` describes."""
-    values = dequantized(stored, source)
-    if how.bits is None:
-        return {"weight": values if how.dtype == "keep" else values.astype(getattr(mx, how.dtype))}
-    made = mx.quantize(values, group_size=how.group_size, bits=how.bits, mode=how.mode)
-    return dict(zip(("weight", "scales", "biases"), made, strict=False))
-
-
-def dequantized(stored: dict[str, mx.array], source: How) -> mx.array:
-    """The values of a stored matrix."""
-    if source.bits is None:
-        return stored["weight"]
-    scaled: dict[str, Any] = {"global_scale": stored["global_scale"]} if "global_scale" in stored else {}
-    values = mx.dequantize(
-        stored["weight"],
-        stored["scales"],
-        stored.get("biases"),
-        group_size=source.group_size,
-        bits=source.bits,
-        mode=source.mode,
-        **scaled,
-    )
-    # Tensor scales are float32, and what they scale becomes it.
-    return values if source.mode == "affine" else values.astype(mx.bfloat16)

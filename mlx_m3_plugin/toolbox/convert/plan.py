@@ -5,7 +5,7 @@ Made from headers alone, so that sizes are known before anything is read.
 
 import math
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import mlx.core as mx
@@ -13,9 +13,10 @@ import mlx.core as mx
 from ...weights.shapes import component_of, text_shapes
 from ...weights.tensor import Tensor
 from ...weights.writing import NewTensor
+from ..checkpoint import Checkpoint
+from ..precision import How
 from .matrices import VISION, Matrix, matrices_of
-from .recipe import How, Recipe
-from .source import Source
+from .recipe import Recipe
 
 # As mlx-lm and mlx-vlm cut their conversions.
 SHARD_BYTES = 5 << 30
@@ -67,7 +68,7 @@ class Plan:
         hows: module path without a prefix -> how it is stored; for the card and for tests.
     """
 
-    source: Source
+    source: Checkpoint
     recipe: Recipe
     packed: bool
     shards: list[list[Module]]
@@ -103,7 +104,7 @@ class Plan:
         return {**default, **{path: how for path, how in hows.items() if how != default}}
 
 
-def plan_conversion(source: Source, recipe: Recipe, hows: Mapping[str, How] | None = None) -> Plan:
+def plan_conversion(source: Checkpoint, recipe: Recipe, hows: Mapping[str, How] | None = None) -> Plan:
     """Lay out what ``recipe`` makes of ``source``.
 
     Args:
@@ -120,15 +121,14 @@ def plan_conversion(source: Source, recipe: Recipe, hows: Mapping[str, How] | No
     return Plan(source, recipe, packed, _cut(modules), chosen)
 
 
-def _resolved(source: Source, matrix: Matrix, how: How) -> How:
+def _resolved(source: Checkpoint, matrix: Matrix, how: How) -> How:
     """``keep`` of a matrix that is quantized already is its own precision."""
-    stored = source.quantized.get(matrix.module)
-    if how.bits is None and how.dtype == "keep" and stored is not None:
-        return How(stored.bits, stored.group_size or 0, stored.mode)
+    if how.bits is None and how.dtype == "keep":
+        return replace(source.how(matrix.module), dtype="keep")
     return how
 
 
-def _can_pack(source: Source, hows: Mapping[str, How]) -> bool:
+def _can_pack(source: Checkpoint, hows: Mapping[str, How]) -> bool:
     """Whether everything that mlx-vlm packs together by default has the same precision, in every layer."""
     config = source.text_config
     if config.shared_intermediate_size != config.intermediate_size:
@@ -153,7 +153,7 @@ def _can_pack(source: Source, hows: Mapping[str, How]) -> bool:
 
 
 def _text_modules(
-    source: Source, matrices: Mapping[str, Matrix], hows: Mapping[str, How], packed: bool
+    source: Checkpoint, matrices: Mapping[str, Matrix], hows: Mapping[str, How], packed: bool
 ) -> Iterator[Module]:
     for name in text_shapes(source.text_config, indexers=source.indexers):
         path, _, part = name.rpartition(".")
@@ -168,7 +168,7 @@ def _text_modules(
 
 
 def _packed(
-    source: Source, matrices: Mapping[str, Matrix], hows: Mapping[str, How], matrix: Matrix
+    source: Checkpoint, matrices: Mapping[str, Matrix], hows: Mapping[str, How], matrix: Matrix
 ) -> Module:
     """``gate_up_proj`` or ``down_proj`` of all experts, and of the shared one after them."""
     moe, _, projection = matrix.module.rpartition(".switch_mlp.")
@@ -183,14 +183,13 @@ def _packed(
     return _module(source, path, hows[matrix.module], pieces, experts=len(columns[0]))
 
 
-def _pieces(source: Source, matrix: Matrix) -> Iterator[Piece]:
+def _pieces(source: Checkpoint, matrix: Matrix) -> Iterator[Piece]:
     parts = {
         part: source.plan[f"{matrix.module}.{part}"]
         for part in ("weight", "scales", "biases", "global_scale")
         if f"{matrix.module}.{part}" in source.plan
     }
-    stored = source.quantized.get(matrix.module)
-    how = How() if stored is None else How(stored.bits, stored.group_size or 0, stored.mode)
+    how = source.how(matrix.module)
     if not matrix.experts:
         yield Piece(matrix.module, how, parts, matrix.rows, matrix.columns)
     for number in range(matrix.experts):
@@ -198,7 +197,7 @@ def _pieces(source: Source, matrix: Matrix) -> Iterator[Piece]:
         yield Piece(matrix.module, how, one, matrix.rows, matrix.columns)
 
 
-def _module(source: Source, path: str, how: How, pieces: list[Piece], experts: int = 0) -> Module:
+def _module(source: Checkpoint, path: str, how: How, pieces: list[Piece], experts: int = 0) -> Module:
     first = pieces[0]
     experts = experts or (len(pieces) if len(source.plan[f"{first.module}.weight"].shape) == 3 else 0)
     rows = sum(piece.rows for piece in pieces) // max(experts, 1)
@@ -222,13 +221,13 @@ def _tensors(path: str, how: How, leading: tuple[int, ...], columns: int, dtype:
     return made
 
 
-def _vision_modules(source: Source, recipe: Recipe) -> Iterator[Module]:
+def _vision_modules(source: Checkpoint, recipe: Recipe) -> Iterator[Module]:
     how = next((rule.how for rule in reversed(recipe.rules) if VISION in rule.parts), How())
     for name in source.vision:
         yield _as_it_is(source, name, name, how)
 
 
-def _as_it_is(source: Source, name: str, new_name: str, how: How | None = None) -> Module:
+def _as_it_is(source: Checkpoint, name: str, new_name: str, how: How | None = None) -> Module:
     """A norm, a bias, or a weight of the vision tower."""
     how, tensor = how or How(), source.plan[name]
     dtype = tensor.dtype if how.dtype == "keep" else f"mlx.core.{how.dtype}"

@@ -22,6 +22,7 @@ from pathlib import Path
 from typing import Any
 
 from ...model.config import TextConfig
+from ..precision import How
 from .matrices import PARTS, Matrix
 
 if sys.version_info >= (3, 11):
@@ -38,37 +39,6 @@ _PLAN_KEYS = {"method", "base_bits", "target_bpw", "cap_bpw", "raise_down_proj",
 
 class RecipeError(ValueError):
     """A recipe that cannot be followed; the message names its file."""
-
-
-@dataclass(frozen=True)
-class How:
-    """How a matrix is stored: quantized by MLX, or in a float dtype.
-
-    Attributes:
-        bits, group_size, mode: of ``mx.quantize``; bits is None for floats.
-        dtype: ``bfloat16``, ``float16``, ``float32``, or ``keep`` for the one it has.
-    """
-
-    bits: int | None = None
-    group_size: int = 64
-    mode: str = "affine"
-    dtype: str = "keep"
-
-    def bytes_of(self, matrix: Matrix, stored_itemsize: int = 2) -> int:
-        """Of a matrix of this size, scales and biases included."""
-        if self.bits is None:
-            return matrix.size * {"float32": 4, "keep": stored_itemsize}.get(self.dtype, 2)
-        per_group = 2 * stored_itemsize if self.mode == "affine" else 1
-        return matrix.size * self.bits // 8 + matrix.size // self.group_size * per_group
-
-    def as_quantization(self) -> dict[str, Any]:
-        """The words of a config's ``quantization``."""
-        return {"group_size": self.group_size, "bits": self.bits, "mode": self.mode}
-
-    def __str__(self) -> str:
-        if self.bits is None:
-            return "as stored" if self.dtype == "keep" else self.dtype
-        return f"{self.bits}-bit g{self.group_size}" if self.mode == "affine" else self.mode
 
 
 @dataclass(frozen=True)

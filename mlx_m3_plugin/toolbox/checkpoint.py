@@ -1,4 +1,4 @@
-"""A checkpoint opened for converting: every weight of the model, and how it is stored."""
+"""A checkpoint opened for tools that read its weights: every weight of the model, and how it is stored."""
 
 import json
 from collections.abc import Mapping
@@ -8,17 +8,18 @@ from typing import Any
 
 import mlx.core as mx
 
-from ...model.config import TextConfig, text_config_of
-from ...weights import Headers, lacks_indexers, plan_layout, read_headers
-from ...weights.files import MODEL_TYPES
-from ...weights.names import is_vision
-from ...weights.shapes import text_shapes, vision_shapes
-from ...weights.tensor import Tensor
-from ..inspect.parameters import Precision, differences, quantized_modules
+from ..model.config import TextConfig, text_config_of
+from ..weights import Headers, lacks_indexers, plan_layout, read_headers
+from ..weights.files import MODEL_TYPES
+from ..weights.names import is_vision
+from ..weights.shapes import text_shapes, vision_shapes
+from ..weights.tensor import Tensor
+from .inspect.parameters import Precision, differences, quantized_modules
+from .precision import How
 
 
 @dataclass(frozen=True)
-class Source:
+class Checkpoint:
     """What is to be converted, evaluated or measured.
 
     Attributes:
@@ -46,6 +47,11 @@ class Source:
         """The names of the vision tower's parameters, and the projectors'."""
         return [name for name in self.plan if is_vision(name)]
 
+    def how(self, module: str) -> How:
+        """How a module's weight is stored."""
+        found = self.quantized.get(module)
+        return How() if found is None else How(found.bits, found.group_size or 0, found.mode)
+
     def float_dtype(self, module: str) -> str:
         """The dtype of a module's weight, or of what it is dequantized to."""
         how = self.quantized.get(module)
@@ -54,7 +60,7 @@ class Source:
         return self.plan[f"{module}.scales"].dtype if how.mode == "affine" else str(mx.bfloat16)
 
 
-def open_checkpoint(directory: str | Path) -> Source:
+def open_checkpoint(directory: str | Path) -> Checkpoint:
     """Read headers and settings, and see that every weight of the model is there.
 
     Raises:
@@ -74,7 +80,7 @@ def open_checkpoint(directory: str | Path) -> Source:
         shapes |= vision_shapes(config)
     quantized, problems = quantized_modules(plan, shapes)
     _refuse(directory, problems or differences(plan, shapes, quantized))
-    return Source(directory, config, text_config, headers, plan, quantized, indexers)
+    return Checkpoint(directory, config, text_config, headers, plan, quantized, indexers)
 
 
 def _read_config(directory: Path) -> dict[str, Any]:

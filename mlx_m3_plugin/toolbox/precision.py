@@ -1,0 +1,65 @@
+"""How a matrix is stored, and the way from one to another."""
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import mlx.core as mx
+
+
+@dataclass(frozen=True)
+class How:
+    """How a matrix is stored: quantized by MLX, or in a float dtype.
+
+    Attributes:
+        bits, group_size, mode: of ``mx.quantize``; bits is None for floats.
+        dtype: ``bfloat16``, ``float16``, ``float32``, or ``keep`` for the one it has.
+    """
+
+    bits: int | None = None
+    group_size: int = 64
+    mode: str = "affine"
+    dtype: str = "keep"
+
+    def bytes_of(self, size: int, itemsize: int = 2) -> int:
+        """Of a matrix with ``size`` elements; ``itemsize`` is of its floats, or of its scales."""
+        if self.bits is None:
+            return size * (4 if self.dtype == "float32" else itemsize if self.dtype == "keep" else 2)
+        per_group = 2 * itemsize if self.mode == "affine" else 1
+        return size * self.bits // 8 + size // self.group_size * per_group
+
+    def as_quantization(self) -> dict[str, Any]:
+        """The words of a config's ``quantization``."""
+        return {"group_size": self.group_size, "bits": self.bits, "mode": self.mode}
+
+    def __str__(self) -> str:
+        if self.bits is None:
+            return "as stored" if self.dtype == "keep" else self.dtype
+        return f"{self.bits}-bit g{self.group_size}" if self.mode == "affine" else self.mode
+
+
+def converted(stored: Mapping[str, mx.array], source: How, how: How) -> dict[str, mx.array]:
+    """Lazy rows of a matrix as ``how`` has them, from the parts that ``source`` describes."""
+    values = dequantized(stored, source)
+    if how.bits is None:
+        return {"weight": values if how.dtype == "keep" else values.astype(getattr(mx, how.dtype))}
+    made = mx.quantize(values, group_size=how.group_size, bits=how.bits, mode=how.mode)
+    return dict(zip(("weight", "scales", "biases"), made, strict=False))
+
+
+def dequantized(stored: Mapping[str, mx.array], source: How) -> mx.array:
+    """The values of a stored matrix."""
+    if source.bits is None:
+        return stored["weight"]
+    scaled: dict[str, Any] = {"global_scale": stored["global_scale"]} if "global_scale" in stored else {}
+    values = mx.dequantize(
+        stored["weight"],
+        stored["scales"],
+        stored.get("biases"),
+        group_size=source.group_size,
+        bits=source.bits,
+        mode=source.mode,
+        **scaled,
+    )
+    # Tensor scales are float32, and what they scale becomes it.
+    return values if source.mode == "affine" else values.astype(mx.bfloat16)

@@ -1,0 +1,54 @@
+"""Matrices from files, as modules that multiply by them just as a loaded model does."""
+
+from collections.abc import Callable, Mapping
+
+import mlx.core as mx
+import mlx.nn as nn
+
+from ...weights.reading import TensorReader
+from ...weights.tensor import Tensor
+from ..precision import How, converted, dequantized
+
+# Given a module's path and how it is stored: how it is to be, for a trial of other bits.
+Change = Callable[[str, How], How]
+
+
+def keep(path: str, how: How) -> How:
+    return how
+
+
+def parts_of(plan: Mapping[str, Tensor], path: str) -> dict[str, Tensor]:
+    """The planned tensors of a module: ``weight``, and what belongs to a quantized one."""
+    names = ("weight", "scales", "biases", "global_scale")
+    return {part: plan[f"{path}.{part}"] for part in names if f"{path}.{part}" in plan}
+
+
+def read_linear(
+    reader: TensorReader, parts: Mapping[str, Tensor], stored: How, path: str, change: Change = keep
+) -> nn.Module:
+    """``nn.Linear`` or ``nn.QuantizedLinear`` with the weights of one matrix, in memory."""
+    arrays = {part: reader.read(tensor) for part, tensor in parts.items()}
+    how = change(path, stored)
+    if how != stored:
+        arrays, stored = converted(arrays, stored, how), how
+    if stored.bits is None or "global_scale" in arrays:
+        return _linear(dequantized(arrays, stored))
+    return _quantized_linear(arrays, stored)
+
+
+def _linear(weight: mx.array) -> nn.Module:
+    linear = nn.Linear(1, 1, bias=False)
+    linear.weight = weight
+    mx.eval(weight)
+    return linear
+
+
+def _quantized_linear(arrays: Mapping[str, mx.array], how: How) -> nn.Module:
+    # Of any size: its arrays are replaced before they are made.
+    linear = nn.QuantizedLinear(
+        128, 128, bias=False, group_size=how.group_size, bits=how.bits or 0, mode=how.mode
+    )
+    for part in ("weight", "scales", "biases"):
+        setattr(linear, part, arrays.get(part))
+    mx.eval(arrays)
+    return linear
