@@ -13,7 +13,7 @@ import mlx.core as mx
 import mlx.nn as nn
 
 # A tensor scale is the largest magnitude its tensor can express: 6 (e2m1) times 448 (e4m3).
-_NVFP4_LARGEST = 6.0 * 448.0
+NVFP4_LARGEST = 6.0 * 448.0
 
 
 def hold_global_scales(model: nn.Module, weights: Mapping[str, mx.array]) -> None:
@@ -54,7 +54,7 @@ def _scaled(quantized: Any) -> Any:
             mode=self.mode,
             sorted_indices=sorted_indices,
         )
-        scale = self["global_scale"][indices] / _NVFP4_LARGEST
+        scale = self["global_scale"][indices] / NVFP4_LARGEST
         return (y * scale[..., None, None]).astype(y.dtype)
 
     return type(quantized.__name__, (quantized,), {"__call__": __call__})

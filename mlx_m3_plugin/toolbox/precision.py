@@ -6,6 +6,8 @@ from typing import Any
 
 import mlx.core as mx
 
+from ..model.scaled_experts import NVFP4_LARGEST
+
 
 @dataclass(frozen=True)
 class How:
@@ -51,7 +53,6 @@ def dequantized(stored: Mapping[str, mx.array], source: How) -> mx.array:
     """The values of a stored matrix."""
     if source.bits is None:
         return stored["weight"]
-    scaled: dict[str, Any] = {"global_scale": stored["global_scale"]} if "global_scale" in stored else {}
     values = mx.dequantize(
         stored["weight"],
         stored["scales"],
@@ -59,7 +60,12 @@ def dequantized(stored: Mapping[str, mx.array], source: How) -> mx.array:
         group_size=source.group_size,
         bits=source.bits,
         mode=source.mode,
-        **scaled,
     )
-    # Tensor scales are float32, and what they scale becomes it.
-    return values if source.mode == "affine" else values.astype(mx.bfloat16)
+    if "global_scale" in stored:
+        return (values * tensor_scale(stored["global_scale"])).astype(mx.bfloat16)
+    return values
+
+
+def tensor_scale(global_scale: mx.array) -> mx.array:
+    """What the values of an NVFP4 matrix are multiplied by, float32."""
+    return global_scale.astype(mx.float32) / NVFP4_LARGEST

@@ -7,7 +7,7 @@ import mlx.nn as nn
 
 from ...weights.reading import TensorReader
 from ...weights.tensor import Tensor
-from ..precision import How, converted, dequantized
+from ..precision import How, converted, tensor_scale
 
 # Given a module's path and how it is stored: how it is to be, for a trial of other bits.
 Change = Callable[[str, How], How]
@@ -31,9 +31,22 @@ def read_linear(
     how = change(path, stored)
     if how != stored:
         arrays, stored = converted(arrays, stored, how), how
-    if stored.bits is None or "global_scale" in arrays:
-        return _linear(dequantized(arrays, stored))
-    return _quantized_linear(arrays, stored)
+    if stored.bits is None:
+        return _linear(arrays["weight"])
+    linear = _quantized_linear(arrays, stored)
+    return _Scaled(linear, arrays["global_scale"]) if "global_scale" in arrays else linear
+
+
+class _Scaled(nn.Module):
+    """NVFP4 with a tensor scale, which multiplies what comes out, as in a loaded model."""
+
+    def __init__(self, linear: nn.Module, global_scale: mx.array):
+        super().__init__()
+        self.linear = linear
+        self.scale = tensor_scale(global_scale)
+
+    def __call__(self, x: mx.array) -> mx.array:
+        return (self.linear(x) * self.scale).astype(x.dtype)
 
 
 def _linear(weight: mx.array) -> nn.Module:

@@ -1,0 +1,121 @@
+"""What two walks say of each other, and one of its text.  Sums are in float64."""
+
+import math
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+import mlx.core as mx
+import numpy as np
+
+from ..streaming import Head, States
+from .texts import Texts
+from .walk import Walk
+
+# Logits of a vocabulary of 200,000 in float64 take 1.6 MB a token, and some copies.
+_BYTES_PER_ROW = 256 << 20
+
+
+@dataclass(frozen=True)
+class Distributions:
+    """How the next-token distributions of a checkpoint differ from a reference's.
+
+    Attributes:
+        kl_mean, kl_95: of KL(reference || this), in nats, over the positions that predict a token.
+        top_1: share of positions where both find the same token most likely.
+        ear: expected acceptance rate, the mean over positions of ``sum_v min(p_ref(v), p(v))``
+            (arXiv 2605.02404): how often speculative sampling would accept this one's tokens.
+    """
+
+    kl_mean: float
+    kl_95: float
+    top_1: float
+    ear: float
+
+
+@dataclass(frozen=True)
+class LayerComparison:
+    """What a layer puts out, and what it chooses, beside the reference.
+
+    Attributes:
+        hidden_error: squared error of hidden states, as a share of the reference's squares.
+        router_overlap: share of the reference's experts that are chosen here too; None where there
+            is no choice.
+        block_overlap: the same of blocks of keys, over the queries that could not take all.
+    """
+
+    layer: int
+    hidden_error: float
+    router_overlap: float | None = None
+    block_overlap: float | None = None
+
+
+def perplexity(states: States, head: Head, texts: Texts) -> float:
+    """``exp`` of the mean negative log-likelihood of each window's tokens after its first."""
+    total = 0.0
+    positions, targets = texts.predictions()
+    for at, logits in _logits(states, head, positions):
+        rows = np.arange(len(logits))
+        total += (_log_sums(logits) - logits[rows, targets[at : at + len(logits)]]).sum()
+    return math.exp(total / len(positions))
+
+
+def compare_distributions(
+    ours: tuple[States, Head], reference: tuple[States, Head], texts: Texts
+) -> Distributions:
+    positions, _ = texts.predictions()
+    kl, top_1, ear = [], 0, 0.0
+    pairs = zip(_logits(*reference, positions), _logits(*ours, positions), strict=True)
+    for (_, expected), (_, found) in pairs:
+        log_p = expected - _log_sums(expected)[:, None]
+        log_q = found - _log_sums(found)[:, None]
+        p = np.exp(log_p)
+        kl.append((p * (log_p - log_q)).sum(axis=1))
+        top_1 += int((expected.argmax(axis=1) == found.argmax(axis=1)).sum())
+        ear += np.minimum(p, np.exp(log_q)).sum()
+    every = np.concatenate(kl)
+    return Distributions(
+        float(every.mean()), float(np.percentile(every, 95)), top_1 / len(every), float(ear) / len(every)
+    )
+
+
+def compare_layers(ours: Walk, reference: Walk) -> Iterator[LayerComparison]:
+    for number in range(ours.layers):
+        found, expected = ours.layer(number), reference.layer(number)
+        difference = found["sample"].astype(np.float64) - expected["sample"]
+        error = (difference**2).mean() / max((expected["sample"].astype(np.float64) ** 2).mean(), 1e-30)
+        router = _overlap(found.get("experts"), expected.get("experts"))
+        yield LayerComparison(
+            number, float(error), router, _overlap(found.get("blocks"), expected.get("blocks"))
+        )
+
+
+def _overlap(found: np.ndarray | None, expected: np.ndarray | None) -> float | None:
+    """Share of the ids in the last axis of ``expected`` that are in ``found``'s; -1 is none."""
+    if found is None or expected is None:
+        return None
+    found, expected = (a.reshape(-1, a.shape[-1]).astype(np.int64) for a in (found, expected))
+    chosen = ((found >= 0).any(axis=1)) & ((expected >= 0).any(axis=1))
+    found, expected = found[chosen], expected[chosen]
+    there = (expected >= 0).sum()
+    if not there:
+        return None
+    common = sum(((found == expected[:, i : i + 1]).any(axis=1) & (expected[:, i] >= 0)).sum()
+                 for i in range(expected.shape[1]))  # fmt: skip
+    return float(common / there)
+
+
+def _logits(states: States, head: Head, positions: list[int]) -> Iterator[tuple[int, np.ndarray]]:
+    """Float64 logits of consecutive parts of ``positions``, with the index of the first."""
+    step, at = 1, 0
+    while at < len(positions):
+        part = positions[at : at + step]
+        rows = states.read(part[0], part[-1] + 1)[mx.array([p - part[0] for p in part])]
+        logits = np.array(head(rows).astype(mx.float32)).astype(np.float64)
+        yield at, logits
+        at += len(part)
+        step = max(1, _BYTES_PER_ROW // logits[0].nbytes // 4)
+
+
+def _log_sums(logits: np.ndarray) -> np.ndarray:
+    largest = logits.max(axis=1)
+    return largest + np.log(np.exp(logits - largest[:, None]).sum(axis=1))
