@@ -48,7 +48,7 @@ class Walk:
 
     def states(self) -> States:
         """Of all tokens, after the last layer."""
-        return States(_states_file(self.directory, self.layers), self.width, self.dtype)
+        return States(states_file(self.directory, self.layers), self.width, self.dtype)
 
     def layer(self, number: int) -> dict[str, np.ndarray]:
         """``sample`` ``[S, D]``, and where there are any ``experts`` ``[T, k]``, ``blocks``."""
@@ -74,13 +74,13 @@ def walk(
     config = checkpoint.text_config
     tokens = texts.tokens
     with TensorReader(checkpoint.directory, checkpoint.headers.tensors) as reader:
-        done, dtype = _begin(directory, checkpoint, reader, tokens)
+        done, dtype = begin(directory, checkpoint, reader, tokens)
         progress(-1, done)
         walked = Walk(directory, config.num_hidden_layers, len(tokens), config.hidden_size, dtype)
         for number in range(done, config.num_hidden_layers):
             _through_layer(walked, checkpoint, reader, texts, number, memory, step)
-            _write_state(directory, number + 1, dtype)
-            States(_states_file(directory, number), walked.width, dtype).remove()
+            write_state(directory, number + 1, dtype)
+            States(states_file(directory, number), walked.width, dtype).remove()
             progress(number, 1)
     return walked
 
@@ -93,10 +93,10 @@ def walk_key(checkpoint: Checkpoint, texts: Texts) -> str:
     return hashlib.sha256(json.dumps(told).encode()).hexdigest()[:20]
 
 
-def _begin(
+def begin(
     directory: Path, checkpoint: Checkpoint, reader: TensorReader, tokens: list[int]
 ) -> tuple[int, str]:
-    """How many layers are done, and the dtype of hidden states."""
+    """How many layers are done, and the dtype of hidden states; the embeddings are there then."""
     try:
         state = json.loads((directory / _STATE).read_text(encoding="utf-8"))
         return state["done"], state["dtype"]
@@ -105,10 +105,10 @@ def _begin(
     embed = Embedding(checkpoint, reader)
     first = embed(tokens[:1])
     dtype = str(first.dtype).removeprefix("mlx.core.")
-    states = States(_states_file(directory, 0), first.shape[1], dtype)
+    states = States(states_file(directory, 0), first.shape[1], dtype)
     for start in range(0, len(tokens), _SAMPLED):
         states.write(start, embed(tokens[start : start + _SAMPLED]))
-    _write_state(directory, 0, dtype)
+    write_state(directory, 0, dtype)
     return 0, dtype
 
 
@@ -123,17 +123,9 @@ def _through_layer(
 ) -> None:
     layer = StreamedLayer(checkpoint, reader, number)
     before, after = (
-        States(_states_file(walked.directory, n), walked.width, walked.dtype) for n in (number, number + 1)
+        States(states_file(walked.directory, n), walked.width, walked.dtype) for n in (number, number + 1)
     )
-    for first, last in texts.spans:
-        position = first
-        for h in layer.attend(before.read(first, last)[None], step):
-            after.write(position, h[0])
-            position += h.shape[1]
-    block = tokens_at_once(checkpoint, walked.dtype, memory)
-    for first in range(0, walked.tokens, block):
-        last = min(first + block, walked.tokens)
-        after.write(first, layer.feed_forward(after.read(first, last)))
+    run_layer(layer, before, after, texts, tokens_at_once(checkpoint, walked.dtype, memory), step)
     after.sync()
     record: dict[str, Any] = {"sample": _sample(after, walked.tokens)}
     if not np.isfinite(record["sample"]).all():
@@ -145,6 +137,21 @@ def _through_layer(
     if any(ids is not None for ids in layer.choices.blocks):
         record["blocks"] = _blocks(layer.choices.blocks, texts, step, checkpoint)
     _write_atomically(_layer_file(walked.directory, number), record)
+
+
+def run_layer(
+    layer: StreamedLayer, before: States, after: States, texts: Texts, block: int, step: int
+) -> None:
+    """From the states before a layer to those after it; ``block`` tokens meet its experts together."""
+    for first, last in texts.spans:
+        position = first
+        for h in layer.attend(before.read(first, last)[None], step):
+            after.write(position, h[0])
+            position += h.shape[1]
+    tokens = texts.spans[-1][1]
+    for first in range(0, tokens, block):
+        last = min(first + block, tokens)
+        after.write(first, layer.feed_forward(after.read(first, last)))
 
 
 def tokens_at_once(checkpoint: Checkpoint, dtype: str, memory: int) -> int:
@@ -174,7 +181,7 @@ def _blocks(chosen: list[mx.array | None], texts: Texts, step: int, checkpoint: 
     return ids
 
 
-def _write_state(directory: Path, done: int, dtype: str) -> None:
+def write_state(directory: Path, done: int, dtype: str) -> None:
     temporary = directory / f"{_STATE}.tmp"
     temporary.write_text(json.dumps({"done": done, "dtype": dtype}), encoding="utf-8")
     os.replace(temporary, directory / _STATE)
@@ -186,7 +193,7 @@ def _write_atomically(path: Path, arrays: dict[str, Any]) -> None:
     os.replace(temporary, path)
 
 
-def _states_file(directory: Path, layer: int) -> Path:
+def states_file(directory: Path, layer: int) -> Path:
     return directory / f"states-{layer:03}.bin"
 
 
