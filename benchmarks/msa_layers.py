@@ -43,7 +43,15 @@ CONFIG = {
     "use_qk_norm": True,
     "use_gemma_norm": True,
     "moe_layer_freq": [0],
+    # Of what is never evaluated here.
     "dense_intermediate_size": 512,
+    "intermediate_size": 64,
+    "shared_intermediate_size": 64,
+    "num_local_experts": 4,
+    "num_experts_per_tok": 2,
+    "routed_scaling_factor": 2.0,
+    "swiglu_alpha": 1.702,
+    "swiglu_limit": 7.0,
     "sparse_attention_config": {
         "use_sparse_attention": True,
         "sparse_attention_freq": [1],

@@ -4,8 +4,9 @@ import argparse
 import json
 import os
 import sys
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import asdict
+from pathlib import Path
 from typing import Any
 
 from . import __version__
@@ -22,8 +23,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
         # The reader, `head` perhaps, has seen enough.  Python would complain once more at its exit.
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 0
-    except KeyboardInterrupt:
-        print("mlx-m3: interrupted", file=sys.stderr)
+    except KeyboardInterrupt as interruption:
+        print("; ".join(["mlx-m3: interrupted", *map(str, interruption.args)]), file=sys.stderr)
         return 130
     except (OSError, ValueError) as error:
         print(f"mlx-m3: {error}", file=sys.stderr)
@@ -52,9 +53,95 @@ def _parser() -> argparse.ArgumentParser:
     inspect.add_argument("checkpoint", metavar="PATH_OR_REPO", help="a directory, or a repository on the Hub")
     inspect.set_defaults(command=_inspect)
 
-    for command in (demo, doctor, inspect):
+    convert = commands.add_parser("convert", help="make a quantized checkpoint by a recipe, in little memory")
+    _add_convert_arguments(convert)
+    evaluate = commands.add_parser(
+        "evaluate", help="measure how good a checkpoint is, with one layer of it in memory"
+    )
+    _add_evaluate_arguments(evaluate)
+
+    fit = commands.add_parser("fit", help="say whether a checkpoint fits a machine, and at what context")
+    _add_fit_arguments(fit)
+
+    for command in (demo, doctor, inspect, convert, fit):
         command.add_argument("--json", action="store_true", help="print the result as JSON")
     return parser
+
+
+def _add_convert_arguments(convert: argparse.ArgumentParser) -> None:
+    convert.add_argument("source", metavar="SRC", help="a checkpoint's directory")
+    convert.add_argument("destination", metavar="DST", nargs="?", help="where to write; must not exist")
+    convert.add_argument(
+        "--recipe", metavar="R", help="a recipe's name, or a TOML file; `--list-recipes` tells them"
+    )
+    convert.add_argument("--list-recipes", action="store_true", help="tell the recipes that there are")
+    convert.add_argument(
+        "--dry-run", action="store_true", help="tell what would be written, from headers alone"
+    )
+    convert.add_argument(
+        "--sensitivity",
+        metavar="MAP",
+        help="for recipes with a budget: a map that an earlier conversion saved, or `position` "
+        "(default: measured, layer by layer)",
+    )
+    convert.add_argument("--text", metavar="FILE", help="what to measure by (default: a built-in sample)")
+    _add_memory(convert)
+    convert.set_defaults(command=_convert)
+
+
+def _add_evaluate_arguments(evaluate: argparse.ArgumentParser) -> None:
+    evaluate.add_argument("checkpoint", metavar="PATH", help="a checkpoint's directory")
+    evaluate.add_argument("--reference", metavar="SRC", help="the checkpoint that it was made from")
+    evaluate.add_argument("--text", metavar="FILE", help="what to read (default: a built-in sample)")
+    evaluate.add_argument("--tokens", type=_tokens, metavar="N", help="how much of it (default: all)")
+    evaluate.add_argument(
+        "--context", type=_tokens, default=4096, metavar="N", help="tokens in a window (default: 4096)"
+    )
+    evaluate.add_argument("--json", metavar="OUT", help="write everything as JSON; - is the terminal")
+    evaluate.add_argument("--plot", metavar="PNG", help="draw errors and choices by layer")
+    evaluate.add_argument("--cache", metavar="DIR", help="where walks are kept (default: ~/.cache/mlx-m3)")
+    _add_memory(evaluate)
+    evaluate.set_defaults(command=_evaluate)
+
+
+def _add_fit_arguments(fit: argparse.ArgumentParser) -> None:
+    fit.add_argument("checkpoint", metavar="PATH_OR_REPO", help="a directory, or a repository on the Hub")
+    fit.add_argument("--memory", type=_size, metavar="SIZE", help="of the machine (default: of this one)")
+    fit.add_argument("--context", type=_tokens, metavar="N", help="tokens to plan for (default: what fits)")
+    fit.add_argument("--kv-bits", type=int, metavar="B", help="4 or 8, as in mlx_lm.generate")
+    fit.add_argument(
+        "--prefill-step", type=_tokens, default=2048, metavar="N", help="tokens at a time (default: 2048)"
+    )
+    fit.add_argument("--bandwidth", type=float, metavar="GB/S", help="of the machine's memory")
+    fit.set_defaults(command=_fit)
+
+
+def _add_memory(command: argparse.ArgumentParser) -> None:
+    command.add_argument(
+        "--memory",
+        type=_size,
+        metavar="SIZE",
+        help="that the work may take (default: a quarter of the machine)",
+    )
+
+
+def _size(text: str) -> int:
+    from .toolbox.sizes import parse_size
+
+    return _argument(parse_size, text)
+
+
+def _tokens(text: str) -> int:
+    from .toolbox.sizes import parse_count
+
+    return _argument(parse_count, text)
+
+
+def _argument(parse: Callable[[str], int], text: str) -> int:
+    try:
+        return parse(text)
+    except ValueError as error:
+        raise argparse.ArgumentTypeError(str(error)) from None
 
 
 def _demo(args: argparse.Namespace) -> int:
@@ -111,6 +198,68 @@ def _inspect(args: argparse.Namespace) -> int:
     else:
         print("\n".join(lines_of(found)))
     return 0 if found.is_sound else 1
+
+
+def _convert(args: argparse.Namespace) -> int:
+    from .toolbox.convert.command import convert_command, list_recipes
+
+    if args.list_recipes:
+        print("\n".join(list_recipes()))
+        return 0
+    if args.recipe is None or (args.destination is None and not args.dry_run):
+        raise ValueError("convert needs a DST and a --recipe; `mlx-m3 convert SRC --list-recipes` tells them")
+    content, lines = convert_command(
+        args.source,
+        args.destination,
+        args.recipe,
+        dry_run=args.dry_run,
+        sensitivity=args.sensitivity,
+        text_file=args.text,
+        memory=args.memory,
+    )
+    _print_json(content) if args.json else print("\n".join(lines))
+    return 0
+
+
+def _evaluate(args: argparse.Namespace) -> int:
+    from .toolbox.evaluate.command import evaluate_command
+
+    found, lines = evaluate_command(
+        args.checkpoint,
+        args.reference,
+        text_file=args.text,
+        tokens=args.tokens,
+        context=args.context,
+        cache=args.cache,
+        memory=args.memory,
+        plot=args.plot,
+    )
+    if args.json == "-":
+        _print_json(found)
+        return 0
+    if args.json:
+        Path(args.json).write_text(json.dumps(found, indent=2) + "\n", encoding="utf-8")
+    print("\n".join(lines))
+    return 0
+
+
+def _fit(args: argparse.Namespace) -> int:
+    from .toolbox.fit import fit, fit_lines
+    from .toolbox.machine import machine_memory
+
+    memory = args.memory or machine_memory()
+    if memory is None:
+        raise ValueError("how much memory is there? say so with --memory 256GB")
+    found = fit(
+        args.checkpoint,
+        memory,
+        context=args.context,
+        kv_bits=args.kv_bits,
+        prefill_step=args.prefill_step,
+        bandwidth=args.bandwidth,
+    )
+    _print_json(found.as_dict()) if args.json else print("\n".join(fit_lines(found)))
+    return 0 if found.fits else 1
 
 
 def _print_json(content: Any) -> None:

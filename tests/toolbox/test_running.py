@@ -9,6 +9,7 @@ from pathlib import Path
 import pytest
 
 from mlx_m3_plugin.model.config import TextConfig
+from mlx_m3_plugin.toolbox import machine
 from mlx_m3_plugin.toolbox.inspect import running
 
 GIB = 1 << 30
@@ -41,7 +42,7 @@ def test_an_unknown_machine_is_not_judged(monkeypatch):
         raise ValueError
 
     monkeypatch.setattr(os, "sysconf", unknown)
-    assert running.machine_memory() is None
+    assert machine.machine_memory() is None
     assert len(running.memory_lines(running.memory_for(REAL, 225 * GIB, 57, None))) == 1
 
 

@@ -4,7 +4,7 @@ from collections import defaultdict
 from importlib.metadata import PackageNotFoundError, version
 
 from ... import __version__
-from ..inspect.running import size_in_words
+from ..sizes import size_in_words
 from .plan import Plan
 
 _PACKAGES = ("mlx", "mlx-lm", "mlx-vlm")

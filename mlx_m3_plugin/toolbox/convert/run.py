@@ -20,8 +20,10 @@ from ...weights.writing import ShardWriter
 from . import settings
 from .pieces import made_pieces
 from .plan import Module, Plan
+from .sensitivity import Scores, write_scores
 
 _STATE = "mlx-m3-convert.json"
+SENSITIVITY = "mlx-m3-sensitivity.json"
 _METADATA = {"format": "mlx"}
 # For headers, settings and the card.
 _SMALL_FILES = 64 << 20
@@ -51,12 +53,20 @@ class Report:
     resumed: int
 
 
-def convert(plan: Plan, destination: str | Path, *, memory: int, progress: Progress) -> Report:
+def convert(
+    plan: Plan,
+    destination: str | Path,
+    *,
+    memory: int,
+    progress: Progress,
+    scores: Scores | None = None,
+) -> Report:
     """Write what ``plan`` describes into ``destination``.
 
     Args:
         memory: bytes that the work may take.
         progress: called after each module.
+        scores: the sensitivity of layers that the plan was worked out from, to be kept with it.
 
     Raises:
         OSError: ``destination`` is there already, the disk is full, or a file cannot be read or
@@ -76,6 +86,8 @@ def convert(plan: Plan, destination: str | Path, *, memory: int, progress: Progr
             _write_shard(unfinished / name, modules, reader, memory, progress)
     _write_index(unfinished, plan)
     settings.write_settings(unfinished, plan)
+    if scores is not None:
+        write_scores(unfinished / SENSITIVITY, scores)
     (unfinished / _STATE).unlink()
     os.rename(unfinished, destination)
     return Report(

@@ -12,6 +12,7 @@ from ...model.config import TextConfig, text_config_of
 from ...weights import lacks_indexers, plan_layout
 from ...weights.names import is_vision
 from ...weights.shapes import OTHER, Shapes, text_shapes, vision_shapes
+from ..machine import machine_memory
 from . import running
 from .describe import Component, Layout, StoredDtype, dtype_histogram, measure, recognise_layout
 from .parameters import Precision, differences
@@ -85,7 +86,11 @@ def inspect(path_or_repository: str | Path) -> Inspection:
         OSError: it is neither a directory nor a repository that can be read.
         ValueError: it is no MiniMax-M3 checkpoint.
     """
-    source = open_source(path_or_repository)
+    return inspect_source(open_source(path_or_repository))
+
+
+def inspect_source(source: Source) -> Inspection:
+    """The same of one whose headers are there already."""
     headers = source.headers
     config, config_problems = _read_text_config(source.config)
     layout = recognise_layout(headers.tensors, config)
@@ -144,7 +149,7 @@ def _look_inside(found: Inspection, source: Source, config: TextConfig) -> Featu
         config,
         sum(component.bytes for component in contents.components if component.name not in _NOT_LOADED),
         len(found.attention.with_indexer),
-        running.machine_memory(),
+        machine_memory(),
     )
     found.notes += _notes(found, config)
     found.problems += contents.problems

@@ -1,12 +1,12 @@
 """How to run a checkpoint with the stock commands, and how much context fits into memory."""
 
-import os
 import shlex
 import sys
 from dataclasses import dataclass
 from importlib.metadata import PackageNotFoundError, version
 
 from ...model.config import TextConfig
+from ..sizes import size_in_words
 
 _GIB = 1 << 30
 # For the system and for the working memory of a prompt's chunk.
@@ -46,12 +46,8 @@ class Memory:
 
 def memory_for(config: TextConfig, weights: int, sparse_layers: int, machine: int | None) -> Memory:
     """``sparse_layers``: how many layers keep index keys beside K and V."""
-    keys_values = config.num_hidden_layers * 2 * config.num_key_value_heads * config.head_dim
-    index_keys = 2 * sparse_layers * config.index_head_dim
-    group_size = 64 if config.head_dim % 64 == 0 else 32
-    # A scale and a bias of 16 bits for each group; index keys are never quantized.
-    kv_8 = keys_values + keys_values // group_size * 4 + index_keys
-    kv_16 = 2 * keys_values + index_keys
+    kv_16, kv_8 = bytes_per_token(config, sparse_layers), bytes_per_token(config, sparse_layers, 8)
+    group_size = kv_group_size(config)
     reserve = max(_LEAST_RESERVE, int((machine or 0) * _RESERVED_SHARE))
     free = max(0, (machine or 0) - weights - reserve)
     most = config.max_position_embeddings
@@ -60,12 +56,19 @@ def memory_for(config: TextConfig, weights: int, sparse_layers: int, machine: in
     )
 
 
-def machine_memory() -> int | None:
-    """Bytes of physical memory."""
-    try:
-        return os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
-    except (ValueError, OSError, AttributeError):
-        return None
+def bytes_per_token(config: TextConfig, sparse_layers: int, kv_bits: int | None = None) -> int:
+    """What a token of context takes in the cache; ``kv_bits`` None is 16 bits."""
+    keys_values = config.num_hidden_layers * 2 * config.num_key_value_heads * config.head_dim
+    # Never quantized.
+    index_keys = 2 * sparse_layers * config.index_head_dim
+    if kv_bits is None:
+        return 2 * keys_values + index_keys
+    # A scale and a bias of 16 bits for each group.
+    return keys_values * kv_bits // 8 + keys_values // kv_group_size(config) * 4 + index_keys
+
+
+def kv_group_size(config: TextConfig) -> int:
+    return 64 if config.head_dim % 64 == 0 else 32
 
 
 def commands(name: str, *, mlx_lm: bool, mlx_vlm: bool) -> list[str]:
@@ -122,11 +125,3 @@ def memory_lines(memory: Memory) -> list[str]:
 
 def _kv_bits(memory: Memory) -> str:
     return "--kv-bits 8" + ("" if memory.kv_group_size == 64 else f" --kv-group-size {memory.kv_group_size}")
-
-
-def size_in_words(count: int) -> str:
-    """Bytes in the largest unit of which there is one."""
-    return next(
-        (f"{count / (1 << n):,.1f} {unit}" for n, unit in ((30, "GiB"), (20, "MiB")) if count >= 1 << n),
-        f"{count:,} bytes",
-    )

@@ -3,6 +3,7 @@
 import textwrap
 from collections.abc import Iterable, Sequence
 
+from ..sizes import size_in_words
 from . import running
 from .describe import Component, bits_per_weight
 from .inspection import Attention, Inspection
@@ -32,11 +33,9 @@ def lines_of(found: Inspection) -> list[str]:
 
 
 def _what_it_is(found: Inspection) -> list[str]:
-    stored = (f"{d.dtype} {d.tensors:,} tensors, {running.size_in_words(d.bytes)}" for d in found.dtypes)
+    stored = (f"{d.dtype} {d.tensors:,} tensors, {size_in_words(d.bytes)}" for d in found.dtypes)
     files = f"{found.files:,} {'file' if found.files == 1 else 'files'}"
-    size = (
-        f"{found.tensors:,} tensors in {files}, {found.bytes:,} bytes ({running.size_in_words(found.bytes)})"
-    )
+    size = f"{found.tensors:,} tensors in {files}, {found.bytes:,} bytes ({size_in_words(found.bytes)})"
     facts = {
         "model type": found.model_type,
         "layout": "; ".join(found.layout.in_words()),

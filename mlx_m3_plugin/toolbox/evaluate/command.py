@@ -1,0 +1,48 @@
+"""``mlx-m3 evaluate`` from its arguments to what it says."""
+
+from pathlib import Path
+from typing import Any
+
+from ..machine import default_memory
+from ..progress import layers_bar
+from .evaluation import evaluate
+from .report import draw, report_lines
+from .texts import built_in_text, read_texts
+
+
+def evaluate_command(
+    checkpoint: str,
+    reference: str | None = None,
+    *,
+    text_file: str | None = None,
+    tokens: int | None = None,
+    context: int = 4096,
+    cache: str | None = None,
+    memory: int | None = None,
+    plot: str | None = None,
+) -> tuple[dict[str, Any], list[str]]:
+    """What was found, as JSON and as lines.
+
+    Raises:
+        OSError, ValueError: see :func:`.evaluation.evaluate`.
+    """
+    if plot is not None and reference is None:
+        raise ValueError("--plot compares layers; it needs --reference")
+    path = Path(checkpoint).expanduser()
+    text = built_in_text() if text_file is None else _read(text_file)
+    texts = read_texts(path, text, tokens, context)
+    found = evaluate(
+        path,
+        texts,
+        reference=reference,
+        cache=None if cache is None else Path(cache).expanduser(),
+        memory=(memory or default_memory()) // 2,
+        watch=layers_bar,
+    )
+    if plot is not None:
+        draw(found, Path(plot).expanduser())
+    return found.as_dict(), report_lines(found)
+
+
+def _read(file: str) -> str:
+    return Path(file).expanduser().read_text(encoding="utf-8")
