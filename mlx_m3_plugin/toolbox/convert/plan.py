@@ -233,7 +233,8 @@ def _as_it_is(source: Checkpoint, name: str, new_name: str, how: How | None = No
     dtype = tensor.dtype if how.dtype == "keep" else f"mlx.core.{how.dtype}"
     path = new_name.rpartition(".")[0]
     width = tensor.shape[-1] if tensor.shape else 1
-    piece = Piece(name, How(), {"weight": tensor}, math.prod(tensor.shape) // max(width, 1), width)
+    rows = math.prod(tensor.shape) // max(width, 1)
+    piece = Piece(name, How(), {"weight": tensor.reshape(rows, width)}, rows, width)
     component = component_of(name)
     return Module(path, component, how, (piece,), {"weight": NewTensor(new_name, tensor.shape, dtype)})
 

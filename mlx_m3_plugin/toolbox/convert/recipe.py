@@ -116,6 +116,8 @@ def parse_recipe(name: str, text: str, config: TextConfig) -> Recipe:
     if not isinstance(rules, list) or not all(isinstance(rule, dict) for rule in rules):
         raise RecipeError(f"{name}: rules are written as [[rule]]")
     plan = content.get("plan", {})
+    if not isinstance(plan, dict):
+        raise RecipeError(f"{name}: a plan is written as [plan]")
     _check_keys(f"{name}: [plan]", plan, _PLAN_KEYS)
     return Recipe(
         name,
@@ -152,9 +154,7 @@ def _layers(where: str, entries: Any, config: TextConfig) -> frozenset[int]:
             first, _, last = entry.partition("-") if isinstance(entry, str) else (entry, "", "")
             numbers = range(int(first), int(last or first) + 1)
         except (ValueError, TypeError):
-            raise RecipeError(
-                f'{where}: layers are numbers or ranges such as "3-57", not {entry!r}'
-            ) from None
+            raise RecipeError(f'{where}: a layer is a number or a range like "3-57", not {entry!r}') from None
         if not numbers or not all(-count <= number < count for number in numbers):
             raise RecipeError(f"{where}: of {count} layers there is no {entry}")
         chosen |= {number % count for number in numbers}
@@ -168,14 +168,14 @@ def _how(where: str, content: dict[str, Any]) -> How:
             raise RecipeError(f"{where}: dtype stands alone and is one of {', '.join(_DTYPES)}")
         return How(dtype=content["dtype"])
     mode = content.get("mode", "affine")
-    if mode not in _BITS:
+    if not isinstance(mode, str) or mode not in _BITS:
         raise RecipeError(f"{where}: mode is one of {', '.join(_BITS)}, not {mode!r}")
     bits = content.get("bits", _BITS[mode][0] if len(_BITS[mode]) == 1 else None)
     group_size = content.get("group_size", _GROUP_SIZES[mode])
-    if bits not in _BITS[mode]:
+    if type(bits) is not int or bits not in _BITS[mode]:
         raise RecipeError(f"{where}: {mode} has {_or(_BITS[mode])} bits, not {bits!r}")
     allowed = _AFFINE_GROUP_SIZES if mode == "affine" else (_GROUP_SIZES[mode],)
-    if group_size not in allowed:
+    if type(group_size) is not int or group_size not in allowed:
         raise RecipeError(f"{where}: {mode} has groups of {_or(allowed)}, not {group_size!r}")
     return How(bits, group_size, mode)
 

@@ -1,0 +1,80 @@
+"""Conversions made for tests, and what their tensors are compared with."""
+
+import hashlib
+import json
+from collections.abc import Callable
+from pathlib import Path
+
+import mlx.core as mx
+
+from mlx_m3_plugin.model.config import text_config_of
+from mlx_m3_plugin.toolbox.convert import (
+    Plan,
+    convert,
+    load_recipe,
+    open_checkpoint,
+    plan_conversion,
+)
+from mlx_m3_plugin.toolbox.convert.budget import work_out
+from mlx_m3_plugin.toolbox.convert.sensitivity import scores_by_position
+from mlx_m3_plugin.toolbox.precision import How
+from mlx_m3_plugin.weights import map_weights
+from mlx_m3_plugin.weights.headers import weight_files
+
+# Every kind of source that the issue of converting names.
+SOURCES = (
+    "published_float",
+    "mxfp8_official",
+    "transformers_in_memory",
+    "mlx_fused_129_4bit",
+    "mlx_config_i",
+    "nvfp4_modelopt_mixed",
+    "published_text_only",
+)
+MEMORY = 1 << 30
+
+
+def planned(source: Path, recipe: str) -> Plan:
+    """With a budget spent by position, where the recipe has one."""
+    checkpoint = open_checkpoint(source)
+    loaded = load_recipe(recipe, checkpoint.text_config)
+    hows = None
+    if loaded.plan:
+        layers = checkpoint.text_config.num_hidden_layers
+        hows = work_out(checkpoint, loaded, scores_by_position(layers))
+    return plan_conversion(checkpoint, loaded, hows)
+
+
+def converted(source: Path, recipe: str, destination: Path, memory: int = MEMORY) -> Plan:
+    plan = planned(source, recipe)
+    convert(plan, destination, memory=memory, progress=lambda module, count: None)
+    return plan
+
+
+def parameters(directory: Path) -> dict[str, mx.array]:
+    """By published name, experts stacked, in whatever precision they are stored: as mlx loads them."""
+    config = text_config_of(json.loads((directory / "config.json").read_text()), environ={})
+    weights = {n: a for file in weight_files(directory) for n, a in mx.load(str(file)).items()}
+    return map_weights(weights, config, "", vision=True)
+
+
+def dequantized(found: dict[str, mx.array], module: str, how: How) -> mx.array:
+    if how.bits is None:
+        return found[f"{module}.weight"]
+    words = how.as_quantization()
+    made = mx.dequantize(
+        found[f"{module}.weight"], found[f"{module}.scales"], found.get(f"{module}.biases"), **words
+    )
+    if f"{module}.global_scale" in found:
+        # 6 * 448, the largest value that NVFP4's elements and scales make.
+        scale = found[f"{module}.global_scale"][:, None, None] / 2688
+        return (made.astype(mx.float32) * scale).astype(mx.bfloat16)
+    return made
+
+
+def digest(directory: Path) -> dict[str, str]:
+    """Of every file."""
+    return {f.name: hashlib.sha256(f.read_bytes()).hexdigest() for f in sorted(directory.iterdir())}
+
+
+Written = Callable[[str], Path]

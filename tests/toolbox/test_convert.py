@@ -1,0 +1,191 @@
+"""Conversions: bit for bit MLX's own quantization, whatever the memory; and what is beside the weights."""
+
+import json
+import shutil
+from pathlib import Path
+
+import mlx.core as mx
+import pytest
+from checkpoints import LAYOUTS
+from conversions import (
+    SOURCES,
+    Written,
+    converted,
+    dequantized,
+    digest,
+    parameters,
+    planned,
+)
+
+from mlx_m3_plugin.cli import main
+from mlx_m3_plugin.toolbox.convert import open_checkpoint, recipe_names
+from mlx_m3_plugin.toolbox.convert import plan as planning
+from mlx_m3_plugin.toolbox.convert.matrices import matrices_of
+from mlx_m3_plugin.toolbox.inspect import inspect
+from mlx_m3_plugin.toolbox.precision import How
+
+
+def same(one: mx.array, other: mx.array) -> bool:
+    return one.dtype == other.dtype and one.shape == other.shape and bool(mx.array_equal(one, other))
+
+
+@pytest.mark.parametrize("source", SOURCES)
+@pytest.mark.parametrize("recipe", recipe_names())
+def test_tensors_are_mlxs_own_quantization_of_the_source(
+    tiny: Written, tmp_path: Path, source: str, recipe: str
+) -> None:
+    plan = converted(tiny(source), recipe, tmp_path / "made")
+    before, after = parameters(tiny(source)), parameters(tmp_path / "made")
+    checkpoint = open_checkpoint(tiny(source))
+    for module, how in plan.hows.items():
+        stored = checkpoint.how(module)
+        if how == stored and f"{module}.global_scale" not in before:
+            expected = {part: before.get(f"{module}.{part}") for part in ("weight", "scales", "biases")}
+        else:
+            values = dequantized(before, module, stored)
+            if how.bits is None:
+                kept = values if how.dtype == "keep" else values.astype(getattr(mx, how.dtype))
+                expected = {"weight": kept}
+            else:
+                made = mx.quantize(values, **how.as_quantization())
+                expected = dict(zip(("weight", "scales", "biases"), made, strict=False))
+        for part, array in expected.items():
+            found = after.get(f"{module}.{part}")
+            assert (found is None and array is None) or same(found, array), f"{module}.{part}"
+    # Norms, biases and vision are as they were, or in the dtype that the recipe names.
+    others = {n: a for n, a in before.items() if n.rpartition(".")[0] not in plan.hows}
+    assert others.keys() == {n for n in after if n.rpartition(".")[0] not in plan.hows}
+    for name, array in others.items():
+        found = after[name]
+        assert same(found, array) or same(found, array.astype(mx.bfloat16)), name
+
+
+@pytest.mark.parametrize("recipe", recipe_names())
+def test_inspect_reports_the_recipes_bits(tiny: Written, tmp_path: Path, recipe: str) -> None:
+    plan = converted(tiny("mxfp8_official"), recipe, tmp_path / "made")
+    assert inspect(tmp_path / "made").problems == []
+    written = open_checkpoint(tmp_path / "made")
+    floats = {"mlx.core.float16": "float16", "mlx.core.bfloat16": "bfloat16", "mlx.core.float32": "float32"}
+    for matrix in matrices_of(written.text_config):
+        how = plan.hows[matrix.module]
+        if how.bits is not None:
+            assert written.how(matrix.module) == How(how.bits, how.group_size, how.mode)
+        else:
+            dtype = floats[written.plan[f"{matrix.module}.weight"].dtype]
+            assert how.dtype in (dtype, "keep")
+
+
+def test_what_cannot_be_packed_is_told_to_mlx_vlm(tiny: Written, tmp_path: Path) -> None:
+    for recipe, packed in (("4bit", True), ("selector-safe", False)):
+        plan = converted(tiny("published_float"), recipe, tmp_path / recipe)
+        config = json.loads((tmp_path / recipe / "config.json").read_text())
+        names = parameters_stored(tmp_path / recipe)
+        assert plan.packed is packed
+        assert config["text_config"]["pack_shared_expert"] is packed
+        assert any("switch_mlp.gate_up_proj" in name for name in names) is packed
+        assert any("shared_experts" in name for name in names) is not packed
+        assert "quantization_config" not in config["text_config"]
+
+
+def parameters_stored(directory: Path) -> list[str]:
+    return list(json.loads((directory / "model.safetensors.index.json").read_text())["weight_map"])
+
+
+@pytest.mark.parametrize("source", ["published_float", "mlx_fused_129_4bit"])
+def test_memory_and_files_make_no_difference_to_the_tensors(
+    tiny: Written, tmp_path: Path, source: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    converted(tiny(source), "selector-safe", tmp_path / "roomy")
+    # Pieces of a few rows.
+    converted(tiny(source), "selector-safe", tmp_path / "narrow", memory=200_000)
+    assert digest(tmp_path / "roomy") == digest(tmp_path / "narrow")
+    monkeypatch.setattr(planning, "SHARD_BYTES", 100_000)
+    plan = converted(tiny(source), "selector-safe", tmp_path / "many")
+    assert len(plan.shards) > 5
+    one, many = parameters(tmp_path / "roomy"), parameters(tmp_path / "many")
+    assert one.keys() == many.keys()
+    assert all(same(one[name], many[name]) for name in one)
+
+
+def test_pass_through_moves_bytes_alone(tiny: Written, tmp_path: Path) -> None:
+    """MXFP8 as MiniMax publishes it: what MLX unpacks is what was stored."""
+    plan = converted(tiny("mxfp8_official"), "mxfp8", tmp_path / "made")
+    assert plan.nbytes == sum(
+        t.nbytes for t in open_checkpoint(tiny("mxfp8_official")).headers.tensors.values()
+    )
+
+
+def test_what_is_beside_the_weights(tiny: Written, tmp_path: Path) -> None:
+    source = Path(shutil.copytree(tiny("published_float"), tmp_path / "source"))
+    (source / "LICENSE").write_text("MiniMax Community License")
+    (source / "preprocessor_config.json").write_text("{}")
+    (source / "hf_quant_config.json").write_text("{}")
+    (source / "pytorch_model.bin").write_bytes(b"x")
+    (source / "chat_template.jinja").unlink()
+    settings = json.loads((source / "tokenizer_config.json").read_text())
+    (source / "tokenizer_config.json").write_text(json.dumps(settings | {"tool_parser_type": "json_tools"}))
+    converted(source, "config-i", tmp_path / "made")
+    made = tmp_path / "made"
+    copied = {"LICENSE", "preprocessor_config.json", "tokenizer.json", "generation_config.json"}
+    assert copied <= {file.name for file in made.iterdir()}
+    assert not {"hf_quant_config.json", "pytorch_model.bin"} & {file.name for file in made.iterdir()}
+    assert "tool_parser_type" not in json.loads((made / "tokenizer_config.json").read_text())
+    assert "<mm:think>" in (made / "chat_template.jinja").read_text()
+    card = (made / "README.md").read_text()
+    for words in ("Built with MiniMax M3", "`config-i` of mlx-m3-plugin", "mlx 0.", "8-bit g64", "[default]"):
+        assert words in card
+    assert card.startswith("---\nlicense: other\n")
+
+
+def test_a_dry_run_reads_headers_and_writes_nothing(
+    tiny: Written, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert main(["convert", str(tiny("published_float")), "--recipe", "oq4", "--dry-run", "--json"]) == 0
+    told = json.loads(capsys.readouterr().out)
+    assert told["bytes"] == planned(tiny("published_float"), "oq4").nbytes
+    assert told["sensitivity"] == "by position: nothing was measured"
+    assert main(["convert", str(tiny("published_float")), "--recipe", "4bit", "--dry-run"]) == 0
+    assert "total" in capsys.readouterr().out
+    assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.parametrize(
+    ("arguments", "complaint"),
+    [
+        (["nowhere", "made", "--recipe", "4bit"], "nowhere is no directory; download a checkpoint with"),
+        (["{m3}", "made", "--recipe", "5bit"], "5bit is no recipe"),
+        (["{m3}", "made"], "convert needs a DST and a --recipe"),
+        (["{m3}", "--recipe", "4bit"], "convert needs a DST and a --recipe"),
+        (["{m3}", "there", "--recipe", "4bit"], "there is there already; nothing is written over"),
+        (["{m3}", "{m3}", "--recipe", "4bit"], "is there already"),
+        (["{m3}", "made", "--recipe", "4bit", "--sensitivity", "position"], "4bit has fixed bits"),
+        (["{m3}", "made", "--recipe", "oq4", "--sensitivity", "there/x"], "there/x is no map of sensitivity"),
+        (["there", "made", "--recipe", "4bit"], "there holds no config.json"),
+    ],
+)
+def test_what_cannot_be_converted_says_why(
+    tiny: Written,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+    arguments: list[str],
+    complaint: str,
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "there").mkdir()
+    (tmp_path / "there" / "x").write_text("{}")
+    before = digest(tiny("published_float"))
+    assert main(["convert", *(a.format(m3=tiny("published_float")) for a in arguments)]) == 2
+    assert complaint in capsys.readouterr().err
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["there"]
+    assert digest(tiny("published_float")) == before
+
+
+def test_a_source_with_a_missing_tensor_is_refused(tmp_path: Path) -> None:
+    LAYOUTS["published_float"].write(tmp_path / "m3")
+    from checkpoint_edits import edit_header
+
+    name = "language_model.model.layers.1.block_sparse_moe.experts.2.w2.weight"
+    edit_header(tmp_path / "m3", name, lambda header, name: header.pop(name))
+    with pytest.raises(ValueError, match=r"is not a whole MiniMax-M3:\n  missing: .*down_proj"):
+        open_checkpoint(tmp_path / "m3")

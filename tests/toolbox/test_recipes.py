@@ -1,0 +1,155 @@
+"""Recipes: what they may say, what they say of M3, and budgets."""
+
+import contextlib
+import json
+from dataclasses import replace
+from typing import Any
+
+import pytest
+import real_size
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from mlx_m3_plugin.model.config import text_config_of
+from mlx_m3_plugin.toolbox.convert import RecipeError, load_recipe, parse_recipe, recipe_names
+from mlx_m3_plugin.toolbox.convert.matrices import PARTS, matrices_of
+from mlx_m3_plugin.toolbox.convert.recipe import Recipe
+from mlx_m3_plugin.toolbox.precision import How
+
+REAL = text_config_of(real_size.CONFIG, environ={})
+DEFAULT = "[default]\nbits = 4\n"
+
+
+def recipe(text: str) -> Recipe:
+    return parse_recipe("mine", text, REAL)
+
+
+def hows(name: str) -> dict[str, How]:
+    loaded = load_recipe(name, REAL)
+    return {matrix.module: loaded.how(matrix) for matrix in matrices_of(REAL)}
+
+
+def layer(number: int, path: str) -> str:
+    return f"model.layers.{number}.{path}"
+
+
+def test_every_matrix_of_m3_has_a_word() -> None:
+    matrices = matrices_of(REAL)
+    assert sum(matrix.size for matrix in matrices) > 0.999 * 426_174_572_928
+    assert {matrix.part for matrix in matrices} == {part for part in PARTS if "." not in part} - {"vision"}
+    assert len(matrices) == 2 + 60 * 4 + 3 * 3 + 57 * (2 + 1 + 3 + 3)
+
+
+@pytest.mark.parametrize("name", recipe_names())
+def test_recipes_that_come_with_the_package_fit_m3(name: str) -> None:
+    loaded = load_recipe(name, REAL)
+    assert loaded.summary
+    assert len(hows(name)) == len(matrices_of(REAL))
+    # An explanation at the top, for who copies it.
+    assert loaded.text.startswith("# ")
+
+
+def test_config_i_is_what_it_was_published_as() -> None:
+    found = hows("config-i")
+    for number in (0, 1, 58, 59):
+        assert found[layer(number, "self_attn.o_proj")] == How(8)
+    assert found[layer(58, "block_sparse_moe.switch_mlp.down_proj")] == How(8)
+    for number in (3, 30, 57):
+        moe = layer(number, "block_sparse_moe")
+        assert found[f"{moe}.switch_mlp.gate_proj"] == found[f"{moe}.switch_mlp.up_proj"] == How(2)
+        assert found[f"{moe}.switch_mlp.down_proj"] == How(3)
+        assert found[layer(number, "self_attn.q_proj")] == How(4)
+        assert found[f"{moe}.gate"] == How(dtype="float16")
+        assert found[layer(number, "self_attn.index_q_proj")] == How(dtype="bfloat16")
+    assert found["model.embed_tokens"] == found["lm_head"] == How(8)
+
+
+def test_selector_safe_leaves_alone_what_chooses() -> None:
+    found = hows("selector-safe")
+    for path, how in found.items():
+        if path.endswith(("block_sparse_moe.gate", "index_q_proj", "index_k_proj")):
+            assert how == How(dtype="keep")
+        elif ".switch_mlp." in path:
+            assert how == How(4)
+        else:
+            assert (how.bits or 16) >= 6
+
+
+def test_the_last_rule_that_fits_decides() -> None:
+    found = recipe(
+        DEFAULT
+        + '[[rule]]\nparts = ["attention"]\nbits = 8\n'
+        + '[[rule]]\nparts = ["attention.o_proj"]\nlayers = ["1-2", -1]\nbits = 3\n'
+    )
+    by_path = {matrix.module: found.how(matrix) for matrix in matrices_of(REAL)}
+    assert by_path[layer(0, "self_attn.o_proj")] == How(8)
+    assert [by_path[layer(n, "self_attn.o_proj")].bits for n in (1, 2, 3, 58, 59)] == [3, 3, 8, 8, 3]
+    assert by_path[layer(1, "self_attn.q_proj")] == How(8)
+    assert by_path["lm_head"] == How(4)
+
+
+@pytest.mark.parametrize(
+    ("text", "complaint"),
+    [
+        ("", "mine: there is no \\[default\\]"),
+        ("[default", "mine: not TOML"),
+        ("[default]\nbits = 7\n", "affine has 2 or 3 or 4 or 5 or 6 or 8 bits, not 7"),
+        ("[default]\ngroup_size = 64\n", "affine has .* bits, not None"),
+        ("[default]\nbits = 4\ngroup_size = 48\n", "affine has groups of 32 or 64 or 128, not 48"),
+        ('[default]\nmode = "int4"\n', "mode is one of affine, mxfp8, mxfp4, nvfp4, not 'int4'"),
+        ('[default]\nmode = "mxfp4"\ngroup_size = 64\n', "mxfp4 has groups of 32, not 64"),
+        ('[default]\ndtype = "int8"\n', "dtype stands alone and is one of bfloat16"),
+        ('[default]\ndtype = "keep"\nbits = 4\n', "dtype stands alone"),
+        ("[default]\nbit = 4\n", "bit is no word of a recipe; these are: bits, dtype"),
+        (DEFAULT + "[rules]\n", "rules is no word of a recipe"),
+        (DEFAULT + "[rule]\nbits = 4\n", r"rules are written as \[\[rule\]\]"),
+        (DEFAULT + "[[rule]]\nbits = 4\n", "rule 1 names no parts"),
+        (DEFAULT + '[[rule]]\nparts = ["mlp"]\nbits = 4\n', "M3 has no mlp; its parts are embeddings,"),
+        (DEFAULT + '[[rule]]\nparts = ["experts.w1"]\nbits = 4\n', "M3 has no experts.w1"),
+        (DEFAULT + '[[rule]]\nparts = ["attention"]\nlayers = [60]\nbits = 4\n', "60 layers there is no 60"),
+        (DEFAULT + '[[rule]]\nparts = ["attention"]\nlayers = ["5-3"]\nbits = 4\n', "there is no 5-3"),
+        (DEFAULT + '[[rule]]\nparts = ["attention"]\nlayers = ["all"]\nbits = 4\n', "a layer is a number or"),
+        (DEFAULT + '[[rule]]\nparts = ["vision"]\nbits = 4\n', "the vision tower is not quantized"),
+        (DEFAULT + '[plan]\nmethod = "oq"\nbudget = 4\n', r"\[plan\]: budget is no word"),
+    ],
+)  # fmt: skip
+def test_a_recipe_that_cannot_be_followed_says_why(text: str, complaint: str) -> None:
+    with pytest.raises(RecipeError, match=complaint):
+        recipe(text)
+
+
+def test_there_is_no_such_recipe() -> None:
+    with pytest.raises(RecipeError, match="5bit is no recipe: neither a file nor one of 4bit, 6bit,"):
+        load_recipe("5bit", REAL)
+
+
+def test_groups_have_to_divide_the_inputs() -> None:
+    narrow = replace(REAL, hidden_size=96)
+    loaded = parse_recipe("mine", DEFAULT, narrow)
+    with pytest.raises(RecipeError, match=r"has 96 inputs, which do not divide into groups of 64"):
+        [loaded.how(matrix) for matrix in matrices_of(narrow)]
+
+
+@settings(max_examples=1000, deadline=None)
+@given(st.recursive(
+    st.one_of(st.none(), st.booleans(), st.integers(-5, 99), st.text("a[]=\n\"' -0.", max_size=9)),
+    lambda inner: st.lists(inner, max_size=3) | st.dictionaries(st.sampled_from(
+        ["default", "rule", "plan", "parts", "layers", "bits", "mode", "dtype", "x"]), inner, max_size=4),
+    max_leaves=12))  # fmt: skip
+def test_whatever_a_file_holds_the_answer_is_a_recipe_or_its_error(content: Any) -> None:
+    def toml(value: Any) -> str:
+        if isinstance(value, dict):
+            return "{" + ", ".join(f"{key} = {toml(v)}" for key, v in value.items()) + "}"
+        return json.dumps(value) if value is not None else '"none"'
+
+    entries = content.items() if isinstance(content, dict) else [("default", content)]
+    with contextlib.suppress(RecipeError):
+        recipe("\n".join(f"{key} = {toml(value)}" for key, value in entries))
+
+
+def test_sizes_of_precisions() -> None:
+    assert How(4).bytes_of(6400) == 3200 + 100 * 4
+    assert How(4, 32, "mxfp4").bytes_of(6400) == 3200 + 200
+    assert How(4, 16, "nvfp4").bytes_of(6400) == 3200 + 400
+    assert How().bytes_of(100) == 200
+    assert How(dtype="float32").bytes_of(100) == 400
