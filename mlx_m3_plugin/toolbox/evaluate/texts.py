@@ -47,8 +47,11 @@ def read_texts(checkpoint: Path, text: str, tokens: int | None, context: int) ->
     """Cut ``text`` into windows of ``context`` tokens, ``tokens`` of them in all.
 
     Raises:
+        FileNotFoundError: there is no checkpoint.
         ValueError: the text has too few tokens, or the checkpoint no tokenizer.
     """
+    if not checkpoint.is_dir():
+        raise FileNotFoundError(f"{checkpoint} is no directory")
     from transformers import AutoTokenizer
 
     try:

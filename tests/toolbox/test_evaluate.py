@@ -1,0 +1,264 @@
+"""Evaluation equals the model in memory, however it is cut, and goes on where it was interrupted."""
+
+import json
+import math
+import random
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import mlx.core as mx
+import numpy as np
+import pytest
+from conversions import Written, converted
+from mlx_lm.utils import load_model
+
+from mlx_m3_plugin.cli import main
+from mlx_m3_plugin.toolbox.checkpoint import open_checkpoint
+from mlx_m3_plugin.toolbox.evaluate import Evaluation, Texts, built_in_text, cut, evaluate
+from mlx_m3_plugin.toolbox.evaluate import walk as walking
+from mlx_m3_plugin.toolbox.evaluate.walk import walk, walk_key
+
+REFERENCE = "published_float"
+# Float, 4 bits, mixed and MXFP8, and others.
+LAYOUTS = (
+    REFERENCE,
+    "mlx_fused_129_4bit",
+    "mlx_config_i",
+    "mxfp8_official",
+    "mlx_unfused_8bit",
+    "mxfp4_quark",
+)
+
+
+def random_texts(seed: int, tokens: int = 500, context: int = 130) -> Texts:
+    """Windows four times the block budget of 32 tokens."""
+    rng = np.random.default_rng(seed)
+    return cut([int(t) for t in rng.integers(0, 700, tokens)], None, context)
+
+
+def log_probabilities(directory: Path, texts: Texts) -> np.ndarray:
+    """Of every prediction, by the model in memory; float64."""
+    model, _ = load_model(directory)
+    logits = [
+        np.array(model(mx.array([list(window)]), cache=model.make_cache())[0, :-1].astype(mx.float32))
+        for window in texts.windows
+    ]
+    rows = np.concatenate(logits).astype(np.float64)
+    largest = rows.max(axis=1, keepdims=True)
+    return rows - largest - np.log(np.exp(rows - largest).sum(axis=1, keepdims=True))
+
+
+def directly(directory: Path, reference: Path, texts: Texts) -> dict[str, float]:
+    log_q, log_p = log_probabilities(directory, texts), log_probabilities(reference, texts)
+    targets = [token for window in texts.windows for token in window[1:]]
+    kl = (np.exp(log_p) * (log_p - log_q)).sum(axis=1)
+    return {
+        "perplexity": math.exp(-log_q[np.arange(len(targets)), targets].mean()),
+        "kl_mean": kl.mean(),
+        "kl_95": np.percentile(kl, 95),
+        "top_1": (log_p.argmax(axis=1) == log_q.argmax(axis=1)).mean(),
+        "ear": np.minimum(np.exp(log_p), np.exp(log_q)).sum(axis=1).mean(),
+    }
+
+
+def found(evaluation: Evaluation) -> dict[str, float]:
+    assert evaluation.distributions is not None
+    return {"perplexity": evaluation.perplexity, **vars(evaluation.distributions)}
+
+
+@pytest.mark.parametrize("layout", LAYOUTS)
+def test_it_equals_the_model_in_memory(
+    tiny: Written, tmp_path: Path, layout: str, fresh_seed: int, count: Callable[[int, int], int]
+) -> None:
+    rng = random.Random(fresh_seed)
+    texts = random_texts(fresh_seed)
+    expected = directly(tiny(layout), tiny(REFERENCE), texts)
+    for _ in range(count(2, 8)):
+        step, memory = rng.randint(9, 140), rng.choice([1 << 16, 1 << 20, 1 << 30])
+        made = evaluate(
+            tiny(layout),
+            texts,
+            reference=tiny(REFERENCE),
+            cache=tmp_path / f"{step}-{memory}",
+            memory=memory,
+            step=step,
+        )
+        for name, value in found(made).items():
+            # A percentile is one position's value, whose rounding no other makes up for.
+            allowed = 1e-5 if name == "kl_95" else 1e-6
+            assert value == pytest.approx(expected[name], rel=allowed, abs=1e-12), (name, step, memory)
+
+
+def test_layers_are_compared_by_what_they_put_out_and_choose(tiny: Written, tmp_path: Path) -> None:
+    texts = random_texts(3)
+    same = evaluate(tiny(REFERENCE), texts, reference=tiny(REFERENCE), cache=tmp_path)
+    assert [layer.hidden_error for layer in same.layers] == [0, 0, 0]
+    assert [layer.router_overlap for layer in same.layers] == [None, 1, 1]
+    assert [layer.block_overlap for layer in same.layers] == [None, 1, 1]
+    other = evaluate(tiny("mlx_fused_129_4bit"), texts, reference=tiny(REFERENCE), cache=tmp_path)
+    errors = [layer.hidden_error for layer in other.layers]
+    assert 0 < errors[0] < errors[1] < errors[2]
+    for layer in other.layers[1:]:
+        assert 0.5 < (layer.router_overlap or 0) < 1
+        assert 0.3 < (layer.block_overlap or 0) < 1
+
+
+def test_overlaps_count_what_they_say() -> None:
+    from mlx_m3_plugin.toolbox.evaluate.metrics import _overlap
+
+    expected = np.array([[0, 1, 2], [3, 4, -1], [-1, -1, -1]])
+    shared = np.array([[2, 1, 9], [3, -1, -1], [5, 6, 7]])
+    # Of five ids, three are there; of a query that took all there is nothing to say.
+    assert _overlap(shared, expected) == 3 / 5
+    assert _overlap(shared, None) is None
+    assert _overlap(np.full((2, 3), -1), expected[:2]) is None
+
+
+def test_an_interrupted_walk_goes_on(tiny: Written, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    texts = random_texts(5)
+    whole = evaluate(tiny(REFERENCE), texts, cache=tmp_path / "whole").perplexity
+    layers = []
+
+    def interrupt(title: str, count: int) -> Callable[[int, int], None]:
+        def told(layer: int, done: int) -> None:
+            layers.append(layer)
+            if layer == 1:
+                raise KeyboardInterrupt
+
+        return told
+
+    with pytest.raises(KeyboardInterrupt):
+        evaluate(tiny(REFERENCE), texts, cache=tmp_path / "cut", watch=interrupt)
+    # In the midst of a layer, after its file was begun.
+    with monkeypatch.context() as patch:
+        patch.setattr(walking, "_sample", lambda *args: (_ for _ in ()).throw(KeyboardInterrupt))
+        with pytest.raises(KeyboardInterrupt):
+            evaluate(tiny(REFERENCE), texts, cache=tmp_path / "cut")
+    layers.clear()
+    again = evaluate(
+        tiny(REFERENCE),
+        texts,
+        cache=tmp_path / "cut",
+        watch=lambda title, count: lambda n, c: layers.append(n),
+    )
+    assert again.perplexity == whole
+    assert layers == [-1, 2]
+
+
+def test_one_pass_of_the_reference_serves_many(tiny: Written, tmp_path: Path) -> None:
+    texts = random_texts(6)
+    walks: list[tuple[str, int]] = []
+
+    def watch(title: str, count: int) -> Callable[[int, int], None]:
+        return lambda layer, done: walks.append((title, layer))
+
+    for layout in ("mlx_fused_129_4bit", "mlx_config_i"):
+        evaluate(tiny(layout), texts, reference=tiny(REFERENCE), cache=tmp_path, watch=watch)
+    read = [layer for title, layer in walks if title == REFERENCE]
+    assert read == [-1, 0, 1, 2, -1]
+
+
+def test_walks_of_other_texts_or_other_weights_are_others(tiny: Written, tmp_path: Path) -> None:
+    checkpoint, texts = open_checkpoint(tiny(REFERENCE)), random_texts(1)
+    key = walk_key(checkpoint, texts)
+    assert key == walk_key(open_checkpoint(tiny(REFERENCE)), random_texts(1))
+    assert key != walk_key(checkpoint, random_texts(2))
+    assert key != walk_key(open_checkpoint(tiny("mlx_config_i")), texts)
+
+
+def test_no_two_processes_walk_in_one_directory(tiny: Written, tmp_path: Path) -> None:
+    import fcntl
+
+    texts = random_texts(1)
+    directory = tmp_path / walk_key(open_checkpoint(tiny(REFERENCE)), texts)
+    directory.mkdir()
+    with (directory / "lock").open("w") as file:
+        fcntl.flock(file, fcntl.LOCK_EX)
+        with pytest.raises(OSError, match="another process is evaluating the same"):
+            evaluate(tiny(REFERENCE), texts, cache=tmp_path)
+
+
+def test_weights_that_are_not_numbers_are_told_by_layer(tmp_path: Path) -> None:
+    from checkpoints import LAYOUTS as ALL
+
+    ALL[REFERENCE].write(tmp_path / "m3")
+    checkpoint = open_checkpoint(tmp_path / "m3")
+    stored = checkpoint.headers.tensors["language_model.model.layers.1.self_attn.o_proj.weight"]
+    with (tmp_path / "m3" / stored.file).open("r+b") as file:
+        file.seek(stored.start)
+        file.write(b"\xff" * 64)
+    with pytest.raises(ValueError, match="after layer 1 hidden states are not numbers"):
+        walk(
+            open_checkpoint(tmp_path / "m3"),
+            random_texts(1),
+            tmp_path / "walk",
+            memory=1 << 20,
+            step=64,
+            progress=lambda layer, done: None,
+        )
+
+
+def test_the_command(tiny: Written, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    pytest.importorskip("matplotlib")
+    (tmp_path / "text").write_text(built_in_text()[:1500])
+    made = tmp_path / "made"
+    converted(tiny(REFERENCE), "4bit", made)
+    arguments = ["evaluate", str(made), "--reference", str(tiny(REFERENCE)), "--text", str(tmp_path / "text")]
+    arguments += ["--tokens", "300", "--context", "100", "--cache", str(tmp_path / "cache")]
+    assert main([*arguments, "--json", str(tmp_path / "out.json"), "--plot", str(tmp_path / "out.png")]) == 0
+    said = capsys.readouterr().out
+    assert "300 tokens in 3 windows of 100" in said
+    assert "KL divergence" in said
+    assert "EAR" in said
+    told = json.loads((tmp_path / "out.json").read_text())
+    assert (told["tokens"], len(told["layers"])) == (300, 3)
+    assert (tmp_path / "out.png").read_bytes().startswith(b"\x89PNG")
+    assert main([*arguments, "--json", "-"]) == 0
+    assert json.loads(capsys.readouterr().out) == told
+
+
+@pytest.mark.parametrize(
+    ("arguments", "complaint"),
+    [
+        (["nowhere"], "nowhere"),
+        (["{m3}", "--tokens", "1000000"], "fewer than the 1,000,000 that are asked for"),
+        (["{m3}", "--plot", "x.png"], "--plot compares layers; it needs --reference"),
+        (["{m3}", "--context", "1"], "a window has to have two tokens"),
+        (["{m3}", "--text", "empty"], "the text has less than two tokens"),
+    ],
+)
+def test_what_cannot_be_evaluated_says_why(
+    tiny: Written,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+    arguments: list[str],
+    complaint: str,
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "empty").write_text("")
+    assert main(["evaluate", *(a.format(m3=tiny(REFERENCE)) for a in arguments)]) == 2
+    assert complaint in capsys.readouterr().err
+
+
+def test_another_model_is_no_reference(tiny: Written, tmp_path: Path) -> None:
+    from mlx_m3_plugin.toolbox.demo import write_demo
+
+    write_demo(tmp_path / "demo")
+    with pytest.raises(ValueError, match=r"is no reference for .*: num_hidden_layers is 6 there and 3"):
+        evaluate(tiny(REFERENCE), random_texts(1), reference=tmp_path / "demo", cache=tmp_path / "cache")
+
+
+def test_the_built_in_text_has_what_it_promises() -> None:
+    text: Any = built_in_text()
+    for words in (
+        "def merge_intervals",
+        "SELECT",
+        "<mm:think>",
+        "]<]minimax[>[<invoke",
+        "Keller",
+        "水",
+        "도서관",
+    ):
+        assert words in text
