@@ -1,0 +1,148 @@
+"""What fits: counted for the real M3, and a forecast held against what the attention layer takes."""
+
+import json
+from pathlib import Path
+
+import mlx.core as mx
+import pytest
+import real_size
+from mlx.utils import tree_map
+
+from mlx_m3_plugin.cli import main
+from mlx_m3_plugin.hosts.mlx_lm.cache import make_layer_cache
+from mlx_m3_plugin.hosts.mlx_lm.host import MLX_LM
+from mlx_m3_plugin.model.attention import Attention
+from mlx_m3_plugin.model.config import text_config_of
+from mlx_m3_plugin.msa.tiling import default_memory_budget
+from mlx_m3_plugin.toolbox.fit import attention_transient, fit, stock_transients
+from mlx_m3_plugin.toolbox.sizes import parse_count, parse_size, size_in_words
+
+GIB = 1 << 30
+REAL = text_config_of(real_size.CONFIG, environ={})
+WEIGHTS = 241_477_881_856
+
+
+@pytest.fixture(scope="module")
+def four_bits(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    directory = tmp_path_factory.mktemp("real") / "4bit"
+    real_size.REAL_LAYOUTS["fused_4bit"](directory)
+    return directory
+
+
+def test_the_real_m3_in_four_bits(four_bits: Path) -> None:
+    found = fit(four_bits, 256 * GIB)
+    assert found.weights + found.vision == WEIGHTS
+    assert found.per_token == 137_472
+    assert found.fits
+    # One more does not.
+    assert not fit(four_bits, 256 * GIB, context=found.largest_context + 1).fits
+    assert fit(four_bits, 256 * GIB, context=found.largest_context).fits
+    assert found.total <= 256 * GIB - found.reserve
+    assert found.wired_limit_mb == 240 * 1024
+
+
+def test_quantized_caches_take_less(four_bits: Path) -> None:
+    per_token = [fit(four_bits, 512 * GIB, kv_bits=bits).per_token for bits in (None, 8, 4)]
+    # 122,880 values of K and V and 14,592 bytes of index keys; scales and biases of 64 values each.
+    assert per_token == [137_472, 61_440 + 61_440 // 64 * 4 + 14_592, 30_720 + 61_440 // 64 * 4 + 14_592]
+    with pytest.raises(ValueError, match="--kv-bits is 4 or 8, not 3"):
+        fit(four_bits, 512 * GIB, kv_bits=3)
+
+
+def test_what_does_not_fit(four_bits: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["fit", str(four_bits), "--memory", "128GB"]) == 1
+    assert "No context fits: the weights alone are too much." in capsys.readouterr().out
+    assert main(["fit", str(four_bits), "--memory", "256GB", "--context", "1M"]) == 1
+    assert "does NOT fit" in capsys.readouterr().out
+
+
+def test_a_token_reads_what_is_active(four_bits: Path) -> None:
+    """Active are 24.73 B parameters with the head, nearly all in 4 bits."""
+    found = fit(four_bits, 512 * GIB, context=1, bandwidth=819)
+    assert found.touched == pytest.approx(24.73e9 * 4.5 / 8, rel=0.01)
+    assert found.ceilings == {"819 GB/s": pytest.approx(819e9 / found.touched, abs=0.1)}
+    # Of a long context: all index keys, 2,048 tokens of K and V on sparse layers, all on three dense ones.
+    longer = fit(four_bits, 512 * GIB, context=1 << 20)
+    read = 57 * 256 * (1 << 20) + 57 * 2048 * 2048 + 3 * 2048 * (1 << 20)
+    assert longer.touched - found.touched == pytest.approx(read, rel=0.001)
+
+
+def test_what_stock_takes_beside() -> None:
+    assert stock_transients(REAL, 2048, 131_072) == {"mlx-lm": 20 * GIB, "mlx-vlm": 4.25 * GIB}
+    assert stock_transients(REAL, 2048, 2048) == {"mlx-lm": 0, "mlx-vlm": 0}
+
+
+@pytest.mark.parametrize(("queries", "context"), [(64, 4096), (96, 12_288)])
+def test_the_forecast_is_what_the_layer_takes(queries: int, context: int) -> None:
+    """At real sizes, in float32 on the CPU, as ``benchmarks/msa.py`` measures it."""
+    measured = transient_of_the_layer(queries, context)
+    forecast = attention_transient(
+        REAL, queries, context, itemsize=4, tile=default_memory_budget(), copies_keys=True
+    )
+    assert forecast == pytest.approx(measured, rel=0.1)
+
+
+# From docs/benchmarks/msa.md: MiB of a layer by queries and context.
+BENCHMARKED = {(256, 8192): 40, (256, 32768): 53, (2048, 32768): 271, (2048, 131_072): 277}
+
+
+@pytest.mark.parametrize(("case", "mebibytes"), BENCHMARKED.items())
+def test_the_forecast_is_what_the_benchmark_says(case: tuple[int, int], mebibytes: int) -> None:
+    found = attention_transient(REAL, *case, itemsize=4, tile=16 << 20, copies_keys=True)
+    assert found / 2**20 == pytest.approx(mebibytes, rel=0.1)
+
+
+def transient_of_the_layer(queries: int, context: int) -> int:
+    layer = Attention(REAL, 3, MLX_LM)
+    layer.update(tree_map(lambda p: mx.full(p.shape, 0.02), layer.parameters()))
+    cache, held = make_layer_cache(True), context - queries
+    for part in (held, queries):
+        MLX_LM.append_index_keys(cache, mx.random.normal((1, 1, part, 128)))
+        MLX_LM.append_keys_values(cache, *(mx.random.normal((1, 4, part, 128)) for _ in range(2)))
+        mx.eval(cache.state)
+    cache.trim(queries)
+    x = mx.random.normal((1, queries, REAL.hidden_size))
+    mx.eval(layer.parameters(), x)
+    mx.clear_cache()
+    before = mx.get_active_memory()
+    mx.reset_peak_memory()
+    mx.eval(layer(x, None, cache), cache.state)
+    return mx.get_peak_memory() - before
+
+
+def test_the_command_as_json(four_bits: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    arguments = ["fit", str(four_bits), "--memory", "512GiB", "--context", "128K", "--prefill-step", "4K"]
+    assert main([*arguments, "--json"]) == 0
+    told = json.loads(capsys.readouterr().out)
+    assert (told["context"], told["prefill_step"], told["fits"]) == (131_072, 4096, True)
+    assert main(arguments) == 0
+    assert "131,072 tokens of 137,472 bytes" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize(
+    ("text", "size"),
+    [
+        ("1", 1),
+        ("1kB", 1000),
+        ("256GB", 256 * 10**9),
+        ("1.5GiB", 3 * GIB // 2),
+        ("64G", 64 * GIB),
+        (" 2 TB ", 2 * 10**12),
+    ],
+)
+def test_sizes(text: str, size: int) -> None:
+    assert parse_size(text) == size
+
+
+@pytest.mark.parametrize("text", ["", "GB", "-1GB", "1XB", "1.2.3", "many", "1e9"])
+def test_no_sizes(text: str) -> None:
+    with pytest.raises(ValueError, match="is no size; write 256GB"):
+        parse_size(text)
+
+
+def test_counts_and_words() -> None:
+    assert [parse_count(text) for text in ("5", "128K", "1m")] == [5, 131_072, 1 << 20]
+    for text in ("0", "1G", "x"):
+        with pytest.raises(ValueError, match="is no number of tokens"):
+            parse_count(text)
+    assert [size_in_words(n) for n in (5, 3 << 20, 5 << 29)] == ["5 bytes", "3.0 MiB", "2.5 GiB"]
