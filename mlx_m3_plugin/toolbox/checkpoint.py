@@ -38,11 +38,6 @@ class Checkpoint:
     indexers: bool
 
     @property
-    def prefix(self) -> str:
-        """What stands before the text model's names in MLX's checkpoints of this model type."""
-        return "language_model." if self.config["model_type"] == "minimax_m3_vl" else ""
-
-    @property
     def vision(self) -> list[str]:
         """The names of the vision tower's parameters, and the projectors'."""
         return [name for name in self.plan if is_vision(name)]

@@ -72,6 +72,19 @@ def dequantized(found: dict[str, mx.array], module: str, how: How) -> mx.array:
     return made
 
 
+def text_values(directory: Path, plan: Plan) -> dict[str, mx.array]:
+    """In float32, by name: what the tensors of a conversion stand for, without the vision tower."""
+    # In float32 before anything is computed: dequantized in bf16, values would be rounded once more.
+    found = {
+        name: array.astype(mx.float32) if mx.issubdtype(array.dtype, mx.floating) else array
+        for name, array in parameters(directory).items()
+    }
+    made = {f"{module}.weight": dequantized(found, module, how) for module, how in plan.hows.items()}
+    others = {name: a for name, a in found.items() if name.rpartition(".")[0] not in plan.hows}
+    texts = {n: a for n, a in (others | made).items() if n.startswith(("model.", "lm_head."))}
+    return {name: array.astype(mx.float32) for name, array in texts.items()}
+
+
 def digest(directory: Path) -> dict[str, str]:
     """Of every file."""
     return {f.name: hashlib.sha256(f.read_bytes()).hexdigest() for f in sorted(directory.iterdir())}

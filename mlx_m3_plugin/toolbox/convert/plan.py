@@ -20,6 +20,8 @@ from .recipe import Recipe
 
 # As mlx-lm and mlx-vlm cut their conversions.
 SHARD_BYTES = 5 << 30
+# Before the text model's names, as mlx-lm and mlx-vlm write them; a text-only model becomes one too.
+PREFIX = "language_model."
 
 
 @dataclass(frozen=True)
@@ -38,7 +40,7 @@ class Module:
     """What is written under one path.
 
     Attributes:
-        path: with the prefix of the model type.  component: as ``mlx-m3 inspect`` names it.
+        path: with the prefix.  component: as ``mlx-m3 inspect`` names it.
         pieces: matrices one below the other, experts one after the other.
         tensors: what is stored, by part: ``weight``, ``scales``, ``biases``.
     """
@@ -159,12 +161,12 @@ def _text_modules(
         path, _, part = name.rpartition(".")
         matrix = matrices.get(path)
         if matrix is None or part != "weight":
-            yield _as_it_is(source, name, source.prefix + name)
+            yield _as_it_is(source, name, PREFIX + name)
         elif packed and matrix.part in ("experts", "shared_expert"):
             if matrix.part == "experts" and matrix.projection != "up_proj":
                 yield _packed(source, matrices, hows, matrix)
         else:
-            yield _module(source, source.prefix + path, hows[path], list(_pieces(source, matrix)))
+            yield _module(source, PREFIX + path, hows[path], list(_pieces(source, matrix)))
 
 
 def _packed(
@@ -179,7 +181,7 @@ def _packed(
         columns.append([*_pieces(source, routed), *_pieces(source, shared)])
     pieces = [piece for row in zip(*columns, strict=True) for piece in row]
     fused = "gate_up_proj" if len(names) == 2 else projection
-    path = f"{source.prefix}{moe}.switch_mlp.{fused}"
+    path = f"{PREFIX}{moe}.switch_mlp.{fused}"
     return _module(source, path, hows[matrix.module], pieces, experts=len(columns[0]))
 
 

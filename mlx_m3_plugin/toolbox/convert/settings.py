@@ -48,10 +48,26 @@ def new_config(plan: Plan) -> dict[str, Any]:
         config |= {"quantization": quantization, "quantization_config": quantization}
     # For mlx-vlm, which packs unless it is told not to.
     packed = {"pack_shared_expert": plan.packed}
-    if isinstance(config.get("text_config"), dict):
-        text = {k: v for k, v in config["text_config"].items() if not k.startswith("quantization")}
-        return {**config, "text_config": text | packed}
-    return config | packed
+    nested = config.get("text_config")
+    if not isinstance(nested, dict):
+        return _around(config, packed)
+    text = {k: v for k, v in nested.items() if not k.startswith("quantization")}
+    return {**config, "text_config": text | packed}
+
+
+# What mlx-lm's and mlx-vlm's classes read outside of ``text_config``.
+_OUTER = ("quantization", "quantization_config", "tie_word_embeddings", "eos_token_id", "transformers_version")
+
+
+def _around(flat: dict[str, Any], packed: dict[str, bool]) -> dict[str, Any]:
+    """A text-only model's config as that of ``minimax_m3_vl``, the only M3 that mlx-lm knows."""
+    text = {k: v for k, v in flat.items() if not k.startswith(("quantization", "architectures"))}
+    return {
+        "architectures": ["MiniMaxM3SparseForConditionalGeneration"],
+        "model_type": "minimax_m3_vl",
+        **{k: flat[k] for k in _OUTER if k in flat},
+        "text_config": text | packed,
+    }
 
 
 def _forget_wrong_parser(file: Path) -> None:

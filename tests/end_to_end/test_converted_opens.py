@@ -1,0 +1,95 @@
+"""What we convert opens, strictly and with the right logits, in stock mlx-lm and mlx-vlm without us."""
+
+import json
+import random
+from collections.abc import Callable
+from importlib.metadata import version
+from importlib.util import find_spec
+from pathlib import Path
+from typing import NamedTuple
+
+import mlx.core as mx
+import pytest
+from checkpoints import LAYOUTS
+from conversions import SOURCES, converted, text_values
+from environments import Environment
+from opens import reference_logits
+
+from mlx_m3_plugin.toolbox.convert import recipe_names
+
+CHILD = Path(__file__).with_name("stock_opens.py")
+# Below the block budget of these models, so that a library's own selection is not judged here.
+TOKENS = [(7 * i * i + 3 * i) % 90 for i in range(30)]
+# Of mlx's kernels for quantized matrices, against matrices of the same values in float32.
+TOLERANCE = 1e-3
+
+
+class Made(NamedTuple):
+    """A conversion, and the logits that its tensors stand for."""
+
+    directory: Path
+    packed: bool
+    vision: bool
+    logits: mx.array
+
+
+@pytest.fixture(scope="module")
+def made(tmp_path_factory: pytest.TempPathFactory, count: Callable[[int, int], int]) -> list[Made]:
+    root = tmp_path_factory.mktemp("converted")
+    pairs = [(recipe, source) for recipe in recipe_names() for source in SOURCES]
+    if not count(0, 1):
+        pairs = one_of_each(pairs)
+    return [convert_and_compute(root, recipe, source) for recipe, source in pairs]
+
+
+def one_of_each(pairs: list[tuple[str, str]]) -> list[tuple[str, str]]:
+    """Each recipe and each source at least once, with a partner of chance."""
+    shuffled = random.SystemRandom().sample(pairs, len(pairs))
+    recipes = {recipe: (recipe, source) for recipe, source in shuffled}
+    sources = {source: (recipe, source) for recipe, source in shuffled}
+    return sorted({*recipes.values(), *sources.values()})
+
+
+def convert_and_compute(root: Path, recipe: str, source: str) -> Made:
+    if not (root / source).exists():
+        LAYOUTS[source].write(root / source)
+    directory = root / f"{recipe} of {source}"
+    plan = converted(root / source, recipe, directory)
+    logits = reference_logits(directory, text_values(directory, plan), mx.array([TOKENS]))
+    mx.eval(logits)
+    return Made(directory, plan.packed, bool(plan.source.vision), logits)
+
+
+def errors_and_differences(
+    stock: Environment, library: str, made: list[Made], work: Path
+) -> tuple[dict[str, str], dict[str, float]]:
+    """What did not open and why; what opened and computes something else."""
+    asked = {"tokens": TOKENS, "directories": [str(one.directory) for one in made]}
+    (work / "asked.json").write_text(json.dumps(asked))
+    stock.run(CHILD, library, work, timeout=1800)
+    errors = json.loads((work / "errors.json").read_text())
+    logits = mx.load(str(work / "logits.npz"))
+    largest = {
+        one.directory.name: mx.abs(logits[str(place)] - one.logits).max().item()
+        for place, one in enumerate(made)
+        if errors[str(one.directory)] is None
+    }
+    return (
+        {Path(directory).name: error for directory, error in errors.items() if error is not None},
+        {name: difference for name, difference in largest.items() if not difference <= TOLERANCE},
+    )
+
+
+@pytest.mark.skipif(version("mlx-lm").startswith("0.31."), reason="mlx-lm 0.31 has no M3 class")
+def test_in_stock_mlx_lm(stock: Environment, made: list[Made], tmp_path: Path) -> None:
+    assert errors_and_differences(stock, "mlx_lm", made, tmp_path) == ({}, {})
+
+
+@pytest.mark.skipif(find_spec("mlx_vlm") is None, reason="mlx-vlm is not installed here")
+def test_in_stock_mlx_vlm(stock: Environment, made: list[Made], tmp_path: Path) -> None:
+    errors, differences = errors_and_differences(stock, "mlx_vlm", made, tmp_path)
+    assert differences == {}
+    # 0.6.4 knows no other M3 than one with packed experts and a vision tower.
+    old = version("mlx-vlm").startswith("0.6.")
+    not_for_it = {one.directory.name for one in made if not (one.packed and one.vision)}
+    assert errors.keys() == (not_for_it if old else set())
