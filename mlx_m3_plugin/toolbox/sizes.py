@@ -5,15 +5,15 @@ import re
 _UNITS = {
     "": 1,
     "B": 1,
-    **{f"{prefix}B": 1000**power for power, prefix in enumerate("KMGT", 1)},
-    **{f"{prefix}IB": 1024**power for power, prefix in enumerate("KMGT", 1)},
-    **{prefix: 1024**power for power, prefix in enumerate("KMGT", 1)},
+    **{f"{prefix}{end}": 1024**power for power, prefix in enumerate("KMGT", 1) for end in ("", "B", "IB")},
 }
 _SIZE = re.compile(r"\s*([0-9]+(?:\.[0-9]*)?|\.[0-9]+)\s*([A-Za-z]*)\s*\Z")
 
 
 def parse_size(text: str) -> int:
-    """Bytes of ``256GB``, ``0.5TiB``, ``64G`` (GiB, as memory is sold) or a plain number.
+    """Bytes of ``256GB``, ``0.5TiB``, ``64G`` or a plain number.
+
+    It is memory that is meant, and memory is sold by powers of 1024: a Mac of 256GB has 256 GiB.
 
     Raises:
         ValueError: it is no size.

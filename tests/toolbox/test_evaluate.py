@@ -1,17 +1,15 @@
 """Evaluation equals the model in memory, however it is cut, and goes on where it was interrupted."""
 
 import json
-import math
 import random
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-import mlx.core as mx
 import numpy as np
 import pytest
 from conversions import Written, converted
-from mlx_lm.utils import load_model
+from in_memory import directly
 
 from mlx_m3_plugin.cli import main
 from mlx_m3_plugin.toolbox.checkpoint import open_checkpoint
@@ -35,31 +33,6 @@ def random_texts(seed: int, tokens: int = 500, context: int = 130) -> Texts:
     """Windows four times the block budget of 32 tokens."""
     rng = np.random.default_rng(seed)
     return cut([int(t) for t in rng.integers(0, 700, tokens)], None, context)
-
-
-def log_probabilities(directory: Path, texts: Texts) -> np.ndarray:
-    """Of every prediction, by the model in memory; float64."""
-    model, _ = load_model(directory)
-    logits = [
-        np.array(model(mx.array([list(window)]), cache=model.make_cache())[0, :-1].astype(mx.float32))
-        for window in texts.windows
-    ]
-    rows = np.concatenate(logits).astype(np.float64)
-    largest = rows.max(axis=1, keepdims=True)
-    return rows - largest - np.log(np.exp(rows - largest).sum(axis=1, keepdims=True))
-
-
-def directly(directory: Path, reference: Path, texts: Texts) -> dict[str, float]:
-    log_q, log_p = log_probabilities(directory, texts), log_probabilities(reference, texts)
-    targets = [token for window in texts.windows for token in window[1:]]
-    kl = (np.exp(log_p) * (log_p - log_q)).sum(axis=1)
-    return {
-        "perplexity": math.exp(-log_q[np.arange(len(targets)), targets].mean()),
-        "kl_mean": kl.mean(),
-        "kl_95": np.percentile(kl, 95),
-        "top_1": (log_p.argmax(axis=1) == log_q.argmax(axis=1)).mean(),
-        "ear": np.minimum(np.exp(log_p), np.exp(log_q)).sum(axis=1).mean(),
-    }
 
 
 def found(evaluation: Evaluation) -> dict[str, float]:
@@ -200,7 +173,6 @@ def test_weights_that_are_not_numbers_are_told_by_layer(tmp_path: Path) -> None:
 
 
 def test_the_command(tiny: Written, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    pytest.importorskip("matplotlib")
     (tmp_path / "text").write_text(built_in_text()[:1500])
     made = tmp_path / "made"
     converted(tiny(REFERENCE), "4bit", made)

@@ -123,11 +123,11 @@ def test_the_command_as_json(four_bits: Path, capsys: pytest.CaptureFixture[str]
     ("text", "size"),
     [
         ("1", 1),
-        ("1kB", 1000),
-        ("256GB", 256 * 10**9),
+        ("1kB", 1024),
+        ("256GB", 256 * GIB),
         ("1.5GiB", 3 * GIB // 2),
         ("64G", 64 * GIB),
-        (" 2 TB ", 2 * 10**12),
+        (" 2 TB ", 2048 * GIB),
     ],
 )
 def test_sizes(text: str, size: int) -> None:

@@ -181,13 +181,13 @@ def _affine(tensor: Tensor, bits: int) -> list[Tensor]:
     ]
 
 
-def _mxfp8(tensor: Tensor) -> list[Tensor]:
+def mxfp8(tensor: Tensor) -> list[Tensor]:
     *rows, inputs = tensor.shape
     scale = Tensor(f"{tensor.module}.weight_scale_inv", (*rows, inputs // MXFP8_GROUP), "U8")
     return [tensor._replace(dtype="F8_E4M3"), scale]
 
 
-def _is_router(module: str) -> bool:
+def is_router(module: str) -> bool:
     return module.endswith(".gate")
 
 
@@ -201,7 +201,7 @@ def uniform_bits(bits: int, *, shared_expert: int | None = None) -> Bits:
     """One width for all, 8 bits for the router, maybe another one for the shared expert."""
 
     def bits_of(module: str) -> int | None:
-        if _is_router(module):
+        if is_router(module):
             return 8
         return shared_expert if shared_expert and ".shared_experts." in module else bits
 
@@ -215,7 +215,7 @@ def oq4_bits(module: str) -> int | None:
     lm_head and embeddings get 8 bits, routed experts (and the shared one fused with them) the
     base 4, everything else 8 or 5 by position, with the index projections treated as any others.
     """
-    if _is_router(module):
+    if is_router(module):
         return None
     if "switch_mlp" in module:
         return 4
@@ -224,7 +224,7 @@ def oq4_bits(module: str) -> int | None:
 
 def config_i_bits(module: str) -> int | None:
     """thetom-ai's policy.  Nothing is known of the shared expert; here it is cut as the routed ones."""
-    if _is_router(module) or ".index_" in module:
+    if is_router(module) or ".index_" in module:
         return None
     if not 2 <= _layer_of(module) < N_LAYERS - 2:
         return 8
@@ -337,7 +337,7 @@ def _cut(tensors: list[Tensor], n_shards: int) -> list[list[Tensor]]:
     return shards
 
 
-def _write(
+def write_sparse(
     path: Path, parameters: list[Tensor], stored: list[Tensor], config: Config, n_shards: int | None = None
 ) -> RealCheckpoint:
     path.mkdir(parents=True, exist_ok=True)
@@ -358,16 +358,16 @@ def _write(
 
 def write_published(path: Path) -> RealCheckpoint:
     parameters = text_model(experts_one_by_one) + vision_model("F32")
-    return _write(path, parameters, parameters, CONFIG, n_shards=59)
+    return write_sparse(path, parameters, parameters, CONFIG, n_shards=59)
 
 
 def write_mxfp8(path: Path) -> RealCheckpoint:
     parameters = text_model(experts_one_by_one) + vision_model("F32")
     stored: list[Tensor] = []
     for tensor in parameters:
-        kept = _is_router(tensor.module) or tensor.module.endswith(("embed_tokens", "lm_head"))
-        stored += _mxfp8(tensor) if tensor.may_be_quantized and not kept else [tensor]
-    return _write(path, parameters, stored, MXFP8_CONFIG, n_shards=31)
+        kept = is_router(tensor.module) or tensor.module.endswith(("embed_tokens", "lm_head"))
+        stored += mxfp8(tensor) if tensor.may_be_quantized and not kept else [tensor]
+    return write_sparse(path, parameters, stored, MXFP8_CONFIG, n_shards=31)
 
 
 def _mlx_writer(
@@ -377,7 +377,7 @@ def _mlx_writer(
         parameters = text_model(experts, router_dtype=router_dtype) + vision_model()
         stored, quantization = quantize(parameters, bits_of, default_bits=4)
         config = CONFIG | {"text_config": TEXT_CONFIG | text_config}
-        return _write(path, parameters, stored, config | quantization)
+        return write_sparse(path, parameters, stored, config | quantization)
 
     return write
 
@@ -385,7 +385,7 @@ def _mlx_writer(
 def write_text_only_6bit(path: Path) -> RealCheckpoint:
     parameters = text_model(experts_stacked, prefix="", indexer=False)
     stored, quantization = quantize(parameters, uniform_bits(6), default_bits=6)
-    return _write(path, parameters, stored, TEXT_ONLY_CONFIG | quantization)
+    return write_sparse(path, parameters, stored, TEXT_ONLY_CONFIG | quantization)
 
 
 REAL_LAYOUTS: dict[str, Callable[[Path], RealCheckpoint]] = {

@@ -2,8 +2,10 @@
 
 from collections import defaultdict
 from importlib.metadata import PackageNotFoundError, version
+from typing import NamedTuple
 
 from ... import __version__
+from ...weights.shapes import component_of
 from ..sizes import size_in_words
 from .plan import Plan
 
@@ -74,7 +76,7 @@ def model_card(plan: Plan) -> str:
         bits=plan.bits_per_weight,
         parameters=plan.parameters,
         packages=packages,
-        rows="\n".join(f"| {name} | {count:,} | {how} |" for name, count, how in components(plan)),
+        rows="\n".join(f"| {name} | {count:,} | {how} |" for name, count, _, how in components(plan)),
         name="path/to/this",
         # Until then it was not told apart whether the shared expert is packed.
         vlm="0.6.4" if plan.packed else "0.6.5",
@@ -82,16 +84,30 @@ def model_card(plan: Plan) -> str:
     )
 
 
-def components(plan: Plan) -> list[tuple[str, int, str]]:
-    """Parts of the model with their parameters, and the precisions in them, most first."""
+class Component(NamedTuple):
+    """A part of the model: how much of it there is, and the precisions in it, most first."""
+
+    name: str
+    parameters: int
+    nbytes: int
+    hows: str
+
+
+def components(plan: Plan) -> list[Component]:
     counts: dict[str, dict[str, int]] = defaultdict(lambda: defaultdict(int))
+    sizes: dict[str, int] = defaultdict(int)
     for module in plan.modules:
         how = str(module.how)
         if module.how.bits is None:
             how = next(iter(module.tensors.values())).dtype.removeprefix("mlx.core.")
-        counts[module.component][how] += module.parameters
+        for piece in module.pieces:
+            # A packed shared expert lies among the routed ones.
+            name = component_of(f"{piece.module}.weight") if piece.module in plan.hows else module.component
+            size = piece.rows * piece.columns
+            counts[name][how] += size
+            sizes[name] += module.nbytes * size // module.parameters
     return [
-        (name, sum(hows.values()), ", ".join(sorted(hows, key=lambda how: -hows[how])))
+        Component(name, sum(hows.values()), sizes[name], ", ".join(sorted(hows, key=lambda how: -hows[how])))
         for name, hows in counts.items()
     ]
 

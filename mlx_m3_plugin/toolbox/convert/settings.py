@@ -56,7 +56,13 @@ def new_config(plan: Plan) -> dict[str, Any]:
 
 
 # What mlx-lm's and mlx-vlm's classes read outside of ``text_config``.
-_OUTER = ("quantization", "quantization_config", "tie_word_embeddings", "eos_token_id", "transformers_version")
+_OUTER = (
+    "quantization",
+    "quantization_config",
+    "tie_word_embeddings",
+    "eos_token_id",
+    "transformers_version",
+)
 
 
 def _around(flat: dict[str, Any], packed: dict[str, bool]) -> dict[str, Any]:

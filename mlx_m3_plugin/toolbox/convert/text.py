@@ -11,11 +11,7 @@ def plan_lines(prepared: Prepared) -> list[str]:
     """The plan as a table."""
     plan = prepared.plan
     rows = [("Component", "parameters", "bytes", "bits/weight", "stored as")]
-    bytes_of: dict[str, int] = {}
-    for module in plan.modules:
-        bytes_of[module.component] = bytes_of.get(module.component, 0) + module.nbytes
-    for name, parameters, how in components(plan):
-        size = bytes_of[name]
+    for name, parameters, size, how in components(plan):
         rows.append((name, f"{parameters:,}", f"{size:,}", f"{8 * size / max(parameters, 1):.2f}", how))
     total = f"{plan.bits_per_weight:.2f}"
     rows.append(("total", f"{plan.parameters:,}", f"{plan.nbytes:,}", total, ""))

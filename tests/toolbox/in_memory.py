@@ -1,0 +1,35 @@
+"""What evaluation finds, computed with the whole model in memory."""
+
+import math
+from pathlib import Path
+
+import mlx.core as mx
+import numpy as np
+from mlx_lm.utils import load_model
+
+from mlx_m3_plugin.toolbox.evaluate import Texts
+
+
+def log_probabilities(directory: Path, texts: Texts) -> np.ndarray:
+    """Of every prediction, by the model in memory; float64."""
+    model, _ = load_model(directory)
+    logits = [
+        np.array(model(mx.array([list(window)]), cache=model.make_cache())[0, :-1].astype(mx.float32))
+        for window in texts.windows
+    ]
+    rows = np.concatenate(logits).astype(np.float64)
+    largest = rows.max(axis=1, keepdims=True)
+    return rows - largest - np.log(np.exp(rows - largest).sum(axis=1, keepdims=True))
+
+
+def directly(directory: Path, reference: Path, texts: Texts) -> dict[str, float]:
+    log_q, log_p = log_probabilities(directory, texts), log_probabilities(reference, texts)
+    targets = [token for window in texts.windows for token in window[1:]]
+    kl = (np.exp(log_p) * (log_p - log_q)).sum(axis=1)
+    return {
+        "perplexity": math.exp(-log_q[np.arange(len(targets)), targets].mean()),
+        "kl_mean": kl.mean(),
+        "kl_95": np.percentile(kl, 95),
+        "top_1": (log_p.argmax(axis=1) == log_q.argmax(axis=1)).mean(),
+        "ear": np.minimum(np.exp(log_p), np.exp(log_q)).sum(axis=1).mean(),
+    }
