@@ -11,8 +11,9 @@ from mlx_m3_plugin.toolbox.evaluate import Texts
 
 
 def log_probabilities(directory: Path, texts: Texts) -> np.ndarray:
-    """Of every prediction, by the model in memory; float64."""
+    """Of every prediction, by the model in memory, in float32 as the CPU needs it; float64."""
     model, _ = load_model(directory)
+    model.set_dtype(mx.float32)
     logits = [
         np.array(model(mx.array([list(window)]), cache=model.make_cache())[0, :-1].astype(mx.float32))
         for window in texts.windows

@@ -2,10 +2,12 @@
 
 import json
 import random
+import shutil
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import mlx.core as mx
 import numpy as np
 import pytest
 from conversions import Written, converted
@@ -61,6 +63,27 @@ def test_it_equals_the_model_in_memory(
             # A percentile is one position's value, whose rounding no other makes up for.
             allowed = 1e-5 if name == "kl_95" else 1e-6
             assert value == pytest.approx(expected[name], rel=allowed, abs=1e-12), (name, step, memory)
+
+
+def in_bf16(source: Path, directory: Path) -> Path:
+    shutil.copytree(source, directory)
+    for file in directory.glob("*.safetensors"):
+        arrays = {n: a.astype(mx.bfloat16) if a.ndim > 1 else a for n, a in mx.load(str(file)).items()}
+        mx.save_safetensors(str(file), arrays, {"format": "pt"})
+    return directory
+
+
+def test_what_is_stored_in_16_bits_is_computed_in_32_on_the_cpu(tiny: Written, tmp_path: Path) -> None:
+    """Where it would be computed otherwise, KL is wrong by a tenth and more."""
+    reference = in_bf16(tiny(REFERENCE), tmp_path / "bf16")
+    converted(reference, "4bit", tmp_path / "made")
+    texts = random_texts(6)
+    expected = directly(tmp_path / "made", reference, texts)
+    made = evaluate(
+        tmp_path / "made", texts, reference=reference, cache=tmp_path / "cache", memory=1 << 20, step=50
+    )
+    for name in ("perplexity", "kl_mean", "ear"):
+        assert found(made)[name] == pytest.approx(expected[name], rel=1e-6)
 
 
 def test_layers_are_compared_by_what_they_put_out_and_choose(tiny: Written, tmp_path: Path) -> None:

@@ -73,7 +73,7 @@ def draw(found: Evaluation, path: Path) -> None:
     try:
         import matplotlib
     except ModuleNotFoundError:
-        raise ValueError("a plot needs matplotlib: pip install \"mlx-m3-plugin[plot]\"") from None
+        raise ValueError('a plot needs matplotlib: pip install "mlx-m3-plugin[plot]"') from None
     matplotlib.use("Agg")
     from matplotlib import pyplot
 

@@ -15,9 +15,10 @@ _EMBEDDING = "model.embed_tokens"
 
 
 class Embedding:
-    """Rows of the embedding, of which a text needs few."""
+    """Rows of the embedding, of which a text needs few; with ``dtype``, computed in it and not as stored."""
 
-    def __init__(self, source: Checkpoint, reader: TensorReader):
+    def __init__(self, source: Checkpoint, reader: TensorReader, dtype: mx.Dtype | None = None):
+        self._dtype = dtype
         self._reader = reader
         self._parts = parts_of(source.plan, _EMBEDDING)
         self._how = source.how(_EMBEDDING)
@@ -27,8 +28,16 @@ class Embedding:
         """``[N]`` -> ``[N, D]``."""
         for token in set(tokens) - self._rows.keys():
             stored = {p: self._reader.read(t.taken(token, token + 1)) for p, t in self._parts.items()}
-            self._rows[token] = dequantized(stored, self._how)
+            self._rows[token] = self._computed(stored)
         return mx.concatenate([self._rows[token] for token in tokens])
+
+    def _computed(self, stored: dict[str, mx.array]) -> mx.array:
+        if self._dtype is None:
+            return dequantized(stored, self._how)
+        for part, array in stored.items():
+            if mx.issubdtype(array.dtype, mx.floating):
+                stored[part] = array.astype(self._dtype)
+        return dequantized(stored, self._how).astype(self._dtype)
 
 
 class Head:
