@@ -24,7 +24,11 @@ def log_probabilities(directory: Path, texts: Texts) -> np.ndarray:
 
 
 def directly(directory: Path, reference: Path, texts: Texts) -> dict[str, float]:
-    log_q, log_p = log_probabilities(directory, texts), log_probabilities(reference, texts)
+    return compared(log_probabilities(directory, texts), log_probabilities(reference, texts), texts)
+
+
+def compared(log_q: np.ndarray, log_p: np.ndarray, texts: Texts) -> dict[str, float]:
+    """``log_q`` beside the reference's ``log_p``."""
     targets = [token for window in texts.windows for token in window[1:]]
     kl = (np.exp(log_p) * (log_p - log_q)).sum(axis=1)
     return {

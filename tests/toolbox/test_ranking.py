@@ -6,7 +6,7 @@ from pathlib import Path
 
 import numpy as np
 from conversions import converted
-from in_memory import directly
+from in_memory import compared, log_probabilities
 from safetensors.numpy import save_file
 
 from mlx_m3_plugin.model.config import text_config_of
@@ -75,6 +75,9 @@ def test_evaluation_ranks_recipes_as_they_are_and_what_chooses_is_worth_its_bits
         source = write_selective(root / "source", seed)
         told: dict[str, float] = {}
         true: dict[str, float] = {}
+        # Of other tokens, and more of them.
+        others = random_texts(seed + 1, 4 * WINDOW)
+        reference = log_probabilities(source, others)
         sizes: dict[str, int] = {}
         five = root / "uniform.toml"
         five.write_text(UNIFORM.format(bits=5))
@@ -92,8 +95,7 @@ def test_evaluation_ranks_recipes_as_they_are_and_what_chooses_is_worth_its_bits
             )
             assert found.distributions is not None
             told[name] = found.distributions.kl_mean
-            # Of other tokens, and more of them.
-            true[name] = directly(made, source, random_texts(seed + 1, 4 * WINDOW))["kl_mean"]
+            true[name] = compared(log_probabilities(made, others), reference, others)["kl_mean"]
         correlation = np.corrcoef(ranks(list(told.values())), ranks(list(true.values())))[0, 1]
         print(f"seed {seed}: rank correlation {correlation:.3f}", true)
         record_property(f"rank correlation {seed}", correlation)
