@@ -33,8 +33,8 @@ def compared(log_q: np.ndarray, log_p: np.ndarray, texts: Texts) -> dict[str, fl
     kl = (np.exp(log_p) * (log_p - log_q)).sum(axis=1)
     return {
         "perplexity": math.exp(-log_q[np.arange(len(targets)), targets].mean()),
-        "kl_mean": kl.mean(),
-        "kl_95": np.percentile(kl, 95),
+        "kl_mean": float(kl.mean()),
+        "kl_95": float(np.percentile(kl, 95)),
         "top_1": (log_p.argmax(axis=1) == log_q.argmax(axis=1)).mean(),
         "ear": np.minimum(np.exp(log_p), np.exp(log_q)).sum(axis=1).mean(),
     }

@@ -81,7 +81,7 @@ def test_evaluation_ranks_recipes_as_they_are_and_what_chooses_is_worth_its_bits
         sizes: dict[str, int] = {}
         five = root / "uniform.toml"
         five.write_text(UNIFORM.format(bits=5))
-        for recipe in (*RECIPES, str(five)):
+        for recipe in (*RECIPES[:: count(2, 1)], str(five)):
             name = Path(recipe).stem
             made = root / f"{name}-made"
             sizes[name] = converted(source, recipe, made).nbytes
@@ -97,9 +97,10 @@ def test_evaluation_ranks_recipes_as_they_are_and_what_chooses_is_worth_its_bits
             told[name] = found.distributions.kl_mean
             true[name] = compared(log_probabilities(made, others), reference, others)["kl_mean"]
         correlation = np.corrcoef(ranks(list(told.values())), ranks(list(true.values())))[0, 1]
-        print(f"seed {seed}: rank correlation {correlation:.3f}", true)
+        print(f"seed {seed}: rank correlation {correlation:.3f}", true, sizes)
         record_property(f"rank correlation {seed}", correlation)
-        assert correlation >= 0.9, (told, true)
+        # Of five recipes, two neighbours may change places.
+        assert round(correlation, 6) >= 0.9, (told, true)
         # Uniform bits at least as large, and one less.
         assert sizes["uniform"] >= sizes["selector-safe"] > sizes["4bit"]
         assert true["selector-safe"] < true["uniform"] < true["4bit"]
