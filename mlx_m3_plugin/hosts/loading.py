@@ -1,7 +1,7 @@
 """Loading a checkpoint into a model, as both libraries do it: files, names, bits, values."""
 
 import logging
-from collections.abc import Callable
+from collections.abc import Callable, Container
 from pathlib import Path
 from typing import Any
 
@@ -32,12 +32,14 @@ class AnyLayout(nn.Module):
     Attributes:
         text_prefix: what stands before ``model.layers`` and ``lm_head`` in parameter names.
         takes_vision: whether the tensors of the vision tower and the projectors are kept.
+        held_layers: numbers of the layers that this process runs, where it runs some.
         loader_config: the dict that the host's loader made the model from, and reads again
             after :meth:`sanitize`.
     """
 
     text_prefix: str
     takes_vision = False
+    held_layers: Container[int] | None = None
 
     @property
     def loader_config(self) -> dict[str, Any]:
@@ -50,7 +52,9 @@ class AnyLayout(nn.Module):
             ValueError: a tensor is there twice, or in a format that MLX has no mode for.
         """
         config: TextConfig = self.text_config
-        mapped = map_weights(weights, config, self.text_prefix, vision=self.takes_vision)
+        mapped = map_weights(
+            weights, config, self.text_prefix, vision=self.takes_vision, layers=self.held_layers
+        )
         sparse: list[DecoderLayer] = [layer for layer in self.layers if layer.self_attn.is_sparse_attn]
         if lacks_indexers(mapped, config):
             for layer in sparse:

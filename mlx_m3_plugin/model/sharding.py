@@ -1,6 +1,7 @@
 """Tensor parallelism: every process holds a share of the heads and of each MLP's width."""
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from typing import Any, NamedTuple
 
 import mlx.core as mx
 import mlx.nn as nn
@@ -10,57 +11,103 @@ from .attention import Attention
 from .decoder import DecoderLayer
 from .moe import DenseMLP, SparseMoeBlock
 
+WIDENING, NARROWING = "all-to-sharded", "sharded-to-all"
+
+
+class _Part(NamedTuple):
+    """A linear layer to be cut.
+
+    ``summed``: whether the layer itself adds up what the processes have, if it narrows.
+    """
+
+    owner: nn.Module
+    name: str
+    sharding: str
+    summed: bool
+
 
 def shard_layers(layers: Sequence[DecoderLayer], group: mx.distributed.Group) -> None:
     """Shard decoder layers in place.
 
     Raises:
-        ValueError: a head count does not divide by the number of processes, or the layers
-            are sharded already.  Nothing has been changed then.
+        ValueError: heads, widths or quantization groups do not divide by the number of processes,
+            or the layers are sharded already.  Nothing has been changed then.
     """
     size = group.size()
     for layer in layers:
-        attention = layer.self_attn
-        heads = {
-            "num_attention_heads": attention.num_attention_heads,
-            "num_key_value_heads": attention.num_key_value_heads,
-        }
-        uneven = {name: n for name, n in heads.items() if n % size}
-        if uneven:
-            raise ValueError(f"{uneven} do not divide by {size} processes; is the model sharded already?")
+        _check_heads(layer.self_attn, size)
+        for part in _parts(layer):
+            _check_divides(part, size)
     for layer in layers:
-        _shard_attention(layer.self_attn, group)
+        for part in _parts(layer):
+            _shard(part, group)
+        attention = layer.self_attn
+        attention.num_attention_heads //= size
+        attention.num_key_value_heads //= size
+        if attention.is_sparse_attn:
+            attention.index_n_heads //= size
         if layer.is_moe:
-            _shard_experts(layer.block_sparse_moe, group)
-        else:
-            _shard_mlp(layer.mlp, group)
+            layer.block_sparse_moe.sharding_group = group
 
 
-def _shard_attention(attention: Attention, group: mx.distributed.Group) -> None:
-    size = group.size()
-    attention.q_proj = shard_linear(attention.q_proj, "all-to-sharded", group=group)
-    attention.k_proj = shard_linear(attention.k_proj, "all-to-sharded", group=group)
-    attention.v_proj = shard_linear(attention.v_proj, "all-to-sharded", group=group)
-    attention.o_proj = shard_linear(attention.o_proj, "sharded-to-all", group=group)
-    attention.num_attention_heads //= size
-    attention.num_key_value_heads //= size
+def _parts(layer: DecoderLayer) -> Iterator[_Part]:
+    attention = layer.self_attn
+    for name in ("q_proj", "k_proj", "v_proj"):
+        yield _Part(attention, name, WIDENING, summed=True)
     if attention.is_sparse_attn:
         # An index head serves one KV group and goes where that goes; the index key is shared.
-        attention.index_q_proj = shard_linear(attention.index_q_proj, "all-to-sharded", group=group)
-        attention.index_n_heads //= size
+        yield _Part(attention, "index_q_proj", WIDENING, summed=True)
+    yield _Part(attention, "o_proj", NARROWING, summed=True)
+    if not layer.is_moe:
+        yield from _mlp(layer.mlp, summed=True)
+        return
+    moe: SparseMoeBlock = layer.block_sparse_moe
+    # One sum in the block serves the routed and the shared experts.
+    yield from _mlp(moe.switch_mlp, summed=False)
+    yield from _mlp(moe.shared_experts, summed=False)
 
 
-def _shard_mlp(mlp: DenseMLP, group: mx.distributed.Group) -> None:
-    mlp.gate_proj = shard_linear(mlp.gate_proj, "all-to-sharded", group=group)
-    mlp.up_proj = shard_linear(mlp.up_proj, "all-to-sharded", group=group)
-    mlp.down_proj = shard_linear(mlp.down_proj, "sharded-to-all", group=group)
+def _mlp(mlp: DenseMLP | Any, *, summed: bool) -> Iterator[_Part]:
+    yield _Part(mlp, "gate_proj", WIDENING, summed)
+    yield _Part(mlp, "up_proj", WIDENING, summed)
+    yield _Part(mlp, "down_proj", NARROWING, summed)
 
 
-def _shard_experts(moe: SparseMoeBlock, group: mx.distributed.Group) -> None:
-    # In place, so that one sum in the block serves the routed and the shared experts.
-    mlp: nn.Module
-    for mlp in (moe.switch_mlp, moe.shared_experts):
-        shard_inplace(mlp.gate_proj, "all-to-sharded", group=group)
-        shard_inplace(mlp.up_proj, "all-to-sharded", group=group)
-        shard_inplace(mlp.down_proj, "sharded-to-all", group=group)
-    moe.sharding_group = group
+# --- checking ---
+
+
+def _check_heads(attention: Attention, size: int) -> None:
+    heads = {
+        "num_attention_heads": attention.num_attention_heads,
+        "num_key_value_heads": attention.num_key_value_heads,
+    }
+    uneven = {name: n for name, n in heads.items() if n % size}
+    if uneven:
+        raise ValueError(f"{uneven} do not divide by {size} processes; is the model sharded already?")
+
+
+def _check_divides(part: _Part, size: int) -> None:
+    linear = part.owner[part.name]
+    if part.sharding == WIDENING:
+        count, unit = linear.weight.shape[-2], "rows"
+    elif "scales" in linear:
+        count, unit = linear.scales.shape[-1], f"quantization groups of {linear.group_size}"
+    else:
+        count, unit = linear.weight.shape[-1], "columns"
+    if count % size:
+        raise ValueError(f"{part.name}: {count} {unit} do not divide by {size} processes")
+
+
+# --- cutting ---
+
+
+def _shard(part: _Part, group: mx.distributed.Group) -> None:
+    linear = part.owner[part.name]
+    if part.summed:
+        setattr(part.owner, part.name, shard_linear(linear, part.sharding, group=group))
+        return
+    scale = linear.pop("global_scale", None)
+    shard_inplace(linear, part.sharding, group=group)
+    if scale is not None:
+        # One for each expert, not for its rows.
+        linear.global_scale = scale

@@ -53,7 +53,36 @@ def dequantized(stored: Mapping[str, mx.array], source: How) -> mx.array:
     """The values of a stored matrix."""
     if source.bits is None:
         return stored["weight"]
-    values = mx.dequantize(
+    values = _unpacked(stored, source)
+    if "global_scale" in stored:
+        return (values * tensor_scale(stored["global_scale"])).astype(mx.bfloat16)
+    return values
+
+
+def computes_in_float32() -> bool:
+    """Whether a text is taken through a layer in float32, whatever its weights are.
+
+    MLX's CPU kernels for quantized matrices add up 16-bit products in 16 bits: thousands of them are
+    off by as much as they come to.  For many tokens they are slower than a product in float32, too.
+    """
+    return bool(mx.default_device() == mx.cpu)
+
+
+def float32_values(stored: Mapping[str, mx.array], source: How) -> mx.array:
+    """:func:`dequantized` without any rounding to 16 bits."""
+    if source.bits is None:
+        return stored["weight"].astype(mx.float32)
+    in_float32 = {
+        part: array.astype(mx.float32) if mx.issubdtype(array.dtype, mx.floating) else array
+        for part, array in stored.items()
+    }
+    # Values of the modes without biases have few enough bits to be exact in bfloat16.
+    values = _unpacked(in_float32, source).astype(mx.float32)
+    return values * tensor_scale(stored["global_scale"]) if "global_scale" in stored else values
+
+
+def _unpacked(stored: Mapping[str, mx.array], source: How) -> mx.array:
+    return mx.dequantize(
         stored["weight"],
         stored["scales"],
         stored.get("biases"),
@@ -61,9 +90,6 @@ def dequantized(stored: Mapping[str, mx.array], source: How) -> mx.array:
         bits=source.bits,
         mode=source.mode,
     )
-    if "global_scale" in stored:
-        return (values * tensor_scale(stored["global_scale"])).astype(mx.bfloat16)
-    return values
 
 
 def tensor_scale(global_scale: mx.array) -> mx.array:

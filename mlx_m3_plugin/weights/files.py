@@ -4,15 +4,19 @@ import functools
 import inspect
 import json
 import tempfile
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Container, Iterator, Sequence
 from contextlib import contextmanager
+from contextvars import ContextVar
 from pathlib import Path
 from typing import Any
 
-from .headers import read_headers, weight_files
+from ..model.config import TextConfig
+from .headers import INDEX, read_headers, weight_files
+from .names import is_vision, layer_of, published_name
 
 MODEL_TYPES = ("minimax_m3_vl", "minimax_m3")
 _PROBLEMS_TOLD = 10
+_STRICT: ContextVar[bool] = ContextVar("strict", default=False)
 
 
 def is_m3(directory: str | Path) -> bool:
@@ -52,10 +56,12 @@ def with_checks(load_model: Callable[..., Any]) -> Callable[..., Any]:
     def checked(model_path: Any, *args: Any, **kwargs: Any) -> Any:
         if not is_m3(model_path):
             return load_model(model_path, *args, **kwargs)
+        if _STRICT.get():
+            kwargs["strict"] = True
         asked = inspect.signature(load_model).bind(model_path, *args, **kwargs)
         asked.apply_defaults()
         options = {**asked.kwargs, **asked.arguments}
-        # Not strict: one rank of several may have fetched no more than its own shards.
+        # Who does not want it strict has said so.
         if options.get("strict", True):
             check_files(model_path)
         loaded = load_model(model_path, *args, **kwargs)
@@ -66,6 +72,57 @@ def with_checks(load_model: Callable[..., Any]) -> Callable[..., Any]:
         return loaded
 
     return checked
+
+
+def shards_with(directory: Path, config: TextConfig, layers: Container[int]) -> list[str] | None:
+    """Names of the shards that hold any of these layers, or what the text model has besides layers;
+    None where no index tells.
+    """
+    try:
+        index = json.loads((directory / INDEX).read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        return None
+    wanted = set()
+    for stored, file in index["weight_map"].items():
+        name = published_name(stored, config)
+        layer = layer_of(name)
+        if not is_vision(name) and (layer is None or layer in layers):
+            wanted.add(file)
+    return sorted(wanted)
+
+
+def strictly(load: Callable[..., Any]) -> Callable[..., Any]:
+    """A host's function that loads M3 checkpoints with no weight missing, whatever it asks for.
+
+    What a checkpoint lacks would stay random.
+    """
+
+    @functools.wraps(load)
+    def strict(*args: Any, **kwargs: Any) -> Any:
+        token = _STRICT.set(True)
+        try:
+            return load(*args, **kwargs)
+        finally:
+            _STRICT.reset(token)
+
+    return strict
+
+
+@contextmanager
+def only_shards(directory: Path, wanted: Sequence[str] | None) -> Iterator[Path]:
+    """A directory of links in which these shards are a whole checkpoint; ``directory`` without ``wanted``."""
+    if wanted is None:
+        yield directory
+        return
+    index = json.loads((directory / INDEX).read_text(encoding="utf-8"))
+    index["weight_map"] = {name: file for name, file in index["weight_map"].items() if file in wanted}
+    shards = {file.name for file in weight_files(directory)}
+    with tempfile.TemporaryDirectory(prefix="mlx-m3-") as links:
+        for file in directory.iterdir():
+            if file.name != INDEX and (file.name in wanted or file.name not in shards):
+                (Path(links) / file.name).symlink_to(file.resolve())
+        (Path(links) / INDEX).write_text(json.dumps(index), encoding="utf-8")
+        yield Path(links)
 
 
 @contextmanager

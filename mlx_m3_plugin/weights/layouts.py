@@ -4,7 +4,7 @@
 flag: key names, shapes and dtypes say what a checkpoint is.
 """
 
-from collections.abc import Mapping
+from collections.abc import Container, Mapping
 
 import mlx.core as mx
 
@@ -21,15 +21,25 @@ _EXPERT_PROJECTIONS = {"w1": "gate_proj", "w2": "down_proj", "w3": "up_proj"}
 
 
 def map_weights(
-    weights: Mapping[str, mx.array], config: TextConfig, prefix: str, *, vision: bool = False
+    weights: Mapping[str, mx.array],
+    config: TextConfig,
+    prefix: str,
+    *,
+    vision: bool = False,
+    layers: Container[int] | None = None,
 ) -> dict[str, mx.array]:
     """Apply :func:`plan_layout` to lazy arrays.  Applying it to its own output changes nothing."""
-    plan = plan_layout(weights, config, prefix, vision=vision)
+    plan = plan_layout(weights, config, prefix, vision=vision, layers=layers)
     return {name: tensor.make(weights) for name, tensor in plan.items()}
 
 
 def plan_layout(
-    weights: Mapping[str, HasShape], config: TextConfig, prefix: str, *, vision: bool = False
+    weights: Mapping[str, HasShape],
+    config: TextConfig,
+    prefix: str,
+    *,
+    vision: bool = False,
+    layers: Container[int] | None = None,
 ) -> Plan:
     """How the parameters of the model are made from the stored tensors.
 
@@ -38,6 +48,7 @@ def plan_layout(
         config: the text config.
         prefix: what the model puts before ``model.layers`` and ``lm_head`` in its names.
         vision: keep the vision tower and the projectors, under their published names.
+        layers: numbers of those to look at, where a process runs some; the others may be incomplete.
 
     Returns:
         ``{parameter name: Tensor}``.  What no step knows keeps its name, for the check of
@@ -48,7 +59,11 @@ def plan_layout(
     """
     used = [name for name in weights if not is_unused(name)]
     names = rename(used, lambda name: published_name(name, config))
-    plan = {new: Tensor.stored(name, weights[name]) for name, new in names.items()}
+    plan = {
+        new: Tensor.stored(name, weights[name])
+        for name, new in names.items()
+        if layers is None or (layer := layer_of(new)) is None or layer in layers
+    }
     seen = {name: plan.pop(name) for name in list(plan) if is_vision(name)}
     if config.tie_word_embeddings:
         for part in _PARTS:

@@ -40,3 +40,8 @@ class MlxLmModel(AnyLayout):
 
     def pipeline(self, group: mx.distributed.Group, split: list[int] | None = None) -> None:
         self.text_model.pipeline(group, split)
+
+    @property
+    def held_layers(self) -> range | None:  # type: ignore[override]
+        model = self.text_model
+        return None if model.end_idx is None else range(model.start_idx, model.end_idx)

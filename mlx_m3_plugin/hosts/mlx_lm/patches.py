@@ -7,6 +7,7 @@ from typing import Any
 from mlx_m3_plugin.chat.reasoning import THINK_START
 from mlx_m3_plugin.chat.tool_calls import NAMESPACE
 from mlx_m3_plugin.chat.vocabulary import is_m3 as is_m3_tokenizer
+from mlx_m3_plugin.hosts.mlx_lm.sharded import with_m3_sharded
 from mlx_m3_plugin.hosts.mlx_lm.tokenizer import SwallowedTokens, become_m3
 from mlx_m3_plugin.weights.files import is_m3, with_checks, with_shards_named_as_expected
 
@@ -148,4 +149,5 @@ def utils(module: Any, load_entry_points: Callable[[str], list[Any]]) -> list[st
             return original(path, *args, **kwargs)
 
     module.load_model = with_checks(load_model)
-    return ["load_model checks the files of M3 checkpoints"]
+    module.sharded_load = with_m3_sharded(module)
+    return ["load_model checks the files of M3 checkpoints", "sharded_load takes any layout and split"]

@@ -8,12 +8,13 @@ from typing import Any
 from mlx_m3_plugin.chat.reasoning import THINK_END, THINK_START
 from mlx_m3_plugin.chat.vocabulary import is_m3
 from mlx_m3_plugin.hosts.mlx_vlm.prompts import knows_open_prompts, with_template
-from mlx_m3_plugin.weights.files import with_checks
+from mlx_m3_plugin.weights.files import strictly, with_checks
 
 
 def utils(module: Any, load_entry_points: Callable[[str], list[Any]]) -> list[str]:
     """Check the files of M3 checkpoints when they are loaded, and save models in mlx-vlm's own layout."""
     module.load_model = with_checks(module.load_model)
+    module.sharded_load = strictly(module.sharded_load)
     module.load_processor = with_template(module.load_processor)
     if knows_open_prompts(module.ThinkingBudgetCriteria):
         _count_m3_thinking(module.ThinkingBudgetCriteria)
@@ -36,7 +37,7 @@ def utils(module: Any, load_entry_points: Callable[[str], list[Any]]) -> list[st
 
     module.save_weights, module.save_config = save_weights_as_stored, save_described_config
     return [
-        "load_model checks the files of M3 checkpoints",
+        "load_model checks the files of M3 checkpoints, sharded_load is strict about them",
         "save_weights writes mlx-vlm's own M3 layout",
         "thinking budgets",
     ]

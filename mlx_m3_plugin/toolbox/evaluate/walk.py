@@ -103,9 +103,7 @@ def begin(
         return state["done"], state["dtype"]
     except FileNotFoundError:
         pass
-    # MLX's CPU kernels for quantized matrices add up 16-bit products in 16 bits: thousands of them
-    # are off by as much as they come to, and take ten times as long.
-    embed = Embedding(checkpoint, reader, mx.float32 if mx.default_device() == mx.cpu else None)
+    embed = Embedding(checkpoint, reader)
     first = embed(tokens[:1])
     dtype = str(first.dtype).removeprefix("mlx.core.")
     states = States(states_file(directory, 0), first.shape[1], dtype)

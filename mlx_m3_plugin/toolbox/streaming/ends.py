@@ -8,17 +8,16 @@ import mlx.nn as nn
 from ...model.norm import make_norm
 from ...weights.reading import TensorReader
 from ..checkpoint import Checkpoint
-from ..precision import dequantized
+from ..precision import computes_in_float32, dequantized, float32_values
 from .linear import parts_of, read_linear
 
 _EMBEDDING = "model.embed_tokens"
 
 
 class Embedding:
-    """Rows of the embedding, of which a text needs few; with ``dtype``, computed in it and not as stored."""
+    """Rows of the embedding, of which a text needs few."""
 
-    def __init__(self, source: Checkpoint, reader: TensorReader, dtype: mx.Dtype | None = None):
-        self._dtype = dtype
+    def __init__(self, source: Checkpoint, reader: TensorReader):
         self._reader = reader
         self._parts = parts_of(source.plan, _EMBEDDING)
         self._how = source.how(_EMBEDDING)
@@ -26,18 +25,11 @@ class Embedding:
 
     def __call__(self, tokens: Sequence[int]) -> mx.array:
         """``[N]`` -> ``[N, D]``."""
+        values = float32_values if computes_in_float32() else dequantized
         for token in set(tokens) - self._rows.keys():
             stored = {p: self._reader.read(t.taken(token, token + 1)) for p, t in self._parts.items()}
-            self._rows[token] = self._computed(stored)
+            self._rows[token] = values(stored, self._how)
         return mx.concatenate([self._rows[token] for token in tokens])
-
-    def _computed(self, stored: dict[str, mx.array]) -> mx.array:
-        if self._dtype is None:
-            return dequantized(stored, self._how)
-        for part, array in stored.items():
-            if mx.issubdtype(array.dtype, mx.floating):
-                stored[part] = array.astype(self._dtype)
-        return dequantized(stored, self._how).astype(self._dtype)
 
 
 class Head:

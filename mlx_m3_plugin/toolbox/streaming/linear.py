@@ -7,8 +7,9 @@ import mlx.nn as nn
 
 from ...weights.reading import TensorReader
 from ...weights.tensor import Tensor
-from ..precision import How, converted, tensor_scale
+from ..precision import How, computes_in_float32, converted, float32_values, tensor_scale
 
+_BYTES_OF_VALUES = 256 << 20
 # Given a module's path and how it is stored: how it is to be, for a trial of other bits.
 Change = Callable[[str, How], How]
 
@@ -31,6 +32,8 @@ def read_linear(
     how = change(path, stored)
     if how != stored:
         arrays, stored = converted(arrays, stored, how), how
+    if computes_in_float32() and arrays["weight"].dtype != mx.float32:
+        return _InFloat32(arrays, stored)
     if stored.bits is None:
         return _linear(arrays["weight"])
     linear = _quantized_linear(arrays, stored)
@@ -47,6 +50,29 @@ class _Scaled(nn.Module):
 
     def __call__(self, x: mx.array) -> mx.array:
         return (self.linear(x) * self.scale).astype(x.dtype)
+
+
+class _InFloat32(nn.Module):
+    """Multiplies by the values of a matrix in float32, some rows at a time."""
+
+    def __init__(self, stored: Mapping[str, mx.array], how: How):
+        super().__init__()
+        self._stored, self._how = stored, how
+        mx.eval(stored)
+
+    def __call__(self, x: mx.array) -> mx.array:
+        step = max(1, _BYTES_OF_VALUES // (4 * x.shape[-1]))
+        rows = self._stored["weight"].shape[0]
+        parts = []
+        for start in range(0, rows, step):
+            some = {
+                # An NVFP4 matrix has one scale besides.
+                name: array[start : start + step] if array.ndim == 2 else array
+                for name, array in self._stored.items()
+            }
+            parts.append(x @ float32_values(some, self._how).T)
+            mx.eval(parts[-1])
+        return mx.concatenate(parts, axis=-1)
 
 
 def _linear(weight: mx.array) -> nn.Module:

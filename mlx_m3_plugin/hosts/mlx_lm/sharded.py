@@ -1,0 +1,95 @@
+"""``mlx_lm.utils.sharded_load`` for M3: every layout, any split, and no weight that was not loaded.
+
+mlx-lm's own loads without being strict, so what a checkpoint lacks stays random; 0.31 finds a
+stage's files by the names of parameters, which only its own conversions have; and before the
+files are fetched it loads a model without weights, in which an M3 without an indexer is seen.
+"""
+
+from collections.abc import Callable
+from functools import wraps
+from inspect import signature
+from pathlib import Path
+from typing import Any
+
+import mlx.core as mx
+
+from mlx_m3_plugin.hosts.loading import AnyLayout
+from mlx_m3_plugin.model.config import TextConfig, text_config_of
+from mlx_m3_plugin.model.pipeline import split_layers
+from mlx_m3_plugin.weights.files import is_m3, only_shards, shards_with
+
+# As mlx-lm fetches them first.
+_BESIDE_WEIGHTS = ["*.json", "*.py", "tokenizer.model", "*.tiktoken", "*.txt", "*.jsonl", "*.jinja"]
+
+
+def with_m3_sharded(module: Any) -> Callable[..., Any]:
+    """``mlx_lm.utils`` -> its ``sharded_load``, which takes M3 another way."""
+    original = module.sharded_load
+    asked_of = signature(original)
+
+    @wraps(original)
+    def sharded_load(*args: Any, **kwargs: Any) -> Any:
+        asked = asked_of.bind(*args, **kwargs)
+        asked.apply_defaults()
+        options = asked.arguments
+        path = module._download(options["repo"], allow_patterns=["config.json"])
+        if not is_m3(path) or not _is_ours(module, module.load_config(path)):
+            return original(*args, **kwargs)
+        return _load(module, options)
+
+    return sharded_load
+
+
+def _is_ours(module: Any, config: dict[str, Any]) -> bool:
+    model_class, _ = module._get_classes(config)
+    return issubclass(model_class, AnyLayout)
+
+
+def _load(module: Any, options: dict[str, Any]) -> Any:
+    pipeline_group, tensor_group = options["pipeline_group"], options["tensor_group"]
+    if pipeline_group is None and tensor_group is None:
+        tensor_group = mx.distributed.init()
+    path = module._download(options["repo"], allow_patterns=_BESIDE_WEIGHTS)
+    config = text_config_of(module.load_config(path))
+    wanted = (
+        None
+        if pipeline_group is None
+        else _fetch_stage(module, options["repo"], path, config, pipeline_group)
+    )
+    if wanted is None:
+        module._download(options["repo"])
+
+    def classes(config: dict[str, Any]) -> tuple[Callable[[Any], Any], Any]:
+        model_class, args_class = module._get_classes(config)
+
+        def make(args: Any) -> Any:
+            model = model_class(args)
+            if pipeline_group is not None:
+                model.pipeline(pipeline_group)
+            return model
+
+        return make, args_class
+
+    with only_shards(path, wanted) as directory:
+        model, config = module.load_model(directory, lazy=True, get_model_classes=classes)
+    if tensor_group is not None:
+        model.shard(tensor_group)
+    tokenizer = module.load_tokenizer(
+        path, options.get("tokenizer_config") or {}, eos_token_ids=config.get("eos_token_id")
+    )
+    mx.eval(model.parameters())
+    model.check_values()
+    # The first one ready would not wait for long in its first exchange.
+    mx.eval(mx.distributed.all_sum(mx.array(1.0), stream=mx.cpu))
+    return (model, tokenizer, config) if options["return_config"] else (model, tokenizer)
+
+
+def _fetch_stage(
+    module: Any, repo: str, path: Path, config: TextConfig, group: mx.distributed.Group
+) -> list[str] | None:
+    """Fetch the shards of this process's layers; None where all are needed to know."""
+    layers = range(*split_layers(config.num_hidden_layers, group))
+    wanted = shards_with(path, config, layers)
+    if wanted is not None:
+        module._download(repo, allow_patterns=wanted)
+    return wanted

@@ -1,0 +1,45 @@
+"""A checkpoint whose heads, widths and quantization groups divide by four."""
+
+import json
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from safetensors.numpy import save_file
+
+from mlx_m3_plugin.model.config import text_config_of
+from mlx_m3_plugin.toolbox.demo import demo_config, demo_tokenizer, random_weights
+
+N_SHARDS = 7
+
+
+def write_published(directory: Path) -> None:
+    directory.mkdir()
+    tokenizer = demo_tokenizer()
+    ids = tokenizer.get_vocab()
+    config = demo_config(len(ids), ids)
+    for width in ("intermediate_size", "shared_intermediate_size"):
+        config["text_config"][width] = 256
+    weights = dict(random_weights(text_config_of(config), np.random.default_rng(0)))
+    write_shards(directory, weights)
+    (directory / "config.json").write_text(json.dumps(config))
+    write_tokenizer(directory)
+
+
+def write_tokenizer(directory: Path) -> None:
+    demo_tokenizer().save(str(directory / "tokenizer.json"))
+    settings = {"tokenizer_class": "PreTrainedTokenizerFast", "eos_token": "[e~["}
+    (directory / "tokenizer_config.json").write_text(json.dumps(settings))
+
+
+def write_shards(directory: Path, weights: dict[str, Any]) -> None:
+    """In the order of the names, so that shards end within layers."""
+    names = sorted(weights)
+    index = {}
+    for number in range(N_SHARDS):
+        file = f"model-{number + 1:05}-of-{N_SHARDS:05}.safetensors"
+        share = names[len(names) * number // N_SHARDS : len(names) * (number + 1) // N_SHARDS]
+        save_file({name: weights[name] for name in share}, directory / file)
+        index |= dict.fromkeys(share, file)
+    text = json.dumps({"metadata": {}, "weight_map": index})
+    (directory / "model.safetensors.index.json").write_text(text)
