@@ -4,11 +4,13 @@ from collections.abc import Callable, Mapping
 
 import mlx.core as mx
 import mlx.nn as nn
+import numpy as np
 
 from ...weights.reading import TensorReader
 from ...weights.tensor import Tensor
 from ..precision import How, computes_in_float32, converted, float32_values, tensor_scale
 
+# Of a matrix's values in float32 at a time.
 _BYTES_OF_VALUES = 256 << 20
 # Given a module's path and how it is stored: how it is to be, for a trial of other bits.
 Change = Callable[[str, How], How]
@@ -32,7 +34,7 @@ def read_linear(
     how = change(path, stored)
     if how != stored:
         arrays, stored = converted(arrays, stored, how), how
-    if computes_in_float32() and arrays["weight"].dtype != mx.float32:
+    if computes_in_float32():
         return _InFloat32(arrays, stored)
     if stored.bits is None:
         return _linear(arrays["weight"])
@@ -53,7 +55,10 @@ class _Scaled(nn.Module):
 
 
 class _InFloat32(nn.Module):
-    """Multiplies by the values of a matrix in float32, some rows at a time."""
+    """On the CPU: multiplies by the values of a matrix in float32, some rows at a time.
+
+    With numpy, whose BLAS is ten times and more as fast as the one in MLX's wheels.
+    """
 
     def __init__(self, stored: Mapping[str, mx.array], how: How):
         super().__init__()
@@ -61,18 +66,18 @@ class _InFloat32(nn.Module):
         mx.eval(stored)
 
     def __call__(self, x: mx.array) -> mx.array:
+        rows = np.asarray(x.reshape(-1, x.shape[-1]).astype(mx.float32))
+        outputs = self._stored["weight"].shape[0]
+        y = np.empty((len(rows), outputs), np.float32)
         step = max(1, _BYTES_OF_VALUES // (4 * x.shape[-1]))
-        rows = self._stored["weight"].shape[0]
-        parts = []
-        for start in range(0, rows, step):
+        for start in range(0, outputs, step):
             some = {
                 # An NVFP4 matrix has one scale besides.
                 name: array[start : start + step] if array.ndim == 2 else array
                 for name, array in self._stored.items()
             }
-            parts.append(x @ float32_values(some, self._how).T)
-            mx.eval(parts[-1])
-        return mx.concatenate(parts, axis=-1)
+            y[:, start : start + step] = rows @ np.asarray(float32_values(some, self._how)).T
+        return mx.array(y).reshape(*x.shape[:-1], outputs).astype(x.dtype)
 
 
 def _linear(weight: mx.array) -> nn.Module:
