@@ -102,24 +102,28 @@ class Tensor:
             return Tensor.concatenate([s.taken(start, stop, axis) for s in self.sources], self.detail)
         if self.operation == "concatenate":
             return self._taken_of_joined(start, stop, axis)
-        if self.operation == "rows" and self.detail[0] == axis:
-            begin = self.detail[1]
-            return self.sources[0].taken(begin + start, begin + stop, axis)
         if self.operation == "rows":
-            of, first, last = self.detail
-            return self.sources[0].taken(first, last, of).taken_rows(start, stop, axis)
+            return self._taken_of_rows(start, stop, axis)
         if self.operation == "reshape" and self.sources[0].shape == (1, *self.shape):
             return self.sources[0].taken(start, stop, axis + 1).reshape(*shape)
         return self.rows(start, stop, axis)
-
-    def taken_rows(self, start: int, stop: int, axis: int) -> "Tensor":
-        """``taken``, of what is itself no more than rows of something stored."""
-        return self.rows(start, stop, axis) if self.operation == "rows" else self.taken(start, stop, axis)
 
     def expert(self, number: int) -> "Tensor":
         """One of the first axis, which goes."""
         one = self.taken(number, number + 1)
         return one.sources[0] if one.operation == "stack" else one.reshape(*self.shape[1:])
+
+    def _taken_of_rows(self, start: int, stop: int, axis: int) -> "Tensor":
+        """First along the first axis, so that what is left lies together in a stored tensor."""
+        cuts, base = {axis: (start, stop)}, self
+        while base.operation == "rows":
+            of, begin, end = base.detail
+            first, last = cuts.get(of, (0, end - begin))
+            cuts[of] = (begin + first, begin + last)
+            base = base.sources[0]
+        for of, (first, last) in sorted(cuts.items()):
+            base = base.rows(first, last, of) if base.operation == "rows" else base.taken(first, last, of)
+        return base
 
     def _taken_of_joined(self, start: int, stop: int, axis: int) -> "Tensor":
         parts, begin = [], 0

@@ -76,6 +76,9 @@ def test_every_layout_can_be_shared(tmp_path: Path, fresh_seed: int) -> None:
         write_tokenizer(directory)
         jobs += [Job(str(directory), kind, prompt(rng, VOCAB), [50], 3) for kind in ("tensor", "pipeline")]
     found = launch(jobs, tmp_path / "several", 2)
+    print(
+        {(Path(j.checkpoint).name, str(r["error"])) for j, f in zip(jobs, found) for r in f if "error" in r}
+    )
     check_same(found, in_one_process(jobs, tmp_path / "one"), jobs)
 
 

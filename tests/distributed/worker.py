@@ -68,12 +68,16 @@ def logits(model: Any, job: dict[str, Any]) -> np.ndarray:
 
 def greedy(model: Any, tokenizer: Any, job: dict[str, Any]) -> list[int]:
     from mlx_lm import stream_generate
+    from mlx_lm.generate import generation_stream
 
     made = stream_generate(model, tokenizer, job["tokens"], max_tokens=job["generate"], prefill_step_size=48)
     tokens = []
     for response in made:
         tokens.append(response.token)
         print("token", len(tokens), os.getpid(), flush=True)
+    # It has begun on one token more.  What the next job sends must not get between.
+    with mx.stream(generation_stream):
+        mx.synchronize()
     return tokens
 
 

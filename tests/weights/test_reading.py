@@ -57,9 +57,7 @@ def test_what_is_read_is_what_mlx_loads(layout: str, tmp_path: Path, fresh_seed:
                 assert same(reader.read(half), whole[number][: tensor.shape[1] // 2]), name
 
 
-@pytest.mark.parametrize(
-    "layout", ["published_float", "mlx_fused_129_4bit", "mlx_unfused_4bit", "mxfp8_official"]
-)
+@pytest.mark.parametrize("layout", sorted(LAYOUTS))
 def test_no_more_is_read_than_one_expert(layout: str, tmp_path: Path) -> None:
     LAYOUTS[layout].write(tmp_path)
     headers = read_headers(tmp_path).tensors
@@ -67,7 +65,9 @@ def test_no_more_is_read_than_one_expert(layout: str, tmp_path: Path) -> None:
         if ".switch_mlp." in name:
             with TensorReader(tmp_path, headers) as reader:
                 array = reader.read(tensor.expert(1))
-                assert reader.bytes_read == array.nbytes, name
+                # Biases made from zero points need these besides the scales.
+                allowed = 1.2 if "zero" in layout and name.endswith("biases") else 1
+                assert reader.bytes_read <= allowed * array.nbytes, name
 
 
 def test_a_shard_that_goes_or_is_cut_off_is_named(tmp_path: Path) -> None:
