@@ -55,7 +55,7 @@ def test_few_experts_in_memory(tmp_path: Path) -> None:
     """Room for a part of them: they come and go."""
     source, store = write("published_float", tmp_path)
     resident = load(source)
-    one_expert = 3 * 192 * 128 * 4
+    one_expert = 3 * 256 * 128 * 4
     offloaded = load(store, expert_cache_gb=3 * one_expert / 2**30)
     tokens = mx.array([text(120).tokens])
     assert difference(offloaded(tokens).logits, resident(tokens).logits) <= 1e-6
