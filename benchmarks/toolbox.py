@@ -24,6 +24,8 @@ sys.path.insert(0, str(Path(__file__).parents[1] / "tests" / "weights"))
 
 import real_size
 
+from mlx_m3_plugin.weights import read_headers
+
 SOURCES = ("published", "mxfp8")
 RECIPES = ("config-i", "oq4")
 # Of the layers written, the whole model's layer that each is like; 3 is the first with experts.
@@ -116,8 +118,7 @@ def write_source(directory: Path, layout: str) -> None:
     unfinished = directory.with_name(directory.name + ".unfinished")
     real_size.write_sparse(unfinished, parameters, stored, config | {"text_config": text})
     write_tokenizer(unfinished)
-    for file in sorted(unfinished.glob("*.safetensors")):
-        fill(file)
+    fill(unfinished)
     unfinished.rename(directory)
 
 
@@ -144,24 +145,22 @@ def write_tokenizer(directory: Path) -> None:
     (directory / "tokenizer_config.json").write_text(json.dumps(settings))
 
 
-def fill(file: Path) -> None:
+def fill(directory: Path) -> None:
     """Random values into the matrices of the text model; what is left are zeros."""
-    with file.open("r+b") as stream:
-        length = int.from_bytes(stream.read(8), "little")
-        header = json.loads(stream.read(length))
-        for name, entry in header.items():
-            wanted = entry.get("dtype") in ("BF16", "F32", "F8_E4M3") and len(entry["shape"]) == 2
-            if not wanted or "vision_tower" in name or "merge_mlp" in name or "projector" in name:
-                continue
-            starts = [entry["data_offsets"][0] + 8 + length]
-            if entry["dtype"] == "F8_E4M3":
-                scales = header[name.removesuffix("weight") + "weight_scale_inv"]
-                starts.append(scales["data_offsets"][0] + 8 + length)
-            rows, columns = entry["shape"]
-            for begin in range(0, rows, CHUNK // columns):
-                shape = (min(CHUNK // columns, rows - begin), columns)
-                for start, data in zip(starts, random_bytes(entry["dtype"], shape), strict=True):
-                    stream.seek(start + begin * (len(data) // shape[0]))
+    stored = read_headers(directory).tensors
+    for name, tensor in stored.items():
+        wanted = tensor.stored_dtype in ("BF16", "F32", "F8_E4M3") and len(tensor.shape) == 2
+        if not wanted or any(part in name for part in ("vision_tower", "merge_mlp", "projector")):
+            continue
+        places = [tensor]
+        if tensor.stored_dtype == "F8_E4M3":
+            places.append(stored[name.removesuffix("weight") + "weight_scale_inv"])
+        rows, columns = tensor.shape
+        for begin in range(0, rows, CHUNK // columns):
+            shape = (min(CHUNK // columns, rows - begin), columns)
+            for place, data in zip(places, random_bytes(tensor.stored_dtype, shape), strict=True):
+                with (directory / place.file).open("r+b") as stream:
+                    stream.seek(place.start + begin * (len(data) // shape[0]))
                     stream.write(data)
 
 

@@ -1,6 +1,7 @@
 """What several processes are to compute, and what one computes for comparison."""
 
 import json
+import os
 import random
 import socket
 import subprocess
@@ -53,12 +54,47 @@ def launch(
     ]
 
 
+def start(command: list[str], **environment: str) -> "subprocess.Popen[str]":
+    return subprocess.Popen(
+        command,
+        env=os.environ | environment,
+        stdin=subprocess.DEVNULL,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
+    )
+
+
+def start_each(processes: int, file: Path) -> "list[subprocess.Popen[str]]":
+    """Without a launcher that would stop what is left."""
+    hosts = file.with_name("hosts.json")
+    first = free_ports(processes)
+    hosts.write_text(json.dumps([[f"127.0.0.1:{first + rank}"] for rank in range(processes)]))
+    one = command(1, file)
+    return [start(one, MLX_RANK=str(rank), MLX_HOSTFILE=str(hosts)) for rank in range(processes)]
+
+
+def wait_for_tokens(processes: "list[subprocess.Popen[str]]", from_each: int = 1) -> set[int]:
+    """Until all generate; ids of the processes that do, ``from_each`` of one's output."""
+    ids: set[int] = set()
+    for number, process in enumerate(processes, 1):
+        assert process.stdout is not None
+        for line in process.stdout:
+            if line.startswith("token "):
+                ids.add(int(line.split()[2]))
+            if len(ids) == number * from_each:
+                break
+        else:
+            raise AssertionError(f"process {number} has ended: {process.wait()}")
+    return ids
+
+
 def command(processes: int, *arguments: object) -> list[str]:
     if processes == 1:
         return [sys.executable, str(WORKER), *map(str, arguments)]
     launcher = str(Path(sys.executable).with_name("mlx.launch"))
     options = ["--backend", "ring", "-n", str(processes), "--starting-port", str(free_ports(processes))]
-    return [launcher, *options, sys.executable, str(WORKER), *map(str, arguments)]
+    return [launcher, *options, "--python", sys.executable, str(WORKER), *map(str, arguments)]
 
 
 def free_ports(count: int) -> int:
