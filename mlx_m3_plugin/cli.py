@@ -106,7 +106,12 @@ def _add_evaluate_arguments(evaluate: argparse.ArgumentParser) -> None:
 
 def _add_fit_arguments(fit: argparse.ArgumentParser) -> None:
     fit.add_argument("checkpoint", metavar="PATH_OR_REPO", help="a directory, or a repository on the Hub")
-    fit.add_argument("--memory", type=_size, metavar="SIZE", help="of the machine (default: of this one)")
+    fit.add_argument(
+        "--memory",
+        type=_sizes,
+        metavar="SIZE[,SIZE...]",
+        help="of the machine (default: of this one); several for a pipeline, by rank",
+    )
     fit.add_argument("--context", type=_tokens, metavar="N", help="tokens to plan for (default: what fits)")
     fit.add_argument("--kv-bits", type=int, metavar="B", help="4 or 8, as in mlx_lm.generate")
     fit.add_argument(
@@ -123,6 +128,10 @@ def _add_memory(command: argparse.ArgumentParser) -> None:
         metavar="SIZE",
         help="that the work may take (default: a quarter of the machine)",
     )
+
+
+def _sizes(text: str) -> list[int]:
+    return [_size(part) for part in text.split(",")]
 
 
 def _size(text: str) -> int:
@@ -245,19 +254,20 @@ def _evaluate(args: argparse.Namespace) -> int:
 
 def _fit(args: argparse.Namespace) -> int:
     from .toolbox.fit import fit, fit_lines
+    from .toolbox.fit_pipeline import fit_pipeline, pipeline_lines
     from .toolbox.machine import machine_memory
 
-    memory = args.memory or machine_memory()
-    if memory is None:
+    memories = args.memory or [machine_memory()]
+    if memories == [None]:
         raise ValueError("how much memory is there? say so with --memory 256GB")
-    found = fit(
-        args.checkpoint,
-        memory,
-        context=args.context,
-        kv_bits=args.kv_bits,
-        prefill_step=args.prefill_step,
-        bandwidth=args.bandwidth,
-    )
+    options = {"context": args.context, "kv_bits": args.kv_bits, "prefill_step": args.prefill_step}
+    if len(memories) > 1:
+        if args.bandwidth is not None:
+            raise ValueError("--bandwidth is for one machine")
+        shared = fit_pipeline(args.checkpoint, memories, **options)
+        _print_json(shared.as_dict()) if args.json else print("\n".join(pipeline_lines(shared)))
+        return 0 if shared.fits else 1
+    found = fit(args.checkpoint, memories[0], bandwidth=args.bandwidth, **options)
     _print_json(found.as_dict()) if args.json else print("\n".join(fit_lines(found)))
     return 0 if found.fits else 1
 

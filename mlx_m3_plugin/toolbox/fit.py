@@ -97,8 +97,8 @@ def fit(
     sparse = len(found.attention.with_indexer)
     vision = sum(parts.get(name, 0) for name in _VISION)
     weights = sum(parts.values()) - vision
-    per_token = bytes_per_token(config, sparse, _checked(kv_bits))
-    reserve = max(_LEAST_RESERVE, int(memory * _RESERVED_SHARE))
+    per_token = bytes_per_token(config, sparse, checked_kv_bits(kv_bits))
+    reserve = reserve_of(memory)
     free = memory - reserve - weights
     largest = _largest(config, free, per_token, prefill_step)
     planned = largest if context is None else context
@@ -123,11 +123,16 @@ def fit(
         largest_context=largest,
         touched=touched,
         ceilings=_ceilings(touched, bandwidth),
-        wired_limit_mb=_wired_limit(memory, reserve, total),
+        wired_limit_mb=wired_limit(memory, reserve, total),
     )
 
 
-def _checked(kv_bits: int | None) -> int | None:
+def reserve_of(memory: int) -> int:
+    """What is left to the system and everything else that runs."""
+    return max(_LEAST_RESERVE, int(memory * _RESERVED_SHARE))
+
+
+def checked_kv_bits(kv_bits: int | None) -> int | None:
     if kv_bits not in (None, 4, 8):
         raise ValueError(f"--kv-bits is 4 or 8, not {kv_bits}")
     return kv_bits
@@ -208,7 +213,7 @@ def _ceilings(touched: int, bandwidth: float | None) -> dict[str, float]:
     return {name: round(rate * 1e9 / touched, 1) for name, rate in rates.items()}
 
 
-def _wired_limit(memory: int, reserve: int, total: int) -> int | None:
+def wired_limit(memory: int, reserve: int, total: int) -> int | None:
     return (memory - reserve) >> 20 if total > _WIRED_SHARE * memory else None
 
 

@@ -15,6 +15,7 @@ from mlx_m3_plugin.model.attention import Attention
 from mlx_m3_plugin.model.config import text_config_of
 from mlx_m3_plugin.msa.tiling import default_memory_budget
 from mlx_m3_plugin.toolbox.fit import attention_transient, fit, stock_transients
+from mlx_m3_plugin.toolbox.fit_pipeline import fit_pipeline
 from mlx_m3_plugin.toolbox.sizes import parse_count, parse_size, size_in_words
 
 GIB = 1 << 30
@@ -146,3 +147,38 @@ def test_counts_and_words() -> None:
         with pytest.raises(ValueError, match="is no number of tokens"):
             parse_count(text)
     assert [size_in_words(n) for n in (5, 3 << 20, 5 << 29)] == ["5 bytes", "3.0 MiB", "2.5 GiB"]
+
+
+# --- several machines ---
+
+
+def test_two_machines_get_the_split_that_leaves_the_most(four_bits: Path) -> None:
+    """Beside every other split, each machine counted by hand."""
+    memories, context = [256 * GIB, 128 * GIB], 131_072
+    found = fit_pipeline(four_bits, memories, context=context)
+    assert sum(found.split) == REAL.num_hidden_layers
+    assert (found.stages[1].first, found.stages[0].last) == (0, 59)
+    one = fit(four_bits, 512 * GIB, context=context)
+    beside = found.stages[0].weights + found.stages[1].weights - one.weights
+    assert sum(stage.cache for stage in found.stages) == one.cache
+    # Embeddings, head (of 4.5 bits, as all the rest) and final norm are on both.
+    assert beside == 2 * REAL.vocab_size * REAL.hidden_size * 9 // 16 + 2 * REAL.hidden_size
+    spare = [s.memory - s.reserve - s.total for s in found.stages]
+    a_layer = (found.stages[0].weights - beside) // found.split[0]
+    assert abs(spare[0] - spare[1]) <= a_layer + context * one.per_token // 60
+
+
+def test_the_largest_context_of_two_machines_is_that_of_the_best_split(four_bits: Path) -> None:
+    memories = [128 * GIB, 128 * GIB]
+    largest = fit_pipeline(four_bits, memories).largest_context
+    assert fit_pipeline(four_bits, memories, context=largest).fits
+    assert not fit_pipeline(four_bits, memories, context=largest + 1).fits
+    more_memory = fit_pipeline(four_bits, [128 * GIB, 160 * GIB])
+    assert more_memory.largest_context > largest
+
+
+def test_several_machines_on_the_command_line(four_bits: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["fit", str(four_bits), "--memory", "256GB,128GB", "--context", "128K"]) == 0
+    assert "MLX_M3_PLUGIN_PIPELINE_SPLIT=43,17" in capsys.readouterr().out
+    assert main(["fit", str(four_bits), "--memory", "96GB,96GB", "--json"]) == 1
+    assert json.loads(capsys.readouterr().out)["split"] == []

@@ -1,0 +1,221 @@
+"""``mlx-m3 fit --memory 256GB,128GB``: how many layers to give each machine of a pipeline."""
+
+import math
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import mlx.core as mx
+
+from ..model.config import TextConfig, text_config_of
+from ..model.pipeline import SPLIT_VARIABLE
+from ..weights import plan_layout
+from ..weights.names import layer_of
+from .fit import checked_kv_bits, reserve_of, transient_bytes, wired_limit
+from .inspect.running import bytes_per_token
+from .inspect.source import open_source
+from .sizes import size_in_words
+
+
+@dataclass(frozen=True)
+class Stage:
+    """What one machine holds, in bytes.
+
+    Attributes:
+        first, last: numbers of its layers, both included.
+        weights: of its layers, and what every machine holds: embeddings, final norm and head.
+    """
+
+    rank: int
+    memory: int
+    reserve: int
+    first: int
+    last: int
+    weights: int
+    cache: int
+    transient: int
+
+    @property
+    def total(self) -> int:
+        return self.weights + self.cache + self.transient
+
+    @property
+    def layers(self) -> int:
+        return self.last - self.first + 1
+
+
+@dataclass(frozen=True)
+class PipelineFit:
+    """A split that fits, or none.
+
+    Attributes:
+        context: tokens that it is planned for.  largest_context: that fit with any split.
+        stages: by rank, of which 0 holds the last layers; empty if nothing fits.
+    """
+
+    name: str
+    context: int
+    largest_context: int
+    stages: tuple[Stage, ...]
+
+    @property
+    def fits(self) -> bool:
+        return bool(self.stages)
+
+    @property
+    def split(self) -> list[int]:
+        return [stage.layers for stage in self.stages]
+
+    def as_dict(self) -> dict[str, Any]:
+        return {**asdict(self), "fits": self.fits, "split": self.split}
+
+
+def fit_pipeline(
+    path_or_repository: str | Path,
+    memories: Sequence[int],
+    *,
+    context: int | None = None,
+    kv_bits: int | None = None,
+    prefill_step: int = 2048,
+) -> PipelineFit:
+    """Split a checkpoint's layers over machines so that the fullest has the most memory left.
+
+    Args:
+        memories: bytes of each machine, by rank.
+        context: tokens to plan for; None for the most that fit.
+
+    Raises:
+        OSError: there is no checkpoint.  ValueError: it is not one, or its formats are not known.
+    """
+    source = open_source(path_or_repository)
+    costs = _Costs.of(source, checked_kv_bits(kv_bits), prefill_step)
+    largest = _largest(costs, memories)
+    planned = largest if context is None else context
+    counts = _balanced(costs, memories, planned) if planned else None
+    stages = () if counts is None else tuple(_stages(costs, memories, planned, counts))
+    return PipelineFit(source.name, planned, largest, stages)
+
+
+@dataclass(frozen=True)
+class _Costs:
+    """Bytes that a layer takes: ``weights`` and ``per_token`` of context; ``shared`` are every machine's."""
+
+    config: TextConfig
+    step: int
+    shared: int
+    weights: list[int]
+    per_token: list[int]
+
+    @classmethod
+    def of(cls, source: Any, kv_bits: int | None, step: int) -> "_Costs":
+        config = text_config_of(source.config, environ={})
+        shared, weights = 0, [0] * config.num_hidden_layers
+        for name, tensor in plan_layout(source.headers.tensors, config, "").items():
+            size = math.prod(tensor.shape) * _itemsize(tensor.dtype)
+            layer = layer_of(name)
+            if layer is None:
+                shared += size
+            elif layer < len(weights):
+                weights[layer] += size
+        keys_values = bytes_per_token(config, 0, kv_bits) // config.num_hidden_layers
+        index = 2 * config.index_head_dim
+        layers = range(config.num_hidden_layers)
+        per_token = [keys_values + index * config.is_sparse_attention(layer) for layer in layers]
+        return cls(config, step, shared, weights, per_token)
+
+    def layer(self, number: int, context: int) -> int:
+        return self.weights[number] + context * self.per_token[number]
+
+    def beside_layers(self, context: int) -> int:
+        return self.shared + transient_bytes(self.config, self.step, context)
+
+
+def _itemsize(dtype: str) -> int:
+    return int(getattr(mx, dtype.removeprefix("mlx.core.")).size)
+
+
+def _assigned(costs: _Costs, memories: Sequence[int], context: int, slack: int) -> list[int] | None:
+    """Layers by rank that leave every machine ``slack`` bytes; None where that cannot be.
+
+    The highest rank takes as many of the first layers as it can, and so on.
+    """
+    counts, number, n_layers = [], 0, len(costs.weights)
+    for rank in reversed(range(len(memories))):
+        memory = memories[rank]
+        free = memory - reserve_of(memory) - costs.beside_layers(context) - slack
+        first = number
+        while number < n_layers - rank and (cost := costs.layer(number, context)) <= free:
+            free -= cost
+            number += 1
+        if number == first:
+            return None
+        counts.append(number - first)
+    return counts[::-1] if number == n_layers else None
+
+
+def _balanced(costs: _Costs, memories: Sequence[int], context: int) -> list[int] | None:
+    if _assigned(costs, memories, context, 0) is None:
+        return None
+    low, high = 0, max(memories)
+    while high - low > 1 << 20:
+        middle = (low + high) // 2
+        low, high = (middle, high) if _assigned(costs, memories, context, middle) else (low, middle)
+    return _assigned(costs, memories, context, low)
+
+
+def _largest(costs: _Costs, memories: Sequence[int]) -> int:
+    low, high = 0, costs.config.max_position_embeddings
+    while low < high:
+        middle = (low + high + 1) // 2
+        low, high = (middle, high) if _assigned(costs, memories, middle, 0) else (low, middle - 1)
+    return low
+
+
+def _stages(costs: _Costs, memories: Sequence[int], context: int, counts: list[int]) -> list[Stage]:
+    stages = []
+    for rank, memory in enumerate(memories):
+        first = sum(counts[rank + 1 :])
+        held = range(first, first + counts[rank])
+        stages.append(
+            Stage(
+                rank=rank,
+                memory=memory,
+                reserve=reserve_of(memory),
+                first=held[0],
+                last=held[-1],
+                weights=costs.shared + sum(costs.weights[layer] for layer in held),
+                cache=context * sum(costs.per_token[layer] for layer in held),
+                transient=transient_bytes(costs.config, costs.step, context),
+            )
+        )
+    return stages
+
+
+def pipeline_lines(found: PipelineFit) -> list[str]:
+    if not found.fits:
+        most = f"at most {found.largest_context:,} tokens fit" if found.largest_context else "no context fits"
+        return [found.name, f"does NOT fit with a context of {found.context:,} tokens; {most}."]
+    lines = [f"{found.name}, {found.context:,} tokens of context"]
+    lines.append("rank   memory      layers      weights      context   a chunk    left besides")
+    for stage in found.stages:
+        left = stage.memory - stage.reserve - stage.total
+        sizes = (stage.weights, stage.cache, stage.transient, left)
+        weights, cache, transient, spare = (size_in_words(size) for size in sizes)
+        held = f"{stage.first}-{stage.last}"
+        lines.append(
+            f"{stage.rank:>4} {size_in_words(stage.memory):>8} {held:>9} {weights:>14} {cache:>12} "
+            f"{transient:>9} {spare:>15}"
+        )
+    lines.append(f"The largest context that fits is {found.largest_context:,} tokens.")
+    for stage in found.stages:
+        limit = wired_limit(stage.memory, stage.reserve, stage.total)
+        if limit is not None:
+            lines.append(f"For the GPU of rank {stage.rank}'s Mac: sudo sysctl iogpu.wired_limit_mb={limit}")
+    split = ",".join(map(str, found.split))
+    lines += [
+        "On the machine of rank 0, with both in hosts.json in this order:",
+        f"  mlx.launch --hostfile hosts.json --backend ring --env {SPLIT_VARIABLE}={split} \\",
+        f"    $(which mlx_lm.server) --model {found.name} --pipeline",
+    ]
+    return lines
