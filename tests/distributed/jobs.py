@@ -3,9 +3,11 @@
 import json
 import os
 import random
+import signal
 import socket
 import subprocess
 import sys
+from contextlib import suppress
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 
@@ -62,7 +64,15 @@ def start(command: list[str], **environment: str) -> "subprocess.Popen[str]":
         stdout=subprocess.PIPE,
         stderr=subprocess.STDOUT,
         text=True,
+        start_new_session=True,
     )
+
+
+def stop(process: "subprocess.Popen[str]") -> None:
+    """With all that it has started: MLX's launcher leaves its processes to themselves."""
+    with suppress(ProcessLookupError):
+        os.killpg(process.pid, signal.SIGKILL)
+    process.communicate()
 
 
 def start_each(processes: int, file: Path) -> "list[subprocess.Popen[str]]":
@@ -90,11 +100,15 @@ def wait_for_tokens(processes: "list[subprocess.Popen[str]]", from_each: int = 1
 
 
 def command(processes: int, *arguments: object) -> list[str]:
-    if processes == 1:
-        return [sys.executable, str(WORKER), *map(str, arguments)]
-    launcher = str(Path(sys.executable).with_name("mlx.launch"))
-    options = ["--backend", "ring", "-n", str(processes), "--starting-port", str(free_ports(processes))]
-    return [launcher, *options, "--python", sys.executable, str(WORKER), *map(str, arguments)]
+    python = [sys.executable] if processes == 1 else launcher(processes)
+    return [*python, str(WORKER), *map(str, arguments)]
+
+
+def launcher(processes: int) -> list[str]:
+    """MLX's own, before a script."""
+    options = ["-n", str(processes), "--starting-port", str(free_ports(processes))]
+    launch = str(Path(sys.executable).with_name("mlx.launch"))
+    return [launch, "--backend", "ring", *options, "--python", sys.executable]
 
 
 def free_ports(count: int) -> int:

@@ -13,7 +13,7 @@ import mlx.core as mx
 import numpy as np
 import pytest
 from checkpoints import LAYOUTS
-from jobs import Job, command, launch, start, start_each, wait_for_tokens
+from jobs import Job, command, launch, start, start_each, stop, wait_for_tokens
 from layout_makers import VOCAB
 from sharded_checkpoints import N_SHARDS, write_tokenizer
 
@@ -152,7 +152,7 @@ def test_when_a_process_is_killed_the_others_end_soon(
         assert "RuntimeError: [ring]" in out
     finally:
         for process in processes:
-            process.kill()
+            stop(process)
 
 
 def test_the_launcher_ends_with_them(checkpoint: Checkpoint, tmp_path: Path) -> None:
@@ -165,7 +165,7 @@ def test_the_launcher_ends_with_them(checkpoint: Checkpoint, tmp_path: Path) -> 
         launcher.communicate(timeout=BOUND)
         assert not [number for number in ids if Path(f"/proc/{number}").exists()]
     finally:
-        launcher.kill()
+        stop(launcher)
 
 
 # --- refusals ---
