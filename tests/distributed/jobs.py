@@ -56,10 +56,9 @@ def launch(
     ]
 
 
-def start(command: list[str], **environment: str) -> "subprocess.Popen[str]":
+def start(command: list[str]) -> "subprocess.Popen[str]":
     return subprocess.Popen(
         command,
-        env=os.environ | environment,
         stdin=subprocess.DEVNULL,
         stdout=subprocess.PIPE,
         stderr=subprocess.STDOUT,
@@ -75,28 +74,16 @@ def stop(process: "subprocess.Popen[str]") -> None:
     process.communicate()
 
 
-def start_each(processes: int, file: Path) -> "list[subprocess.Popen[str]]":
-    """Without a launcher that would stop what is left."""
-    hosts = file.with_name("hosts.json")
-    first = free_ports(processes)
-    hosts.write_text(json.dumps([[f"127.0.0.1:{first + rank}"] for rank in range(processes)]))
-    one = command(1, file)
-    return [start(one, MLX_RANK=str(rank), MLX_HOSTFILE=str(hosts)) for rank in range(processes)]
-
-
-def wait_for_tokens(processes: "list[subprocess.Popen[str]]", from_each: int = 1) -> set[int]:
-    """Until all generate; ids of the processes that do, ``from_each`` of one's output."""
+def wait_for_tokens(launcher: "subprocess.Popen[str]", processes: int) -> set[int]:
+    """Until all generate; their ids."""
     ids: set[int] = set()
-    for number, process in enumerate(processes, 1):
-        assert process.stdout is not None
-        for line in process.stdout:
-            if line.startswith("token "):
-                ids.add(int(line.split()[2]))
-            if len(ids) == number * from_each:
-                break
-        else:
-            raise AssertionError(f"process {number} has ended: {process.wait()}")
-    return ids
+    assert launcher.stdout is not None
+    for line in launcher.stdout:
+        if line.startswith("token "):
+            ids.add(int(line.split()[2]))
+        if len(ids) == processes:
+            return ids
+    raise AssertionError(f"the launcher has ended: {launcher.wait()}")
 
 
 def command(processes: int, *arguments: object) -> list[str]:
