@@ -35,7 +35,7 @@ demo: .venv/.ready
 
 test: .envs/newest/.ready .envs/floor/.ready
 	$(NEWEST) -m pytest -q --ignore tests/live $(FULL)
-	M3_NEWEST_PYTHON=$(CURDIR)/$(NEWEST) $(FLOOR) -m pytest -q --ignore tests/live $(FULL)
+	M3_NEWEST_PYTHON=$(CURDIR)/$(NEWEST) $(FLOOR) -m pytest -q --ignore tests/live --ignore tests/soak $(FULL)
 
 test-live: .envs/newest/.torch
 	$(NEWEST) -m pytest -q tests/live --seeds 6

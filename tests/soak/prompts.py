@@ -31,13 +31,13 @@ MARGIN = 1e-3
 
 
 def write_prompts(model: Path, count: int, seed: int) -> list[str]:
-    """``count`` users' messages of 150 to 400 words in ``FAMILIES`` families of one beginning each."""
+    """``count`` users' messages of 50 to 130 words in ``FAMILIES`` families of one beginning each."""
     rng = random.Random(seed)
     loaded, tokenizer = load(str(model))[:2]
-    beginnings = [_words(rng, 150) for _ in range(FAMILIES)]
+    beginnings = [_words(rng, 40) for _ in range(FAMILIES)]
     prompts: list[str] = []
     while len(prompts) < count:
-        prompt = f"{beginnings[len(prompts) % FAMILIES]} {_words(rng, rng.randrange(10, 250))}"
+        prompt = f"{beginnings[len(prompts) % FAMILIES]} {_words(rng, rng.randrange(10, 90))}"
         if _is_clear(loaded, tokenizer, prompt):
             prompts.append(prompt)
     return prompts

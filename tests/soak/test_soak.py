@@ -1,5 +1,6 @@
 """Stock servers under load and bad requests: every answer right, nothing leaked, nothing down."""
 
+import json
 import threading
 import time
 from collections import Counter
@@ -32,6 +33,9 @@ def guest(tmp_path_factory: pytest.TempPathFactory) -> Environment:
 def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
     directory = tmp_path_factory.mktemp("model") / "m3"
     write_demo(directory, vision=True)
+    config = json.loads((directory / "config.json").read_text())
+    config["text_config"]["max_position_embeddings"] = 1024
+    (directory / "config.json").write_text(json.dumps(config))
     return directory
 
 
@@ -44,11 +48,11 @@ def test_it_stays_up_and_stays_right(
     fresh_seed: int,
     count: Callable[[int, int], int],
 ) -> None:
-    prompts = write_prompts(model, count(8, 40), fresh_seed)
+    prompts = write_prompts(model, count(6, 40), fresh_seed)
     with server_process(guest, script, model, tmp_path / "log") as address:
         load = Load(address, "default_model" if script == "mlx_lm.server" else str(model), prompts, TOKENS)
         load.learn()
-        kinds = mixed(count(48, 2000), fresh_seed)
+        kinds = mixed(count(40, 2000), fresh_seed)
         memory: list[tuple[int, int]] = []
         wrong, seen = [], Counter()
         with memory_of(address, memory, seen):
