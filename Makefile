@@ -24,6 +24,8 @@ endif
 NEWEST := .envs/newest/bin/python
 FLOOR := .envs/floor/bin/python
 BETWEEN := .envs/between/bin/python
+# What the floor's versions change least, and takes longest: with --full they run there, too.
+FLOOR_SHARE := $(foreach room,toolbox distributed soak upstream,--ignore tests/$(room))
 PIP := -m pip install --quiet --disable-pip-version-check
 
 .PHONY: demo test test-live test-full lint golden clean
@@ -35,7 +37,7 @@ demo: .venv/.ready
 
 test: .envs/newest/.ready .envs/floor/.ready
 	$(NEWEST) -m pytest -q --ignore tests/live $(FULL)
-	M3_NEWEST_PYTHON=$(CURDIR)/$(NEWEST) $(FLOOR) -m pytest -q --ignore tests/live --ignore tests/soak $(FULL)
+	M3_NEWEST_PYTHON=$(CURDIR)/$(NEWEST) $(FLOOR) -m pytest -q --ignore tests/live $(or $(FULL),$(FLOOR_SHARE))
 
 test-live: .envs/newest/.torch
 	$(NEWEST) -m pytest -q tests/live --seeds 6

@@ -48,11 +48,11 @@ def test_it_stays_up_and_stays_right(
     fresh_seed: int,
     count: Callable[[int, int], int],
 ) -> None:
-    prompts = write_prompts(model, count(6, 40), fresh_seed)
+    prompts = write_prompts(model, count(4, 40), fresh_seed)
     with server_process(guest, script, model, tmp_path / "log") as address:
         load = Load(address, "default_model" if script == "mlx_lm.server" else str(model), prompts, TOKENS)
         load.learn()
-        kinds = mixed(count(40, 2000), fresh_seed)
+        kinds = mixed(count(16, 2000), fresh_seed)
         memory: list[tuple[int, int]] = []
         wrong, seen = [], Counter()
         with memory_of(address, memory, seen):

@@ -1,0 +1,149 @@
+"""What a stock library gets wrong with M3: run with ``MLX_M3_PLUGIN=off``.
+
+    python stock_faults.py FAULT MODEL OUT
+
+Each function measures one fault of ``docs/upstream.md``, and what it returns is written as JSON.
+"""
+
+import json
+import os
+import sys
+from pathlib import Path
+from typing import Any
+
+import mlx.core as mx
+import numpy as np
+
+PROMPT = [7 + (31 * i * i + 17 * i) % 250 for i in range(120)]
+# Not a multiple of the block size, which is 8 in the demo model.
+PADDING = 5
+
+
+def lm(model: str) -> Any:
+    from mlx_lm.utils import load_model
+
+    return load_model(Path(model))[0]
+
+
+def vlm(model: str) -> Any:
+    from mlx_vlm.utils import load_model
+
+    return load_model(Path(model)).language_model
+
+
+def logits(model: Any, tokens: list[int], cache: Any = None) -> mx.array:
+    found = model(mx.array([tokens]), cache=cache)
+    return getattr(found, "logits", found)[0].astype(mx.float32)
+
+
+def vlm_logits(model: str) -> list[float]:
+    return np.array(logits(vlm(model), PROMPT)).tolist()
+
+
+def lm_logits(model: str) -> list[float]:
+    return np.array(logits(lm(model), PROMPT)).tolist()
+
+
+def lm_blocks_start_at_slots(model: str) -> float:
+    """How far the logits of a row move by padding it on the left."""
+    from mlx_lm.models.cache import BatchKVCache, CacheList
+
+    loaded = lm(model)
+    alone = logits(loaded, PROMPT, loaded.make_cache())
+    cache = [CacheList(*(BatchKVCache([PADDING]) for _ in c.caches)) for c in loaded.make_cache()]
+    padded = logits(loaded, [0] * PADDING + PROMPT, cache)[PADDING:]
+    return mx.abs(padded - alone).max().item()
+
+
+def vlm_blocks_start_at_slots(model: str) -> float:
+    loaded = vlm(model)
+    from mlx_vlm.models.cache import BatchKVCache
+
+    alone = logits(loaded, PROMPT, loaded.make_cache())
+    cache = [
+        c.to_batch([PADDING]) if hasattr(c, "to_batch") else BatchKVCache([PADDING])
+        for c in loaded.make_cache()
+    ]
+    padded = logits(loaded, [0] * PADDING + PROMPT, cache)[PADDING:]
+    return mx.abs(padded - alone).max().item()
+
+
+def lm_ignores_kv_bits(model: str) -> bool:
+    """Whether ``--kv-bits 4`` is taken and changes nothing."""
+    from mlx_lm.generate import generate_step
+
+    loaded = lm(model)
+    found = []
+    for options in ({}, {"kv_bits": 4, "kv_group_size": 32, "quantized_kv_start": 0}):
+        steps = generate_step(mx.array(PROMPT), loaded, max_tokens=4, **options)
+        found.append([np.array(logprobs.astype(mx.float32)) for _, logprobs in steps])
+    return all(np.array_equal(a, b) for a, b in zip(*found, strict=True))
+
+
+def lm_tool_parser(model: str) -> str | None:
+    """What is inferred from the two words of the published template that are looked for."""
+    from mlx_lm.tokenizer_utils import _infer_tool_parser
+    from transformers import AutoTokenizer
+
+    tokenizer = AutoTokenizer.from_pretrained(model)
+    tokenizer.chat_template = "{# <mm:think> <tool_call> #}{{ tool_call.name }}"
+    return _infer_tool_parser(tokenizer)
+
+
+def lm_think_marker(model: str) -> str | None:
+    from mlx_lm.utils import load_tokenizer
+
+    return load_tokenizer(Path(model)).think_start
+
+
+def lm_masks_grow_with_heads(model: str) -> float:
+    """Bytes that a chunk's peak grows by with the context, for each pair of query and key."""
+    loaded, chunk, peaks = lm(model), 256, []
+    contexts = (1024, 3072)
+    for context in contexts:
+        cache = loaded.make_cache()
+        mx.eval(logits(loaded, (PROMPT * 30)[: context - chunk], cache)[-1])
+        mx.reset_peak_memory()
+        before = mx.get_active_memory()
+        mx.eval(logits(loaded, (PROMPT * 3)[:chunk], cache)[-1])
+        peaks.append(mx.get_peak_memory() - before)
+    return (peaks[1] - peaks[0]) / (chunk * (contexts[1] - contexts[0]))
+
+
+def lm_leaves_weights_random(model: str) -> bool:
+    """Whether ``sharded_load`` takes a checkpoint that lacks a projection.  Spoils the checkpoint."""
+    from mlx_lm.utils import sharded_load
+
+    for file in Path(model).glob("*.safetensors"):
+        weights = mx.load(str(file))
+        lacking = {name: a for name, a in weights.items() if "layers.3.self_attn.o_proj" not in name}
+        if len(lacking) < len(weights):
+            mx.eval(lacking)
+            mx.save_safetensors(str(file), lacking, {"format": "pt"})
+    sharded_load(model, tensor_group=mx.distributed.init())
+    return True
+
+
+def vlm_think_marker(model: str) -> list[str | None]:
+    """Reasoning and content of a reply, with the server's own settings."""
+    from mlx_vlm.server.app import _split_thinking
+    from mlx_vlm.server.generation import get_server_thinking_end_token, get_server_thinking_start_token
+
+    reply = "<mm:think>because</mm:think>answer"
+    return list(_split_thinking(reply, get_server_thinking_start_token(), get_server_thinking_end_token()))
+
+
+def vlm_cannot_be_shared(model: str) -> str:
+    from mlx_vlm.utils import sharded_load
+
+    try:
+        sharded_load(model, tensor_group=mx.distributed.init())
+    except ValueError as error:
+        return str(error)
+    return ""
+
+
+if __name__ == "__main__":
+    assert os.environ["MLX_M3_PLUGIN"] == "off"
+    fault, model, out = sys.argv[1:]
+    Path(out).write_text(json.dumps(globals()[fault](model)))
