@@ -98,8 +98,8 @@ def lm_think_marker(model: str) -> str | None:
 
 def lm_masks_grow_with_heads(model: str) -> float:
     """Bytes that a chunk's peak grows by with the context, for each pair of query and key."""
-    loaded, chunk, peaks = lm(model), 256, []
-    contexts = (1024, 3072)
+    loaded, chunk, peaks = lm(model), 128, []
+    contexts = (512, 1536)
     for context in contexts:
         cache = loaded.make_cache()
         mx.eval(logits(loaded, (PROMPT * 30)[: context - chunk], cache)[-1])
