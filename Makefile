@@ -24,8 +24,9 @@ endif
 NEWEST := .envs/newest/bin/python
 FLOOR := .envs/floor/bin/python
 BETWEEN := .envs/between/bin/python
-# What the floor's versions change least, and takes longest: with --full they run there, too.
-FLOOR_SHARE := $(foreach room,toolbox distributed soak upstream,--ignore tests/$(room))
+# What the floor's versions change least, or takes longest: with --full it runs there, too.
+FLOOR_SHARE := $(foreach room,toolbox distributed soak upstream chat,--ignore tests/$(room)) \
+	$(foreach name,chat_mlx_lm chat_mlx_vlm layouts_table converted_opens,--ignore tests/end_to_end/test_$(name).py)
 PIP := -m pip install --quiet --disable-pip-version-check
 
 .PHONY: demo test test-live test-full lint golden clean
@@ -36,11 +37,11 @@ demo: .venv/.ready
 	.venv/bin/mlx_lm.generate --model $(CHECKPOINT) --max-tokens 40 --prompt "$(PROMPT)"
 
 test: .envs/newest/.ready .envs/floor/.ready
-	$(NEWEST) -m pytest -q --ignore tests/live $(FULL)
+	$(NEWEST) -m pytest -q --ignore tests/live $(or $(FULL),--ignore tests/soak)
 	M3_NEWEST_PYTHON=$(CURDIR)/$(NEWEST) $(FLOOR) -m pytest -q --ignore tests/live $(or $(FULL),$(FLOOR_SHARE))
 
 test-live: .envs/newest/.torch
-	$(NEWEST) -m pytest -q tests/live --seeds 6
+	$(NEWEST) -m pytest -q tests/live --seeds 4
 
 test-full: FULL := --full
 test-full: lint test .envs/newest/.torch .envs/between/.ready
