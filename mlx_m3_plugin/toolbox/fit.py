@@ -5,6 +5,7 @@ is computed is a forecast, checked against ``benchmarks/msa.py`` on the CPU.
 """
 
 import sys
+from collections.abc import Callable
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -100,7 +101,9 @@ def fit(
     per_token = bytes_per_token(config, sparse, checked_kv_bits(kv_bits))
     reserve = reserve_of(memory)
     free = memory - reserve - weights
-    largest = _largest(config, free, per_token, prefill_step)
+    largest = largest_context(
+        config, lambda tokens: per_token * tokens + transient_bytes(config, prefill_step, tokens) <= free
+    )
     planned = largest if context is None else context
     cache, transient = per_token * planned, transient_bytes(config, prefill_step, planned)
     touched = _touched(config, parts, sparse, planned, per_token)
@@ -138,15 +141,12 @@ def checked_kv_bits(kv_bits: int | None) -> int | None:
     return kv_bits
 
 
-def _largest(config: TextConfig, free: int, per_token: int, step: int) -> int:
-    """The most tokens whose cache and last chunk fit into ``free`` bytes."""
+def largest_context(config: TextConfig, fits: Callable[[int], bool]) -> int:
+    """The most tokens that the model knows and that fit; what fits with more does with less."""
     low, high = 0, config.max_position_embeddings
     while low < high:
         middle = (low + high + 1) // 2
-        if per_token * middle + transient_bytes(config, step, middle) <= free:
-            low = middle
-        else:
-            high = middle - 1
+        low, high = (middle, high) if fits(middle) else (low, middle - 1)
     return low
 
 

@@ -6,15 +6,14 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-import mlx.core as mx
-
 from ..model.config import TextConfig, text_config_of
 from ..model.pipeline import SPLIT_VARIABLE
 from ..weights import plan_layout
 from ..weights.names import layer_of
-from .fit import checked_kv_bits, reserve_of, transient_bytes, wired_limit
+from ..weights.writing import STORED_DTYPES
+from .fit import checked_kv_bits, largest_context, reserve_of, transient_bytes, wired_limit
 from .inspect.running import bytes_per_token
-from .inspect.source import open_source
+from .inspect.source import Source, open_source
 from .sizes import size_in_words
 
 
@@ -90,7 +89,7 @@ def fit_pipeline(
     """
     source = open_source(path_or_repository)
     costs = _Costs.of(source, checked_kv_bits(kv_bits), prefill_step)
-    largest = _largest(costs, memories)
+    largest = largest_context(costs.config, lambda tokens: _assigned(costs, memories, tokens, 0) is not None)
     planned = largest if context is None else context
     counts = _balanced(costs, memories, planned) if planned else None
     stages = () if counts is None else tuple(_stages(costs, memories, planned, counts))
@@ -108,11 +107,11 @@ class _Costs:
     per_token: list[int]
 
     @classmethod
-    def of(cls, source: Any, kv_bits: int | None, step: int) -> "_Costs":
+    def of(cls, source: Source, kv_bits: int | None, step: int) -> "_Costs":
         config = text_config_of(source.config, environ={})
         shared, weights = 0, [0] * config.num_hidden_layers
         for name, tensor in plan_layout(source.headers.tensors, config, "").items():
-            size = math.prod(tensor.shape) * _itemsize(tensor.dtype)
+            size = math.prod(tensor.shape) * STORED_DTYPES[tensor.dtype][1]
             layer = layer_of(name)
             if layer is None:
                 shared += size
@@ -129,10 +128,6 @@ class _Costs:
 
     def beside_layers(self, context: int) -> int:
         return self.shared + transient_bytes(self.config, self.step, context)
-
-
-def _itemsize(dtype: str) -> int:
-    return int(getattr(mx, dtype.removeprefix("mlx.core.")).size)
 
 
 def _assigned(costs: _Costs, memories: Sequence[int], context: int, slack: int) -> list[int] | None:
@@ -162,14 +157,6 @@ def _balanced(costs: _Costs, memories: Sequence[int], context: int) -> list[int]
         middle = (low + high) // 2
         low, high = (middle, high) if _assigned(costs, memories, context, middle) else (low, middle)
     return _assigned(costs, memories, context, low)
-
-
-def _largest(costs: _Costs, memories: Sequence[int]) -> int:
-    low, high = 0, costs.config.max_position_embeddings
-    while low < high:
-        middle = (low + high + 1) // 2
-        low, high = (middle, high) if _assigned(costs, memories, middle, 0) else (low, middle - 1)
-    return low
 
 
 def _stages(costs: _Costs, memories: Sequence[int], context: int, counts: list[int]) -> list[Stage]:

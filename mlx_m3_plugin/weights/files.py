@@ -4,7 +4,7 @@ import functools
 import inspect
 import json
 import tempfile
-from collections.abc import Callable, Container, Iterator, Sequence
+from collections.abc import Callable, Container, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from contextvars import ContextVar
 from pathlib import Path
@@ -117,12 +117,10 @@ def only_shards(directory: Path, wanted: Sequence[str] | None) -> Iterator[Path]
     index = json.loads((directory / INDEX).read_text(encoding="utf-8"))
     index["weight_map"] = {name: file for name, file in index["weight_map"].items() if file in wanted}
     shards = {file.name for file in weight_files(directory)}
-    with tempfile.TemporaryDirectory(prefix="mlx-m3-") as links:
-        for file in directory.iterdir():
-            if file.name != INDEX and (file.name in wanted or file.name not in shards):
-                (Path(links) / file.name).symlink_to(file.resolve())
-        (Path(links) / INDEX).write_text(json.dumps(index), encoding="utf-8")
-        yield Path(links)
+    kept = (f for f in directory.iterdir() if f.name != INDEX and (f.name in wanted or f.name not in shards))
+    with _links({file.name: file for file in kept}) as links:
+        (links / INDEX).write_text(json.dumps(index), encoding="utf-8")
+        yield links
 
 
 @contextmanager
@@ -137,8 +135,18 @@ def with_shards_named_as_expected(directory: str | Path) -> Iterator[Path]:
     if all(file.name.startswith("model") for file in shards):
         yield directory
         return
+    names = {}
+    for file in directory.iterdir():
+        prefix = "model-" if file in shards and not file.name.startswith("model") else ""
+        names[prefix + file.name] = file
+    with _links(names) as links:
+        yield links
+
+
+@contextmanager
+def _links(files: Mapping[str, Path]) -> Iterator[Path]:
+    """A directory in which each file has its name here."""
     with tempfile.TemporaryDirectory(prefix="mlx-m3-") as links:
-        for file in directory.iterdir():
-            prefix = "model-" if file in shards and not file.name.startswith("model") else ""
-            (Path(links) / (prefix + file.name)).symlink_to(file.resolve())
+        for name, file in files.items():
+            (Path(links) / name).symlink_to(file.resolve())
         yield Path(links)

@@ -1,13 +1,13 @@
 """Extensions of mlx-lm modules that it does not look up by name."""
 
 import functools
+import inspect
 from collections.abc import Callable, Sequence
 from typing import Any
 
 from mlx_m3_plugin.chat.reasoning import THINK_START
 from mlx_m3_plugin.chat.tool_calls import NAMESPACE
 from mlx_m3_plugin.chat.vocabulary import is_m3 as is_m3_tokenizer
-from mlx_m3_plugin.hosts.mlx_lm.sharded import with_m3_sharded
 from mlx_m3_plugin.hosts.mlx_lm.tokenizer import SwallowedTokens, become_m3
 from mlx_m3_plugin.weights.files import is_m3, with_checks, with_shards_named_as_expected
 
@@ -149,5 +149,27 @@ def utils(module: Any, load_entry_points: Callable[[str], list[Any]]) -> list[st
             return original(path, *args, **kwargs)
 
     module.load_model = with_checks(load_model)
-    module.sharded_load = with_m3_sharded(module)
+    _share_m3(module)
     return ["load_model checks the files of M3 checkpoints", "sharded_load takes any layout and split"]
+
+
+def _share_m3(module: Any) -> None:
+    """Have ``sharded_load`` take M3 another way."""
+    original = module.sharded_load
+    asked_of = inspect.signature(original)
+
+    @functools.wraps(original)
+    def sharded_load(*args: Any, **kwargs: Any) -> Any:
+        asked = asked_of.bind(*args, **kwargs)
+        asked.apply_defaults()
+        path = module._download(asked.arguments["repo"], allow_patterns=["config.json"])
+        if not is_m3(path):
+            return original(*args, **kwargs)
+        # It brings the whole model with it, which others are not to wait for.
+        from mlx_m3_plugin.hosts.mlx_lm.sharded import is_ours, load_shared
+
+        if not is_ours(module, module.load_config(path)):
+            return original(*args, **kwargs)
+        return load_shared(module, asked.arguments)
+
+    module.sharded_load = sharded_load

@@ -5,9 +5,7 @@ stage's files by the names of parameters, which only its own conversions have; a
 files are fetched it loads a model without weights, in which an M3 without an indexer is seen.
 """
 
-from collections.abc import Callable
-from functools import wraps
-from inspect import signature
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -16,36 +14,27 @@ import mlx.core as mx
 from mlx_m3_plugin.hosts.loading import AnyLayout
 from mlx_m3_plugin.model.config import TextConfig, text_config_of
 from mlx_m3_plugin.model.pipeline import split_layers
-from mlx_m3_plugin.weights.files import is_m3, only_shards, shards_with
+from mlx_m3_plugin.weights.files import only_shards, shards_with
 
 # As mlx-lm fetches them first.
 _BESIDE_WEIGHTS = ["*.json", "*.py", "tokenizer.model", "*.tiktoken", "*.txt", "*.jsonl", "*.jinja"]
 
 
-def with_m3_sharded(module: Any) -> Callable[..., Any]:
-    """``mlx_lm.utils`` -> its ``sharded_load``, which takes M3 another way."""
-    original = module.sharded_load
-    asked_of = signature(original)
-
-    @wraps(original)
-    def sharded_load(*args: Any, **kwargs: Any) -> Any:
-        asked = asked_of.bind(*args, **kwargs)
-        asked.apply_defaults()
-        options = asked.arguments
-        path = module._download(options["repo"], allow_patterns=["config.json"])
-        if not is_m3(path) or not _is_ours(module, module.load_config(path)):
-            return original(*args, **kwargs)
-        return _load(module, options)
-
-    return sharded_load
-
-
-def _is_ours(module: Any, config: dict[str, Any]) -> bool:
+def is_ours(module: Any, config: dict[str, Any]) -> bool:
+    """Whether ``mlx_lm.utils`` takes our class for this config; a native one may be preferred."""
     model_class, _ = module._get_classes(config)
     return issubclass(model_class, AnyLayout)
 
 
-def _load(module: Any, options: dict[str, Any]) -> Any:
+def load_shared(module: Any, options: Mapping[str, Any]) -> Any:
+    """As ``mlx_lm.utils.sharded_load``.
+
+    Args:
+        module: ``mlx_lm.utils``.  options: the arguments of its function, by name.
+
+    Raises:
+        ValueError: a stage's weights are not whole, or heads or layers cannot be split so.
+    """
     pipeline_group, tensor_group = options["pipeline_group"], options["tensor_group"]
     if pipeline_group is None and tensor_group is None:
         tensor_group = mx.distributed.init()

@@ -89,8 +89,8 @@ def walk_key(checkpoint: Checkpoint, texts: Texts) -> str:
     """The same for walks that would leave the same."""
     files = [(f.name, f.stat().st_size, f.stat().st_mtime_ns) for f in weight_files(checkpoint.directory)]
     config = json.dumps(checkpoint.config, sort_keys=True)
-    told = [__version__, str(checkpoint.directory.resolve()), files, config, texts.key(), _SAMPLED]
-    told.append(str(mx.default_device().type))
+    device = str(mx.default_device().type)
+    told = [__version__, str(checkpoint.directory.resolve()), files, config, texts.key(), _SAMPLED, device]
     return hashlib.sha256(json.dumps(told).encode()).hexdigest()[:20]
 
 
