@@ -77,6 +77,8 @@ def write_first_layers(layout: str, directory: Path, layers: int, experts: int) 
     """A sparse checkpoint of the first layers, and of the first experts where each has its tensors."""
     from real_size import REAL_LAYOUTS
 
+    from mlx_m3_plugin.toolbox.demo import write_tokenizer
+
     whole, target = directory / "whole", directory / "first"
     REAL_LAYOUTS[layout](whole)
     target.mkdir()
@@ -87,7 +89,7 @@ def write_first_layers(layout: str, directory: Path, layers: int, experts: int) 
     text.update(num_hidden_layers=layers, num_local_experts=experts)
     _cut_lists(text, layers)
     (target / "config.json").write_text(json.dumps(config))
-    _write_tokenizer(target)
+    write_tokenizer(target, text["max_position_embeddings"])
     return target
 
 
@@ -119,14 +121,6 @@ def _write_filtered(source: Path, target: Path, layers: int, experts: int) -> No
 def _cut_lists(text: dict[str, Any], layers: int) -> None:
     for holder in (text, text["sparse_attention_config"]):
         holder.update({key: value[:layers] for key, value in holder.items() if type(value) is list})
-
-
-def _write_tokenizer(directory: Path) -> None:
-    """``convert`` copies one."""
-    from mlx_m3_plugin.toolbox.demo import demo_tokenizer
-
-    demo_tokenizer().save(str(directory / "tokenizer.json"))
-    (directory / "tokenizer_config.json").write_text('{"tokenizer_class": "PreTrainedTokenizerFast"}')
 
 
 if __name__ == "__main__":

@@ -24,6 +24,7 @@ sys.path.insert(0, str(Path(__file__).parents[1] / "tests" / "weights"))
 
 import real_size
 
+from mlx_m3_plugin.toolbox.demo import write_tokenizer
 from mlx_m3_plugin.weights import read_headers
 
 SOURCES = ("published", "mxfp8")
@@ -104,10 +105,9 @@ def run_command(command: list[str]) -> None:
 
 def write_source(directory: Path, layout: str) -> None:
     parameters = list(some_layers()) + real_size.vision_model("F32")
-    config = real_size.MXFP8_CONFIG if layout == "mxfp8" else real_size.CONFIG
-    stored = parameters
+    config, stored = real_size.CONFIG, parameters
     if layout == "mxfp8":
-        stored = [made for tensor in parameters for made in in_mxfp8(tensor)]
+        config, stored = real_size.MXFP8_CONFIG, list(real_size.in_mxfp8(parameters))
     only_one = [int(like >= real_size.N_DENSE) for like in LIKE]
     sparse = {k: only_one if isinstance(v, list) else v for k, v in real_size.SPARSE_ATTENTION_CONFIG.items()}
     text = config["text_config"] | {
@@ -117,7 +117,7 @@ def write_source(directory: Path, layout: str) -> None:
     }
     unfinished = directory.with_name(directory.name + ".unfinished")
     real_size.write_sparse(unfinished, parameters, stored, config | {"text_config": text})
-    write_tokenizer(unfinished)
+    write_tokenizer(unfinished, config["text_config"]["max_position_embeddings"])
     fill(unfinished)
     unfinished.rename(directory)
 
@@ -130,19 +130,6 @@ def some_layers() -> Iterator[real_size.Tensor]:
             t._replace(name=t.name.replace(part, f"model.layers.{layer}.")) for t in whole if part in t.name
         )
     yield from (tensor for tensor in whole if "model.layers." not in tensor.name)
-
-
-def in_mxfp8(tensor: real_size.Tensor) -> list[real_size.Tensor]:
-    kept = real_size.is_router(tensor.module) or tensor.module.endswith(("embed_tokens", "lm_head"))
-    return real_size.mxfp8(tensor) if tensor.may_be_quantized and not kept else [tensor]
-
-
-def write_tokenizer(directory: Path) -> None:
-    from mlx_m3_plugin.toolbox.demo import demo_tokenizer
-
-    demo_tokenizer().save(str(directory / "tokenizer.json"))
-    settings = {"tokenizer_class": "PreTrainedTokenizerFast"}
-    (directory / "tokenizer_config.json").write_text(json.dumps(settings))
 
 
 def fill(directory: Path) -> None:

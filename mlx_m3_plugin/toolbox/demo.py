@@ -140,7 +140,14 @@ def _write_files(directory: Path, seed: int, vision: bool) -> DemoReport:
     )
     # safetensors makes its files readable by the owner only.
     (directory / "model.safetensors").chmod(0o666 & ~_umask())
-    tokenizer.save(str(directory / "tokenizer.json"))
+    write_tokenizer(directory, config["text_config"]["max_position_embeddings"])
+    (directory / "chat_template.jinja").write_text(CHAT_TEMPLATE, encoding="utf-8")
+    return DemoReport(str(directory), sum(w.size for w in weights.values()), n_bytes, seed, vision)
+
+
+def write_tokenizer(directory: Path, model_max_length: int) -> None:
+    """:func:`demo_tokenizer` and its settings, as ``AutoTokenizer`` reads them."""
+    demo_tokenizer().save(str(directory / "tokenizer.json"))
     _write_json(
         directory / "tokenizer_config.json",
         {
@@ -150,11 +157,9 @@ def _write_files(directory: Path, seed: int, vision: bool) -> DemoReport:
             "pad_token": _PAD,
             "add_bos_token": False,
             "clean_up_tokenization_spaces": False,
-            "model_max_length": config["text_config"]["max_position_embeddings"],
+            "model_max_length": model_max_length,
         },
     )
-    (directory / "chat_template.jinja").write_text(CHAT_TEMPLATE, encoding="utf-8")
-    return DemoReport(str(directory), sum(w.size for w in weights.values()), n_bytes, seed, vision)
 
 
 def demo_tokenizer() -> Tokenizer:

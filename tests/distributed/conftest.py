@@ -4,9 +4,8 @@ from collections.abc import Callable
 from pathlib import Path
 
 import pytest
+from conversions import converted
 from sharded_checkpoints import write_published
-
-from mlx_m3_plugin.toolbox.convert import convert, load_recipe, open_checkpoint, plan_conversion
 
 FLOAT = """
 summary = "as it is"
@@ -24,11 +23,7 @@ def checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], Path
 
     def written(kind: str) -> Path:
         if not (root / kind).exists():
-            source = open_checkpoint(root / "published")
-            asked = load_recipe(str(recipe) if kind == "fused" else kind, source.text_config)
-            convert(
-                plan_conversion(source, asked, None), root / kind, memory=1 << 28, progress=lambda *_: None
-            )
+            converted(root / "published", str(recipe) if kind == "fused" else kind, root / kind)
         return root / kind
 
     return written

@@ -8,28 +8,21 @@ import numpy as np
 from safetensors.numpy import save_file
 
 from mlx_m3_plugin.model.config import text_config_of
-from mlx_m3_plugin.toolbox.demo import demo_config, demo_tokenizer, random_weights
+from mlx_m3_plugin.toolbox.demo import demo_config, demo_tokenizer, random_weights, write_tokenizer
 
 N_SHARDS = 7
 
 
 def write_published(directory: Path) -> None:
     directory.mkdir()
-    tokenizer = demo_tokenizer()
-    ids = tokenizer.get_vocab()
+    ids = demo_tokenizer().get_vocab()
     config = demo_config(len(ids), ids)
     for width in ("intermediate_size", "shared_intermediate_size"):
         config["text_config"][width] = 256
     weights = dict(random_weights(text_config_of(config), np.random.default_rng(0)))
     write_shards(directory, weights)
     (directory / "config.json").write_text(json.dumps(config))
-    write_tokenizer(directory)
-
-
-def write_tokenizer(directory: Path) -> None:
-    demo_tokenizer().save(str(directory / "tokenizer.json"))
-    settings = {"tokenizer_class": "PreTrainedTokenizerFast", "eos_token": "[e~["}
-    (directory / "tokenizer_config.json").write_text(json.dumps(settings))
+    write_tokenizer(directory, config["text_config"]["max_position_embeddings"])
 
 
 def write_shards(directory: Path, weights: dict[str, Any]) -> None:

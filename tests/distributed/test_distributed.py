@@ -14,10 +14,10 @@ import pytest
 from checkpoints import LAYOUTS
 from jobs import Job, command, launch, start, stop, wait_for_tokens
 from layout_makers import VOCAB
-from sharded_checkpoints import N_SHARDS, write_tokenizer
+from sharded_checkpoints import N_SHARDS
 
 from mlx_m3_plugin.model.config import text_config_of
-from mlx_m3_plugin.toolbox.demo import write_demo
+from mlx_m3_plugin.toolbox.demo import write_demo, write_tokenizer
 from mlx_m3_plugin.weights.files import shards_with
 
 # The demo model attends to four blocks of eight tokens.
@@ -79,7 +79,7 @@ def test_every_layout_can_be_shared(tmp_path: Path, fresh_seed: int, count: Coun
     for name in rng.sample(sorted(LAYOUTS), count(6, len(LAYOUTS))):
         directory = tmp_path / "layouts" / name
         LAYOUTS[name].write(directory)
-        write_tokenizer(directory)
+        write_tokenizer(directory, 131_072)
         jobs += [Job(str(directory), kind, prompt(rng, VOCAB), [50], 3) for kind in ("tensor", "pipeline")]
     found = launch(jobs, tmp_path / "several", 2)
     check_same(found, in_one_process(jobs, tmp_path / "one"), jobs)

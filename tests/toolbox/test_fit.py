@@ -153,7 +153,7 @@ def test_counts_and_words() -> None:
 
 
 def test_two_machines_get_the_split_that_leaves_the_most(four_bits: Path) -> None:
-    """Beside every other split, each machine counted by hand."""
+    """As even as whole layers allow; weights and caches add up to those of one machine."""
     memories, context = [256 * GIB, 128 * GIB], 131_072
     found = fit_pipeline(four_bits, memories, context=context)
     assert sum(found.split) == REAL.num_hidden_layers

@@ -37,6 +37,17 @@ def test_it_equals_the_model_in_memory(tiny: Written, layout: str) -> None:
         assert difference < 2e-5
 
 
+@pytest.mark.parametrize(
+    "layout",
+    ["published_float", "mlx_fused_129_4bit", "mxfp8_official", "mxfp4_quark", "nvfp4_modelopt_mixed"],
+)
+def test_so_it_does_with_mlx_kernels(tiny: Written, layout: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """As on a GPU, where matrices stay quantized in memory."""
+    for module in ("linear", "ends"):
+        monkeypatch.setattr(f"mlx_m3_plugin.toolbox.streaming.{module}.computes_in_float32", lambda: False)
+    test_it_equals_the_model_in_memory(tiny, layout)
+
+
 def test_other_bits_are_tried_without_being_written(tiny: Written) -> None:
     checkpoint = open_checkpoint(tiny("published_float"))
     with TensorReader(checkpoint.directory, checkpoint.headers.tensors) as reader:

@@ -8,6 +8,7 @@ Each function measures one fault of ``docs/upstream.md``, and what it returns is
 import json
 import os
 import sys
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -45,26 +46,25 @@ def lm_logits(model: str) -> list[float]:
 
 
 def lm_blocks_start_at_slots(model: str) -> float:
-    """How far the logits of a row move by padding it on the left."""
     from mlx_lm.models.cache import BatchKVCache, CacheList
 
-    loaded = lm(model)
-    alone = logits(loaded, PROMPT, loaded.make_cache())
-    cache = [CacheList(*(BatchKVCache([PADDING]) for _ in c.caches)) for c in loaded.make_cache()]
-    padded = logits(loaded, [0] * PADDING + PROMPT, cache)[PADDING:]
-    return mx.abs(padded - alone).max().item()
+    return moved_by_padding(lm(model), lambda c: CacheList(*(BatchKVCache([PADDING]) for _ in c.caches)))
 
 
 def vlm_blocks_start_at_slots(model: str) -> float:
     loaded = vlm(model)
     from mlx_vlm.models.cache import BatchKVCache
 
-    alone = logits(loaded, PROMPT, loaded.make_cache())
-    cache = [
-        c.to_batch([PADDING]) if hasattr(c, "to_batch") else BatchKVCache([PADDING])
-        for c in loaded.make_cache()
-    ]
-    padded = logits(loaded, [0] * PADDING + PROMPT, cache)[PADDING:]
+    return moved_by_padding(
+        loaded, lambda c: c.to_batch([PADDING]) if hasattr(c, "to_batch") else BatchKVCache([PADDING])
+    )
+
+
+def moved_by_padding(model: Any, padded_cache: Callable[[Any], Any]) -> float:
+    """How far the logits of a row move by padding it on the left."""
+    alone = logits(model, PROMPT, model.make_cache())
+    cache = [padded_cache(entry) for entry in model.make_cache()]
+    padded = logits(model, [0] * PADDING + PROMPT, cache)[PADDING:]
     return mx.abs(padded - alone).max().item()
 
 

@@ -7,7 +7,7 @@ must know sparse files (APFS, ext4, XFS, tmpfs do).
 """
 
 import json
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from math import prod
 from pathlib import Path
@@ -181,13 +181,17 @@ def _affine(tensor: Tensor, bits: int) -> list[Tensor]:
     ]
 
 
-def mxfp8(tensor: Tensor) -> list[Tensor]:
-    *rows, inputs = tensor.shape
-    scale = Tensor(f"{tensor.module}.weight_scale_inv", (*rows, inputs // MXFP8_GROUP), "U8")
-    return [tensor._replace(dtype="F8_E4M3"), scale]
+def in_mxfp8(parameters: list[Tensor]) -> Iterator[Tensor]:
+    """As MiniMax publishes it: all matrices but router, embeddings and head."""
+    for tensor in parameters:
+        cut = tensor.may_be_quantized and not tensor.module.endswith((".gate", "embed_tokens", "lm_head"))
+        yield tensor._replace(dtype="F8_E4M3") if cut else tensor
+        if cut:
+            *rows, inputs = tensor.shape
+            yield Tensor(f"{tensor.module}.weight_scale_inv", (*rows, inputs // MXFP8_GROUP), "U8")
 
 
-def is_router(module: str) -> bool:
+def _is_router(module: str) -> bool:
     return module.endswith(".gate")
 
 
@@ -201,7 +205,7 @@ def uniform_bits(bits: int, *, shared_expert: int | None = None) -> Bits:
     """One width for all, 8 bits for the router, maybe another one for the shared expert."""
 
     def bits_of(module: str) -> int | None:
-        if is_router(module):
+        if _is_router(module):
             return 8
         return shared_expert if shared_expert and ".shared_experts." in module else bits
 
@@ -215,7 +219,7 @@ def oq4_bits(module: str) -> int | None:
     lm_head and embeddings get 8 bits, routed experts (and the shared one fused with them) the
     base 4, everything else 8 or 5 by position, with the index projections treated as any others.
     """
-    if is_router(module):
+    if _is_router(module):
         return None
     if "switch_mlp" in module:
         return 4
@@ -224,7 +228,7 @@ def oq4_bits(module: str) -> int | None:
 
 def config_i_bits(module: str) -> int | None:
     """thetom-ai's policy.  Nothing is known of the shared expert; here it is cut as the routed ones."""
-    if is_router(module) or ".index_" in module:
+    if _is_router(module) or ".index_" in module:
         return None
     if not 2 <= _layer_of(module) < N_LAYERS - 2:
         return 8
@@ -363,11 +367,7 @@ def write_published(path: Path) -> RealCheckpoint:
 
 def write_mxfp8(path: Path) -> RealCheckpoint:
     parameters = text_model(experts_one_by_one) + vision_model("F32")
-    stored: list[Tensor] = []
-    for tensor in parameters:
-        kept = is_router(tensor.module) or tensor.module.endswith(("embed_tokens", "lm_head"))
-        stored += mxfp8(tensor) if tensor.may_be_quantized and not kept else [tensor]
-    return write_sparse(path, parameters, stored, MXFP8_CONFIG, n_shards=31)
+    return write_sparse(path, parameters, list(in_mxfp8(parameters)), MXFP8_CONFIG, n_shards=31)
 
 
 def _mlx_writer(
