@@ -8,7 +8,7 @@ from typing import Any
 
 from ..model.config import TextConfig, text_config_of
 from ..model.pipeline import SPLIT_VARIABLE
-from ..weights import plan_layout
+from ..weights import lacks_indexers, plan_layout
 from ..weights.names import layer_of
 from ..weights.writing import STORED_DTYPES
 from .fit import checked_kv_bits, largest_context, reserve_of, transient_bytes, wired_limit
@@ -110,7 +110,8 @@ class _Costs:
     def of(cls, source: Source, kv_bits: int | None, step: int) -> "_Costs":
         config = text_config_of(source.config, environ={})
         shared, weights = 0, [0] * config.num_hidden_layers
-        for name, tensor in plan_layout(source.headers.tensors, config, "").items():
+        plan = plan_layout(source.headers.tensors, config, "")
+        for name, tensor in plan.items():
             size = math.prod(tensor.shape) * STORED_DTYPES[tensor.dtype][1]
             layer = layer_of(name)
             if layer is None:
@@ -118,7 +119,7 @@ class _Costs:
             elif layer < len(weights):
                 weights[layer] += size
         keys_values = bytes_per_token(config, 0, kv_bits) // config.num_hidden_layers
-        index = 2 * config.index_head_dim
+        index = 0 if lacks_indexers(plan, config) else 2 * config.index_head_dim
         layers = range(config.num_hidden_layers)
         per_token = [keys_values + index * config.is_sparse_attention(layer) for layer in layers]
         return cls(config, step, shared, weights, per_token)

@@ -6,6 +6,7 @@ from pathlib import Path
 import mlx.core as mx
 import pytest
 import real_size
+from checkpoints import LAYOUTS
 from mlx.utils import tree_map
 
 from mlx_m3_plugin.cli import main
@@ -175,6 +176,13 @@ def test_the_largest_context_of_two_machines_is_that_of_the_best_split(four_bits
     assert not fit_pipeline(four_bits, memories, context=largest + 1).fits
     more_memory = fit_pipeline(four_bits, [128 * GIB, 160 * GIB])
     assert more_memory.largest_context > largest
+
+
+def test_without_indexers_no_index_keys_are_kept(tmp_path: Path) -> None:
+    LAYOUTS["mlx_no_indexer"].write(tmp_path / "m3")
+    memories = [64 * GIB, 64 * GIB]
+    found = fit_pipeline(tmp_path / "m3", memories, context=1000)
+    assert sum(s.cache for s in found.stages) == fit(tmp_path / "m3", 64 * GIB, context=1000).cache
 
 
 def test_several_machines_on_the_command_line(four_bits: Path, capsys: pytest.CaptureFixture[str]) -> None:
