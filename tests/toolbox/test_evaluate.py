@@ -69,6 +69,8 @@ def in_bf16(source: Path, directory: Path) -> Path:
     shutil.copytree(source, directory)
     for file in directory.glob("*.safetensors"):
         arrays = {n: a.astype(mx.bfloat16) if a.ndim > 1 else a for n, a in mx.load(str(file)).items()}
+        # Before the file that they come from is written over.
+        mx.eval(arrays)
         mx.save_safetensors(str(file), arrays, {"format": "pt"})
     return directory
 
