@@ -55,12 +55,13 @@ class AnyLayout(nn.Module):
         mapped = map_weights(
             weights, config, self.text_prefix, vision=self.takes_vision, layers=self.held_layers
         )
-        sparse: list[DecoderLayer] = [layer for layer in self.layers if layer.self_attn.is_sparse_attn]
         if lacks_indexers(mapped, config):
-            for layer in sparse:
-                layer.self_attn.drop_indexer()
+            layers: list[DecoderLayer] = self.layers
+            for layer in layers:
+                if layer.self_attn.is_sparse_attn:
+                    layer.self_attn.drop_indexer()
             warn_dense("this checkpoint has no indexer weights", config)
-        elif not sparse:
+        elif not any(map(config.is_sparse_attention, range(config.num_hidden_layers))):
             warn_dense("this checkpoint's config names no sparse layers", config)
         elif config.attention == "dense":
             warn_dense("dense attention was asked for", config)

@@ -5,6 +5,7 @@ import os
 import random
 import shutil
 import signal
+import subprocess
 from collections.abc import Callable
 from dataclasses import asdict, replace
 from pathlib import Path
@@ -12,7 +13,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 from checkpoints import LAYOUTS
-from jobs import Job, command, launch, start, stop, wait_for_tokens
+from jobs import Job, command, launch, launcher, start, stop, wait_for_tokens
 from layout_makers import VOCAB
 from sharded_checkpoints import N_SHARDS
 
@@ -172,3 +173,10 @@ def test_heads_that_do_not_divide_are_refused_by_all(checkpoint: Checkpoint, tmp
     jobs = [Job(str(checkpoint("4bit")), "tensor", [1, 2, 3])]
     for result in launch(jobs, tmp_path / "several", 3)[0]:
         assert "do not divide by 3 processes" in str(result["error"])
+
+
+def test_machines_can_be_checked_without_a_download() -> None:
+    script = Path(__file__).parents[2] / "examples" / "check_machines.py"
+    run = subprocess.run([*launcher(2), str(script)], capture_output=True, text=True, timeout=BOUND)
+    assert run.stdout.count("as one") == 2, run.stdout + run.stderr
+    assert "WRONG" not in run.stdout

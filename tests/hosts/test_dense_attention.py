@@ -6,8 +6,8 @@ from typing import Any
 
 import mlx.core as mx
 import pytest
-from mlx_lm.utils import load_model
-from native_mlx_lm import native_module
+from mlx_lm.utils import _get_classes, load_model
+from native_mlx_lm import FakeGroup, native_module
 
 CHECKPOINT = Path(__file__).parents[1] / "golden" / "as_published"
 BUDGET = 4 * 8
@@ -44,6 +44,20 @@ def warnings_of(caplog: pytest.LogCaptureFixture) -> list[str]:
 
 def test_sparse_is_the_default_and_says_nothing(caplog: pytest.LogCaptureFixture) -> None:
     load_model(CHECKPOINT)
+    assert warnings_of(caplog) == []
+
+
+def test_a_stage_of_dense_layers_alone_says_nothing(caplog: pytest.LogCaptureFixture) -> None:
+    """Of a pipeline: the layers that choose blocks are on other machines."""
+    config = json.loads((CHECKPOINT / "config.json").read_text())
+    Model, ModelArgs = _get_classes(config)
+    model = Model(ModelArgs.from_dict(config))
+    with pytest.MonkeyPatch.context() as patched:
+        patched.setattr("mlx_m3_plugin.model.pipeline._agree", lambda split, group: None)
+        model.pipeline(FakeGroup(1, 2), [3, 1])
+    assert [layer.self_attn.is_sparse_attn for layer in model.layers] == [False]
+    weights = model.sanitize(mx.load(str(CHECKPOINT / "model.safetensors")))
+    model.load_weights(list(weights.items()))
     assert warnings_of(caplog) == []
 
 

@@ -28,6 +28,7 @@ KINDS = {
     "no messages": 3,
 }
 GOOD = ("streamed", "whole")
+SENTENCE = "which block of keys does a query take when its head looks far back"
 
 
 @dataclass
@@ -135,6 +136,10 @@ class Load:
         asked = [(kind, rng.randrange(len(self.prompts))) for kind in kinds]
         with ThreadPoolExecutor(clients) as pool:
             yield from pool.map(lambda one: self.ask(*one), asked)
+
+
+def words(rng: random.Random, count: int) -> str:
+    return " ".join(rng.choices(SENTENCE.split(), k=count))
 
 
 def mixed(count: int, seed: int) -> list[str]:

@@ -5,26 +5,11 @@ from pathlib import Path
 from typing import Any
 
 import mlx.core as mx
+from clients import words
 from mlx_lm import load
 from mlx_lm.generate import generate_step
 from ties import closest_choice
 
-WORDS = [
-    "which",
-    "block",
-    "of",
-    "keys",
-    "does",
-    "a",
-    "query",
-    "take",
-    "when",
-    "its",
-    "head",
-    "looks",
-    "far",
-    "back",
-]
 FAMILIES, TOKENS = 4, 10
 # Of the logits' two highest, where they are of the order of 1: what batches change is below 1e-5.
 MARGIN = 1e-3
@@ -34,17 +19,13 @@ def write_prompts(model: Path, count: int, seed: int) -> list[str]:
     """``count`` users' messages of 50 to 130 words in ``FAMILIES`` families of one beginning each."""
     rng = random.Random(seed)
     loaded, tokenizer = load(str(model))[:2]
-    beginnings = [_words(rng, 40) for _ in range(FAMILIES)]
+    beginnings = [words(rng, 40) for _ in range(FAMILIES)]
     prompts: list[str] = []
     while len(prompts) < count:
-        prompt = f"{beginnings[len(prompts) % FAMILIES]} {_words(rng, rng.randrange(10, 90))}"
+        prompt = f"{beginnings[len(prompts) % FAMILIES]} {words(rng, rng.randrange(10, 90))}"
         if _is_clear(loaded, tokenizer, prompt):
             prompts.append(prompt)
     return prompts
-
-
-def _words(rng: random.Random, count: int) -> str:
-    return " ".join(rng.choice(WORDS) for _ in range(count))
 
 
 def _is_clear(model: Any, tokenizer: Any, prompt: str) -> bool:

@@ -1,0 +1,151 @@
+"""Requests per second and time to the first token of stock servers, with the plugin against without it.
+
+    python benchmarks/serving.py [--rounds 9] [--server mlx_vlm.server]
+
+One wheel in one environment and two processes of one server, of which one has ``MLX_M3_PLUGIN=off``: there
+upstream's own class serves.  Both hold the same small random model (blocks of 8 tokens, 4 of them chosen).
+Each round sends both the same new prompts, one after the other and in random order; a ratio is the median
+over the rounds.  At or above 1 the plugin is the better one in either column.
+"""
+
+import argparse
+import json
+import platform
+import random
+import sys
+import tempfile
+import time
+from collections.abc import Iterator
+from contextlib import ExitStack
+from dataclasses import dataclass
+from importlib.metadata import version
+from pathlib import Path
+from statistics import median
+
+sys.path.insert(0, str(Path(__file__).parents[1] / "tests" / "end_to_end"))
+sys.path.insert(0, str(Path(__file__).parents[1] / "tests" / "soak"))
+
+from clients import Load, Outcome, words
+from environments import build_wheel, make_environment
+from server_process import server_process
+
+from mlx_m3_plugin.toolbox.demo import write_demo
+
+SERVERS = ("mlx_lm.server", "mlx_vlm.server")
+OURS, STOCK = "with the plugin", "without"
+VARIABLES = {OURS: {}, STOCK: {"MLX_M3_PLUGIN": "off"}}
+TOKENS = 32
+
+
+@dataclass(frozen=True)
+class Case:
+    """``requests`` of prompts of ``words`` words (about three tokens each), ``clients`` at a time."""
+
+    clients: int
+    words: int
+    requests: int
+
+
+CASES = (Case(1, 10, 8), Case(1, 200, 4), Case(8, 50, 16), Case(32, 50, 48), Case(8, 200, 12))
+
+
+@dataclass(frozen=True)
+class Measured:
+    """Of one case on one server."""
+
+    requests_per_second: float
+    first_token: float
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--rounds", type=int, default=9)
+    parser.add_argument("--server", action="append", choices=SERVERS, help="default: both")
+    parser.add_argument("--json", type=Path, help="write every round's numbers there")
+    arguments = parser.parse_args()
+    with tempfile.TemporaryDirectory() as directory:
+        rounds = {
+            server: measure(server, arguments.rounds, Path(directory) / server)
+            for server in arguments.server or SERVERS
+        }
+    if arguments.json:
+        arguments.json.write_text(json.dumps(rounds, default=vars, indent=1))
+    print("\n".join(table(rounds)))
+
+
+def measure(server: str, rounds: int, directory: Path) -> list[list[dict[str, Measured]]]:
+    """What each case of each round was, on both sides; a round before them warms up."""
+    directory.mkdir()
+    environment = make_environment(directory / "guest")
+    environment.install(build_wheel(directory))
+    write_demo(directory / "m3", vision=True)
+    model = "default_model" if server == "mlx_lm.server" else str(directory / "m3")
+    with ExitStack() as servers:
+        addresses = {
+            side: servers.enter_context(
+                server_process(
+                    environment, server, directory / "m3", directory / f"{side}.log", env=variables
+                )
+            )
+            for side, variables in VARIABLES.items()
+        }
+        found = []
+        for number in range(-1, rounds):
+            found.append([one_case(addresses, model, case, random.Random(number)) for case in CASES])
+            progress(server, number + 1, rounds)
+    return found[1:]
+
+
+def one_case(addresses: dict[str, str], model: str, case: Case, rng: random.Random) -> dict[str, Measured]:
+    prompts = [words(rng, case.words) for _ in range(case.requests)]
+    sides = list(addresses)
+    rng.shuffle(sides)
+    return {side: send(Load(addresses[side], model, prompts, TOKENS), case) for side in sides}
+
+
+def send(load: Load, case: Case) -> Measured:
+    begun = time.perf_counter()
+    outcomes = list(load.run(["streamed"] * case.requests, case.clients, seed=0))
+    seconds = time.perf_counter() - begun
+    check(outcomes)
+    return Measured(case.requests / seconds, median(outcome.first for outcome in outcomes))
+
+
+def check(outcomes: list[Outcome]) -> None:
+    failed = [outcome for outcome in outcomes if outcome.status != 200 or not outcome.text]
+    if failed:
+        raise SystemExit(f"{len(failed)} of {len(outcomes)} requests failed: {failed[0]}")
+
+
+def progress(server: str, done: int, rounds: int) -> None:
+    print(
+        f"\r{server}: {done} of {rounds} rounds",
+        end="" if done < rounds else "\n",
+        file=sys.stderr,
+        flush=True,
+    )
+
+
+def table(rounds: dict[str, list[list[dict[str, Measured]]]]) -> Iterator[str]:
+    packages = ", ".join(f"{name} {version(name)}" for name in ("mlx", "mlx-lm", "mlx-vlm"))
+    yield f"{packages}, {platform.machine()}; {TOKENS} tokens an answer."
+    yield ""
+    yield "| server | clients | words | requests/s | stock | ratio | first token, s | stock | stock / ours |"
+    yield "|---|--:|--:|--:|--:|--:|--:|--:|--:|"
+    for server, measured in rounds.items():
+        for case, of_case in zip(CASES, zip(*measured, strict=True), strict=True):
+            rates = [(one[OURS].requests_per_second, one[STOCK].requests_per_second) for one in of_case]
+            firsts = [(one[OURS].first_token, one[STOCK].first_token) for one in of_case]
+            cells = [server, case.clients, case.words, *columns(rates, False), *columns(firsts, True)]
+            yield "| " + " | ".join(map(str, cells)) + " |"
+
+
+def columns(pairs: list[tuple[float, float]], less_is_better: bool) -> list[str]:
+    """Medians of both, and of their ratio with its least and greatest."""
+    ratios = sorted(stock / ours if less_is_better else ours / stock for ours, stock in pairs)
+    ours, stock = (median(values) for values in zip(*pairs, strict=True))
+    return [f"{ours:.3f}", f"{stock:.3f}", f"**{median(ratios):.2f}** ({ratios[0]:.2f}-{ratios[-1]:.2f})"]
+
+
+if __name__ == "__main__":
+    main()
