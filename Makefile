@@ -29,19 +29,26 @@ FLOOR_SHARE := $(foreach room,toolbox distributed soak upstream chat,--ignore te
 	$(foreach name,chat_mlx_lm chat_mlx_vlm layouts_table converted_opens,--ignore tests/end_to_end/test_$(name).py)
 PIP := -m pip install --quiet --disable-pip-version-check
 
-.PHONY: demo test test-live test-full lint golden clean
+# The matrices of the tests are too small for a BLAS with threads, and two test runs may be side by side.
+export OPENBLAS_NUM_THREADS ?= 1
+
+.PHONY: demo environments test test-newest test-floor test-live test-full lint golden clean
 
 demo: .venv/.ready
 	@test -d $(CHECKPOINT) || .venv/bin/mlx-m3 demo $(CHECKPOINT)
 	@.venv/bin/mlx-m3 doctor | head -1
 	.venv/bin/mlx_lm.generate --model $(CHECKPOINT) --max-tokens 40 --prompt "$(PROMPT)"
 
-test: .envs/newest/.ready .envs/floor/.ready
+test: test-newest test-floor
+
+test-newest: .envs/newest/.ready
 	$(NEWEST) -m pytest -q --ignore tests/live $(or $(FULL),--ignore tests/soak)
+
+test-floor: .envs/newest/.ready .envs/floor/.ready
 	M3_NEWEST_PYTHON=$(CURDIR)/$(NEWEST) $(FLOOR) -m pytest -q --ignore tests/live $(or $(FULL),$(FLOOR_SHARE))
 
 test-live: .envs/newest/.torch
-	$(NEWEST) -m pytest -q tests/live --seeds 4
+	$(NEWEST) -m pytest -q tests/live --seeds 2
 
 test-full: FULL := --full
 test-full: lint test .envs/newest/.torch .envs/between/.ready
@@ -55,6 +62,8 @@ lint: .envs/newest/.ready
 
 golden: .envs/newest/.torch
 	$(NEWEST) tests/golden/make_golden.py
+
+environments: .envs/newest/.ready .envs/floor/.ready
 
 .venv/.ready: pyproject.toml
 	$(PYTHON) -m venv .venv

@@ -34,7 +34,7 @@ from mlx_m3_plugin.toolbox.demo import write_demo
 SERVERS = ("mlx_lm.server", "mlx_vlm.server")
 OURS, STOCK = "with the plugin", "without"
 VARIABLES = {OURS: {}, STOCK: {"MLX_M3_PLUGIN": "off"}}
-TOKENS = 32
+TOKENS = 16
 
 
 @dataclass(frozen=True)
@@ -46,7 +46,7 @@ class Case:
     requests: int
 
 
-CASES = (Case(1, 10, 8), Case(1, 200, 4), Case(8, 50, 16), Case(32, 50, 48), Case(8, 200, 12))
+CASES = (Case(1, 10, 4), Case(1, 200, 3), Case(8, 50, 8), Case(32, 50, 32), Case(8, 200, 8))
 
 
 @dataclass(frozen=True)

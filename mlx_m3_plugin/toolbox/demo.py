@@ -174,12 +174,17 @@ def demo_tokenizer() -> Tokenizer:
         show_progress=False,
     )
     tokenizer.train_from_iterator(prose, trainer)
+    add_markers(tokenizer)
+    return tokenizer
+
+
+def add_markers(tokenizer: Tokenizer) -> None:
+    """M3's markers after the pieces, and as many spare tokens as make the vocabulary a multiple of 64."""
     tokenizer.add_special_tokens([AddedToken(t, special=True, normalized=False) for t in _CONTROL_TOKENS])
     tokenizer.add_tokens([AddedToken(t, special=False, normalized=False) for t in _MARKUP_TOKENS])
     # Quantization of the head wants a multiple of 64 rows, and mlx-vlm a name for each of them.
     spare = -tokenizer.get_vocab_size() % 64
     tokenizer.add_tokens([AddedToken(f"<reserved_{n}>", normalized=False) for n in range(spare)])
-    return tokenizer
 
 
 def demo_config(vocab_size: int, token_id: dict[str, int]) -> dict[str, Any]:

@@ -1,0 +1,90 @@
+"""The soak test at its full count, and a plot of what memory the servers take on the way.
+
+    python benchmarks/soak.py      # writes docs/benchmarks/soak.png and soak.md; an hour and a half
+
+All that is judged is judged by ``tests/soak``; this runs it and draws what it kept.  Needs matplotlib.
+"""
+
+import argparse
+import re
+import subprocess
+import sys
+import tempfile
+from collections.abc import Iterator
+from pathlib import Path
+
+import numpy as np
+
+CHECKOUT = Path(__file__).resolve().parents[1]
+OUTPUT = CHECKOUT / "docs" / "benchmarks"
+MIB = 1 << 20
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--output", type=Path, default=OUTPUT)
+    parser.add_argument(
+        "--kept", type=Path, help="draw what an earlier run left in this --basetemp of pytest"
+    )
+    arguments = parser.parse_args()
+    if arguments.kept:
+        write(curves(arguments.kept), arguments.output)
+        return 0
+    with tempfile.TemporaryDirectory() as directory:
+        soak = [sys.executable, "-m", "pytest", "-q", "tests/soak", "--full", "--basetemp", directory]
+        status = subprocess.run(soak, cwd=CHECKOUT).returncode
+        write(curves(Path(directory)), arguments.output)
+    return status
+
+
+def curves(directory: Path) -> dict[str, np.ndarray]:
+    """By server: requests answered, and resident bytes then."""
+    found = {}
+    for path in sorted(directory.glob("*/memory.npy")):
+        server = re.search(r"mlx_(lm|vlm)_server", path.parent.name)
+        if server:
+            found[f"mlx_{server[1]}.server"] = np.load(path)
+    return found
+
+
+def write(found: dict[str, np.ndarray], output: Path) -> None:
+    (output / "soak.md").write_text("\n".join(table(found)) + "\n", encoding="utf-8")
+    draw(found, output / "soak.png")
+
+
+def table(found: dict[str, np.ndarray]) -> Iterator[str]:
+    yield "# Resident memory of stock servers with the plugin, under load"
+    yield ""
+    yield "`python benchmarks/soak.py`: 32 clients of `tests/soak`, a fifth of whose requests are cut off or bad."
+    yield ""
+    yield "| server | requests | at a quarter | at half | at the end | bytes a request, second half |"
+    yield "|---|--:|--:|--:|--:|--:|"
+    for server, memory in found.items():
+        requests, resident = memory.T
+        at = [resident[np.searchsorted(requests, share * requests[-1])] / MIB for share in (0.25, 0.5, 1)]
+        late = requests > requests[-1] // 2
+        slope = np.polyfit(requests[late], resident[late], 1)[0]
+        cells = [server, requests[-1], *(f"{mib:.0f} MiB" for mib in at), f"{slope:,.0f}"]
+        yield "| " + " | ".join(map(str, cells)) + " |"
+    yield ""
+    yield "![memory by requests](soak.png)"
+
+
+def draw(found: dict[str, np.ndarray], path: Path) -> None:
+    import matplotlib
+
+    matplotlib.use("Agg")
+    from matplotlib import pyplot
+
+    figure, axes = pyplot.subplots(figsize=(7, 3.6))
+    for server, memory in found.items():
+        axes.plot(memory[:, 0], memory[:, 1] / MIB, label=server, linewidth=1)
+    axes.set(xlabel="requests answered", ylabel="resident memory, MiB", ylim=(0, None))
+    axes.grid(alpha=0.3)
+    axes.legend(frameon=False)
+    figure.tight_layout()
+    figure.savefig(path, dpi=120)
+
+
+if __name__ == "__main__":
+    sys.exit(main())
