@@ -55,7 +55,7 @@ def write(found: dict[str, np.ndarray], output: Path) -> None:
 def table(found: dict[str, np.ndarray]) -> Iterator[str]:
     yield "# Resident memory of stock servers with the plugin, under load"
     yield ""
-    yield "`python benchmarks/soak.py`: 32 clients of `tests/soak`, a fifth of whose requests are cut off or bad."
+    yield "`python benchmarks/soak.py`: 32 clients; a quarter of the requests are cut off or bad."
     yield ""
     yield "| server | requests | at a quarter | at half | at the end | bytes a request, second half |"
     yield "|---|--:|--:|--:|--:|--:|"

@@ -1,0 +1,35 @@
+"""One exercise: what the model is given, and what it should say."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import numpy as np
+
+
+@dataclass(frozen=True)
+class Case:
+    """A conversation up to the model's turn.
+
+    Attributes:
+        task: which score it counts for.
+        messages: in the form of chat templates, without the reply.
+        reply: the right message of the assistant: ``content``, and ``reasoning_content`` or ``tool_calls``.
+        tools: as in a request to a server.
+        pictures: ``[height, width, 3]`` uint8 each; several frames of one video where ``is_video``.
+    """
+
+    task: str
+    messages: list[dict[str, Any]]
+    reply: dict[str, Any]
+    tools: list[dict[str, Any]] | None = None
+    pictures: Sequence[np.ndarray] = field(default=())
+    is_video: bool = False
+
+
+def user(text: str) -> dict[str, Any]:
+    return {"role": "user", "content": text}
+
+
+def says(content: str, **more: Any) -> dict[str, Any]:
+    return {"role": "assistant", "content": content, **more}

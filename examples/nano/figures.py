@@ -1,0 +1,80 @@
+"""Pictures of one or two coloured figures, and videos of one that moves."""
+
+import random
+
+import numpy as np
+from case import Case, says, user
+
+# Whole cells of merged patches: 28 pixels each way.
+CELL = 28
+COLOURS = {
+    "red": (220, 40, 40),
+    "green": (40, 170, 60),
+    "blue": (50, 70, 220),
+    "yellow": (235, 215, 50),
+    "black": (15, 15, 15),
+    "white": (245, 245, 245),
+}
+BACKGROUND = (128, 128, 128)
+SHAPES = ("circle", "square", "triangle", "cross")
+DIRECTIONS = {"left": (0, -1), "right": (0, 1), "up": (-1, 0), "down": (1, 0)}
+FRAMES = 4
+
+
+def draw(rng: random.Random) -> list[Case]:
+    return [_picture(rng) if rng.random() < 2 / 3 else _video(rng)]
+
+
+def _picture(rng: random.Random) -> Case:
+    """Two cells high, and two wide for each figure."""
+    count = rng.randrange(1, 3)
+    picture = _blank(2 * CELL, 2 * CELL * count)
+    named = []
+    for number in range(count):
+        colour, shape = rng.choice(list(COLOURS)), rng.choice(SHAPES)
+        radius = rng.randrange(14, 24)
+        middle = rng.randrange(radius, 2 * CELL - radius), rng.randrange(radius, 2 * CELL - radius)
+        _paint(
+            picture[:, 2 * CELL * number : 2 * CELL * (number + 1)], shape, middle, radius, COLOURS[colour]
+        )
+        named.append(f"a {colour} {shape}")
+    answer = " and ".join(named)
+    return Case(
+        "picture", [user("What is in the picture?")], says(f"{answer.capitalize()}."), pictures=[picture]
+    )
+
+
+def _video(rng: random.Random) -> Case:
+    """Three cells square; the figure crosses the middle, a third of the way in each frame."""
+    direction, (down, right) = rng.choice(list(DIRECTIONS.items()))
+    colour, shape = COLOURS[rng.choice(list(COLOURS))], rng.choice(SHAPES)
+    middle, radius = 3 * CELL // 2, rng.randrange(9, 13)
+    aside = rng.randrange(-12, 13)
+    frames = []
+    for number in range(FRAMES):
+        along = round((number / (FRAMES - 1) - 0.5) * 54)
+        frame = _blank(3 * CELL, 3 * CELL)
+        at = middle + down * along + abs(right) * aside, middle + right * along + abs(down) * aside
+        _paint(frame, shape, at, radius, colour)
+        frames.append(frame)
+    return Case(
+        "video", [user("Where does it move?")], says(f"It moves {direction}."), pictures=frames, is_video=True
+    )
+
+
+def _blank(height: int, width: int) -> np.ndarray:
+    return np.full((height, width, 3), BACKGROUND, np.uint8)
+
+
+def _paint(
+    picture: np.ndarray, shape: str, middle: tuple[int, int], radius: int, colour: tuple[int, ...]
+) -> None:
+    y, x = np.mgrid[: picture.shape[0], : picture.shape[1]]
+    y, x = (y - middle[0]) / radius, (x - middle[1]) / radius
+    inside = {
+        "circle": x**2 + y**2 <= 1,
+        "square": np.maximum(abs(x), abs(y)) <= 0.85,
+        "triangle": (y <= 0.8) & (abs(x) <= (y + 1) / 1.8),
+        "cross": (np.minimum(abs(x), abs(y)) <= 0.3) & (np.maximum(abs(x), abs(y)) <= 1),
+    }[shape]
+    picture[inside] = colour
