@@ -46,7 +46,7 @@ class Case:
     requests: int
 
 
-CASES = (Case(1, 10, 4), Case(1, 200, 3), Case(8, 50, 8), Case(32, 50, 32), Case(8, 200, 8))
+CASES = (Case(1, 10, 16), Case(1, 200, 3), Case(8, 50, 8), Case(32, 50, 32), Case(8, 200, 8))
 
 
 @dataclass(frozen=True)

@@ -6,7 +6,6 @@ All that is judged is judged by ``tests/soak``; this runs it and draws what it k
 """
 
 import argparse
-import re
 import subprocess
 import sys
 import tempfile
@@ -39,12 +38,7 @@ def main() -> int:
 
 def curves(directory: Path) -> dict[str, np.ndarray]:
     """By server: requests answered, and resident bytes then."""
-    found = {}
-    for path in sorted(directory.glob("*/memory.npy")):
-        server = re.search(r"mlx_(lm|vlm)_server", path.parent.name)
-        if server:
-            found[f"mlx_{server[1]}.server"] = np.load(path)
-    return found
+    return {path.stem: np.load(path) for path in sorted(directory.glob("test_*/*.server.npy"))}
 
 
 def write(found: dict[str, np.ndarray], output: Path) -> None:

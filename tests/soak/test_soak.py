@@ -69,10 +69,10 @@ def test_it_stays_up_and_stays_right(
         for kind in KINDS:
             load.ask(kind, 0)
             assert load.ask("streamed", 1).text == load.expected[1], kind
-    np.save(tmp_path / "memory.npy", np.array(memory))
+    np.save(tmp_path / f"{script}.npy", np.array(memory))
     if len(kinds) >= 1000:
         check_memory(memory)
-        print(f"memory of {script}:", tmp_path / "memory.npy")
+        print(f"memory of {script}:", tmp_path / f"{script}.npy")
 
 
 def check_memory(memory: list[tuple[int, int]]) -> None:
