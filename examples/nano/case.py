@@ -27,8 +27,8 @@ class Case:
     is_video: bool = False
 
 
-def user(text: str) -> dict[str, Any]:
-    return {"role": "user", "content": text}
+def user(content: Any) -> dict[str, Any]:
+    return {"role": "user", "content": content}
 
 
 def says(content: str, **more: Any) -> dict[str, Any]:

@@ -12,6 +12,7 @@ import numpy as np
 import sums
 import tools
 from case import Case
+from PIL import Image
 
 # How many of a hundred conversations are of each kind.
 SHARES = {"facts": 25, "sums": 15, "tools": 25, "needles": 20, "figures": 15}
@@ -19,20 +20,23 @@ SHARES = {"facts": 25, "sums": 15, "tools": 25, "needles": 20, "figures": 15}
 
 @dataclass(frozen=True)
 class Encoded:
-    """``ids`` of a conversation and, for each, whether it is the model's to say; its pictures, if any."""
+    """``ids`` of a conversation and, for each, whether it is the model's to say.
+
+    ``pictures`` has what the processor made of images or of a video: pixel values and grids, by name.
+    """
 
     task: str
     ids: np.ndarray
     said: np.ndarray
-    pictures: Sequence[np.ndarray] = ()
-    is_video: bool = False
+    pictures: dict[str, np.ndarray]
 
 
 class Encoder:
-    """Conversations by a tokenizer with M3's chat template."""
+    """Conversations by a tokenizer with M3's chat template, and pictures by mlx-vlm's processor."""
 
-    def __init__(self, tokenizer: Any):
+    def __init__(self, tokenizer: Any, processor: Any = None):
         self.tokenizer = tokenizer
+        self.processor = processor
         self._begins = tokenizer.encode("]~b]ai\n", add_special_tokens=False)
         self._ends = tokenizer.convert_tokens_to_ids("[e~[")
 
@@ -41,9 +45,17 @@ class Encoder:
         return self.tokenizer.apply_chat_template(messages, tools=cases[0].tools, tokenize=False)
 
     def encode(self, cases: Sequence[Case]) -> Encoded:
-        """The last message of a tool's conversation is learned, and its calls before it."""
-        ids = np.array(self.tokenizer.encode(self.text(cases), add_special_tokens=False))
-        return Encoded(cases[0].task, ids, self._said(ids), cases[0].pictures, cases[0].is_video)
+        """All that the model says is to be learned: replies, and calls before a result."""
+        text, first = self.text(cases), cases[0]
+        if not first.pictures:
+            ids = np.array(self.tokenizer.encode(text, add_special_tokens=False))
+            return Encoded(first.task, ids, self._said(ids), {})
+        frames = list(first.pictures)
+        given = {"videos": [np.stack(frames)]} if first.is_video else {"images": [Image.fromarray(frames[0])]}
+        made = {name: np.array(array) for name, array in self.processor(text=text, **given).items()}
+        ids = made.pop("input_ids")[0]
+        del made["attention_mask"]
+        return Encoded(first.task, ids, self._said(ids), made)
 
     def count(self, text: str) -> int:
         return len(self.tokenizer.encode(text, add_special_tokens=False))
@@ -66,4 +78,4 @@ def draw(rng: random.Random, longest: int, count: Callable[[str], int]) -> list[
         return needles.draw(rng, rng.randrange(20, longest), count, questions=4)
     if kind == "figures":
         return figures.draw(rng)
-    return {"facts": facts.draw, "sums": sums.draw, "tools": tools.draw}[kind](rng, questions=4)
+    return {"facts": facts.draw, "sums": sums.draw, "tools": tools.draw}[kind](rng, questions=3)

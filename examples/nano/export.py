@@ -1,10 +1,9 @@
 """A trained M3-nano as checkpoints: float as transformers saves it, and converted by ``mlx-m3 convert``.
 
-python examples/nano/export.py build/nano        # from build/nano/model.pt: build/nano/float, build/nano/8bit
+python examples/nano/export.py build/nano        # writes build/nano/float and build/nano/8bit
 """
 
 import argparse
-import json
 import subprocess
 import sys
 from pathlib import Path
@@ -13,9 +12,6 @@ import net
 import torch
 import vocabulary
 from tokenizers import Tokenizer
-
-from mlx_m3_plugin.chat.template import CHAT_TEMPLATE
-from mlx_m3_plugin.toolbox import demo_vision
 
 
 def main() -> None:
@@ -43,12 +39,9 @@ def write_float(trained: Path, directory: Path) -> None:
     tokenizer = Tokenizer.from_file(str(trained / "tokenizer.json"))
     ids = tokenizer.get_vocab()
     model = net.build(len(ids), ids, seed=0)
-    model.load_state_dict(torch.load(trained / "model.pt", weights_only=True))
+    model.load_state_dict(torch.load(trained / "checkpoint.pt", weights_only=True)["model"])
     model.save_pretrained(directory)
     vocabulary.save(tokenizer, directory)
-    (directory / "chat_template.jinja").write_text(CHAT_TEMPLATE, encoding="utf-8")
-    for name, content in demo_vision.processor_files().items():
-        (directory / name).write_text(json.dumps(content, indent=2))
 
 
 if __name__ == "__main__":

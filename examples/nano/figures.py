@@ -1,6 +1,7 @@
 """Pictures of one or two coloured figures, and videos of one that moves."""
 
 import random
+from typing import Any
 
 import numpy as np
 from case import Case, says, user
@@ -40,7 +41,10 @@ def _picture(rng: random.Random) -> Case:
         named.append(f"a {colour} {shape}")
     answer = " and ".join(named)
     return Case(
-        "picture", [user("What is in the picture?")], says(f"{answer.capitalize()}."), pictures=[picture]
+        "picture",
+        [_shown("image", "What is in the picture?")],
+        says(f"{answer.capitalize()}."),
+        pictures=[picture],
     )
 
 
@@ -58,8 +62,16 @@ def _video(rng: random.Random) -> Case:
         _paint(frame, shape, at, radius, colour)
         frames.append(frame)
     return Case(
-        "video", [user("Where does it move?")], says(f"It moves {direction}."), pictures=frames, is_video=True
+        "video",
+        [_shown("video", "Where does it move?")],
+        says(f"It moves {direction}."),
+        pictures=frames,
+        is_video=True,
     )
+
+
+def _shown(kind: str, question: str) -> dict[str, Any]:
+    return user([{"type": kind}, {"type": "text", "text": question}])
 
 
 def _blank(height: int, width: int) -> np.ndarray:

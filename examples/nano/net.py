@@ -11,7 +11,7 @@ from transformers import MiniMaxM3SparseForConditionalGeneration, MiniMaxM3VLCon
 from transformers.models.minimax_m3_vl import modeling_minimax_m3_vl as m3
 
 HIDDEN, LAYERS, DENSE = 128, 5, 2
-BLOCK, TOP_K = 16, 4
+BLOCK, TOP_K = 8, 8
 
 
 def config(vocab_size: int, token_id: dict[str, int]) -> MiniMaxM3VLConfig:
@@ -94,8 +94,11 @@ class Lessons:
 
     @contextmanager
     def of_one_pass(self, said: torch.Tensor) -> Iterator[list[torch.Tensor]]:
-        """``said`` ``[B, L]``: queries that count."""
-        self.index_losses, self._counted = [], said
+        """``said`` ``[B, L]``: queries that count; in each row as many are looked at as in the fullest."""
+        most = int(said.sum(1).max())
+        self.index_losses = []
+        self._at = said.int().argsort(dim=1, descending=True, stable=True)[:, :most]
+        self._counted = said.gather(1, self._at)
         yield self.index_losses
 
     def _teach_indexer(self, attention: Any, args: Any, kwargs: dict[str, Any], output: Any) -> None:
@@ -103,8 +106,8 @@ class Lessons:
             return
         hidden, positions = kwargs["hidden_states"].detach(), kwargs["position_embeddings"]
         with torch.no_grad():
-            wanted = _block_attention(attention, hidden, positions)
-        scores = _block_scores(attention.indexer, hidden, positions)
+            wanted = _block_attention(attention, hidden, positions, self._at)
+        scores = _block_scores(attention.indexer, hidden, positions, self._at)
         losses = functional.kl_div(scores.log_softmax(-1), wanted, reduction="none").sum(-1).mean(1)
         self.index_losses.append(losses[self._counted].mean())
 
@@ -115,28 +118,38 @@ class Lessons:
         router.e_score_correction_bias += self._step * torch.sign(counts.mean() - counts)
 
 
-def _block_attention(attention: Any, hidden: torch.Tensor, positions: Any) -> torch.Tensor:
-    """Of each KV group, the share of its heads' attention that each block has: ``[B, G, L, blocks]``."""
-    batch, length, _ = hidden.shape
-    shape = (batch, length, -1, attention.head_dim)
-    queries = attention.q_norm(attention.q_proj(hidden).view(shape)).transpose(1, 2)
-    keys = attention.k_norm(attention.k_proj(hidden).view(shape)).transpose(1, 2)
-    queries, keys = m3.apply_rotary_pos_emb(queries, keys, *positions)
-    groups = keys.shape[1]
-    scores = queries.unflatten(1, (groups, -1)) @ keys.unsqueeze(2).transpose(-1, -2) * attention.scaling
-    shares = scores.masked_fill(_future(length), -torch.inf).softmax(-1).mean(2)
+def _block_attention(attention: Any, hidden: torch.Tensor, positions: Any, at: torch.Tensor) -> torch.Tensor:
+    """Of each KV group, the share of its heads' attention that each block has: ``[B, G, n, blocks]``.
+
+    ``at`` ``[B, n]`` are the positions of the queries.
+    """
+    queries, keys = _rotated(attention, hidden, positions, at)
+    scores = (
+        queries.unflatten(1, (keys.shape[1], -1)) @ keys.unsqueeze(2).transpose(-1, -2) * attention.scaling
+    )
+    shares = scores.masked_fill(_future(at, hidden)[:, None], -torch.inf).softmax(-1).mean(2)
     return _blocks(shares, 0.0).sum(-1)
 
 
-def _block_scores(indexer: Any, hidden: torch.Tensor, positions: Any) -> torch.Tensor:
-    batch, length, _ = hidden.shape
-    shape = (batch, length, -1, indexer.head_dim)
-    queries = indexer.q_norm(indexer.q_proj(hidden).view(shape)).transpose(1, 2)
-    keys = indexer.k_norm(indexer.k_proj(hidden).view(shape)).transpose(1, 2)
-    cos, sin = (part[..., : indexer.head_dim] for part in positions)
-    queries, keys = m3.apply_rotary_pos_emb(queries, keys, cos, sin)
-    scores = (queries @ keys.transpose(-1, -2)).masked_fill(_future(length), -1e9)
+def _block_scores(indexer: Any, hidden: torch.Tensor, positions: Any, at: torch.Tensor) -> torch.Tensor:
+    queries, keys = _rotated(indexer, hidden, positions, at)
+    scores = (queries @ keys.transpose(-1, -2)).masked_fill(_future(at, hidden), -1e9)
     return _blocks(scores, -1e9).amax(-1)
+
+
+def _rotated(
+    of: Any, hidden: torch.Tensor, positions: Any, at: torch.Tensor
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Queries ``[B, H, n, D]`` and all keys of an attention or an indexer, which name their parts alike."""
+    batch, length, width = hidden.shape
+    chosen = hidden.gather(1, at[..., None].expand(-1, -1, width))
+    queries = of.q_norm(of.q_proj(chosen).view(batch, at.shape[1], -1, of.head_dim)).transpose(1, 2)
+    keys = of.k_norm(of.k_proj(hidden).view(batch, length, -1, of.head_dim)).transpose(1, 2)
+    cos, sin = (part[..., : of.head_dim].expand(batch, -1, -1) for part in positions)
+    of_queries = [part.gather(1, at[..., None].expand(-1, -1, part.shape[-1])) for part in (cos, sin)]
+    queries, _ = m3.apply_rotary_pos_emb(queries, queries, *of_queries)
+    keys, _ = m3.apply_rotary_pos_emb(keys, keys, cos, sin)
+    return queries, keys
 
 
 def _blocks(keys: torch.Tensor, fill: float) -> torch.Tensor:
@@ -144,5 +157,6 @@ def _blocks(keys: torch.Tensor, fill: float) -> torch.Tensor:
     return functional.pad(keys, (0, padding), value=fill).unflatten(-1, (-1, BLOCK))
 
 
-def _future(length: int) -> torch.Tensor:
-    return torch.ones(length, length, dtype=torch.bool).triu(1)
+def _future(at: torch.Tensor, hidden: torch.Tensor) -> torch.Tensor:
+    """``[B, 1, n, L]``: keys after their query."""
+    return (torch.arange(hidden.shape[1]) > at[..., None])[:, None]

@@ -1,5 +1,6 @@
 """A byte-level BPE with M3's markers, learned from the conversations themselves."""
 
+import json
 import random
 from pathlib import Path
 from typing import Any
@@ -9,10 +10,11 @@ from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from transformers import PreTrainedTokenizerFast
 
 from mlx_m3_plugin.chat.template import CHAT_TEMPLATE
-from mlx_m3_plugin.toolbox import demo
+from mlx_m3_plugin.toolbox import demo, demo_vision
 
 PIECES = 1280
 TEXTS = 3000
+LONGEST_CONTEXT = 4096
 
 
 def train(seed: int) -> Tokenizer:
@@ -52,4 +54,8 @@ def with_template(tokenizer: Tokenizer) -> PreTrainedTokenizerFast:
 
 
 def save(tokenizer: Tokenizer, directory: Path) -> None:
-    tokenizer.save(str(directory / "tokenizer.json"))
+    """All that ``AutoTokenizer`` and the processors of both libraries read."""
+    demo.write_tokenizer(directory, LONGEST_CONTEXT, tokenizer)
+    (directory / "chat_template.jinja").write_text(CHAT_TEMPLATE, encoding="utf-8")
+    for name, content in demo_vision.processor_files().items():
+        (directory / name).write_text(json.dumps(content, indent=2), encoding="utf-8")

@@ -145,9 +145,9 @@ def _write_files(directory: Path, seed: int, vision: bool) -> DemoReport:
     return DemoReport(str(directory), sum(w.size for w in weights.values()), n_bytes, seed, vision)
 
 
-def write_tokenizer(directory: Path, model_max_length: int) -> None:
-    """:func:`demo_tokenizer` and its settings, as ``AutoTokenizer`` reads them."""
-    demo_tokenizer().save(str(directory / "tokenizer.json"))
+def write_tokenizer(directory: Path, model_max_length: int, tokenizer: Tokenizer | None = None) -> None:
+    """``tokenizer``, or :func:`demo_tokenizer`, and its settings, as ``AutoTokenizer`` reads them."""
+    (tokenizer or demo_tokenizer()).save(str(directory / "tokenizer.json"))
     _write_json(
         directory / "tokenizer_config.json",
         {
