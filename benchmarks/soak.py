@@ -14,6 +14,10 @@ from pathlib import Path
 
 import numpy as np
 
+sys.path.insert(0, str(Path(__file__).parents[1] / "tests" / "soak"))
+
+from memory import late_slope
+
 CHECKOUT = Path(__file__).resolve().parents[1]
 OUTPUT = CHECKOUT / "docs" / "benchmarks"
 MIB = 1 << 20
@@ -56,9 +60,7 @@ def table(found: dict[str, np.ndarray]) -> Iterator[str]:
     for server, memory in found.items():
         requests, resident = memory.T
         at = [resident[np.searchsorted(requests, share * requests[-1])] / MIB for share in (0.25, 0.5, 1)]
-        late = requests > requests[-1] // 2
-        slope = np.polyfit(requests[late], resident[late], 1)[0]
-        cells = [server, requests[-1], *(f"{mib:.0f} MiB" for mib in at), f"{slope:,.0f}"]
+        cells = [server, requests[-1], *(f"{mib:.0f} MiB" for mib in at), f"{late_slope(memory):,.0f}"]
         yield "| " + " | ".join(map(str, cells)) + " |"
     yield ""
     yield "![memory by requests](soak.png)"

@@ -1,24 +1,23 @@
 """Stock servers under load and bad requests: every answer right, nothing leaked, nothing down."""
 
 import json
-import threading
-import time
 from collections import Counter
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
 import pytest
 from clients import GOOD, KINDS, Load, mixed
 from environments import Environment, build_wheel, make_environment
+from memory import late_slope, memory_of
 from prompts import TOKENS, write_prompts
 from server_process import server_process
 
 from mlx_m3_plugin.toolbox.demo import write_demo
 
 CLIENTS = 32
-# Bytes that a prompt of this length takes in the caches of the demo model.
+# Bytes that a prompt of this length takes in the caches of the demo model; a request that leaves a tenth of
+# them behind is a leak.
 ONE_CACHE = 500 * 4 * (6 * 2 * 4 * 32 + 4 * 32)
 
 
@@ -71,50 +70,5 @@ def test_it_stays_up_and_stays_right(
             assert load.ask("streamed", 1).text == load.expected[1], kind
     np.save(tmp_path / f"{script}.npy", np.array(memory))
     if len(kinds) >= 1000:
-        check_memory(memory)
+        assert late_slope(np.array(memory)) < ONE_CACHE / 10, "bytes a request"
         print(f"memory of {script}:", tmp_path / f"{script}.npy")
-
-
-def check_memory(memory: list[tuple[int, int]]) -> None:
-    """After the first half of the requests, a request leaves less than a tenth of its cache behind."""
-    requests, resident = np.array(memory).T
-    late = requests > requests[-1] // 2
-    slope = np.polyfit(requests[late], resident[late], 1)[0]
-    assert slope < ONE_CACHE / 10, f"{slope:,.0f} bytes a request"
-
-
-@contextmanager
-def memory_of(address: str, into: list[tuple[int, int]], seen: "Counter[str]") -> Iterator[None]:
-    """Resident bytes of the process that listens there, every half second, by requests answered."""
-    process = listener(int(address.rpartition(":")[2]))
-    done = threading.Event()
-
-    def watch() -> None:
-        while not done.is_set():
-            pages = int(Path(f"/proc/{process}/statm").read_text().split()[1])
-            into.append((sum(seen.values()), pages * 4096))
-            time.sleep(0.5)
-
-    thread = threading.Thread(target=watch)
-    thread.start()
-    try:
-        yield
-    finally:
-        done.set()
-        thread.join()
-
-
-def listener(port: int) -> int:
-    inodes = {
-        line.split()[9]
-        for line in Path("/proc/net/tcp").read_text().splitlines()[1:]
-        if line.split()[1].endswith(f":{port:04X}") and line.split()[3] == "0A"
-    }
-    for entry in Path("/proc").glob("[0-9]*/fd/*"):
-        try:
-            target = str(entry.readlink())
-        except OSError:
-            continue
-        if target.startswith("socket:[") and target[8:-1] in inodes:
-            return int(entry.parts[2])
-    raise AssertionError(f"nobody listens on {port}")
