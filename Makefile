@@ -26,7 +26,7 @@ FLOOR := .envs/floor/bin/python
 BETWEEN := .envs/between/bin/python
 # What the floor's versions change least, or takes longest: with --full it runs there, too.
 FLOOR_SHARE := $(foreach room,toolbox distributed soak upstream chat,--ignore tests/$(room)) \
-	$(foreach name,chat_mlx_lm chat_mlx_vlm layouts_table converted_opens,--ignore tests/end_to_end/test_$(name).py)
+	$(foreach name,chat_mlx_lm chat_mlx_vlm vlm_commands layouts_table converted_opens,--ignore tests/end_to_end/test_$(name).py)
 PIP := -m pip install --quiet --disable-pip-version-check
 
 # The matrices of the tests are too small for a BLAS with threads, and two test runs may be side by side.

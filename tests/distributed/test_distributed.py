@@ -77,7 +77,7 @@ def test_several_processes_answer_as_one(
 def test_every_layout_can_be_shared(tmp_path: Path, fresh_seed: int, count: Count) -> None:
     rng = random.Random(fresh_seed)
     jobs = []
-    for name in rng.sample(sorted(LAYOUTS), count(6, len(LAYOUTS))):
+    for name in rng.sample(sorted(LAYOUTS), count(3, len(LAYOUTS))):
         directory = tmp_path / "layouts" / name
         LAYOUTS[name].write(directory)
         write_tokenizer(directory, 131_072)
