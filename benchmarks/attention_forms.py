@@ -8,11 +8,10 @@ A ratio above 1 says that gathering is the faster one.
 """
 
 import argparse
-import statistics
-import time
 from collections.abc import Callable
 
 import mlx.core as mx
+from kernels import medians
 from msa_layers import BLOCK, GROUPS, HEAD_DIM, HEADS, TOPK
 
 from mlx_m3_plugin.msa.attend import PAIRS_FROM, _attend_by_pairs, _attend_by_query
@@ -69,16 +68,6 @@ def both_forms(dtype: mx.Dtype, queries: int, context: int) -> list[Callable[[],
         lambda: _attend_by_query(q, keys, values, blocks, offset, None, *given),
         lambda: _attend_by_pairs(q, keys, values, blocks, offset, *given),
     ]
-
-
-def medians(forms: list[Callable[[], mx.array]], rounds: int) -> list[float]:
-    times: list[list[float]] = [[] for _ in forms]
-    for _ in range(rounds):
-        for form, measured in zip(forms, times, strict=True):
-            begun = time.perf_counter()
-            mx.eval(form())
-            measured.append(time.perf_counter() - begun)
-    return [statistics.median(measured) for measured in times]
 
 
 if __name__ == "__main__":

@@ -8,11 +8,10 @@ are timed in turns.  Both produce the same numbers, which is checked first.
 """
 
 import argparse
-import statistics
-import time
 from collections.abc import Callable
 
 import mlx.core as mx
+from kernels import medians
 
 HIDDEN, WIDTH, EXPERTS, TOP_K = 6144, 3072, 16, 4
 QUANTIZATIONS = {"2-bit": (64, 2, "affine"), "4-bit": (64, 4, "affine"), "mxfp8": (32, 8, "mxfp8")}
@@ -86,16 +85,6 @@ def inputs(tokens: int) -> tuple[mx.array, mx.array]:
         x, experts = x[order // TOP_K, 0], experts.flatten()[order]
     mx.eval(x, experts)
     return x, experts
-
-
-def medians(runs: list[Callable[[], mx.array]], rounds: int) -> list[float]:
-    times: list[list[float]] = [[] for _ in runs]
-    for _ in range(rounds):
-        for run, measured in zip(runs, times, strict=True):
-            begin = time.perf_counter()
-            mx.eval(run())
-            measured.append(time.perf_counter() - begin)
-    return [statistics.median(measured) for measured in times]
 
 
 if __name__ == "__main__":

@@ -9,6 +9,7 @@ costs more than the arithmetic that fills it.  Every row is the minimum of sever
 """
 
 import argparse
+import statistics
 import time
 from collections.abc import Callable, Iterator
 from typing import NamedTuple
@@ -208,6 +209,17 @@ def normal(shape: tuple[int, ...], dtype: mx.Dtype) -> mx.array:
     array = mx.random.normal(shape).astype(dtype)
     mx.eval(array)
     return array
+
+
+def medians(runs: list[Callable[[], mx.array]], rounds: int) -> list[float]:
+    """Seconds of each run, which take turns, so that what else the machine does falls on all alike."""
+    times: list[list[float]] = [[] for _ in runs]
+    for _ in range(rounds):
+        for run, measured in zip(runs, times, strict=True):
+            begin = time.perf_counter()
+            mx.eval(run())
+            measured.append(time.perf_counter() - begin)
+    return [statistics.median(measured) for measured in times]
 
 
 def table_row(row: Row, at_most: float) -> str:

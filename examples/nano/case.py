@@ -1,7 +1,7 @@
 """One exercise: what the model is given, and what it should say."""
 
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
@@ -23,7 +23,7 @@ class Case:
     messages: list[dict[str, Any]]
     reply: dict[str, Any]
     tools: list[dict[str, Any]] | None = None
-    pictures: Sequence[np.ndarray] = field(default=())
+    pictures: Sequence[np.ndarray] = ()
     is_video: bool = False
 
 

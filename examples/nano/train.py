@@ -165,6 +165,7 @@ def make_batches(encoder: conversations.Encoder, rng: random.Random) -> Iterator
                 batches.append(rows)
                 rows = []
             rows.append(one)
+        batches.append(rows)
         rng.shuffle(batches)
         yield from map(_batch, batches)
 
