@@ -16,6 +16,8 @@ from PIL import Image
 
 # How many of a hundred conversations are of each kind.
 SHARES = {"facts": 25, "sums": 15, "tools": 25, "needles": 20, "figures": 15}
+QUESTIONS = {"facts": 8, "sums": 6, "tools": 4, "needles": 6, "figures": 3}
+DRAW = {"facts": facts.draw, "sums": sums.draw, "tools": tools.draw, "figures": figures.draw}
 
 
 @dataclass(frozen=True)
@@ -50,8 +52,10 @@ class Encoder:
         if not first.pictures:
             ids = np.array(self.tokenizer.encode(text, add_special_tokens=False))
             return Encoded(first.task, ids, self._said(ids), {})
-        frames = list(first.pictures)
-        given = {"videos": [np.stack(frames)]} if first.is_video else {"images": [Image.fromarray(frames[0])]}
+        if first.is_video:
+            given = {"videos": [np.stack(case.pictures) for case in cases]}
+        else:
+            given = {"images": [Image.fromarray(picture) for case in cases for picture in case.pictures]}
         made = {name: np.array(array) for name, array in self.processor(text=text, **given).items()}
         ids = made.pop("input_ids")[0]
         del made["attention_mask"]
@@ -72,10 +76,11 @@ class Encoder:
 
 
 def draw(rng: random.Random, longest: int, count: Callable[[str], int]) -> list[Case]:
-    """One conversation of several questions; that of needles has up to ``longest`` tokens of hay."""
+    """One conversation of several questions; that of needles has up to ``longest`` tokens of hay.
+
+    The template begins each with two hundred tokens that teach nothing: the more questions, the less waste.
+    """
     (kind,) = rng.choices(list(SHARES), list(SHARES.values()))
     if kind == "needles":
-        return needles.draw(rng, rng.randrange(20, longest), count, questions=4)
-    if kind == "figures":
-        return figures.draw(rng)
-    return {"facts": facts.draw, "sums": sums.draw, "tools": tools.draw}[kind](rng, questions=3)
+        return needles.draw(rng, rng.randrange(20, longest), count, QUESTIONS[kind])
+    return DRAW[kind](rng, QUESTIONS[kind])

@@ -22,8 +22,10 @@ DIRECTIONS = {"left": (0, -1), "right": (0, 1), "up": (-1, 0), "down": (1, 0)}
 FRAMES = 4
 
 
-def draw(rng: random.Random) -> list[Case]:
-    return [_picture(rng) if rng.random() < 2 / 3 else _video(rng)]
+def draw(rng: random.Random, questions: int = 1) -> list[Case]:
+    """All about pictures or, one time in three, all about videos; one of its own for each question."""
+    kind = _picture if rng.random() < 2 / 3 else _video
+    return [kind(rng) for _ in range(questions)]
 
 
 def _picture(rng: random.Random) -> Case:

@@ -11,6 +11,7 @@ import math
 import os
 import random
 import time
+from collections import defaultdict
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -23,6 +24,7 @@ import numpy as np
 import torch
 import vocabulary
 from mlx_vlm.utils import load_processor
+from muon import Muon
 from tokenizers import Tokenizer
 from torch.nn import functional
 from torch.nn.utils import clip_grad_norm_
@@ -31,6 +33,9 @@ TOKENS_PER_STEP = 6144
 # Of hay, in tokens: eight block budgets and some more.
 LONGEST = 9 * net.BLOCK * net.TOP_K
 RATE, LEAST_RATE, WARM_UP = 3e-3, 0.03, 100
+# What the text of prompts counts for, beside what the model is to say.
+PROMPT_WEIGHT = 0.1
+DECAY = 0.05
 # As long as attention is dense the indexers learn to rank blocks that all are attended to.
 DENSE_STEPS = 400
 POOL, LOG_EVERY, SAVE_EVERY = 384, 20, 100
@@ -38,10 +43,15 @@ POOL, LOG_EVERY, SAVE_EVERY = 384, 20, 100
 
 @dataclass
 class Batch:
-    """Rows ``[B, L]`` padded on the right, and the pixel values and grids of their pictures."""
+    """Rows ``[B, L]`` padded on the right: ids, which of them are the model's to say, and which no padding.
+
+    With them each row's task, and the pixel values and grids of all their pictures.
+    """
 
     ids: torch.Tensor
     said: torch.Tensor
+    real: torch.Tensor
+    tasks: list[str]
     pictures: dict[str, torch.Tensor]
 
 
@@ -73,16 +83,12 @@ class Training:
     """The state of a training, and its steps."""
 
     def __init__(self, model: Any, encoder: conversations.Encoder, directory: Path, steps: int, seed: int):
-        self.model, self.encoder, self.directory, self.steps, self.seed = (
-            model,
-            encoder,
-            directory,
-            steps,
-            seed,
-        )
+        self.model, self.encoder, self.directory = model, encoder, directory
+        self.steps, self.seed = steps, seed
         self.lessons = net.Lessons(model)
-        self.optimizer = torch.optim.AdamW(_groups(model), lr=RATE, betas=(0.9, 0.98))
+        self.optimizers = make_optimizers(model)
         self.step, self.seconds, self.tokens = 0, 0.0, 0
+        self.recent: dict[str, list[float]] = defaultdict(list)
         if self.checkpoint.exists():
             self._load(torch.load(self.checkpoint, weights_only=True))
 
@@ -96,54 +102,70 @@ class Training:
         # A stream of its own for every start: going on does not repeat what was seen.
         batches = make_batches(self.encoder, random.Random(f"{self.seed} from {self.step}"))
         while self.step < self.steps:
-            losses = self.one_step(next(batches))
+            self.one_step(next(batches))
             self.seconds = before + time.monotonic() - begun
             if self.step % LOG_EVERY == 0:
-                self._log(losses)
+                self._log()
             if self.step % SAVE_EVERY == 0 or self.step == self.steps:
                 self._save()
 
-    def one_step(self, batch: Batch) -> dict[str, float]:
-        for group in self.optimizer.param_groups:
-            group["lr"] = RATE * _schedule(self.step, self.steps)
+    def one_step(self, batch: Batch) -> None:
         net.attend_densely(self.model, self.step < DENSE_STEPS)
-        wanted = batch.said[:, 1:]
-        with self.lessons.of_one_pass(wanted) as index_losses:
+        asked = batch.said[:, 1:]
+        with self.lessons.of_one_pass(asked) as index_losses:
             logits = self.model(input_ids=batch.ids[:, :-1], **batch.pictures).logits
-            loss = functional.cross_entropy(logits[wanted], batch.ids[:, 1:][wanted])
-            index_loss = torch.stack(index_losses).mean()
-        self.optimizer.zero_grad()
-        (loss + index_loss).backward()
+        losses = functional.cross_entropy(logits.flatten(0, 1), batch.ids[:, 1:].flatten(), reduction="none")
+        losses = losses.view_as(asked)
+        index_loss = torch.stack(index_losses).mean()
+        prompt_loss = losses[batch.real[:, 1:] & ~asked].mean()
+        (losses[asked].mean() + PROMPT_WEIGHT * prompt_loss + index_loss).backward()
         clip_grad_norm_(self.model.parameters(), 1.0)
-        self.optimizer.step()
+        for optimizer in self.optimizers:
+            for group in optimizer.param_groups:
+                group["lr"] = RATE * _schedule(self.step, self.steps)
+            optimizer.step()
+            optimizer.zero_grad()
         self.step += 1
-        self.tokens += batch.ids.numel()
-        return {"loss": loss.item(), "index": index_loss.item()}
+        self.tokens += int(batch.real.sum())
+        for task, row, said in zip(batch.tasks, losses.detach(), asked, strict=True):
+            self.recent[task].append(row[said].mean().item())
+        self.recent["index"].append(index_loss.item())
+        self.recent["prompt"].append(prompt_loss.item())
 
-    def _log(self, losses: dict[str, float]) -> None:
+    def _log(self) -> None:
+        """Means of what was seen since the last line."""
         line = {"step": self.step, "seconds": round(self.seconds), "tokens": self.tokens}
-        line |= {name: round(value, 4) for name, value in losses.items()}
+        line |= {name: round(sum(seen) / len(seen), 4) for name, seen in sorted(self.recent.items())}
+        self.recent.clear()
         print(json.dumps(line), flush=True)
         with (self.directory / "log.jsonl").open("a") as log:
             log.write(json.dumps(line) + "\n")
 
     def _save(self) -> None:
         state = {name: getattr(self, name) for name in ("step", "seconds", "tokens")}
-        state |= {"model": self.model.state_dict(), "optimizer": self.optimizer.state_dict()}
+        state["model"] = self.model.state_dict()
+        state["optimizers"] = [optimizer.state_dict() for optimizer in self.optimizers]
         unfinished = self.checkpoint.with_suffix(".unfinished")
         torch.save(state, unfinished)
         os.replace(unfinished, self.checkpoint)
 
     def _load(self, state: dict[str, Any]) -> None:
         self.model.load_state_dict(state["model"])
-        self.optimizer.load_state_dict(state["optimizer"])
+        for optimizer, saved in zip(self.optimizers, state["optimizers"], strict=True):
+            optimizer.load_state_dict(saved)
         self.step, self.seconds, self.tokens = state["step"], state["seconds"], state["tokens"]
 
 
-def _groups(model: Any) -> list[dict[str, Any]]:
-    matrices = [p for p in model.parameters() if p.ndim >= 2]
-    others = [p for p in model.parameters() if p.ndim < 2]
-    return [{"params": matrices, "weight_decay": 0.05}, {"params": others, "weight_decay": 0.0}]
+def make_optimizers(model: Any) -> list[torch.optim.Optimizer]:
+    """Muon for the matrices between the embeddings and the head, AdamW for all else."""
+    inner, ends, vectors = [], [], []
+    for name, parameter in model.named_parameters():
+        if parameter.ndim not in (2, 3):
+            vectors.append(parameter)
+        else:
+            (ends if "embed" in name or "lm_head" in name else inner).append(parameter)
+    others = [{"params": ends, "weight_decay": DECAY}, {"params": vectors, "weight_decay": 0.0}]
+    return [Muon(inner, RATE, DECAY), torch.optim.AdamW(others, lr=RATE, betas=(0.9, 0.98))]
 
 
 def _schedule(step: int, steps: int) -> float:
@@ -172,14 +194,17 @@ def make_batches(encoder: conversations.Encoder, rng: random.Random) -> Iterator
 
 def _batch(rows: list[conversations.Encoded]) -> Batch:
     length = max(len(row.ids) for row in rows)
-    ids, said = np.zeros((len(rows), length), np.int64), np.zeros((len(rows), length), bool)
+    ids = np.zeros((len(rows), length), np.int64)
+    said, real = np.zeros_like(ids, bool), np.zeros_like(ids, bool)
     for number, row in enumerate(rows):
-        ids[number, : len(row.ids)], said[number, : len(row.ids)] = row.ids, row.said
+        end = len(row.ids)
+        ids[number, :end], said[number, :end], real[number, :end] = row.ids, row.said, True
     pictures = {
         name: torch.from_numpy(np.concatenate([row.pictures[name] for row in rows]))
         for name in rows[0].pictures
     }
-    return Batch(torch.from_numpy(ids), torch.from_numpy(said), pictures)
+    tensors = (torch.from_numpy(array) for array in (ids, said, real))
+    return Batch(*tensors, [row.task for row in rows], pictures)
 
 
 if __name__ == "__main__":
