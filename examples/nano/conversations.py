@@ -15,7 +15,7 @@ from case import Case
 from PIL import Image
 
 # How many of a hundred conversations are of each kind.
-SHARES = {"facts": 25, "sums": 15, "tools": 25, "needles": 20, "figures": 15}
+SHARES = {"facts": 25, "sums": 15, "tools": 18, "needles": 25, "figures": 17}
 QUESTIONS = {"facts": 8, "sums": 6, "tools": 4, "needles": 6, "figures": 3}
 DRAW = {"facts": facts.draw, "sums": sums.draw, "tools": tools.draw, "figures": figures.draw}
 

@@ -1,6 +1,8 @@
-"""How many of the exercises a checkpoint does right, greedily, through stock mlx-lm and mlx-vlm.
+"""How many of the exercises a checkpoint does right, greedily.
 
-    python examples/nano/score.py build/nano/8bit [--cases 200] [--seed 1000000] [--json FILE]
+    python examples/nano/score.py build/nano/8bit                       # text by mlx-lm, pictures by mlx-vlm
+    python examples/nano/score.py build/nano/float --by transformers    # all of it by one
+        [--cases 200] [--seed 1000000] [--tasks facts sums] [--json FILE]
 
 Held out: the exercises come from another seed than those of training.  A reply is right when its text, or its
 calls with all their arguments, are exactly the expected ones.
@@ -15,56 +17,81 @@ from pathlib import Path
 from typing import Any
 
 import facts
+import figures
 import needles
-import net
+import sizes
 import sums
 import tools
+from answers import WAYS, Answer
 from case import Case
+from tokenizers import Tokenizer
 
 from mlx_m3_plugin.chat.reply import Reply, ReplyParser
 
-BUDGET = net.BLOCK * net.TOP_K
 LENGTHS = (1, 2, 4, 8)
-MOST_TOKENS = 160
-
-Answer = Callable[[Case], str]
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("model", type=Path)
+    parser.add_argument("--by", choices=WAYS, help="default: mlx_lm, and mlx_vlm for what has pictures")
     parser.add_argument("--cases", type=int, default=200, help="of each task")
     parser.add_argument("--seed", type=int, default=1_000_000)
+    parser.add_argument("--tasks", nargs="+", metavar="TASK", help="only those that begin so")
     parser.add_argument("--json", type=Path)
     arguments = parser.parse_args()
-    answer, count = with_mlx_lm(arguments.model)
+    tokenizer = Tokenizer.from_file(str(arguments.model / "tokenizer.json"))
+    drawn = held_out(arguments.cases, arguments.seed, lambda text: len(tokenizer.encode(text).ids))
+    answers = Answers(arguments.model, arguments.by)
     scores = {}
-    for task, cases in held_out(arguments.cases, arguments.seed, count).items():
-        scores[task] = sum(is_right(case, answer(case)) for case in cases) / len(cases)
+    for task, cases in drawn.items():
+        if arguments.tasks and not task.startswith(tuple(arguments.tasks)):
+            continue
+        scores[task] = sum(is_right(case, answers(case)) for case in cases) / len(cases)
         print(f"{task:>12}  {scores[task]:6.1%}", flush=True)
     if arguments.json:
-        arguments.json.write_text(json.dumps(scores, indent=1))
+        arguments.json.write_text(json.dumps(scores, indent=1) + "\n")
+
+
+class Answers:
+    """Loads what a case needs when it is first needed."""
+
+    def __init__(self, model: Path, by: str | None):
+        self._model, self._by = model, by
+        self._loaded: dict[str, Answer] = {}
+
+    def __call__(self, case: Case) -> str:
+        by = self._by or ("mlx_vlm" if case.pictures else "mlx_lm")
+        if by not in self._loaded:
+            self._loaded[by] = WAYS[by](self._model)
+        return self._loaded[by](case)
 
 
 def held_out(cases: int, seed: int, count: Callable[[str], int]) -> dict[str, list[Case]]:
-    """By task; needles by the prompt's length in block budgets."""
-    rng = random.Random(seed)
+    """By task; needles by the prompt's length in block budgets.  Each task is drawn by a seed of its own."""
     drawn = {
-        "facts": [facts.draw(rng)[0] for _ in range(cases)],
-        "sums": [sums.draw(rng)[0] for _ in range(cases)],
+        "facts": [facts.draw(rng)[0] for rng in _seeds("facts", seed, cases)],
+        "sums": [sums.draw(rng)[0] for rng in _seeds("sums", seed, cases)],
     }
-    for task in ("call", "no call", "result"):
-        of_task = (case for case in _endless(tools.draw, rng) if case.task == task)
-        drawn[task] = [next(of_task) for _ in range(cases)]
+    for draw, tasks in ((tools.draw, ("call", "no call", "result")), (figures.draw, ("picture", "video"))):
+        for task in tasks:
+            drawn[task] = [_first(draw, rng, task) for rng in _seeds(task, seed, cases)]
     for times in LENGTHS:
-        of_length = [needles.draw(rng, times * BUDGET, count)[0] for _ in range(cases)]
-        drawn[f"needles {times}x"] = of_length
+        task = f"needles {times}x"
+        seeds = _seeds(task, seed, cases)
+        drawn[task] = [needles.draw(rng, times * sizes.BUDGET, count)[0] for rng in seeds]
     return drawn
 
 
-def _endless(draw: Callable[[random.Random], list[Case]], rng: random.Random) -> Iterator[Case]:
+def _seeds(task: str, seed: int, cases: int) -> Iterator[random.Random]:
+    return (random.Random(f"{task} {seed} {number}") for number in range(cases))
+
+
+def _first(draw: Callable[[random.Random], list[Case]], rng: random.Random, task: str) -> Case:
     while True:
-        yield from draw(rng)
+        (case,) = draw(rng)
+        if case.task == task:
+            return case
 
 
 def is_right(case: Case, text: str) -> bool:
@@ -79,18 +106,6 @@ def read(text: str, offered: Any) -> Reply:
     for event in (*parser.feed(text), *parser.finish()):
         reply.add(event)
     return reply
-
-
-def with_mlx_lm(model: Path) -> tuple[Answer, Callable[[str], int]]:
-    from mlx_lm import generate, load
-
-    loaded, tokenizer = load(str(model))[:2]
-
-    def answer(case: Case) -> str:
-        prompt = tokenizer.apply_chat_template(case.messages, tools=case.tools, add_generation_prompt=True)
-        return generate(loaded, tokenizer, prompt, max_tokens=MOST_TOKENS)
-
-    return answer, lambda text: len(tokenizer.encode(text, add_special_tokens=False))
 
 
 if __name__ == "__main__":

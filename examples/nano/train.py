@@ -25,13 +25,14 @@ import torch
 import vocabulary
 from mlx_vlm.utils import load_processor
 from muon import Muon
+from sizes import BUDGET
 from tokenizers import Tokenizer
 from torch.nn import functional
 from torch.nn.utils import clip_grad_norm_
 
 TOKENS_PER_STEP = 6144
 # Of hay, in tokens: eight block budgets and some more.
-LONGEST = 9 * net.BLOCK * net.TOP_K
+LONGEST = 9 * BUDGET
 RATE, LEAST_RATE, WARM_UP = 3e-3, 0.03, 100
 # What the text of prompts counts for, beside what the model is to say.
 PROMPT_WEIGHT = 0.1

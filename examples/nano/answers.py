@@ -1,0 +1,76 @@
+"""Who answers: a checkpoint in stock mlx-lm, in stock mlx-vlm, or in transformers; always greedily."""
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from case import Case
+from PIL import Image
+
+MOST_TOKENS = 160
+
+Answer = Callable[[Case], str]
+
+
+def by_mlx_lm(model: Path) -> Answer:
+    from mlx_lm import generate, load
+
+    loaded, tokenizer = load(str(model))[:2]
+
+    def answer(case: Case) -> str:
+        return generate(loaded, tokenizer, prompt_of(tokenizer, case), max_tokens=MOST_TOKENS)
+
+    return answer
+
+
+def by_mlx_vlm(model: Path) -> Answer:
+    from mlx_vlm import generate, load
+
+    loaded, processor = load(str(model))
+
+    def answer(case: Case) -> str:
+        media: dict[str, Any] = {}
+        if case.is_video:
+            # As its loader gives what it reads from a file: frames, channels, height, width.
+            media["video"] = [np.stack(case.pictures).transpose(0, 3, 1, 2)]
+        elif case.pictures:
+            media["image"] = [Image.fromarray(picture) for picture in case.pictures]
+        prompt = prompt_of(processor.tokenizer, case)
+        said = generate(loaded, processor, prompt, max_tokens=MOST_TOKENS, temperature=0.0, **media)
+        return said.text
+
+    return answer
+
+
+def by_transformers(model: Path) -> Answer:
+    """Pictures are read by mlx-vlm's processor: transformers' own needs torchvision."""
+    import torch
+    from mlx_vlm.utils import load_processor
+    from transformers import AutoTokenizer, MiniMaxM3SparseForConditionalGeneration
+
+    loaded = MiniMaxM3SparseForConditionalGeneration.from_pretrained(model, dtype=torch.float32).eval()
+    tokenizer, processor = AutoTokenizer.from_pretrained(model), load_processor(model)
+
+    def answer(case: Case) -> str:
+        media: dict[str, Any] = {}
+        if case.is_video:
+            media["videos"] = [np.stack(case.pictures)]
+        elif case.pictures:
+            media["images"] = [Image.fromarray(picture) for picture in case.pictures]
+        made = processor(text=prompt_of(tokenizer, case), **media)
+        inputs = {name: torch.from_numpy(np.array(array)) for name, array in made.items()}
+        with torch.inference_mode():
+            ids = loaded.generate(**inputs, do_sample=False, max_new_tokens=MOST_TOKENS)
+        return tokenizer.decode(ids[0, inputs["input_ids"].shape[1] :]).removesuffix(tokenizer.eos_token)
+
+    return answer
+
+
+WAYS = {"mlx_lm": by_mlx_lm, "mlx_vlm": by_mlx_vlm, "transformers": by_transformers}
+
+
+def prompt_of(tokenizer: Any, case: Case) -> str:
+    return tokenizer.apply_chat_template(
+        case.messages, tools=case.tools, add_generation_prompt=True, tokenize=False
+    )

@@ -1,0 +1,175 @@
+"""M3-nano's exercises: what they ask can be answered from what they show, and the answer is right.
+
+Each is solved here again, by means of its own, from the prompt alone.
+"""
+
+import random
+import re
+from collections.abc import Callable
+from typing import Any
+
+import facts
+import figures
+import needles
+import numpy as np
+import pytest
+import sums
+import tools
+from case import Case
+from conversations import Encoder
+from transformers import PreTrainedTokenizerFast
+
+from mlx_m3_plugin.chat.template import CHAT_TEMPLATE
+from mlx_m3_plugin.toolbox.demo import demo_tokenizer
+
+TOLD = {
+    "place": (r"(\w+) lives in (\w+)\.", r"Where does (\w+) live\?", r"Who lives in (\w+)\?"),
+    "food": (r"(\w+) likes (\w+)\.", r"What does (\w+) like\?", r"Who likes (\w+)\?"),
+    "animal": (r"(\w+) has a (\w+)\.", r"Which animal does (\w+) have\?", r"Who has a (\w+)\?"),
+    "work": (r"(\w+) is a (\w+)\.", r"What is the work of (\w+)\?", r"Who is a (\w+)\?"),
+}
+
+
+def words(text: str) -> int:
+    return len(text.split())
+
+
+def content(case: Case) -> str:
+    return case.messages[0]["content"]
+
+
+def drawn(draw: Callable[..., list[Case]], seed: int, *more: Any) -> list[Case]:
+    return [case for number in range(200) for case in draw(random.Random(f"{seed} {number}"), *more)]
+
+
+@pytest.mark.parametrize("draw", [facts.draw, sums.draw, tools.draw, figures.draw])
+def test_a_seed_is_enough(draw: Callable[..., list[Case]], fresh_seed: int) -> None:
+    first, again = drawn(draw, fresh_seed), drawn(draw, fresh_seed)
+    assert [(c.messages, c.reply, c.tools) for c in first] == [(c.messages, c.reply, c.tools) for c in again]
+    assert len({str(c.messages) + str(c.reply) for c in first}) > 1
+
+
+def test_facts_are_told_once(fresh_seed: int) -> None:
+    for case in drawn(facts.draw, fresh_seed):
+        (answer,) = set(solved_facts(content(case)))
+        assert case.reply["content"] == f"{answer}."
+
+
+def solved_facts(text: str) -> list[str]:
+    found = []
+    for told, for_thing, for_person in TOLD.values():
+        pairs = re.findall(told, text)
+        found += [thing for name in re.findall(for_thing, text) for n, thing in pairs if n == name]
+        found += [name for thing in re.findall(for_person, text) for name, t in pairs if t == thing]
+    return found
+
+
+def test_sums_are_right_and_so_is_their_working(fresh_seed: int) -> None:
+    for case in drawn(sums.draw, fresh_seed):
+        first, sign, second = re.fullmatch(r"What is (\d+) ([+-]) (\d+)\?", content(case)).groups()
+        assert int(case.reply["content"]) == added(first, sign, second) >= 0
+        for step in case.reply["reasoning_content"].split(", "):
+            *equation, result = re.fullmatch(r"(\d+) ([+-]) (\d+) = (\d+)", step).groups()
+            assert added(*equation) == int(result), step
+
+
+def added(first: str, sign: str, second: str) -> int:
+    return int(first) + int(second) if sign == "+" else int(first) - int(second)
+
+
+def test_a_call_takes_all_its_values_from_the_request(fresh_seed: int) -> None:
+    seen = set()
+    for case in drawn(tools.draw, fresh_seed):
+        seen.add(case.task)
+        offered = {tool["function"]["name"]: tool["function"]["parameters"] for tool in case.tools}
+        assert len(offered) == 3
+        if case.task == "no call":
+            assert case.reply == {"role": "assistant", "content": tools.NO_TOOL}
+            continue
+        said = case.reply if case.task == "call" else case.messages[1]
+        (call,) = said["tool_calls"]
+        parameters = offered[call["function"]["name"]]
+        assert set(call["function"]["arguments"]) == set(parameters["required"])
+        for value in leaves(call["function"]["arguments"]):
+            assert re.search(rf"\b{value}\b", content(case)), (value, content(case))
+    assert seen == {"call", "no call", "result"}
+
+
+def leaves(value: Any) -> list[Any]:
+    if isinstance(value, (dict, list)):
+        parts = value.values() if isinstance(value, dict) else value
+        return [leaf for part in parts for leaf in leaves(part)]
+    return [value]
+
+
+@pytest.mark.parametrize("length", [40, 500])
+def test_needles_are_in_a_prompt_of_the_length(length: int, fresh_seed: int) -> None:
+    places = []
+    for case in drawn(needles.draw, fresh_seed, length, words):
+        text = content(case)
+        assert length - 10 < words(text[: text.index("What is the code")]) < length + 10
+        codes = dict(re.findall(r"The code of (\w+) is (\d+)\.", text))
+        asked = re.search(r"What is the code of (.*)\?", text).group(1).split(" and ")
+        assert case.reply["content"] == f"{' and '.join(codes[name] for name in asked)}."
+        places.append(text.index(f"of {asked[0]} is") / len(text))
+    assert min(places) < 0.2, "needles stand at the beginning, too"
+    assert max(places) > 0.7
+    assert 0.3 < np.mean(places) < 0.7
+
+
+def test_pictures_show_what_is_said(fresh_seed: int) -> None:
+    seen = set()
+    for case in drawn(figures.draw, fresh_seed):
+        if case.is_video:
+            continue
+        (picture,) = case.pictures
+        names = re.findall(r"a (\w+) (\w+)", case.reply["content"].lower())
+        assert picture.shape == (56, 56 * len(names), 3)
+        for number, (colour, shape) in enumerate(names):
+            cell = picture[:, 56 * number : 56 * (number + 1)]
+            painted = (cell == figures.COLOURS[colour]).all(-1)
+            other = ~painted & (cell != figures.BACKGROUND).any(-1)
+            assert painted.any()
+            assert not other.any()
+            assert shape == shape_of(painted)
+            seen.add((colour, shape))
+    assert len(seen) == len(figures.COLOURS) * len(figures.SHAPES)
+
+
+def shape_of(painted: np.ndarray) -> str:
+    """By how much of its box it fills, and whether it is the same upside down."""
+    rows, columns = painted.any(1).nonzero()[0], painted.any(0).nonzero()[0]
+    box = painted[rows[0] : rows[-1] + 1, columns[0] : columns[-1] + 1]
+    if box.mean() > 0.65:
+        return "square" if box.all() else "circle"
+    return "cross" if (box == box[::-1]).mean() > 0.95 else "triangle"
+
+
+def test_videos_move_where_it_is_said(fresh_seed: int) -> None:
+    for case in drawn(figures.draw, fresh_seed):
+        if not case.is_video:
+            continue
+        middles = [
+            np.argwhere((frame != figures.BACKGROUND).any(-1)).mean(0)
+            for frame in (case.pictures[0], case.pictures[-1])
+        ]
+        down, right = middles[1] - middles[0]
+        moved = ("down" if down > 0 else "up") if abs(down) > abs(right) else "right" if right > 0 else "left"
+        assert case.reply["content"] == f"It moves {moved}."
+
+
+@pytest.mark.parametrize("draw", [facts.draw, sums.draw, tools.draw])
+def test_all_that_the_model_says_is_learned_and_nothing_else(
+    draw: Callable[..., list[Case]], fresh_seed: int
+) -> None:
+    wrapped = PreTrainedTokenizerFast(tokenizer_object=demo_tokenizer(), bos_token="]~!b[", eos_token="[e~[")
+    wrapped.chat_template = CHAT_TEMPLATE
+    encoder = Encoder(wrapped)
+    for number in range(20):
+        cases = draw(random.Random(f"{fresh_seed} {number}"), 3)
+        encoded = encoder.encode(cases)
+        learned = wrapped.decode(encoded.ids[encoded.said])
+        turns = re.findall(r"\]~b\]ai\n(.*?\[e~\[)", encoder.text(cases), re.DOTALL)
+        assert learned == "".join(turns)
+        for case in cases:
+            assert case.reply["content"] in learned
