@@ -12,7 +12,7 @@ import os
 import random
 import time
 from collections import defaultdict
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -30,15 +30,13 @@ from tokenizers import Tokenizer
 from torch.nn import functional
 from torch.nn.utils import clip_grad_norm_
 
-TOKENS_PER_STEP = 6144
-# Of hay, in tokens: eight block budgets and some more.
-LONGEST = 9 * BUDGET
-RATE, LEAST_RATE, WARM_UP = 3e-3, 0.03, 100
+TOKENS_PER_STEP = 4096
+RATE, LEAST_RATE, WARM_UP = 8e-3, 0.02, 60
 # What the text of prompts counts for, beside what the model is to say.
 PROMPT_WEIGHT = 0.1
 DECAY = 0.05
-# As long as attention is dense the indexers learn to rank blocks that all are attended to.
-DENSE_STEPS = 400
+# The share of steps with dense attention; meanwhile the indexers learn to rank blocks that all attend to.
+DENSE = 0.25
 POOL, LOG_EVERY, SAVE_EVERY = 384, 20, 100
 
 
@@ -101,7 +99,7 @@ class Training:
         self.model.train()
         begun, before = time.monotonic(), self.seconds
         # A stream of its own for every start: going on does not repeat what was seen.
-        batches = make_batches(self.encoder, random.Random(f"{self.seed} from {self.step}"))
+        batches = make_batches(self.encoder, random.Random(f"{self.seed} from {self.step}"), self.longest)
         while self.step < self.steps:
             self.one_step(next(batches))
             self.seconds = before + time.monotonic() - begun
@@ -110,8 +108,12 @@ class Training:
             if self.step % SAVE_EVERY == 0 or self.step == self.steps:
                 self._save()
 
+    def longest(self) -> int:
+        """Of hay, in tokens: a little more than a budget at first, eight and a half in the second half."""
+        return round((1 + 7.5 * min(1.0, self.step / (self.steps / 2))) * BUDGET)
+
     def one_step(self, batch: Batch) -> None:
-        net.attend_densely(self.model, self.step < DENSE_STEPS)
+        net.attend_densely(self.model, self.step < DENSE * self.steps)
         asked = batch.said[:, 1:]
         with self.lessons.of_one_pass(asked) as index_losses:
             logits = self.model(input_ids=batch.ids[:, :-1], **batch.pictures).logits
@@ -175,10 +177,12 @@ def _schedule(step: int, steps: int) -> float:
     return LEAST_RATE + (1 - LEAST_RATE) * 0.5 * (1 + math.cos(math.pi * step / steps))
 
 
-def make_batches(encoder: conversations.Encoder, rng: random.Random) -> Iterator[Batch]:
+def make_batches(
+    encoder: conversations.Encoder, rng: random.Random, longest: Callable[[], int]
+) -> Iterator[Batch]:
     """Conversations of about the same length together, and those with the same kind of pictures."""
     while True:
-        drawn = [conversations.draw(rng, LONGEST, encoder.count) for _ in range(POOL)]
+        drawn = [conversations.draw(rng, longest(), encoder.count) for _ in range(POOL)]
         pool = [encoder.encode(cases) for cases in drawn]
         pool.sort(key=lambda one: (sorted(one.pictures), len(one.ids)))
         batches, rows = [], pool[:1]

@@ -100,7 +100,7 @@ def test_every_conversation_gets_into_a_batch(monkeypatch: pytest.MonkeyPatch, t
     drawn: list[Encoded] = []
     encode = encoder.encode
     monkeypatch.setattr(encoder, "encode", lambda cases: drawn.append(encode(cases)) or drawn[-1])
-    batches = train.make_batches(encoder, random.Random(0))
+    batches = train.make_batches(encoder, random.Random(0), lambda: 200)
     rows = 0
     while rows < train.POOL:
         batch = next(batches)

@@ -4,26 +4,30 @@ from collections.abc import Callable
 
 import mlx.core as mx
 import numpy as np
-from checkpoint_formats import MXFP8, Checkpoint, compressed_tensors, official, plain
-from checkpoint_parts import Json, nested, parameters, published, published_config, vision_parameters
-from layout_makers import Weights
+
+from mlx_m3_plugin.toolbox.layouts.arrange import nested, published
+from mlx_m3_plugin.toolbox.layouts.experts import compressed_tensors
+from mlx_m3_plugin.toolbox.layouts.formats import MXFP8, Checkpoint, official, plain
+from mlx_m3_plugin.toolbox.layouts.source import Json, Source, Weights, as_published
 
 
-def foreign(parts_of: Callable[[mx.array], Weights], quantization: Json, float8: bool = False) -> Checkpoint:
+def foreign(
+    source: Source, parts_of: Callable[[mx.array], Weights], quantization: Json, float8: bool = False
+) -> Checkpoint:
     """Every linear layer that the official checkpoint quantizes, in parts that say nothing true."""
     tensors, weights = {}, []
-    for name, array in published(parameters()).items():
+    for name, array in published(source.parameters).items():
         module = name.removesuffix(".weight")
         if array.ndim != 2 or official(module) is None:
             tensors[nested(name)] = array
             continue
         tensors |= {nested(f"{module}.{part}"): a for part, a in parts_of(array).items()}
         weights.append(nested(name))
-    config = published_config() | {"quantization_config": quantization}
-    return Checkpoint(tensors | vision_parameters(), config, {}, weights if float8 else ())
+    config = as_published(source.config) | {"quantization_config": quantization}
+    return Checkpoint(tensors | source.vision, config, {}, weights if float8 else ())
 
 
-def fp8_blocks() -> Checkpoint:
+def fp8_blocks(*, source: Source) -> Checkpoint:
     """One float32 scale for each block of 128 x 128."""
 
     def parts_of(array: mx.array) -> Weights:
@@ -32,10 +36,10 @@ def fp8_blocks() -> Checkpoint:
         return {"weight": weight, "weight_scale_inv": mx.full((rows, columns), 0.01)}
 
     blocks = {"weight_block_size": [128, 128], "fmt": "e4m3", "activation_scheme": "dynamic"}
-    return foreign(parts_of, {"quant_method": "fp8", **blocks}, float8=True)
+    return foreign(source, parts_of, {"quant_method": "fp8", **blocks}, float8=True)
 
 
-def gptq() -> Checkpoint:
+def gptq(*, source: Source) -> Checkpoint:
     def parts_of(array: mx.array) -> Weights:
         rows, columns = array.shape
         return {
@@ -45,10 +49,10 @@ def gptq() -> Checkpoint:
             "g_idx": mx.array(np.arange(columns, dtype=np.int32) // 32),
         }
 
-    return foreign(parts_of, {"quant_method": "gptq", "bits": 4, "group_size": 32, "desc_act": False})
+    return foreign(source, parts_of, {"quant_method": "gptq", "bits": 4, "group_size": 32, "desc_act": False})
 
 
-def awq() -> Checkpoint:
+def awq(*, source: Source) -> Checkpoint:
     def parts_of(array: mx.array) -> Weights:
         rows, columns = array.shape
         return {
@@ -57,10 +61,10 @@ def awq() -> Checkpoint:
             "scales": mx.full((columns // 32, rows), 0.01, mx.float16),
         }
 
-    return foreign(parts_of, {"quant_method": "awq", "bits": 4, "group_size": 32, "version": "gemm"})
+    return foreign(source, parts_of, {"quant_method": "awq", "bits": 4, "group_size": 32, "version": "gemm"})
 
 
-def compressed_tensors_channels() -> Checkpoint:
+def compressed_tensors_channels(*, source: Source) -> Checkpoint:
     def parts_of(array: mx.array) -> Weights:
         rows, columns = array.shape
         return {
@@ -70,14 +74,14 @@ def compressed_tensors_channels() -> Checkpoint:
         }
 
     group = {"num_bits": 8, "type": "int", "group_size": None, "strategy": "channel"}
-    return foreign(parts_of, compressed_tensors(("pack-quantized", "Linear", group)))
+    return foreign(source, parts_of, compressed_tensors(("pack-quantized", "Linear", group)))
 
 
-def unknown_tensor() -> Checkpoint:
-    return plain(extra={nested("model.layers.1.self_attn.surprise.weight"): mx.ones((2, 3))})
+def unknown_tensor(*, source: Source) -> Checkpoint:
+    return plain(source=source, extra={nested("model.layers.1.self_attn.surprise.weight"): mx.ones((2, 3))})
 
 
-def stray_duplicate() -> Checkpoint:
+def stray_duplicate(*, source: Source) -> Checkpoint:
     """One tensor under two spellings of its name, with two values."""
-    stray = parameters()["model.layers.0.self_attn.q_proj.weight"] + 1
-    return plain(extra={"model.language_model.layers.0.self_attn.q_proj.weight": stray})
+    stray = source.parameters["model.layers.0.self_attn.q_proj.weight"] + 1
+    return plain(source=source, extra={"model.language_model.layers.0.self_attn.q_proj.weight": stray})

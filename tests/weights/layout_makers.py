@@ -1,4 +1,4 @@
-"""One small model's parameters, and every layout of a checkpoint made from them.
+"""One small model's parameters, and the arrangements of a checkpoint made from them.
 
 ``parameters`` is what a layout must be read back to.  Layer 0 is dense, layer 1 sparse with
 experts.  Names here are without the ``language_model.`` in front; :func:`with_prefix` adds it.
@@ -10,13 +10,23 @@ import mlx.core as mx
 import numpy as np
 
 from mlx_m3_plugin.model.config import TextConfig
-
-Weights = dict[str, mx.array]
+from mlx_m3_plugin.toolbox.layouts import arrange
+from mlx_m3_plugin.toolbox.layouts.arrange import PREFIX
+from mlx_m3_plugin.toolbox.layouts.source import Weights
 
 HIDDEN, WIDTH, EXPERTS, VOCAB = 64, 64, 4, 50
-PREFIX = "language_model."
 MLP, MOE = "model.layers.0.mlp", "model.layers.1.block_sparse_moe"
-PROJECTIONS = {"gate_proj": "w1", "down_proj": "w2", "up_proj": "w3"}
+LAYOUTS: dict[str, Callable[[Weights], Weights]] = {
+    arrangement.__name__: arrangement
+    for arrangement in (
+        arrange.as_they_are,
+        arrange.published,
+        arrange.shared_as_last_expert,
+        arrange.fused,
+        arrange.fused_shared_as_last_expert,
+        arrange.dense_under_block_sparse_moe,
+    )
+}
 
 CONFIG = TextConfig(
     vocab_size=VOCAB,
@@ -94,89 +104,6 @@ def quantized(weights: Weights, **how) -> Weights:
     return out
 
 
-# --- layouts: each takes parameters in the model's own arrangement ---
-
-
-def as_they_are(weights: Weights) -> Weights:
-    """Experts stacked, gate and up apart, the shared expert apart: what ``mlx_lm.convert`` writes."""
-    return dict(weights)
-
-
-def published(weights: Weights) -> Weights:
-    """One tensor for each expert's projection."""
-    out = dict(weights)
-    for projection, stored in PROJECTIONS.items():
-        for part in _parts(out, f"{MOE}.switch_mlp.{projection}"):
-            stacked = out.pop(f"{MOE}.switch_mlp.{projection}.{part}")
-            for expert in range(EXPERTS):
-                out[f"{MOE}.experts.{expert}.{stored}.{part}"] = stacked[expert]
-    return out
-
-
-def shared_as_last_expert(weights: Weights) -> Weights:
-    """``switch_mlp`` of 128 + 1 rows."""
-    out = dict(weights)
-    for projection in PROJECTIONS:
-        for part in _parts(out, f"{MOE}.switch_mlp.{projection}"):
-            name = f"{MOE}.switch_mlp.{projection}.{part}"
-            shared = out.pop(f"{MOE}.shared_experts.{projection}.{part}")
-            out[name] = mx.concatenate([out[name], shared[None]])
-    return out
-
-
-def fused(weights: Weights) -> Weights:
-    """Gate and up as one ``gate_up_proj``, the gate first."""
-    return _fused(weights, f"{MOE}.switch_mlp", f"{MOE}.shared_experts")
-
-
-def fused_experts(weights: Weights) -> Weights:
-    """The same for the experts in the stack only."""
-    return _fused(weights, f"{MOE}.switch_mlp")
-
-
-def _fused(weights: Weights, *owners: str) -> Weights:
-    out = dict(weights)
-    for owner in owners:
-        for part in _parts(out, f"{owner}.gate_proj"):
-            halves = [out.pop(f"{owner}.{projection}.{part}") for projection in ("gate_proj", "up_proj")]
-            out[f"{owner}.gate_up_proj.{part}"] = mx.concatenate(halves, axis=-2)
-    return out
-
-
-def fused_shared_as_last_expert(weights: Weights) -> Weights:
-    """What ``mlx_vlm.convert`` writes by default."""
-    return fused(shared_as_last_expert(weights))
-
-
-def dense_under_block_sparse_moe(weights: Weights) -> Weights:
-    moe = "model.layers.0.block_sparse_moe"
-    return {name.replace(MLP, moe): array for name, array in published(weights).items()}
-
-
-LAYOUTS: dict[str, Callable[[Weights], Weights]] = {
-    layout.__name__: layout
-    for layout in (
-        as_they_are,
-        published,
-        shared_as_last_expert,
-        fused,
-        fused_shared_as_last_expert,
-        dense_under_block_sparse_moe,
-    )
-}
-
-
-def mxfp8_bytes(weights: Weights) -> Weights:
-    """MLX's ``mxfp8`` as the official checkpoint stores it: e4m3 bytes and exponents."""
-    out = {}
-    for name, array in weights.items():
-        if name.endswith(".scales"):
-            out[name.removesuffix("scales") + "weight_scale_inv"] = array
-        else:
-            out[name] = array.view(mx.uint8) if array.dtype == mx.uint32 else array
-    return out
-
-
 def with_prefix(weights: Weights) -> Weights:
     return {PREFIX + name: array for name, array in weights.items()}
 
@@ -195,7 +122,3 @@ def with_other_parts(weights: Weights) -> Weights:
         "model.mtp.norm.weight",
     )
     return weights | dict.fromkeys(others, one)
-
-
-def _parts(weights: Weights, module: str) -> list[str]:
-    return [part for part in ("weight", "scales", "biases") if f"{module}.{part}" in weights]

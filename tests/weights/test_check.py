@@ -1,11 +1,11 @@
 """Weights that don't fit are refused with an error a person can read."""
 
-import layout_makers
 import mlx.core as mx
 import pytest
-from layout_makers import CONFIG, MOE, PREFIX, parameters, with_prefix
+from layout_makers import CONFIG, MOE, parameters, with_prefix
 from mlx_lm.models.minimax_m3_vl import Model, ModelArgs
 
+from mlx_m3_plugin.toolbox.layouts.arrange import PREFIX, published
 from mlx_m3_plugin.weights import check_weights
 from mlx_m3_plugin.weights.check import group_names
 
@@ -166,7 +166,7 @@ def test_weights_that_do_not_fit_are_refused(model, change, told):
 
 
 def test_an_expert_that_is_missing_is_named(model):
-    weights = with_prefix(layout_makers.published(parameters()))
+    weights = with_prefix(published(parameters()))
     del weights[f"{PREFIX}{MOE}.experts.2.w1.weight"]
     with pytest.raises(ValueError, match="do not make a MiniMax-M3") as error:
         model.load_weights(list(model.sanitize(weights).items()))

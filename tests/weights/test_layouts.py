@@ -4,7 +4,6 @@ import json
 import re
 from dataclasses import dataclass
 
-import layout_makers
 import mlx.core as mx
 import pytest
 from layout_makers import (
@@ -13,16 +12,19 @@ from layout_makers import (
     LAYOUTS,
     MLP,
     MOE,
-    PREFIX,
-    Weights,
     parameters,
     quantized,
+    with_other_parts,
     with_prefix,
 )
 from mlx.utils import tree_flatten
 from mlx_lm.models.minimax_m3_vl import Model, ModelArgs
 
 from mlx_m3_plugin.model.config import TextConfig
+from mlx_m3_plugin.toolbox.layouts import arrange
+from mlx_m3_plugin.toolbox.layouts.arrange import PREFIX
+from mlx_m3_plugin.toolbox.layouts.formats import as_mxfp8_bytes
+from mlx_m3_plugin.toolbox.layouts.source import Weights
 from mlx_m3_plugin.weights import check_weights, fuse_experts, map_weights, plan_layout
 
 # Keyword arguments of mx.quantize, or none.
@@ -75,7 +77,7 @@ def test_text_only_names(layout, truth):
 
 @pytest.mark.parametrize("layout", LAYOUTS)
 def test_other_parts_of_a_checkpoint_are_dropped(layout, float_truth):
-    stored = layout_makers.with_other_parts(with_prefix(LAYOUTS[layout](float_truth)))
+    stored = with_other_parts(with_prefix(LAYOUTS[layout](float_truth)))
     assert_same(map_weights(stored, CONFIG, PREFIX), with_prefix(float_truth))
 
 
@@ -91,7 +93,7 @@ def test_reading_twice_is_reading_once(layout, truth):
 def test_mxfp8_bytes(layout):
     """The official checkpoint: e4m3 bytes as uint8, exponents as ``weight_scale_inv``."""
     expected = quantized(parameters(), **PRECISIONS["mxfp8"])
-    stored = layout_makers.mxfp8_bytes(LAYOUTS[layout](expected))
+    stored = as_mxfp8_bytes(LAYOUTS[layout](expected))
     assert f"{MOE}.gate.weight_scale_inv" not in stored
     assert stored["model.layers.1.self_attn.index_q_proj.weight"].dtype == mx.uint8
     assert_same(map_weights(with_prefix(stored), CONFIG, PREFIX), with_prefix(expected))
@@ -104,8 +106,8 @@ def test_mxfp8_bytes(layout):
 def test_fusing_is_the_inverse_of_splitting(pack_shared, truth):
     plan = fuse_experts(plan_layout(truth, CONFIG, ""), CONFIG, "", pack_shared=pack_shared)
     made = {name: tensor.make(truth) for name, tensor in plan.items()}
-    expected = layout_makers.shared_as_last_expert(truth) if pack_shared else dict(truth)
-    assert_same(made, layout_makers.fused_experts(expected))
+    expected = arrange.shared_as_last_expert(truth) if pack_shared else dict(truth)
+    assert_same(made, arrange.fused_experts_only(expected))
 
 
 def test_what_differs_in_bits_stays_apart(float_truth):
@@ -143,7 +145,7 @@ def test_a_fused_4_bit_checkpoint_is_split_exactly():
     """Splitting packed rows is quantizing the halves: no value is unpacked on the way."""
     how = PRECISIONS["4-bit"]
     apart = parameters()
-    whole = layout_makers.fused_shared_as_last_expert(apart)
+    whole = arrange.fused_shared_as_last_expert(apart)
     gate_up = whole[f"{MOE}.switch_mlp.gate_up_proj.weight"]
     packed = dict(zip(("weight", "scales", "biases"), mx.quantize(gate_up, **how), strict=True))
     stored = {f"{MOE}.switch_mlp.gate_up_proj.{part}": array for part, array in packed.items()}
@@ -165,7 +167,7 @@ def test_the_head_of_tied_embeddings_is_dropped(float_truth):
 @pytest.mark.parametrize("missing", ["w1.weight", "w2.weight"])
 def test_a_missing_expert_is_not_papered_over(missing, float_truth):
     """The other experts keep their stored names, for the check to name them."""
-    stored = layout_makers.published(float_truth)
+    stored = arrange.published(float_truth)
     del stored[f"{MOE}.experts.2.{missing}"]
     made = map_weights(stored, CONFIG, "")
     projection = {"w1.weight": "gate_proj", "w2.weight": "down_proj"}[missing]
@@ -287,7 +289,7 @@ def test_the_real_model_is_mapped_and_loaded_without_reading_it(bytes_per_weight
 
 
 def test_applying_a_plan_to_a_file_reads_nothing(tmp_path, float_truth):
-    mx.save_safetensors(str(tmp_path / "model.safetensors"), layout_makers.published(float_truth))
+    mx.save_safetensors(str(tmp_path / "model.safetensors"), arrange.published(float_truth))
     before = mx.get_active_memory()
     made = map_weights(mx.load(str(tmp_path / "model.safetensors")), CONFIG, "")
     assert mx.get_active_memory() - before < 1024

@@ -2,7 +2,8 @@
 
 import mlx.core as mx
 import numpy as np
-from layout_makers import Weights
+
+from .source import Weights
 
 
 def integers(array: mx.array, bits: int) -> tuple[Weights, mx.array]:
