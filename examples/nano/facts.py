@@ -41,7 +41,7 @@ def draw(rng: random.Random, questions: int = 1) -> list[Case]:
     asked = [_question(rng, world) for _ in range(questions)]
     texts = [f"{' '.join(told)} {asked[0][0]}", *(question for question, _ in asked[1:])]
     return [
-        Case("facts", [user(text)], says(f"{answer}."))
+        Case("facts", [user(text)], says(f"It is {answer}."))
         for text, (_, answer) in zip(texts, asked, strict=True)
     ]
 

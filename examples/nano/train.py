@@ -1,6 +1,6 @@
 """Train M3-nano.
 
-    python examples/nano/train.py build/nano [--steps 4000] [--seed 0]
+    python examples/nano/train.py build/nano [--steps 4200] [--seed 0]
 
 Ctrl-C loses at most the steps since the last checkpoint (a few minutes); the same command goes on from there.
 """
@@ -57,7 +57,7 @@ class Batch:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("directory", type=Path)
-    parser.add_argument("--steps", type=int, default=4000)
+    parser.add_argument("--steps", type=int, default=4200)
     parser.add_argument("--seed", type=int, default=0)
     arguments = parser.parse_args()
     directory = arguments.directory

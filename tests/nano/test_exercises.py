@@ -52,7 +52,7 @@ def test_a_seed_is_enough(draw: Callable[..., list[Case]], fresh_seed: int) -> N
 def test_facts_are_told_once(fresh_seed: int) -> None:
     for case in drawn(facts.draw, fresh_seed):
         (answer,) = set(solved_facts(content(case)))
-        assert case.reply["content"] == f"{answer}."
+        assert case.reply["content"] == f"It is {answer}."
 
 
 def solved_facts(text: str) -> list[str]:
