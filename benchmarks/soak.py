@@ -1,8 +1,9 @@
-"""The soak test at its full count, and a plot of what memory the servers take on the way.
+"""The soak test at its full count, and a plot of what memory each server takes on the way.
 
-    python benchmarks/soak.py      # writes docs/benchmarks/soak.png and soak.md; an hour and a half
+    python benchmarks/soak.py      # writes docs/benchmarks/soak.md and soak-*.png; an hour and a half
 
-All that is judged is judged by ``tests/soak``; this runs it and draws what it kept.  Needs matplotlib.
+All that is judged is judged by ``tests/soak``; this runs it and draws what it kept.  Servers that were not
+run now keep their line of the table and their plot.  Needs matplotlib.
 """
 
 import argparse
@@ -46,35 +47,41 @@ def curves(directory: Path) -> dict[str, np.ndarray]:
 
 
 def write(found: dict[str, np.ndarray], output: Path) -> None:
-    (output / "soak.md").write_text("\n".join(table(found)) + "\n", encoding="utf-8")
-    draw(found, output / "soak.png")
+    page = output / "soak.md"
+    rows = {row.split()[1]: row for row in page.read_text("utf-8").splitlines() if ".server |" in row}
+    rows |= {server: row_of(server, memory) for server, memory in found.items()}
+    page.write_text("\n".join(lines(rows)) + "\n", encoding="utf-8")
+    for server, memory in found.items():
+        draw(server, memory, output / f"soak-{server}.png")
 
 
-def table(found: dict[str, np.ndarray]) -> Iterator[str]:
+def row_of(server: str, memory: np.ndarray) -> str:
+    requests, resident = memory.T
+    at = [resident[np.searchsorted(requests, share * requests[-1])] / MIB for share in (0.25, 0.5, 1)]
+    cells = [server, requests[-1], *(f"{mib:.0f} MiB" for mib in at), f"{late_slope(memory):,.0f}"]
+    return "| " + " | ".join(map(str, cells)) + " |"
+
+
+def lines(rows: dict[str, str]) -> Iterator[str]:
     yield "# Resident memory of stock servers with the plugin, under load"
     yield ""
     yield "`python benchmarks/soak.py`: 32 clients; a quarter of the requests are cut off or bad."
     yield ""
     yield "| server | requests | at a quarter | at half | at the end | bytes a request, second half |"
     yield "|---|--:|--:|--:|--:|--:|"
-    for server, memory in found.items():
-        requests, resident = memory.T
-        at = [resident[np.searchsorted(requests, share * requests[-1])] / MIB for share in (0.25, 0.5, 1)]
-        cells = [server, requests[-1], *(f"{mib:.0f} MiB" for mib in at), f"{late_slope(memory):,.0f}"]
-        yield "| " + " | ".join(map(str, cells)) + " |"
-    yield ""
-    yield "![memory by requests](soak.png)"
+    yield from rows.values()
+    for server in rows:
+        yield f"\n![memory of {server} by requests](soak-{server}.png)"
 
 
-def draw(found: dict[str, np.ndarray], path: Path) -> None:
+def draw(server: str, memory: np.ndarray, path: Path) -> None:
     import matplotlib
 
     matplotlib.use("Agg")
     from matplotlib import pyplot
 
     figure, axes = pyplot.subplots(figsize=(7, 3.6))
-    for server, memory in found.items():
-        axes.plot(memory[:, 0], memory[:, 1] / MIB, label=server, linewidth=1)
+    axes.plot(memory[:, 0], memory[:, 1] / MIB, label=server, linewidth=1)
     axes.set(xlabel="requests answered", ylabel="resident memory, MiB", ylim=(0, None))
     axes.grid(alpha=0.3)
     axes.legend(frameon=False)
