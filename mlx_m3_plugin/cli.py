@@ -5,7 +5,6 @@ import json
 import os
 import sys
 from collections.abc import Callable, Sequence
-from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -38,11 +37,8 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--version", action="version", version=f"mlx-m3-plugin {__version__}")
     commands = parser.add_subparsers(metavar="command", required=True)
 
-    demo = commands.add_parser("demo", help="write a tiny M3 checkpoint with random weights")
-    demo.add_argument("directory", metavar="DIR", help="where to write it; must not exist or be empty")
-    demo.add_argument("--seed", type=int, default=0, help="seed of the random weights (default: 0)")
-    demo.add_argument("--vision", action="store_true", help="with a vision tower, for mlx-vlm")
-    demo.set_defaults(command=_demo)
+    demo = commands.add_parser("demo", help="write M3-nano, a tiny M3 that was trained, to try everything on")
+    _add_demo_arguments(demo)
 
     doctor = commands.add_parser("doctor", help="say whether the plugin is active here, and why not")
     doctor.set_defaults(command=_doctor)
@@ -66,6 +62,19 @@ def _parser() -> argparse.ArgumentParser:
     for command in (demo, doctor, inspect, convert, fit):
         command.add_argument("--json", action="store_true", help="print the result as JSON")
     return parser
+
+
+def _add_demo_arguments(demo: argparse.ArgumentParser) -> None:
+    demo.add_argument(
+        "directory", metavar="DIR", nargs="?", help="where to write; must not exist or be empty"
+    )
+    demo.add_argument("--bits", type=int, metavar="B", help="2, 3, 4, 5, 6 or 8 (default: 8)")
+    demo.add_argument("--layout", metavar="L", help="in a layout that others publish; see --list-layouts")
+    demo.add_argument("--list-layouts", action="store_true", help="tell the layouts that there are")
+    demo.add_argument("--random", action="store_true", help="random weights, which say nothing sensible")
+    demo.add_argument("--seed", type=int, metavar="N", help="with --random: of the weights (default: 0)")
+    demo.add_argument("--vision", action="store_true", help="with --random: with a vision tower, for mlx-vlm")
+    demo.set_defaults(command=_demo)
 
 
 def _add_convert_arguments(convert: argparse.ArgumentParser) -> None:
@@ -154,14 +163,22 @@ def _argument(parse: Callable[[str], int], text: str) -> int:
 
 
 def _demo(args: argparse.Namespace) -> int:
-    from .toolbox.demo import commands_to_try, write_demo
+    from .toolbox.demo_command import demo_command, list_layouts
 
-    report = write_demo(args.directory, args.seed, args.vision)
-    if args.json:
-        _print_json(asdict(report))
+    if args.list_layouts:
+        print("\n".join(list_layouts()))
         return 0
-    print(f"Wrote a random MiniMax-M3 of {report.parameters / 1e6:.1f} M parameters to {report.path}")
-    print("\n".join(commands_to_try(report)))
+    if args.directory is None:
+        raise ValueError("demo needs a DIR to write to")
+    content, lines = demo_command(
+        args.directory,
+        bits=args.bits,
+        layout=args.layout,
+        random=args.random,
+        seed=args.seed,
+        vision=args.vision,
+    )
+    _print_json(content) if args.json else print("\n".join(lines))
     return 0
 
 

@@ -45,6 +45,7 @@ def by_mlx_vlm(model: Path) -> Answer:
 
 def by_transformers(model: Path) -> Answer:
     """Pictures are read by mlx-vlm's processor: transformers' own needs torchvision."""
+    import mlx_vlm.models.minimax_m3_vl  # noqa: F401 (with it come the processors)
     import torch
     from mlx_vlm.utils import load_processor
     from transformers import AutoTokenizer, MiniMaxM3SparseForConditionalGeneration

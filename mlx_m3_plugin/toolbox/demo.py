@@ -6,11 +6,7 @@ tokens, so that an ordinary prompt passes it many times.
 """
 
 import json
-import os
 import re
-import shlex
-import shutil
-import tempfile
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -23,6 +19,7 @@ from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers, 
 from ..chat.template import CHAT_TEMPLATE
 from ..model.config import TextConfig, text_config_of
 from . import demo_vision
+from .new_directory import new_directory, umask
 
 # Markers that belong to the text of a reply: decoding keeps them.
 _MARKUP_TOKENS = (
@@ -76,30 +73,9 @@ def write_demo(directory: str | Path, seed: int = 0, vision: bool = False) -> De
         FileExistsError: ``directory`` is not empty.
     """
     directory = Path(directory)
-    if directory.exists() and (not directory.is_dir() or any(directory.iterdir())):
-        raise FileExistsError(f"{directory} exists already; remove it or choose another directory")
-    directory.parent.mkdir(parents=True, exist_ok=True)
-    unfinished = Path(tempfile.mkdtemp(prefix=f".{directory.name}.", dir=directory.parent))
-    try:
+    with new_directory(directory) as unfinished:
         report = _write_files(unfinished, seed, vision)
-        unfinished.chmod(0o777 & ~_umask())
-        if directory.exists():
-            directory.rmdir()
-        os.replace(unfinished, directory)
-    finally:
-        shutil.rmtree(unfinished, ignore_errors=True)
     return replace(report, path=str(directory))
-
-
-def commands_to_try(report: DemoReport) -> list[str]:
-    """Stock command lines for the demo, ready to paste, with headings."""
-    model = f"--model {shlex.quote(report.path)}"
-    lines = ["Try it with stock mlx-lm:", f'  mlx_lm.generate {model} --prompt "Hello" --max-tokens 40']
-    if report.vision:
-        image = f"--image {shlex.quote(str(Path(report.path) / demo_vision.PICTURE))}"
-        question = f'{image} --prompt "What is this?"'
-        lines += ["and with stock mlx-vlm:", f"  mlx_vlm.generate {model} {question} --max-tokens 40"]
-    return lines
 
 
 def _write_files(directory: Path, seed: int, vision: bool) -> DemoReport:
@@ -139,7 +115,7 @@ def _write_files(directory: Path, seed: int, vision: bool) -> DemoReport:
         },
     )
     # safetensors makes its files readable by the owner only.
-    (directory / "model.safetensors").chmod(0o666 & ~_umask())
+    (directory / "model.safetensors").chmod(0o666 & ~umask())
     write_tokenizer(directory, config["text_config"]["max_position_embeddings"])
     (directory / "chat_template.jinja").write_text(CHAT_TEMPLATE, encoding="utf-8")
     return DemoReport(str(directory), sum(w.size for w in weights.values()), n_bytes, seed, vision)
@@ -300,9 +276,3 @@ def random_weights(config: TextConfig, random: np.random.Generator) -> Iterator[
 
 def _write_json(path: Path, content: dict[str, Any]) -> None:
     path.write_text(json.dumps(content, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
-
-
-def _umask() -> int:
-    mask = os.umask(0)
-    os.umask(mask)
-    return mask

@@ -55,7 +55,7 @@ def native(stock: Environment, tmp_path_factory: pytest.TempPathFactory) -> Envi
 @pytest.fixture(scope="module")
 def demo(guest: Environment, tmp_path_factory: pytest.TempPathFactory) -> Path:
     directory = tmp_path_factory.mktemp("demo") / "checkpoint"
-    guest.run_script("mlx-m3", "demo", directory)
+    guest.run_script("mlx-m3", "demo", directory, "--random")
     return directory
 
 

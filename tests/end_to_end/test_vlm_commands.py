@@ -48,7 +48,7 @@ class Demo:
 @pytest.fixture(scope="module")
 def written(guest: Environment, tmp_path_factory: pytest.TempPathFactory) -> Demo:
     directory = tmp_path_factory.mktemp("vision_demo") / "checkpoint"
-    return Demo(directory, guest.run_script("mlx-m3", "demo", directory, "--vision").stdout)
+    return Demo(directory, guest.run_script("mlx-m3", "demo", directory, "--random", "--vision").stdout)
 
 
 @pytest.fixture(scope="module")

@@ -1,4 +1,4 @@
-"""``mlx-m3 demo``: complete, valid, repeatable, and it never destroys anything."""
+"""``mlx-m3 demo --random``: complete, valid, repeatable, and it never destroys anything."""
 
 import json
 import subprocess
@@ -129,21 +129,21 @@ def test_an_interrupted_run_leaves_nothing(tmp_path: Path, monkeypatch: pytest.M
         raise KeyboardInterrupt
 
     monkeypatch.setattr(demo, "save_file", interrupt)
-    assert main(["demo", str(tmp_path / "new")]) == 130
+    assert main(["demo", str(tmp_path / "new"), "--random"]) == 130
     assert list(tmp_path.iterdir()) == []
 
 
 def test_an_empty_directory_is_filled_and_the_report_is_json(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    assert main(["demo", str(tmp_path), "--seed", "5", "--json"]) == 0
+    assert main(["demo", str(tmp_path), "--random", "--seed", "5", "--json"]) == 0
     report = json.loads(capsys.readouterr().out)
     assert report["path"] == str(tmp_path)
     assert report["seed"] == 5
     assert report["bytes"] == 4 * report["parameters"]
 
 
-@pytest.mark.parametrize("options", [[], ["--vision"]])
+@pytest.mark.parametrize("options", [[], ["--random"], ["--random", "--vision"]])
 def test_it_needs_no_torch_and_no_network(tmp_path: Path, options: list[str]) -> None:
     block = (
         "import sys, socket\n"
@@ -245,7 +245,7 @@ class TestVision:
 
     def test_what_it_prints(self, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
         path = tmp_path / "my demo"
-        assert main(["demo", str(path), "--vision"]) == 0
+        assert main(["demo", str(path), "--random", "--vision"]) == 0
         printed = capsys.readouterr().out
         assert f"mlx_vlm.generate --model '{path}' --image '{path}/picture.png' " in printed
         assert f"mlx_lm.generate --model '{path}' " in printed
@@ -253,11 +253,11 @@ class TestVision:
     def test_without_vision_it_does_not_speak_of_it(
         self, tmp_path: Path, capsys: pytest.CaptureFixture[str]
     ) -> None:
-        assert main(["demo", str(tmp_path / "demo")]) == 0
+        assert main(["demo", str(tmp_path / "demo"), "--random"]) == 0
         assert "mlx_vlm" not in capsys.readouterr().out
 
     def test_its_report_says_so(self, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-        assert main(["demo", str(tmp_path / "demo"), "--vision", "--json"]) == 0
+        assert main(["demo", str(tmp_path / "demo"), "--random", "--vision", "--json"]) == 0
         report = json.loads(capsys.readouterr().out)
         assert report["vision"] is True
         assert report["bytes"] == 4 * report["parameters"]

@@ -13,7 +13,7 @@ from checkpoints import LAYOUTS
 
 PAGE = Path(__file__).parents[2] / "docs" / "layouts.md"
 BEGIN, END = "<!-- table: tests/weights/layouts_table.py -->", "<!-- end of table -->"
-FIXED = ("checkpoint", "where it is met", "name in the tests")
+FIXED = ("checkpoint", "where it is met", "name")
 
 
 def read_table() -> dict[str, dict[str, str]]:
@@ -21,7 +21,7 @@ def read_table() -> dict[str, dict[str, str]]:
     lines = PAGE.read_text(encoding="utf-8").partition(BEGIN)[2].partition(END)[0].strip().splitlines()
     header, _, *rows = [[cell.strip() for cell in line.strip("|").split("|")] for line in lines]
     table = [dict(zip(header, row, strict=True)) for row in rows]
-    return {row["name in the tests"].strip("`"): row for row in table}
+    return {row["name"].strip("`"): row for row in table}
 
 
 def write_table(columns: dict[str, dict[str, str | None]]) -> None:

@@ -24,7 +24,7 @@ class Evaluation:
     """What was measured.
 
     Attributes:
-        bits_per_weight: of the whole checkpoint on disk.
+        bytes: of the whole checkpoint on disk.
         distributions, layers: beside the reference, if there is one.
     """
 

@@ -1,0 +1,141 @@
+"""What fewer bits cost M3-nano: task scores beside the perplexity and divergence of ``mlx-m3 evaluate``.
+
+    python examples/nano/quality.py build/nano --cases 50     # writes docs/nano/quality.md and quality.png
+
+Made of the float weights: plain 8, 6, 4, 3 and 2 bits, and every recipe that there is.  What is finished is kept in
+build/nano/quality, and the same command goes on from there.
+"""
+
+import argparse
+import json
+import random
+import subprocess
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import conversations
+import vocabulary
+from sizes import BUDGET
+from tokenizers import Tokenizer
+
+from mlx_m3_plugin.toolbox.convert import recipe_names
+
+HERE = Path(__file__).parent
+OUTPUT = HERE.parents[1] / "docs" / "nano"
+BITS = (8, 6, 4, 3, 2)
+SEED = 2_000_000
+CONVERSATIONS = 60
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("directory", type=Path)
+    parser.add_argument("--cases", type=int, default=50, help="of each task")
+    arguments = parser.parse_args()
+    made = arguments.directory / "quality"
+    made.mkdir(exist_ok=True)
+    whole = arguments.directory / "float"
+    text = made / "text.txt"
+    text.write_text(held_out_text(whole), encoding="utf-8")
+    rows = {"float32": measured(whole, whole, text, made / "float32.json", arguments.cases)}
+    for name, recipe in recipes(made).items():
+        target = made / name
+        if not target.exists():
+            run("-m", "mlx_m3_plugin.cli", "convert", str(whole), str(target), "--recipe", recipe)
+        rows[name] = measured(target, whole, text, made / f"{name}.json", arguments.cases)
+    OUTPUT.mkdir(parents=True, exist_ok=True)
+    (OUTPUT / "quality.md").write_text("\n".join(page(rows, arguments.cases)) + "\n", encoding="utf-8")
+    draw(rows, OUTPUT / "quality.png")
+
+
+def recipes(directory: Path) -> dict[str, str]:
+    """By what they are called here: names and files of recipes."""
+    found = {}
+    for bits in BITS:
+        file = directory / f"plain-{bits}.toml"
+        file.write_text(f'summary = "{bits} bits everywhere"\n[default]\nbits = {bits}\ngroup_size = 64\n')
+        found[f"plain-{bits}"] = str(file)
+    return found | {name: name for name in recipe_names()}
+
+
+def held_out_text(model: Path) -> str:
+    """Conversations as the model sees them, of a seed of their own; none has pictures."""
+    tokenizer = vocabulary.with_template(Tokenizer.from_file(str(model / "tokenizer.json")))
+    encoder, rng = conversations.Encoder(tokenizer), random.Random(SEED)
+    texts: list[str] = []
+    while len(texts) < CONVERSATIONS:
+        cases = conversations.draw(rng, 4 * BUDGET, encoder.count)
+        if not cases[0].pictures:
+            texts.append(encoder.text(cases))
+    return "".join(texts)
+
+
+def measured(model: Path, reference: Path, text: Path, kept: Path, cases: int) -> dict[str, Any]:
+    if not kept.exists():
+        evaluation, scores = kept.with_suffix(".evaluation"), kept.with_suffix(".scores")
+        against = [] if model == reference else ["--reference", str(reference)]
+        options = ["--text", str(text), "--context", "1024", "--json", str(evaluation)]
+        run("-m", "mlx_m3_plugin.cli", "evaluate", str(model), *against, *options)
+        run(str(HERE / "score.py"), str(model), "--cases", str(cases), "--json", str(scores))
+        found = {"evaluation": json.loads(evaluation.read_text()), "scores": json.loads(scores.read_text())}
+        kept.write_text(json.dumps(found))
+    return json.loads(kept.read_text())
+
+
+def run(*arguments: str) -> None:
+    subprocess.run([sys.executable, *arguments], check=True)
+
+
+def page(rows: dict[str, dict[str, Any]], cases: int) -> Iterator[str]:
+    tasks = list(next(iter(rows.values()))["scores"])
+    yield "# What fewer bits cost: the cheap numbers and the real ones"
+    yield ""
+    yield f"`python examples/nano/quality.py`: M3-nano, {cases} held-out cases of each task, greedily; perplexity"
+    yield "and divergence from the float32 weights by `mlx-m3 evaluate` on held-out conversations."
+    yield ""
+    yield "| | bits/weight | perplexity | KL | same top token | all tasks | " + " | ".join(tasks) + " |"
+    yield "|---|" + "--:|" * (5 + len(tasks))
+    for name, row in rows.items():
+        yield "| " + " | ".join([name, *cells(row, tasks)]) + " |"
+    yield ""
+    yield "![task scores by divergence](quality.png)"
+
+
+def cells(row: dict[str, Any], tasks: list[str]) -> Iterator[str]:
+    found, against = row["evaluation"], row["evaluation"].get("against")
+    yield f"{found['bits_per_weight']:.2f}"
+    yield f"{found['perplexity']:.4f}"
+    yield f"{against['kl_mean']:.5f}" if against else "-"
+    yield f"{against['same_top']:.2%}" if against else "-"
+    yield f"{mean(row):.1%}"
+    yield from (f"{row['scores'][task]:.0%}" for task in tasks)
+
+
+def mean(row: dict[str, Any]) -> float:
+    return sum(row["scores"].values()) / len(row["scores"])
+
+
+def draw(rows: dict[str, dict[str, Any]], path: Path) -> None:
+    import matplotlib
+
+    matplotlib.use("Agg")
+    from matplotlib import pyplot
+
+    figure, axes = pyplot.subplots(figsize=(7, 4.2))
+    for name, row in rows.items():
+        if "against" in row["evaluation"]:
+            divergence = row["evaluation"]["against"]["kl_mean"]
+            axes.plot(divergence, 100 * mean(row), "o", color="C1" if name.startswith("plain") else "C0")
+            axes.annotate(
+                name, (divergence, 100 * mean(row)), fontsize=7, xytext=(3, 3), textcoords="offset points"
+            )
+    axes.set(xscale="log", xlabel="KL divergence from float32", ylabel="right answers, all tasks, %")
+    axes.grid(alpha=0.3)
+    figure.tight_layout()
+    figure.savefig(path, dpi=120)
+
+
+if __name__ == "__main__":
+    main()

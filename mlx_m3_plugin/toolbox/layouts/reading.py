@@ -1,0 +1,53 @@
+"""A checkpoint in any layout as the float32 model that it stands for."""
+
+from pathlib import Path
+
+import mlx.core as mx
+
+from ...weights.headers import INDEX
+from ...weights.names import is_vision
+from ...weights.reading import TensorReader
+from ..checkpoint import Checkpoint, open_checkpoint
+from ..precision import dequantized
+from .source import Json, Source
+
+_PARTS = ("scales", "biases", "global_scale")
+_OF_FILES = ("config.json", INDEX, "README.md")
+
+
+def source_of(directory: str | Path) -> Source:
+    """Everything is read into memory: this is for small models.
+
+    Raises:
+        OSError, ValueError: see :func:`..checkpoint.open_checkpoint`.
+    """
+    checkpoint = open_checkpoint(directory)
+    with TensorReader(checkpoint.directory, checkpoint.headers.tensors) as reader:
+        arrays = {name: _read(checkpoint, reader, name) for name in checkpoint.plan if _is_whole(name)}
+    return Source(
+        _unquantized(checkpoint.config),
+        {name: array for name, array in arrays.items() if not is_vision(name)},
+        {name: array for name, array in arrays.items() if is_vision(name)},
+        {
+            file.name: file.read_bytes()
+            for file in sorted(checkpoint.directory.iterdir())
+            if file.is_file() and file.suffix != ".safetensors" and file.name not in _OF_FILES
+        },
+    )
+
+
+def _is_whole(name: str) -> bool:
+    return name.rpartition(".")[2] not in _PARTS
+
+
+def _read(checkpoint: Checkpoint, reader: TensorReader, name: str) -> mx.array:
+    module = name.removesuffix(".weight")
+    stored = {"weight": reader.read(checkpoint.plan[name])}
+    for part in _PARTS:
+        if f"{module}.{part}" in checkpoint.plan:
+            stored[part] = reader.read(checkpoint.plan[f"{module}.{part}"])
+    return dequantized(stored, checkpoint.how(module)).astype(mx.float32)
+
+
+def _unquantized(config: Json) -> Json:
+    return {key: value for key, value in config.items() if not key.startswith("quantization")}
