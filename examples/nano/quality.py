@@ -2,8 +2,8 @@
 
     python examples/nano/quality.py build/nano --cases 50     # writes docs/nano/quality.md and quality.png
 
-Made of the float weights: plain 8, 6, 4, 3 and 2 bits, and every recipe that there is.  What is finished is kept in
-build/nano/quality, and the same command goes on from there.
+Made of the float weights: plain 8, 6, 4, 3 and 2 bits, and every recipe that there is.  What is finished is
+kept in build/nano/quality, and the same command goes on from there.
 """
 
 import argparse
@@ -92,10 +92,10 @@ def page(rows: dict[str, dict[str, Any]], cases: int) -> Iterator[str]:
     tasks = list(next(iter(rows.values()))["scores"])
     yield "# What fewer bits cost: the cheap numbers and the real ones"
     yield ""
-    yield f"`python examples/nano/quality.py`: M3-nano, {cases} held-out cases of each task, greedily; perplexity"
-    yield "and divergence from the float32 weights by `mlx-m3 evaluate` on held-out conversations."
+    yield f"`python examples/nano/quality.py`: M3-nano, {cases} held-out cases of each task, greedily;"
+    yield "perplexity, and divergence from the float32 weights, by `mlx-m3 evaluate` on held-out conversations."
     yield ""
-    yield "| | bits/weight | perplexity | KL | same top token | all tasks | " + " | ".join(tasks) + " |"
+    yield "| | MiB | perplexity | KL | same top token | all tasks | " + " | ".join(tasks) + " |"
     yield "|---|" + "--:|" * (5 + len(tasks))
     for name, row in rows.items():
         yield "| " + " | ".join([name, *cells(row, tasks)]) + " |"
@@ -104,11 +104,11 @@ def page(rows: dict[str, dict[str, Any]], cases: int) -> Iterator[str]:
 
 
 def cells(row: dict[str, Any], tasks: list[str]) -> Iterator[str]:
-    found, against = row["evaluation"], row["evaluation"].get("against")
-    yield f"{found['bits_per_weight']:.2f}"
+    found, against = row["evaluation"], row["evaluation"]["distributions"]
+    yield f"{found['bytes'] / (1 << 20):.2f}"
     yield f"{found['perplexity']:.4f}"
     yield f"{against['kl_mean']:.5f}" if against else "-"
-    yield f"{against['same_top']:.2%}" if against else "-"
+    yield f"{against['top_1']:.2%}" if against else "-"
     yield f"{mean(row):.1%}"
     yield from (f"{row['scores'][task]:.0%}" for task in tasks)
 
@@ -125,12 +125,10 @@ def draw(rows: dict[str, dict[str, Any]], path: Path) -> None:
 
     figure, axes = pyplot.subplots(figsize=(7, 4.2))
     for name, row in rows.items():
-        if "against" in row["evaluation"]:
-            divergence = row["evaluation"]["against"]["kl_mean"]
-            axes.plot(divergence, 100 * mean(row), "o", color="C1" if name.startswith("plain") else "C0")
-            axes.annotate(
-                name, (divergence, 100 * mean(row)), fontsize=7, xytext=(3, 3), textcoords="offset points"
-            )
+        if row["evaluation"]["distributions"]:
+            point = row["evaluation"]["distributions"]["kl_mean"], 100 * mean(row)
+            axes.plot(*point, "o", color="C1" if name.startswith("plain") else "C0")
+            axes.annotate(name, point, fontsize=7, xytext=(3, 3), textcoords="offset points")
     axes.set(xscale="log", xlabel="KL divergence from float32", ylabel="right answers, all tasks, %")
     axes.grid(alpha=0.3)
     figure.tight_layout()
