@@ -93,7 +93,7 @@ def page(rows: dict[str, dict[str, Any]], cases: int) -> Iterator[str]:
     yield "# What fewer bits cost: the cheap numbers and the real ones"
     yield ""
     yield f"`python examples/nano/quality.py`: M3-nano, {cases} held-out cases of each task, greedily;"
-    yield "perplexity, and divergence from the float32 weights, by `mlx-m3 evaluate` on held-out conversations."
+    yield "perplexity and divergence from float32 by `mlx-m3 evaluate` on held-out conversations."
     yield ""
     yield "| | MiB | perplexity | KL | same top token | all tasks | " + " | ".join(tasks) + " |"
     yield "|---|" + "--:|" * (5 + len(tasks))

@@ -2,7 +2,8 @@
 
     python examples/nano/recall.py build/nano --cases 100     # writes docs/nano/recall.md and recall.png
 
-The same prompts and float32 weights for all; each way is a child process of its own.  Needs torch and matplotlib.
+The same prompts and float32 weights for all; each way is a child process of its own.  Needs torch and
+matplotlib.
 """
 
 import argparse
@@ -75,9 +76,8 @@ def draw(found: dict[str, dict[int, float]], path: Path) -> None:
     for way, scores in found.items():
         style = "--" if "plugin" not in way else "-"
         lengths = [length * BUDGET for length in scores]
-        axes.plot(
-            lengths, [100 * score for score in scores.values()], style, marker="o", label=way, alpha=0.8
-        )
+        found_of_hundred = [100 * score for score in scores.values()]
+        axes.plot(lengths, found_of_hundred, style, marker="o", label=way, alpha=0.8)
     axes.set(xlabel="tokens in the prompt", ylabel="needles found, %", ylim=(0, 103), xscale="log")
     axes.set_xticks(lengths, [str(length) for length in lengths])
     axes.minorticks_off()
