@@ -1,21 +1,20 @@
-# make demo      run stock mlx_lm.generate on a tiny M3 checkpoint
+# make demo      M3-nano through stock commands: questions, a tool call, a needle, a picture
 # make test      everything that needs no torch, on the newest mlx-lm and mlx-vlm, and on 0.31.3 and 0.6.4
 # make test-live a small live comparison with transformers (installs torch), with fresh seeds
 # make test-full the full counts of every acceptance list
 # make lint      ruff and mypy
 
 PYTHON ?= python3
-CHECKPOINT ?= demo-checkpoint
-PROMPT ?= Tell me, step by step, how you decide which blocks of a long prompt to attend to.
+CHECKPOINT ?= m3-nano
 
 # mlx has no default build for Linux; these extras are mlx-lm's own names for them.
 ifeq ($(shell uname -s),Darwin)
-DEMO_EXTRAS :=
+DEMO_EXTRAS := [vlm]
 TEST_EXTRAS := [test]
 LINT_EXTRAS := [vlm,test,lint]
 PIN_MLX := mlx
 else
-DEMO_EXTRAS := [cpu]
+DEMO_EXTRAS := [cpu,vlm]
 TEST_EXTRAS := [cpu,test]
 LINT_EXTRAS := [cpu,vlm,test,lint]
 PIN_MLX := mlx[cpu]
@@ -26,7 +25,7 @@ FLOOR := .envs/floor/bin/python
 BETWEEN := .envs/between/bin/python
 # What the floor's versions change least, or takes longest: with --full it runs there, too.
 FLOOR_SHARE := $(foreach room,nano toolbox distributed soak upstream chat,--ignore tests/$(room)) \
-	$(foreach name,chat_mlx_lm chat_mlx_vlm vlm_commands layouts_table converted_opens,--ignore tests/end_to_end/test_$(name).py)
+	$(foreach name,chat_mlx_lm chat_mlx_vlm vlm_commands layouts_table converted_opens quickstart nano,--ignore tests/end_to_end/test_$(name).py)
 PIP := -m pip install --quiet --disable-pip-version-check
 
 # The matrices of the tests are too small for a BLAS with threads, and two test runs may be side by side.
@@ -35,9 +34,8 @@ export OPENBLAS_NUM_THREADS ?= 1
 .PHONY: demo environments test test-newest test-floor test-live test-full lint golden clean
 
 demo: .venv/.ready
-	@test -d $(CHECKPOINT) || .venv/bin/mlx-m3 demo $(CHECKPOINT)
 	@.venv/bin/mlx-m3 doctor | head -1
-	.venv/bin/mlx_lm.generate --model $(CHECKPOINT) --max-tokens 40 --prompt "$(PROMPT)"
+	@.venv/bin/python examples/demo.py $(CHECKPOINT)
 
 test: test-newest test-floor
 
@@ -67,7 +65,7 @@ environments: .envs/newest/.ready .envs/floor/.ready
 
 .venv/.ready: pyproject.toml
 	$(PYTHON) -m venv .venv
-	.venv/bin/python $(PIP) -e "$(CURDIR)$(DEMO_EXTRAS)"
+	.venv/bin/python $(PIP) -e "$(CURDIR)$(DEMO_EXTRAS)" openai
 	@touch $@
 
 .envs/newest/.ready: pyproject.toml
