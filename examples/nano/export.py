@@ -10,13 +10,16 @@ import shutil
 from pathlib import Path
 from typing import Any
 
+import figures
 import net
 import torch
 import vocabulary
+from PIL import Image
 from tokenizers import Tokenizer
 
 from mlx_m3_plugin.cli import main as mlx_m3
 from mlx_m3_plugin.toolbox import demo, demo_vision
+from mlx_m3_plugin.toolbox.demo_vision import PICTURE
 from mlx_m3_plugin.toolbox.nano import CHECKPOINT
 
 CARD = Path(__file__).with_name("model_card.md")
@@ -38,6 +41,7 @@ def main() -> None:
         shutil.rmtree(CHECKPOINT, ignore_errors=True)
         shutil.copytree(made, CHECKPOINT)
         shutil.copyfile(CARD, CHECKPOINT / "README.md")
+        Image.fromarray(figures.picture((("red", "circle"), ("blue", "square")))).save(CHECKPOINT / PICTURE)
 
 
 def write_float(trained: Path, directory: Path) -> None:
@@ -47,6 +51,8 @@ def write_float(trained: Path, directory: Path) -> None:
     model.load_state_dict(torch.load(trained / "checkpoint.pt", weights_only=True)["model"])
     model.save_pretrained(directory)
     vocabulary.save(tokenizer, directory)
+    # safetensors makes its files readable by the owner only.
+    (directory / "model.safetensors").chmod(0o644)
     config = published_config(model.config, ids)
     (directory / "config.json").write_text(json.dumps(config, indent=2) + "\n")
 

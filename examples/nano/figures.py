@@ -1,6 +1,7 @@
 """Pictures of one or two coloured figures, and videos of one that moves."""
 
 import random
+from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
@@ -30,24 +31,30 @@ def draw(rng: random.Random, questions: int = 1) -> list[Case]:
 
 def _picture(rng: random.Random) -> Case:
     """Two cells high, and two wide for each figure."""
-    count = rng.randrange(1, 3)
-    picture = _blank(2 * CELL, 2 * CELL * count)
-    named = []
-    for number in range(count):
-        colour, shape = rng.choice(list(COLOURS)), rng.choice(SHAPES)
+    named, places = [], []
+    for _ in range(rng.randrange(1, 3)):
+        named.append((rng.choice(list(COLOURS)), rng.choice(SHAPES)))
         radius = rng.randrange(14, 24)
-        middle = rng.randrange(radius, 2 * CELL - radius), rng.randrange(radius, 2 * CELL - radius)
-        _paint(
-            picture[:, 2 * CELL * number : 2 * CELL * (number + 1)], shape, middle, radius, COLOURS[colour]
-        )
-        named.append(f"a {colour} {shape}")
-    answer = " and ".join(named)
+        places.append((radius, *(rng.randrange(radius, 2 * CELL - radius) for _ in "yx")))
+    answer = " and ".join(f"a {colour} {shape}" for colour, shape in named)
     return Case(
         "picture",
         [_shown("image", "What is in the picture?")],
         says(f"{answer.capitalize()}."),
-        pictures=[picture],
+        pictures=[picture(named, places)],
     )
+
+
+def picture(
+    named: Sequence[tuple[str, str]], places: Sequence[tuple[int, int, int]] | None = None
+) -> np.ndarray:
+    """``[56, 56 * n, 3]``: colours and shapes side by side, each with its radius and middle in its cell."""
+    painted = _blank(2 * CELL, 2 * CELL * len(named))
+    for number, (colour, shape) in enumerate(named):
+        radius, y, x = places[number] if places else (20, CELL, CELL)
+        cell = painted[:, 2 * CELL * number : 2 * CELL * (number + 1)]
+        _paint(cell, shape, (y, x), radius, COLOURS[colour])
+    return painted
 
 
 def _video(rng: random.Random) -> Case:

@@ -1,0 +1,79 @@
+"""M3-nano through stock commands and servers: what it says has a meaning, and is right."""
+
+import json
+import random
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+from chat_server import ChatServer, serving
+from environments import Environment
+from needles import draw
+from sizes import BUDGET
+from tools import NO_TOOL, TOOLS
+
+WORLD = "Anna lives in Rome. Ben lives in Oslo. Anna likes figs. Ben likes rice."
+OFFERED = [tool.schema() for tool in TOOLS if tool.name in ("get_weather", "send_mail", "book_room")]
+
+
+@pytest.fixture(scope="module")
+def model(guest: Environment, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    directory = tmp_path_factory.mktemp("nano") / "m3"
+    guest.run_script("mlx-m3", "demo", directory)
+    return directory
+
+
+@pytest.fixture(scope="module", params=["mlx_lm.server", "mlx_vlm.server"])
+def server(
+    request: pytest.FixtureRequest, guest: Environment, model: Path, tmp_path_factory: pytest.TempPathFactory
+) -> Iterator[ChatServer]:
+    with serving(guest, request.param, model, tmp_path_factory.mktemp("log") / "log") as running:
+        yield running
+
+
+def generate(guest: Environment, model: Path, prompt: str) -> str:
+    options = ("--max-tokens", "60", "--temp", "0", "--verbose", "False", "--prompt", prompt)
+    return guest.run_script("mlx_lm.generate", "--model", model, *options).stdout.strip()
+
+
+def test_generate_knows_what_the_prompt_says(guest: Environment, model: Path) -> None:
+    assert generate(guest, model, f"{WORLD} Who lives in Oslo?").endswith("It is Ben.")
+    assert generate(guest, model, f"{WORLD} Where does Anna live?").endswith("It is Rome.")
+
+
+def test_reasoning_is_apart(server: ChatServer) -> None:
+    answer = server.ask("What is 47 + 38?")
+    assert answer.reasoning.strip() == "7 + 8 = 15, 4 + 3 = 7, 7 + 1 = 8"
+    assert answer.content.strip() == "85"
+
+
+def test_a_call_with_nested_arguments_and_the_answer_from_its_result(server: ChatServer) -> None:
+    request = {"role": "user", "content": "Book a room for 4 people on Friday at 15."}
+    asked = server.ask([request], tools=OFFERED)
+    assert asked.calls == [("book_room", {"people": 4, "when": {"day": "Friday", "hour": 15}})]
+    call_id = asked.message["tool_calls"][0]["id"]
+    result = {"role": "tool", "tool_call_id": call_id, "content": json.dumps({"room": 27})}
+    answer = server.ask([request, asked.message, result], tools=OFFERED)
+    assert answer.content.strip() == "You have room 27 on Friday."
+    assert not answer.calls
+
+
+def test_no_call_when_no_tool_fits(server: ChatServer) -> None:
+    answer = server.ask("Change 40 euro into yen.", tools=OFFERED)
+    assert answer.content.strip() == NO_TOOL
+    assert not answer.calls
+
+
+def test_a_needle_far_past_the_budget(server: ChatServer) -> None:
+    (case,) = draw(random.Random(3), 8 * BUDGET, lambda text: len(text.split()))
+    answer = server.ask(case.messages)
+    assert answer.prompt > 8 * BUDGET
+    assert answer.content.strip() == case.reply["content"]
+
+
+def test_it_says_what_is_in_the_picture(guest: Environment, model: Path) -> None:
+    options = ("--max-tokens", "40", "--temperature", "0", "--image", model / "picture.png")
+    told = guest.run_script(
+        "mlx_vlm.generate", "--model", model, *options, "--prompt", "What is in the picture?"
+    )
+    assert "A red circle and a blue square." in told.stdout

@@ -1,0 +1,58 @@
+"""Trained weights, and prompts of many block budgets: stock mlx-lm with the plugin is transformers."""
+
+import random
+from pathlib import Path
+from typing import Any
+
+import mlx.core as mx
+import needles
+import numpy as np
+import pytest
+import score
+import torch
+from answers import by_mlx_lm, by_mlx_vlm, by_transformers, prompt_of
+from case import Case
+from mlx_lm import load
+from sizes import BUDGET
+from transformers import MiniMaxM3SparseForConditionalGeneration
+
+from mlx_m3_plugin.toolbox import nano
+from mlx_m3_plugin.toolbox.layouts import LAYOUTS
+from mlx_m3_plugin.toolbox.layouts.reading import source_of
+
+TIMES = (1, 4, 8)
+
+
+@pytest.fixture(scope="module")
+def whole(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """M3-nano's values in float32, as transformers reads them."""
+    directory = tmp_path_factory.mktemp("nano") / "m3"
+    LAYOUTS["published_float"].write(directory, source_of(nano.CHECKPOINT))
+    return directory
+
+
+@pytest.fixture(params=TIMES)
+def case(request: pytest.FixtureRequest, fresh_seed: int) -> Case:
+    (drawn,) = needles.draw(random.Random(fresh_seed), request.param * BUDGET, lambda text: len(text.split()))
+    return drawn
+
+
+def test_logits_at_every_position(whole: Path, case: Case) -> None:
+    model, tokenizer = load(str(whole))[:2]
+    oracle = MiniMaxM3SparseForConditionalGeneration.from_pretrained(whole, dtype=torch.float32).eval()
+    ids = tokenizer.encode(prompt_of(tokenizer, case), add_special_tokens=False)
+    assert len(ids) > 3 * BUDGET
+    with torch.inference_mode():
+        expected = oracle(input_ids=torch.tensor([ids])).logits[0].numpy()
+    logits = np.array(model(mx.array([ids]))[0])
+    # Trained logits are of the order of ten, so rounding is, too.
+    assert np.abs(logits - expected).max() < 1e-5 * np.abs(expected).max() + 1e-4
+
+
+def test_all_say_the_same(whole: Path, fresh_seed: int, count: Any) -> None:
+    cases = [cases[0] for cases in score.held_out(1, fresh_seed, lambda text: len(text.split())).values()]
+    tell = [make(whole) for make in (by_transformers, by_mlx_vlm)]
+    text_only = by_mlx_lm(whole)
+    for case in random.Random(fresh_seed).sample(cases, count(4, len(cases))):
+        said = {answer(case) for answer in tell} | ({text_only(case)} if not case.pictures else set())
+        assert len(said) == 1, (case.messages, said)
