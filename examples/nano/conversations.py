@@ -5,6 +5,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
+import echo
 import facts
 import figures
 import needles
@@ -13,11 +14,16 @@ import sums
 import tools
 from case import Case
 from PIL import Image
+from sizes import BUDGET
 
-# How many of a hundred conversations are of each kind.
-SHARES = {"facts": 25, "sums": 15, "tools": 18, "needles": 25, "figures": 17}
-QUESTIONS = {"facts": 8, "sums": 6, "tools": 4, "needles": 6, "figures": 3}
-DRAW = {"facts": facts.draw, "sums": sums.draw, "tools": tools.draw, "figures": figures.draw}
+# How many of a hundred conversations are of each kind, at full difficulty; there are more of echo before.
+SHARES = {"echo": 8, "facts": 23, "sums": 14, "tools": 16, "needles": 23, "figures": 16}
+MORE_ECHO = 60
+QUESTIONS = {"echo": 6, "facts": 8, "sums": 6, "tools": 4, "needles": 6, "figures": 3}
+# Of hay, in tokens.
+SHORTEST, LONGEST = 16, round(8.5 * BUDGET)
+# So many conversations are without the template's own two hundred tokens; before full difficulty, more are.
+WITHOUT_PREAMBLE = 0.25
 
 
 @dataclass(frozen=True)
@@ -33,6 +39,9 @@ class Encoded:
     pictures: dict[str, np.ndarray]
 
 
+USER = "]~b]user\n"
+
+
 class Encoder:
     """Conversations by a tokenizer with M3's chat template, and pictures by mlx-vlm's processor."""
 
@@ -46,9 +55,15 @@ class Encoder:
         messages = [message for case in cases for message in (*case.messages, case.reply)]
         return self.tokenizer.apply_chat_template(messages, tools=cases[0].tools, tokenize=False)
 
-    def encode(self, cases: Sequence[Case]) -> Encoded:
-        """All that the model says is to be learned: replies, and calls before a result."""
+    def encode(self, cases: Sequence[Case], preamble: bool = True) -> Encoded:
+        """All that the model says is to be learned: replies, and calls before a result.
+
+        Args:
+            preamble: with all that the template says before the user's first word, tools among it.
+        """
         text, first = self.text(cases), cases[0]
+        if not preamble and first.tools is None:
+            text = text[text.index(USER) :]
         if not first.pictures:
             ids = np.array(self.tokenizer.encode(text, add_special_tokens=False))
             return Encoded(first.task, ids, self._said(ids), {})
@@ -75,12 +90,27 @@ class Encoder:
         return said
 
 
-def draw(rng: random.Random, longest: int, count: Callable[[str], int]) -> list[Case]:
-    """One conversation of several questions; that of needles has up to ``longest`` tokens of hay.
+def draw(rng: random.Random, difficulty: float, count: Callable[[str], int]) -> list[Case]:
+    """One conversation of several questions.
 
-    The template begins each with two hundred tokens that teach nothing: the more questions, the less waste.
+    Copying is learned from short texts first: among few tokens it is found sooner that one is the answer.
+
+    Args:
+        difficulty: 0 is for beginners, 1 is what is to be reached.
+        count: tokens of a text.
     """
-    (kind,) = rng.choices(list(SHARES), list(SHARES.values()))
+    shares = SHARES | {"echo": SHARES["echo"] + MORE_ECHO * (1 - difficulty)}
+    (kind,) = rng.choices(list(shares), list(shares.values()))
+    questions = QUESTIONS[kind]
+    if kind == "echo":
+        return echo.draw(rng, questions, longest=round(7 + 17 * difficulty))
+    if kind == "facts":
+        return facts.draw(rng, questions, count=rng.randint(1, facts.PEOPLE))
     if kind == "needles":
-        return needles.draw(rng, rng.randrange(20, longest), count, QUESTIONS[kind])
-    return DRAW[kind](rng, QUESTIONS[kind])
+        longest = SHORTEST + difficulty * (LONGEST - SHORTEST)
+        return needles.draw(rng, round(rng.uniform(SHORTEST, longest)), count, questions)
+    return {"sums": sums.draw, "tools": tools.draw, "figures": figures.draw}[kind](rng, questions)
+
+
+def leaves_out_preamble(rng: random.Random, difficulty: float) -> bool:
+    return rng.random() > difficulty * (1 - WITHOUT_PREAMBLE)

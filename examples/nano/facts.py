@@ -25,11 +25,11 @@ PEOPLE = 3
 World = dict[str, dict[str, str]]
 
 
-def draw(rng: random.Random, questions: int = 1) -> list[Case]:
-    """Three people, of whom each relation is told once, in any order; then questions."""
-    people = rng.sample(NAMES, PEOPLE)
+def draw(rng: random.Random, questions: int = 1, count: int = PEOPLE) -> list[Case]:
+    """So many people, of whom each relation is told once, in any order; then questions."""
+    people = rng.sample(NAMES, count)
     world = {
-        relation: dict(zip(people, rng.sample(THINGS[relation], PEOPLE), strict=True))
+        relation: dict(zip(people, rng.sample(THINGS[relation], count), strict=True))
         for relation in RELATIONS
     }
     told = [

@@ -17,7 +17,6 @@ from typing import Any
 
 import conversations
 import vocabulary
-from sizes import BUDGET
 from tokenizers import Tokenizer
 
 from mlx_m3_plugin.toolbox.convert import recipe_names
@@ -66,7 +65,7 @@ def held_out_text(model: Path) -> str:
     encoder, rng = conversations.Encoder(tokenizer), random.Random(SEED)
     texts: list[str] = []
     while len(texts) < CONVERSATIONS:
-        cases = conversations.draw(rng, 4 * BUDGET, encoder.count)
+        cases = conversations.draw(rng, 1.0, encoder.count)
         if not cases[0].pictures:
             texts.append(encoder.text(cases))
     return "".join(texts)

@@ -25,19 +25,20 @@ import torch
 import vocabulary
 from mlx_vlm.utils import load_processor
 from muon import Muon
-from sizes import BUDGET
 from tokenizers import Tokenizer
 from torch.nn import functional
 from torch.nn.utils import clip_grad_norm_
 
-TOKENS_PER_STEP = 4096
+TOKENS_PER_STEP = 3072
 RATE, LEAST_RATE, WARM_UP = 8e-3, 0.02, 60
 # What the text of prompts counts for, beside what the model is to say.
 PROMPT_WEIGHT = 0.1
 DECAY = 0.05
 # The share of steps with dense attention; meanwhile the indexers learn to rank blocks that all attend to.
-DENSE = 0.25
-POOL, LOG_EVERY, SAVE_EVERY = 384, 20, 100
+DENSE = 0.3
+# The share of steps until exercises have their full difficulty.
+LEARNER = 0.5
+POOL, LOG_EVERY, SAVE_EVERY = 192, 20, 100
 
 
 @dataclass
@@ -99,7 +100,7 @@ class Training:
         self.model.train()
         begun, before = time.monotonic(), self.seconds
         # A stream of its own for every start: going on does not repeat what was seen.
-        batches = make_batches(self.encoder, random.Random(f"{self.seed} from {self.step}"), self.longest)
+        batches = make_batches(self.encoder, random.Random(f"{self.seed} from {self.step}"), self.difficulty)
         while self.step < self.steps:
             self.one_step(next(batches))
             self.seconds = before + time.monotonic() - begun
@@ -108,9 +109,8 @@ class Training:
             if self.step % SAVE_EVERY == 0 or self.step == self.steps:
                 self._save()
 
-    def longest(self) -> int:
-        """Of hay, in tokens: a little more than a budget at first, eight and a half in the second half."""
-        return round((1 + 7.5 * min(1.0, self.step / (self.steps / 2))) * BUDGET)
+    def difficulty(self) -> float:
+        return min(1.0, self.step / (LEARNER * self.steps))
 
     def one_step(self, batch: Batch) -> None:
         net.attend_densely(self.model, self.step < DENSE * self.steps)
@@ -178,12 +178,11 @@ def _schedule(step: int, steps: int) -> float:
 
 
 def make_batches(
-    encoder: conversations.Encoder, rng: random.Random, longest: Callable[[], int]
+    encoder: conversations.Encoder, rng: random.Random, difficulty: Callable[[], float]
 ) -> Iterator[Batch]:
     """Conversations of about the same length together, and those with the same kind of pictures."""
     while True:
-        drawn = [conversations.draw(rng, longest(), encoder.count) for _ in range(POOL)]
-        pool = [encoder.encode(cases) for cases in drawn]
+        pool = [_drawn(encoder, rng, difficulty()) for _ in range(POOL)]
         pool.sort(key=lambda one: (sorted(one.pictures), len(one.ids)))
         batches, rows = [], pool[:1]
         for one in pool[1:]:
@@ -195,6 +194,11 @@ def make_batches(
         batches.append(rows)
         rng.shuffle(batches)
         yield from map(_batch, batches)
+
+
+def _drawn(encoder: conversations.Encoder, rng: random.Random, difficulty: float) -> conversations.Encoded:
+    cases = conversations.draw(rng, difficulty, encoder.count)
+    return encoder.encode(cases, preamble=not conversations.leaves_out_preamble(rng, difficulty))
 
 
 def _batch(rows: list[conversations.Encoded]) -> Batch:

@@ -38,7 +38,7 @@ def _texts(rng: random.Random) -> list[str]:
     encoder = conversations.Encoder(with_template(demo.demo_tokenizer()))
     texts = []
     for _ in range(TEXTS):
-        cases = conversations.draw(rng, 200, lambda text: len(text.split()))
+        cases = conversations.draw(rng, 0.5, lambda text: len(text.split()))
         texts.append(encoder.text(cases) if rng.random() < 0.3 else "\n".join(_said(case) for case in cases))
     return texts
 
