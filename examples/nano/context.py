@@ -81,7 +81,7 @@ def with_mlx_vlm(model: Path, tokens: int) -> Cost:
 def page(found: dict[str, dict[int, Cost]]) -> Iterator[str]:
     yield "# What a prompt costs, by its length"
     yield ""
-    yield "`python examples/nano/context.py`: M3-nano in 8 bits, on the CPU, one run; seconds, MiB at the peak."
+    yield "`python examples/nano/context.py`: M3-nano in 8 bits, on the CPU, one run; seconds and peak MiB."
     yield ""
     yield "| tokens | " + " | ".join(WAYS) + " |"
     yield "|--:|" + "--:|" * len(WAYS)
