@@ -8,6 +8,8 @@ import re
 from collections.abc import Callable
 from typing import Any
 
+import conversations
+import echo
 import facts
 import figures
 import needles
@@ -42,11 +44,30 @@ def drawn(draw: Callable[..., list[Case]], seed: int, *more: Any) -> list[Case]:
     return [case for number in range(200) for case in draw(random.Random(f"{seed} {number}"), *more)]
 
 
-@pytest.mark.parametrize("draw", [facts.draw, sums.draw, tools.draw, figures.draw])
+@pytest.mark.parametrize("draw", [echo.draw, facts.draw, sums.draw, tools.draw, figures.draw])
 def test_a_seed_is_enough(draw: Callable[..., list[Case]], fresh_seed: int) -> None:
     first, again = drawn(draw, fresh_seed), drawn(draw, fresh_seed)
     assert [(c.messages, c.reply, c.tools) for c in first] == [(c.messages, c.reply, c.tools) for c in again]
     assert len({str(c.messages) + str(c.reply) for c in first}) > 1
+
+
+def test_what_is_to_be_said_again_is_in_the_prompt(fresh_seed: int) -> None:
+    cases = drawn(echo.draw, fresh_seed, 1, 9)
+    assert {words(case.reply["content"]) for case in cases} == set(range(1, 10))
+    for case in cases:
+        assert content(case) == f"Say this again: {case.reply['content']}"
+
+
+def test_beginners_get_shorter_texts_and_more_to_copy(fresh_seed: int) -> None:
+    rng = random.Random(fresh_seed)
+    tasks, hay = {}, {}
+    for difficulty in (0.0, 1.0):
+        seen = [conversations.draw(rng, difficulty, words) for _ in range(1000)]
+        tasks[difficulty] = sum(cases[0].task == "echo" for cases in seen)
+        hay[difficulty] = max(words(content(cases[0])) for cases in seen if cases[0].task == "needles")
+    assert tasks[0.0] > 3 * tasks[1.0] > 0
+    assert hay[0.0] < 60
+    assert 500 < hay[1.0] < 600
 
 
 def test_facts_are_told_once(fresh_seed: int) -> None:
