@@ -45,8 +45,8 @@ def main(directory: Path) -> None:
     heading("Reasoning apart from the answer, and a tool call, from mlx_lm.server")
     with server(model) as address:
         client = OpenAI(base_url=address, api_key="not needed")
-        ask(client, "What is 47 + 38?")
-        call_a_tool(client, "Book a room for 4 people on Friday at 15.")
+        ask(client, "What is 68 - 25?")
+        call_a_tool(client, "How will the weather be in Cairo for 3 days?")
     heading("What is in the picture?")
     picture = ("--image", str(directory / "picture.png"), "--prompt", "What is in the picture?")
     show(run("mlx_vlm.generate", "--model", model, *VLM, *picture))
@@ -133,7 +133,7 @@ def call_a_tool(client: OpenAI, request: str) -> None:
     said = ask(client, request, tools=offered)
     for call in said.tool_calls or []:
         print(f"   calls:     {call.function.name} {call.function.arguments}")
-        result = json.dumps({"room": 27})
+        result = json.dumps({"sky": "sunny"})
         print(f"   result:    {result}")
         messages = [{"role": "user", "content": request}, said.model_dump(exclude_none=True)]
         messages.append({"role": "tool", "tool_call_id": call.id, "content": result})
@@ -142,7 +142,7 @@ def call_a_tool(client: OpenAI, request: str) -> None:
 
 def needle(directory: Path) -> Any:
     tokenizer = Tokenizer.from_file(str(directory / "tokenizer.json"))
-    (case,) = needles.draw(random.Random(3), TIMES * BUDGET, lambda text: len(tokenizer.encode(text).ids))
+    (case,) = needles.draw(random.Random(1), TIMES * BUDGET, lambda text: len(tokenizer.encode(text).ids))
     return case
 
 
