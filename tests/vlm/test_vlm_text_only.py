@@ -5,6 +5,7 @@ from typing import Any
 
 import mlx.core as mx
 import pytest
+from checkpoint_parts import tiny
 from checkpoints import LAYOUTS
 from mlx.utils import tree_flatten
 from vlm_runs import (
@@ -80,9 +81,9 @@ def test_padding_masks(text_only: Any) -> None:
 def test_a_vision_tower_with_a_part_missing_is_no_text_model(tmp_path: Path) -> None:
     from mlx_vlm.utils import load_model
 
-    checkpoint = LAYOUTS["published_float"].make()
+    checkpoint = LAYOUTS["published_float"].make(source=tiny())
     for name in [n for n in checkpoint.tensors if n.startswith("patch_merge_mlp")]:
         del checkpoint.tensors[name]
-    checkpoint.write(tmp_path)
+    checkpoint.write(tmp_path, tiny().files)
     with pytest.raises(ValueError, match="patch_merge_mlp"):
         load_model(tmp_path)
