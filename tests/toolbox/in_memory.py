@@ -9,6 +9,9 @@ from mlx_lm.utils import load_model
 
 from mlx_m3_plugin.toolbox.evaluate import Texts
 
+# As in the comparison with transformers.
+TIE = 1e-5
+
 
 def log_probabilities(directory: Path, texts: Texts) -> np.ndarray:
     """Of every prediction, by the model in memory, in float32 as the CPU needs it; float64."""
@@ -25,6 +28,13 @@ def log_probabilities(directory: Path, texts: Texts) -> np.ndarray:
 
 def directly(directory: Path, reference: Path, texts: Texts) -> dict[str, float]:
     return compared(log_probabilities(directory, texts), log_probabilities(reference, texts), texts)
+
+
+def share_of_ties(directory: Path, reference: Path, texts: Texts) -> float:
+    """Of positions where rounding decides which of two tokens is the likeliest, in either of them."""
+    twos = [np.sort(log_probabilities(d, texts), axis=1)[:, -2:] for d in (directory, reference)]
+    closest = np.minimum(*(two[:, 1] - two[:, 0] for two in twos))
+    return float((closest < TIE).mean())
 
 
 def compared(log_q: np.ndarray, log_p: np.ndarray, texts: Texts) -> dict[str, float]:

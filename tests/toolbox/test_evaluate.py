@@ -11,7 +11,7 @@ import mlx.core as mx
 import numpy as np
 import pytest
 from conversions import Written, converted
-from in_memory import directly
+from in_memory import directly, share_of_ties
 
 from mlx_m3_plugin.cli import main
 from mlx_m3_plugin.toolbox.checkpoint import open_checkpoint
@@ -49,6 +49,7 @@ def test_it_equals_the_model_in_memory(
     rng = random.Random(fresh_seed)
     texts = random_texts(fresh_seed)
     expected = directly(tiny(layout), tiny(REFERENCE), texts)
+    ties = share_of_ties(tiny(layout), tiny(REFERENCE), texts)
     for _ in range(count(2, 8)):
         step, memory = rng.randint(9, 140), rng.choice([1 << 16, 1 << 20, 1 << 30])
         made = evaluate(
@@ -62,7 +63,8 @@ def test_it_equals_the_model_in_memory(
         for name, value in found(made).items():
             # A percentile is one position's value, whose rounding no other makes up for.
             allowed = 1e-5 if name == "kl_95" else 1e-6
-            assert value == pytest.approx(expected[name], rel=allowed, abs=1e-12), (name, step, memory)
+            tied = ties if name == "top_1" else 0
+            assert value == pytest.approx(expected[name], rel=allowed, abs=tied + 1e-12), (name, step, memory)
 
 
 def in_bf16(source: Path, directory: Path) -> Path:
