@@ -46,6 +46,9 @@ def _read(checkpoint: Checkpoint, reader: TensorReader, name: str) -> mx.array:
     for part in _PARTS:
         if f"{module}.{part}" in checkpoint.plan:
             stored[part] = reader.read(checkpoint.plan[f"{module}.{part}"])
+    if "global_scale" in stored:
+        # One of each expert, for all its rows and columns.
+        stored["global_scale"] = stored["global_scale"].reshape(-1, 1, 1)
     return dequantized(stored, checkpoint.how(module)).astype(mx.float32)
 
 
