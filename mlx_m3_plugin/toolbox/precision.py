@@ -50,12 +50,12 @@ def converted(stored: Mapping[str, mx.array], source: How, how: How) -> dict[str
 
 
 def dequantized(stored: Mapping[str, mx.array], source: How) -> mx.array:
-    """The values of a stored matrix."""
+    """The values of a stored matrix, or of a stack of them."""
     if source.bits is None:
         return stored["weight"]
     values = _unpacked(stored, source)
     if "global_scale" in stored:
-        return (values * tensor_scale(stored["global_scale"])).astype(mx.bfloat16)
+        return (values * _scale_of_each(stored)).astype(mx.bfloat16)
     return values
 
 
@@ -78,7 +78,7 @@ def float32_values(stored: Mapping[str, mx.array], source: How) -> mx.array:
     }
     # Values of the modes without biases have few enough bits to be exact in bfloat16.
     values = _unpacked(in_float32, source).astype(mx.float32)
-    return values * tensor_scale(stored["global_scale"]) if "global_scale" in stored else values
+    return values * _scale_of_each(stored) if "global_scale" in stored else values
 
 
 def _unpacked(stored: Mapping[str, mx.array], source: How) -> mx.array:
@@ -90,6 +90,11 @@ def _unpacked(stored: Mapping[str, mx.array], source: How) -> mx.array:
         bits=source.bits,
         mode=source.mode,
     )
+
+
+def _scale_of_each(stored: Mapping[str, mx.array]) -> mx.array:
+    """One scale for all rows and columns of each matrix."""
+    return tensor_scale(stored["global_scale"])[..., None, None]
 
 
 def tensor_scale(global_scale: mx.array) -> mx.array:

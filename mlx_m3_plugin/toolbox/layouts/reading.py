@@ -8,7 +8,8 @@ from ...weights.headers import INDEX
 from ...weights.names import is_vision
 from ...weights.reading import TensorReader
 from ..checkpoint import Checkpoint, open_checkpoint
-from ..precision import dequantized
+from ..precision import float32_values
+from ..streaming.linear import parts_of
 from .source import Json, Source
 
 _PARTS = ("scales", "biases", "global_scale")
@@ -42,14 +43,10 @@ def _is_whole(name: str) -> bool:
 
 def _read(checkpoint: Checkpoint, reader: TensorReader, name: str) -> mx.array:
     module = name.removesuffix(".weight")
-    stored = {"weight": reader.read(checkpoint.plan[name])}
-    for part in _PARTS:
-        if f"{module}.{part}" in checkpoint.plan:
-            stored[part] = reader.read(checkpoint.plan[f"{module}.{part}"])
-    if "global_scale" in stored:
-        # One of each expert, for all its rows and columns.
-        stored["global_scale"] = stored["global_scale"].reshape(-1, 1, 1)
-    return dequantized(stored, checkpoint.how(module)).astype(mx.float32)
+    if module == name:
+        return reader.read(checkpoint.plan[name]).astype(mx.float32)
+    stored = {part: reader.read(tensor) for part, tensor in parts_of(checkpoint.plan, module).items()}
+    return float32_values(stored, checkpoint.how(module))
 
 
 def _unquantized(config: Json) -> Json:

@@ -7,17 +7,8 @@ from pathlib import Path
 import mlx.core as mx
 import numpy as np
 
+from ...weights.writing import STORED_DTYPES
 from .source import Json, Weights
-
-_DTYPES = {
-    mx.float32: "F32",
-    mx.float16: "F16",
-    mx.bfloat16: "BF16",
-    mx.uint8: "U8",
-    mx.uint32: "U32",
-    mx.int32: "I32",
-    mx.int64: "I64",
-}
 
 
 def write_safetensors(path: Path, tensors: Weights, float8: Iterable[str]) -> None:
@@ -25,7 +16,7 @@ def write_safetensors(path: Path, tensors: Weights, float8: Iterable[str]) -> No
     header: Json = {"__metadata__": {"format": "pt"}}
     data = bytearray()
     for name, array in tensors.items():
-        dtype = "F8_E4M3" if name in float8 else _DTYPES[array.dtype]
+        dtype = "F8_E4M3" if name in float8 else STORED_DTYPES[str(array.dtype)][0]
         start = len(data)
         data += np.array(mx.contiguous(array).reshape(-1).view(mx.uint8)).tobytes()
         header[name] = {"dtype": dtype, "shape": list(array.shape), "data_offsets": [start, len(data)]}
