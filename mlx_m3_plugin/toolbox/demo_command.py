@@ -39,7 +39,7 @@ def demo_command(
         raise ValueError("--seed and --vision are for --random; the trained model sees as it is")
     if bits is not None and layout is not None:
         raise ValueError("a layout has bits of its own: give --bits or --layout")
-    written = nano.write_nano(directory, bits or nano.STORED_BITS, layout)
+    written = nano.write_nano(directory, nano.STORED_BITS if bits is None else bits, layout)
     sees = layout is None or LAYOUTS[layout].has_vision
     told = f"Wrote M3-nano ({written.kind}, {written.bytes / (1 << 20):.1f} MiB) to {written.path}"
     return asdict(written), [told, *_to_try(written.path, sees)]

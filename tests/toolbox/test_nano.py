@@ -90,6 +90,7 @@ def test_layouts_are_listed(capsys: pytest.CaptureFixture[str]) -> None:
     ("options", "told"),
     [
         (["--bits", "7"], "7 bits? there are 2, 3, 4, 5, 6, 8"),
+        (["--bits", "0"], "0 bits? there are"),
         (["--layout", "gguf"], "there is no layout gguf"),
         (["--layout", "mxfp8_official", "--bits", "4"], "a layout has bits of its own"),
         (["--seed", "3"], "--seed and --vision are for --random"),
