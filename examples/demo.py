@@ -92,7 +92,11 @@ def server(model: str) -> Iterator[str]:
     quiet = {"stdout": subprocess.DEVNULL, "stderr": subprocess.DEVNULL}
     process = subprocess.Popen([str(SCRIPTS / command[0]), *command[1:]], **quiet)
     try:
-        while process.poll() is None and not answers(f"http://127.0.0.1:{port}/health"):
+        while not answers(f"http://127.0.0.1:{port}/health"):
+            if process.poll() is not None:
+                raise SystemExit(
+                    f"the server ended with {process.returncode}; run the command above to see why"
+                )
             time.sleep(0.2)
         yield f"http://127.0.0.1:{port}/v1"
     finally:
@@ -127,9 +131,7 @@ def complete(client: OpenAI, messages: list[Any], **more: Any) -> Any:
 
 
 def call_a_tool(client: OpenAI, request: str) -> None:
-    offered = [
-        tool.schema() for tool in tools.TOOLS if tool.name in ("get_weather", "send_mail", "book_room")
-    ]
+    offered = [tool.schema() for tool in tools.TOOLS if tool.name in OFFERED]
     said = ask(client, request, tools=offered)
     for call in said.tool_calls or []:
         print(f"   calls:     {call.function.name} {call.function.arguments}")
