@@ -15,7 +15,8 @@ import sys
 from collections.abc import Iterator
 from pathlib import Path
 
-OUTPUT = Path(__file__).parents[2] / "docs" / "nano"
+from plots import plot, write_page
+
 LENGTHS = (256, 512, 1024, 2048, 4096, 8192, 16384)
 OFF = {"MLX_M3_PLUGIN": "off"}
 WAYS: dict[str, tuple[str, dict[str, str]]] = {
@@ -43,9 +44,8 @@ def main() -> None:
         for way, (library, environment) in WAYS.items():
             found[way][tokens] = in_a_child(arguments.model, library, tokens, environment)
             print(f"{tokens:>6}  {way:24}  {found[way][tokens]}", flush=True)
-    OUTPUT.mkdir(parents=True, exist_ok=True)
-    (OUTPUT / "context.md").write_text("\n".join(page(found)) + "\n", encoding="utf-8")
-    draw(found, OUTPUT / "context.png")
+    write_page("context.md", page(found))
+    draw(found)
 
 
 def in_a_child(model: Path, library: str, tokens: int, environment: dict[str, str]) -> Cost:
@@ -92,22 +92,14 @@ def page(found: dict[str, dict[int, Cost]]) -> Iterator[str]:
     yield "![time and memory by context](context.png)"
 
 
-def draw(found: dict[str, dict[int, Cost]], path: Path) -> None:
-    import matplotlib
-
-    matplotlib.use("Agg")
-    from matplotlib import pyplot
-
-    figure, both = pyplot.subplots(1, 2, figsize=(10, 3.8))
-    for part, (axes, label) in enumerate(zip(both, ("seconds", "peak memory, MiB"), strict=True)):
-        for way, costs in found.items():
-            style = "-" if "plugin" in way else "--"
-            axes.plot(list(costs), [cost[part] for cost in costs.values()], style, marker=".", label=way)
-        axes.set(xscale="log", yscale="log", xlabel="tokens in the prompt", ylabel=label)
-        axes.grid(alpha=0.3)
-        axes.legend(frameon=False, fontsize=8)
-    figure.tight_layout()
-    figure.savefig(path, dpi=120)
+def draw(found: dict[str, dict[int, Cost]]) -> None:
+    with plot("context.png", 2, figsize=(10, 3.8)) as both:
+        for part, (axes, label) in enumerate(zip(both, ("seconds", "peak memory, MiB"), strict=True)):
+            for way, costs in found.items():
+                style = "-" if "plugin" in way else "--"
+                axes.plot(list(costs), [cost[part] for cost in costs.values()], style, marker=".", label=way)
+            axes.set(xscale="log", yscale="log", xlabel="tokens in the prompt", ylabel=label)
+            axes.legend(frameon=False, fontsize=8)
 
 
 if __name__ == "__main__":

@@ -8,7 +8,8 @@ import json
 import shutil
 from pathlib import Path
 
-OUTPUT = Path(__file__).parents[2] / "docs" / "nano"
+from plots import OUTPUT, plot
+
 # One line of the log is noisy: so many of them make a point.
 LINES = 5
 NOT_TASKS = ("step", "seconds", "tokens", "index", "prompt")
@@ -21,28 +22,19 @@ def main() -> None:
     OUTPUT.mkdir(parents=True, exist_ok=True)
     shutil.copyfile(arguments.directory / "log.jsonl", OUTPUT / "training.jsonl")
     log = [json.loads(line) for line in (OUTPUT / "training.jsonl").read_text().splitlines()]
-    draw(log, OUTPUT / "training.png")
+    draw(log)
 
 
-def draw(log: list[dict[str, float]], path: Path) -> None:
-    import matplotlib
-
-    matplotlib.use("Agg")
-    from matplotlib import pyplot
-
-    figure, (of_tasks, of_index) = pyplot.subplots(1, 2, figsize=(10, 3.8), width_ratios=[2, 1])
-    for task in sorted({name for line in log for name in line} - set(NOT_TASKS)):
-        of_tasks.plot(*smoothed(log, task), label=task, linewidth=1)
-    of_tasks.set(yscale="log", xlabel="steps", ylabel="loss of what is said, by task")
-    of_tasks.legend(frameon=False, fontsize=8)
-    for name, label in (("index", "indexer: KL from the attention"), ("prompt", "text of prompts")):
-        of_index.plot(*smoothed(log, name), label=label, linewidth=1)
-    of_index.set(xlabel="steps", ylim=(0, 1.5))
-    of_index.legend(frameon=False, fontsize=8)
-    for axes in (of_tasks, of_index):
-        axes.grid(alpha=0.3)
-    figure.tight_layout()
-    figure.savefig(path, dpi=120)
+def draw(log: list[dict[str, float]]) -> None:
+    with plot("training.png", 2, figsize=(10, 3.8), width_ratios=[2, 1]) as (of_tasks, of_index):
+        for task in sorted({name for line in log for name in line} - set(NOT_TASKS)):
+            of_tasks.plot(*smoothed(log, task), label=task, linewidth=1)
+        of_tasks.set(yscale="log", xlabel="steps", ylabel="loss of what is said, by task")
+        of_tasks.legend(frameon=False, fontsize=8)
+        for name, label in (("index", "indexer: KL from the attention"), ("prompt", "text of prompts")):
+            of_index.plot(*smoothed(log, name), label=label, linewidth=1)
+        of_index.set(xlabel="steps", ylim=(0, 1.5))
+        of_index.legend(frameon=False, fontsize=8)
 
 
 def smoothed(log: list[dict[str, float]], name: str) -> tuple[list[float], list[float]]:

@@ -17,12 +17,12 @@ from typing import Any
 
 import conversations
 import vocabulary
+from plots import plot, write_page
 from tokenizers import Tokenizer
 
 from mlx_m3_plugin.toolbox.convert import recipe_names
 
 HERE = Path(__file__).parent
-OUTPUT = HERE.parents[1] / "docs" / "nano"
 BITS = (8, 6, 4, 3, 2)
 SEED = 2_000_000
 CONVERSATIONS = 60
@@ -44,9 +44,8 @@ def main() -> None:
         if not target.exists():
             run("-m", "mlx_m3_plugin.cli", "convert", str(whole), str(target), "--recipe", recipe)
         rows[name] = measured(target, whole, text, made / f"{name}.json", arguments.cases)
-    OUTPUT.mkdir(parents=True, exist_ok=True)
-    (OUTPUT / "quality.md").write_text("\n".join(page(rows, arguments.cases)) + "\n", encoding="utf-8")
-    draw(rows, OUTPUT / "quality.png")
+    write_page("quality.md", page(rows, arguments.cases))
+    draw(rows)
 
 
 def recipes(directory: Path) -> dict[str, str]:
@@ -116,22 +115,14 @@ def mean(row: dict[str, Any]) -> float:
     return sum(row["scores"].values()) / len(row["scores"])
 
 
-def draw(rows: dict[str, dict[str, Any]], path: Path) -> None:
-    import matplotlib
-
-    matplotlib.use("Agg")
-    from matplotlib import pyplot
-
-    figure, axes = pyplot.subplots(figsize=(7, 4.2))
-    for name, row in rows.items():
-        if row["evaluation"]["distributions"]:
-            point = row["evaluation"]["distributions"]["kl_mean"], 100 * mean(row)
-            axes.plot(*point, "o", color="C1" if name.startswith("plain") else "C0")
-            axes.annotate(name, point, fontsize=7, xytext=(3, 3), textcoords="offset points")
-    axes.set(xscale="log", xlabel="KL divergence from float32", ylabel="right answers, all tasks, %")
-    axes.grid(alpha=0.3)
-    figure.tight_layout()
-    figure.savefig(path, dpi=120)
+def draw(rows: dict[str, dict[str, Any]]) -> None:
+    with plot("quality.png", figsize=(7, 4.2)) as (axes,):
+        for name, row in rows.items():
+            if row["evaluation"]["distributions"]:
+                point = row["evaluation"]["distributions"]["kl_mean"], 100 * mean(row)
+                axes.plot(*point, "o", color="C1" if name.startswith("plain") else "C0")
+                axes.annotate(name, point, fontsize=7, xytext=(3, 3), textcoords="offset points")
+        axes.set(xscale="log", xlabel="KL divergence from float32", ylabel="right answers, all tasks, %")
 
 
 if __name__ == "__main__":

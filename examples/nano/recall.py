@@ -15,10 +15,10 @@ import tempfile
 from collections.abc import Iterator
 from pathlib import Path
 
+from plots import plot, write_page
 from sizes import BUDGET
 
 HERE = Path(__file__).parent
-OUTPUT = HERE.parents[1] / "docs" / "nano"
 # Of each way: who answers, and in what environment.
 WAYS: dict[str, tuple[str, dict[str, str]]] = {
     "transformers": ("transformers", {}),
@@ -36,9 +36,8 @@ def main() -> None:
     parser.add_argument("--cases", type=int, default=100)
     arguments = parser.parse_args()
     found = {way: recall(arguments.directory / "float", arguments.cases, *WAYS[way]) for way in WAYS}
-    OUTPUT.mkdir(parents=True, exist_ok=True)
-    (OUTPUT / "recall.md").write_text("\n".join(page(found, arguments.cases)) + "\n", encoding="utf-8")
-    draw(found, OUTPUT / "recall.png")
+    write_page("recall.md", page(found, arguments.cases))
+    draw(found)
 
 
 def recall(model: Path, cases: int, by: str, environment: dict[str, str]) -> dict[int, float]:
@@ -66,25 +65,17 @@ def page(found: dict[str, dict[int, float]], cases: int) -> Iterator[str]:
     yield "![recall by context](recall.png)"
 
 
-def draw(found: dict[str, dict[int, float]], path: Path) -> None:
-    import matplotlib
-
-    matplotlib.use("Agg")
-    from matplotlib import pyplot
-
-    figure, axes = pyplot.subplots(figsize=(7, 3.6))
-    for way, scores in found.items():
-        style = "--" if "plugin" not in way else "-"
-        lengths = [length * BUDGET for length in scores]
-        found_of_hundred = [100 * score for score in scores.values()]
-        axes.plot(lengths, found_of_hundred, style, marker="o", label=way, alpha=0.8)
-    axes.set(xlabel="tokens in the prompt", ylabel="needles found, %", ylim=(0, 103), xscale="log")
-    axes.set_xticks(lengths, [str(length) for length in lengths])
-    axes.minorticks_off()
-    axes.grid(alpha=0.3)
-    axes.legend(frameon=False, fontsize=8)
-    figure.tight_layout()
-    figure.savefig(path, dpi=120)
+def draw(found: dict[str, dict[int, float]]) -> None:
+    with plot("recall.png", figsize=(7, 3.6)) as (axes,):
+        for way, scores in found.items():
+            style = "--" if "plugin" not in way else "-"
+            lengths = [length * BUDGET for length in scores]
+            found_of_hundred = [100 * score for score in scores.values()]
+            axes.plot(lengths, found_of_hundred, style, marker="o", label=way, alpha=0.8)
+        axes.set(xlabel="tokens in the prompt", ylabel="needles found, %", ylim=(0, 103), xscale="log")
+        axes.set_xticks(lengths, [str(length) for length in lengths])
+        axes.minorticks_off()
+        axes.legend(frameon=False, fontsize=8)
 
 
 if __name__ == "__main__":
