@@ -40,13 +40,17 @@ def main(directory: Path) -> None:
         run("mlx-m3", "demo", str(directory))
     model = str(directory)
     heading("A question about what the prompt says")
-    question = "Anna lives in Rome. Ben lives in Oslo. Anna likes figs. Ben likes rice. Who lives in Oslo?"
+    question = (
+        "Anna lives in Rome. The nurse is Ben. Ben likes rice. The dog belongs to Anna. Whose is the dog?"
+    )
     show(run("mlx_lm.generate", "--model", model, *SHORT, "--prompt", question))
-    heading("Reasoning apart from the answer, and a tool call, from mlx_lm.server")
+    heading("Reasoning apart from the answer, a tool call, and none where no tool fits, from mlx_lm.server")
     with server(model) as address:
         client = OpenAI(base_url=address, api_key="not needed")
         ask(client, "What is 68 - 25?")
-        call_a_tool(client, "How will the weather be in Cairo for 3 days?")
+        offered = [tool.schema() for tool in tools.TOOLS if tool.name in OFFERED]
+        call_a_tool(client, "How will the weather be in Cairo for 3 days?", offered)
+        ask(client, "Change 50 euro into yen.", tools=offered)
     heading("What is in the picture?")
     picture = ("--image", str(directory / "picture.png"), "--prompt", "What is in the picture?")
     show(run("mlx_vlm.generate", "--model", model, *VLM, *picture))
@@ -130,8 +134,7 @@ def complete(client: OpenAI, messages: list[Any], **more: Any) -> Any:
     return message
 
 
-def call_a_tool(client: OpenAI, request: str) -> None:
-    offered = [tool.schema() for tool in tools.TOOLS if tool.name in OFFERED]
+def call_a_tool(client: OpenAI, request: str, offered: list[Any]) -> None:
     said = ask(client, request, tools=offered)
     for call in said.tool_calls or []:
         print(f"   calls:     {call.function.name} {call.function.arguments}")

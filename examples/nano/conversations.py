@@ -17,9 +17,9 @@ from PIL import Image
 from sizes import BUDGET
 
 # How many of a hundred conversations are of each kind, at full difficulty; there are more of echo before.
-SHARES = {"echo": 8, "facts": 23, "sums": 14, "tools": 16, "needles": 23, "figures": 16}
+SHARES = {"echo": 7, "facts": 23, "sums": 16, "tools": 16, "needles": 20, "figures": 18}
 MORE_ECHO = 60
-QUESTIONS = {"echo": 6, "facts": 8, "sums": 6, "tools": 4, "needles": 6, "figures": 3}
+QUESTIONS = {"echo": 6, "facts": 8, "sums": 12, "tools": 4, "needles": 6, "figures": 8}
 # Of hay, in tokens.
 SHORTEST, LONGEST = 16, round(8.5 * BUDGET)
 # So many conversations are without the template's own two hundred tokens; before full difficulty, more are.

@@ -8,12 +8,12 @@ NAMES = (
     "Anna Ben Carl Dora Emil Fay Gus Hana Ivan Jill Karl Lena Max Nora Olaf Pia Quinn Rosa Sven Tess Uwe "
     "Vera Walt Xenia Yuri Zoe"
 ).split()
-# What is told, what asks for the thing, what asks for the person; and the things.
+# What is told, which is the answer, too; and what asks for it.  What a question names comes first in its answer.
 RELATIONS = {
-    "place": ("{name} lives in {thing}.", "Where does {name} live?", "Who lives in {thing}?"),
-    "food": ("{name} likes {thing}.", "What does {name} like?", "Who likes {thing}?"),
-    "animal": ("{name} has a {thing}.", "Which animal does {name} have?", "Who has a {thing}?"),
-    "work": ("{name} is a {thing}.", "What is the work of {name}?", "Who is a {thing}?"),
+    "place": ("{name} lives in {thing}.", "Where does {name} live?"),
+    "food": ("{name} likes {thing}.", "What does {name} like?"),
+    "animal": ("The {thing} belongs to {name}.", "Whose is the {thing}?"),
+    "work": ("The {thing} is {name}.", "Who is the {thing}?"),
 }
 THINGS = {
     "place": "Rome Oslo Lima Cairo Paris Delhi Quito Tokyo Berne Seoul Malta Texas".split(),
@@ -22,32 +22,25 @@ THINGS = {
     "work": "baker nurse pilot judge clerk singer farmer tailor miner waiter poet guard".split(),
 }
 PEOPLE = 3
-World = dict[str, dict[str, str]]
 
 
 def draw(rng: random.Random, questions: int = 1, count: int = PEOPLE) -> list[Case]:
-    """So many people, of whom each relation is told once, in any order; then questions."""
+    """So many people, of whom each relation is told once, in any order; then questions, as far as there are facts.
+
+    None is asked for twice: the second answer could be had from the first.
+    """
     people = rng.sample(NAMES, count)
     world = {
         relation: dict(zip(people, rng.sample(THINGS[relation], count), strict=True))
         for relation in RELATIONS
     }
-    told = [
-        RELATIONS[relation][0].format(name=name, thing=thing)
+    facts = [
+        [text.format(name=name, thing=thing) for text in RELATIONS[relation]]
         for relation, things in world.items()
         for name, thing in things.items()
     ]
-    rng.shuffle(told)
-    asked = [_question(rng, world) for _ in range(questions)]
-    texts = [f"{' '.join(told)} {asked[0][0]}", *(question for question, _ in asked[1:])]
-    return [
-        Case("facts", [user(text)], says(f"It is {answer}."))
-        for text, (_, answer) in zip(texts, asked, strict=True)
-    ]
-
-
-def _question(rng: random.Random, world: World) -> tuple[str, str]:
-    relation = rng.choice(list(world))
-    name, thing = rng.choice(list(world[relation].items()))
-    for_thing, for_person = (question.format(name=name, thing=thing) for question in RELATIONS[relation][1:])
-    return rng.choice([(for_thing, thing), (for_person, name)])
+    rng.shuffle(facts)
+    asked = rng.sample(facts, min(questions, len(facts)))
+    texts = [question for _, question in asked]
+    texts[0] = f"{' '.join(told for told, _ in facts)} {texts[0]}"
+    return [Case("facts", [user(text)], says(answer)) for text, (answer, _) in zip(texts, asked, strict=True)]

@@ -24,8 +24,8 @@ FRAMES = 4
 
 
 def draw(rng: random.Random, questions: int = 1) -> list[Case]:
-    """All about pictures or, one time in three, all about videos; one of its own for each question."""
-    kind = _picture if rng.random() < 2 / 3 else _video
+    """All about pictures or, one time in two, all about videos; one of its own for each question."""
+    kind = _picture if rng.random() < 0.5 else _video
     return [kind(rng) for _ in range(questions)]
 
 
@@ -34,8 +34,7 @@ def _picture(rng: random.Random) -> Case:
     named, places = [], []
     for _ in range(rng.randrange(1, 3)):
         named.append((rng.choice(list(COLOURS)), rng.choice(SHAPES)))
-        radius = rng.randrange(14, 24)
-        places.append((radius, *(rng.randrange(radius, 2 * CELL - radius) for _ in "yx")))
+        places.append((rng.randrange(18, 24), *(CELL + rng.randrange(-3, 4) for _ in "yx")))
     answer = " and ".join(f"a {colour} {shape}" for colour, shape in named)
     return Case(
         "picture",
@@ -58,22 +57,22 @@ def picture(
 
 
 def _video(rng: random.Random) -> Case:
-    """Three cells square; the figure crosses the middle, a third of the way in each frame."""
+    """Two cells square; the figure crosses the middle, a third of the way in each frame."""
     direction, (down, right) = rng.choice(list(DIRECTIONS.items()))
-    colour, shape = COLOURS[rng.choice(list(COLOURS))], rng.choice(SHAPES)
-    middle, radius = 3 * CELL // 2, rng.randrange(9, 13)
-    aside = rng.randrange(-12, 13)
+    colour, shape = rng.choice(list(COLOURS)), rng.choice(SHAPES)
+    middle, radius = CELL, rng.randrange(10, 14)
+    aside = rng.randrange(-4, 5)
     frames = []
     for number in range(FRAMES):
-        along = round((number / (FRAMES - 1) - 0.5) * 54)
-        frame = _blank(3 * CELL, 3 * CELL)
+        along = round((number / (FRAMES - 1) - 0.5) * 44)
+        frame = _blank(2 * CELL, 2 * CELL)
         at = middle + down * along + abs(right) * aside, middle + right * along + abs(down) * aside
-        _paint(frame, shape, at, radius, colour)
+        _paint(frame, shape, at, radius, COLOURS[colour])
         frames.append(frame)
     return Case(
         "video",
-        [_shown("video", "Where does it move?")],
-        says(f"It moves {direction}."),
+        [_shown("video", "What moves where?")],
+        says(f"Something {colour} moves {direction}."),
         pictures=frames,
         is_video=True,
     )

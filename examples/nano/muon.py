@@ -15,7 +15,10 @@ A, B, C, ITERATIONS = 3.4445, -4.7750, 2.0315, 5
 
 
 class Muon(torch.optim.Optimizer):
-    """For parameters ``[..., m, n]``; the size of updates is that of AdamW's, so that both share a rate."""
+    """For parameters ``[..., m, n]``; the size of updates is that of AdamW's, so that both share a rate.
+
+    Kernels of convolutions, which have more than three axes, are matrices of outputs by all that they read.
+    """
 
     def __init__(self, parameters: Iterable[Any], lr: float, weight_decay: float = 0.0):
         super().__init__(parameters, {"lr": lr, "weight_decay": weight_decay})
@@ -26,11 +29,13 @@ class Muon(torch.optim.Optimizer):
             for parameter in group["params"]:
                 if parameter.grad is None:
                     continue
-                momentum = self.state[parameter].setdefault("momentum", torch.zeros_like(parameter))
-                momentum.lerp_(parameter.grad, 1 - MOMENTUM)
-                update = orthogonal(parameter.grad.lerp(momentum, MOMENTUM))
+                gradient = parameter.grad.flatten(1) if parameter.ndim > 3 else parameter.grad
+                momentum = self.state[parameter].setdefault("momentum", torch.zeros_like(gradient))
+                momentum.lerp_(gradient, 1 - MOMENTUM)
+                update = orthogonal(gradient.lerp(momentum, MOMENTUM))
                 parameter.mul_(1 - group["lr"] * group["weight_decay"])
-                parameter.add_(update, alpha=-group["lr"] * 0.2 * max(parameter.shape[-2:]) ** 0.5)
+                size = 0.2 * max(update.shape[-2:]) ** 0.5
+                parameter.add_(update.view_as(parameter), alpha=-group["lr"] * size)
 
 
 def orthogonal(matrices: torch.Tensor) -> torch.Tensor:

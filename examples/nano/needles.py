@@ -18,15 +18,18 @@ HAY = (
     "the old bridge was closed",
     "two trees stand by the gate",
 )
-MOST_NEEDLES = 4
+MOST_NEEDLES = 6
 
 
 def draw(rng: random.Random, tokens: int, count: Callable[[str], int], questions: int = 1) -> list[Case]:
-    """A prompt of about ``tokens`` tokens, by ``count`` of a text; needles are anywhere in it."""
+    """A prompt of about ``tokens`` tokens, by ``count`` of a text; needles are anywhere in it.
+
+    None is asked for twice, so there may be fewer questions: the second answer could be had from the first.
+    """
     codes = {
         name: f"{rng.randrange(100, 1000)}" for name in rng.sample(NAMES, rng.randrange(1, MOST_NEEDLES + 1))
     }
-    needles = [f"The code of {name} is {code}." for name, code in codes.items()]
+    needles = [f"The {_told(name, codes)}." for name in codes]
     sentences: list[str] = []
     room = tokens - count(" ".join(needles))
     while room > 0:
@@ -34,13 +37,22 @@ def draw(rng: random.Random, tokens: int, count: Callable[[str], int], questions
         room -= count(sentences[-1])
     for needle in needles:
         sentences.insert(rng.randrange(len(sentences) + 1), needle)
-    cases = [_question(rng, codes) for _ in range(questions)]
+    cases = _questions(rng, codes, questions)
     cases[0].messages[0]["content"] = f"{' '.join(sentences)} {cases[0].messages[0]['content']}"
     return cases
 
 
-def _question(rng: random.Random, codes: dict[str, str]) -> Case:
-    """For one code, or for two."""
-    asked = rng.sample(list(codes), min(len(codes), rng.randrange(1, 3)))
-    answer = " and ".join(codes[name] for name in asked)
-    return Case("needles", [user(f"What is the code of {' and '.join(asked)}?")], says(f"{answer}."))
+def _questions(rng: random.Random, codes: dict[str, str], most: int) -> list[Case]:
+    """Each for one code, or for two."""
+    left, cases = rng.sample(list(codes), len(codes)), []
+    while left and len(cases) < most:
+        count = rng.randrange(1, 3)
+        asked, left = left[:count], left[count:]
+        answer = " and the ".join(_told(name, codes) for name in asked)
+        question = f"What is the code of {' and '.join(asked)}?"
+        cases.append(Case("needles", [user(question)], says(f"The {answer}.")))
+    return cases
+
+
+def _told(name: str, codes: dict[str, str]) -> str:
+    return f"code of {name} is {codes[name]}"

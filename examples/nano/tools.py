@@ -115,14 +115,18 @@ def draw(rng: random.Random, questions: int = 1) -> list[Case]:
 
 
 def _one(rng: random.Random, offered: list[Tool]) -> Case:
+    """The reasoning goes on, after the tool's name, as the schema does where there is one."""
     schemas = [tool.schema() for tool in offered]
     if rng.random() < 0.25:
         absent = rng.choice([tool for tool in TOOLS if tool not in offered])
-        return Case("no call", [user(absent.ask(rng)[0])], says(NO_TOOL), schemas)
+        reply = says(NO_TOOL, reasoning_content=f'It takes "{absent.name}" and that is not there.')
+        return Case("no call", [user(absent.ask(rng)[0])], reply, schemas)
     tool = rng.choice(offered)
     request, arguments = tool.ask(rng)
     call = says(
-        "", tool_calls=[{"type": "function", "function": {"name": tool.name, "arguments": arguments}}]
+        "",
+        reasoning_content=f'It takes "{tool.name}", which is there.',
+        tool_calls=[{"type": "function", "function": {"name": tool.name, "arguments": arguments}}],
     )
     if rng.random() < 2 / 3:
         return Case("call", [user(request)], call, schemas)

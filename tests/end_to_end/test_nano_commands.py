@@ -2,7 +2,6 @@
 
 import json
 import random
-import re
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -11,9 +10,9 @@ from chat_server import ChatServer, serving
 from environments import Environment
 from needles import draw
 from sizes import BUDGET
-from tools import TOOLS
+from tools import NO_TOOL, TOOLS
 
-WORLD = "Anna lives in Rome. Ben lives in Oslo. Anna likes figs. Ben likes rice."
+WORLD = "Anna lives in Rome. The nurse is Ben. Ben likes rice. The dog belongs to Anna."
 OFFERED = [tool.schema() for tool in TOOLS if tool.name in ("get_weather", "send_mail", "book_room")]
 
 
@@ -38,8 +37,10 @@ def generate(guest: Environment, model: Path, prompt: str) -> str:
 
 
 def test_generate_knows_what_the_prompt_says(guest: Environment, model: Path) -> None:
-    assert generate(guest, model, f"{WORLD} Who lives in Oslo?").endswith("It is Ben.")
-    assert generate(guest, model, f"{WORLD} Where does Anna live?").endswith("It is Rome.")
+    assert generate(guest, model, f"{WORLD} Whose is the dog?").endswith(
+        "</mm:think>The dog belongs to Anna."
+    )
+    assert generate(guest, model, f"{WORLD} Where does Anna live?").endswith("</mm:think>Anna lives in Rome.")
 
 
 def test_reasoning_is_apart(server: ChatServer) -> None:
@@ -50,9 +51,17 @@ def test_reasoning_is_apart(server: ChatServer) -> None:
 
 def test_calls_with_nested_arguments(server: ChatServer) -> None:
     asked = server.ask("Book a room for 4 people on Friday at 15.", tools=OFFERED)
+    assert asked.reasoning.strip() == 'It takes "book_room", which is there.'
     assert asked.calls == [("book_room", {"people": 4, "when": {"day": "Friday", "hour": 15}})]
     asked = server.ask("Send a mail to Anna and Ben about lunch.", tools=OFFERED)
     assert asked.calls == [("send_mail", {"to": ["Anna", "Ben"], "subject": "lunch"})]
+
+
+def test_no_call_where_no_tool_fits(server: ChatServer) -> None:
+    asked = server.ask("Change 50 euro into yen.", tools=OFFERED)
+    assert asked.reasoning.strip() == 'It takes "change_money" and that is not there.'
+    assert asked.content.strip() == NO_TOOL
+    assert not asked.calls
 
 
 def test_the_answer_from_a_result(server: ChatServer) -> None:
@@ -73,10 +82,9 @@ def test_a_needle_far_past_the_budget(server: ChatServer) -> None:
     assert answer.content.strip() == case.reply["content"]
 
 
-def test_it_names_the_colours_of_the_picture(guest: Environment, model: Path) -> None:
+def test_it_names_what_is_in_the_picture(guest: Environment, model: Path) -> None:
     options = ("--max-tokens", "40", "--temperature", "0", "--image", model / "picture.png")
     told = guest.run_script(
         "mlx_vlm.generate", "--model", model, *options, "--prompt", "What is in the picture?"
     )
-    # Shapes are what it has not learned yet.
-    assert re.search(r"A red \w+ and a blue \w+\.", told.stdout)
+    assert "A red circle and a blue square." in told.stdout
