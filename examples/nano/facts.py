@@ -8,7 +8,7 @@ NAMES = (
     "Anna Ben Carl Dora Emil Fay Gus Hana Ivan Jill Karl Lena Max Nora Olaf Pia Quinn Rosa Sven Tess Uwe "
     "Vera Walt Xenia Yuri Zoe"
 ).split()
-# What is told, which is the answer, too; and what asks for it.  What a question names comes first in its answer.
+# What is told, and said for an answer; and what asks for it, by the word that comes first in the answer.
 RELATIONS = {
     "place": ("{name} lives in {thing}.", "Where does {name} live?"),
     "food": ("{name} likes {thing}.", "What does {name} like?"),
@@ -25,9 +25,9 @@ PEOPLE = 3
 
 
 def draw(rng: random.Random, questions: int = 1, count: int = PEOPLE) -> list[Case]:
-    """So many people, of whom each relation is told once, in any order; then questions, as far as there are facts.
+    """So many people, of whom each relation is told once, in any order; then questions about it.
 
-    None is asked for twice: the second answer could be had from the first.
+    No fact is asked for twice: the second answer could be had from the first.
     """
     people = rng.sample(NAMES, count)
     world = {

@@ -36,11 +36,14 @@ def generate(guest: Environment, model: Path, prompt: str) -> str:
     return guest.run_script("mlx_lm.generate", "--model", model, *options).stdout.strip()
 
 
-def test_generate_knows_what_the_prompt_says(guest: Environment, model: Path) -> None:
-    assert generate(guest, model, f"{WORLD} Whose is the dog?").endswith(
-        "</mm:think>The dog belongs to Anna."
-    )
-    assert generate(guest, model, f"{WORLD} Where does Anna live?").endswith("</mm:think>Anna lives in Rome.")
+@pytest.mark.parametrize(
+    ("question", "answer"),
+    [("Whose is the dog?", "The dog belongs to Anna."), ("Where does Anna live?", "Anna lives in Rome.")],
+)
+def test_generate_knows_what_the_prompt_says(
+    guest: Environment, model: Path, question: str, answer: str
+) -> None:
+    assert generate(guest, model, f"{WORLD} {question}") == f"</mm:think>{answer}"
 
 
 def test_reasoning_is_apart(server: ChatServer) -> None:
