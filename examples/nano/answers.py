@@ -1,6 +1,6 @@
 """Who answers: a checkpoint in stock mlx-lm, in stock mlx-vlm, or in transformers; always greedily."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -10,7 +10,7 @@ from PIL import Image
 
 MOST_TOKENS = 160
 
-Answer = Callable[[Case], str]
+Answer = Callable[[Sequence[Case]], list[str]]
 
 
 def by_mlx_lm(model: Path) -> Answer:
@@ -20,6 +20,19 @@ def by_mlx_lm(model: Path) -> Answer:
 
     def answer(case: Case) -> str:
         return generate(loaded, tokenizer, prompt_of(tokenizer, case), max_tokens=MOST_TOKENS)
+
+    return lambda cases: [answer(case) for case in cases]
+
+
+def by_mlx_lm_in_batches(model: Path) -> Answer:
+    """Several times as fast, and by what this plugin promises the same."""
+    from mlx_lm import batch_generate, load
+
+    loaded, tokenizer = load(str(model))[:2]
+
+    def answer(cases: Sequence[Case]) -> list[str]:
+        prompts = [tokenizer.encode(prompt_of(tokenizer, case), add_special_tokens=False) for case in cases]
+        return batch_generate(loaded, tokenizer, prompts, max_tokens=MOST_TOKENS).texts
 
     return answer
 
@@ -40,7 +53,7 @@ def by_mlx_vlm(model: Path) -> Answer:
         said = generate(loaded, processor, prompt, max_tokens=MOST_TOKENS, temperature=0.0, **media)
         return said.text
 
-    return answer
+    return lambda cases: [answer(case) for case in cases]
 
 
 def by_transformers(model: Path) -> Answer:
@@ -65,10 +78,15 @@ def by_transformers(model: Path) -> Answer:
             ids = loaded.generate(**inputs, do_sample=False, max_new_tokens=MOST_TOKENS)
         return tokenizer.decode(ids[0, inputs["input_ids"].shape[1] :]).removesuffix(tokenizer.eos_token)
 
-    return answer
+    return lambda cases: [answer(case) for case in cases]
 
 
-WAYS = {"mlx_lm": by_mlx_lm, "mlx_vlm": by_mlx_vlm, "transformers": by_transformers}
+WAYS = {
+    "mlx_lm": by_mlx_lm,
+    "mlx_lm_in_batches": by_mlx_lm_in_batches,
+    "mlx_vlm": by_mlx_vlm,
+    "transformers": by_transformers,
+}
 
 
 def prompt_of(tokenizer: Any, case: Case) -> str:

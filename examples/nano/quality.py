@@ -76,7 +76,8 @@ def measured(model: Path, reference: Path, text: Path, kept: Path, cases: int) -
         against = [] if model == reference else ["--reference", str(reference)]
         options = ["--text", str(text), "--context", "1024", "--json", str(evaluation)]
         run("-m", "mlx_m3_plugin.cli", "evaluate", str(model), *against, *options)
-        run(str(HERE / "score.py"), str(model), "--cases", str(cases), "--json", str(scores))
+        options = ["--text-by", "mlx_lm_in_batches", "--cases", str(cases), "--json", str(scores)]
+        run(str(HERE / "score.py"), str(model), *options)
         found = {"evaluation": json.loads(evaluation.read_text()), "scores": json.loads(scores.read_text())}
         kept.write_text(json.dumps(found))
     return json.loads(kept.read_text())

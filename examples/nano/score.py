@@ -2,7 +2,7 @@
 
     python examples/nano/score.py build/nano/8bit                       # text by mlx-lm, pictures by mlx-vlm
     python examples/nano/score.py build/nano/float --by transformers    # all of it by one
-        [--cases 200] [--seed 1000000] [--tasks facts sums] [--json FILE]
+        [--cases 200] [--seed 1000000] [--tasks facts sums] [--text-by mlx_lm_in_batches] [--json FILE]
 
 Held out: the exercises come from another seed than those of training.  A reply is right when its text, or its
 calls with all their arguments, are exactly the expected ones.
@@ -12,7 +12,7 @@ import argparse
 import json
 import random
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -35,6 +35,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("model", type=Path)
     parser.add_argument("--by", choices=WAYS, help="default: mlx_lm, and mlx_vlm for what has pictures")
+    parser.add_argument("--text-by", choices=WAYS, default="mlx_lm", help="where --by is not given")
     parser.add_argument("--cases", type=int, default=200, help="of each task")
     parser.add_argument("--seed", type=int, default=1_000_000)
     parser.add_argument("--tasks", nargs="+", metavar="TASK", help="only those that begin so")
@@ -42,29 +43,31 @@ def main() -> None:
     arguments = parser.parse_args()
     tokenizer = Tokenizer.from_file(str(arguments.model / "tokenizer.json"))
     drawn = held_out(arguments.cases, arguments.seed, lambda text: len(tokenizer.encode(text).ids))
-    answers = Answers(arguments.model, arguments.by)
+    with_pictures, text = arguments.by or "mlx_vlm", arguments.by or arguments.text_by
+    answers = Answers(arguments.model, text, with_pictures)
     scores = {}
     for task, cases in drawn.items():
         if arguments.tasks and not task.startswith(tuple(arguments.tasks)):
             continue
-        scores[task] = sum(is_right(case, answers(case)) for case in cases) / len(cases)
+        right = [is_right(case, text) for case, text in zip(cases, answers(cases), strict=True)]
+        scores[task] = sum(right) / len(right)
         print(f"{task:>12}  {scores[task]:6.1%}", flush=True)
     if arguments.json:
         arguments.json.write_text(json.dumps(scores, indent=1) + "\n")
 
 
 class Answers:
-    """Loads what a case needs when it is first needed."""
+    """Loads what cases need when they first need it."""
 
-    def __init__(self, model: Path, by: str | None):
-        self._model, self._by = model, by
+    def __init__(self, model: Path, text: str, with_pictures: str):
+        self._model, self._text, self._with_pictures = model, text, with_pictures
         self._loaded: dict[str, Answer] = {}
 
-    def __call__(self, case: Case) -> str:
-        by = self._by or ("mlx_vlm" if case.pictures else "mlx_lm")
+    def __call__(self, cases: Sequence[Case]) -> list[str]:
+        by = self._with_pictures if cases[0].pictures else self._text
         if by not in self._loaded:
             self._loaded[by] = WAYS[by](self._model)
-        return self._loaded[by](case)
+        return self._loaded[by](cases)
 
 
 def held_out(cases: int, seed: int, count: Callable[[str], int]) -> dict[str, list[Case]]:

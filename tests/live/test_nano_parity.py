@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 import score
 import torch
-from answers import by_mlx_lm, by_mlx_vlm, by_transformers, prompt_of
+from answers import WAYS, prompt_of
 from case import Case
 from mlx_lm import load
 from sizes import BUDGET
@@ -51,8 +51,10 @@ def test_logits_at_every_position(whole: Path, case: Case) -> None:
 
 def test_all_say_the_same(whole: Path, fresh_seed: int, count: Any) -> None:
     cases = [cases[0] for cases in score.held_out(1, fresh_seed, lambda text: len(text.split())).values()]
-    tell = [make(whole) for make in (by_transformers, by_mlx_vlm)]
-    text_only = by_mlx_lm(whole)
-    for case in random.Random(fresh_seed).sample(cases, count(4, len(cases))):
-        said = {answer(case) for answer in tell} | ({text_only(case)} if not case.pictures else set())
-        assert len(said) == 1, (case.messages, said)
+    cases = random.Random(fresh_seed).sample(cases, count(4, len(cases)))
+    texts = [case for case in cases if not case.pictures]
+    said = {by: WAYS[by](whole)(cases) for by in ("transformers", "mlx_vlm")}
+    assert said["mlx_vlm"] == said["transformers"]
+    expected = [text for case, text in zip(cases, said["transformers"], strict=True) if not case.pictures]
+    for by in ("mlx_lm", "mlx_lm_in_batches"):
+        assert WAYS[by](whole)(texts) == expected, by
