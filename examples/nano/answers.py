@@ -5,8 +5,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from case import Case
-from PIL import Image
+from case import Case, media
 
 MOST_TOKENS = 160
 
@@ -43,15 +42,13 @@ def by_mlx_vlm(model: Path) -> Answer:
     loaded, processor = load(str(model))
 
     def answer(case: Case) -> str:
-        media: dict[str, Any] = {}
+        given = media([case])
+        shown = {"image": given.get("images")}
         if case.is_video:
             # As its loader gives what it reads from a file: frames, channels, height, width.
-            media["video"] = [np.stack(case.pictures).transpose(0, 3, 1, 2)]
-        elif case.pictures:
-            media["image"] = [Image.fromarray(picture) for picture in case.pictures]
+            shown = {"video": [video.transpose(0, 3, 1, 2) for video in given["videos"]]}
         prompt = prompt_of(processor.tokenizer, case)
-        said = generate(loaded, processor, prompt, max_tokens=MOST_TOKENS, temperature=0.0, **media)
-        return said.text
+        return generate(loaded, processor, prompt, max_tokens=MOST_TOKENS, temperature=0.0, **shown).text
 
     return lambda cases: [answer(case) for case in cases]
 
@@ -67,12 +64,7 @@ def by_transformers(model: Path) -> Answer:
     tokenizer, processor = AutoTokenizer.from_pretrained(model), load_processor(model)
 
     def answer(case: Case) -> str:
-        media: dict[str, Any] = {}
-        if case.is_video:
-            media["videos"] = [np.stack(case.pictures)]
-        elif case.pictures:
-            media["images"] = [Image.fromarray(picture) for picture in case.pictures]
-        made = processor(text=prompt_of(tokenizer, case), **media)
+        made = processor(text=prompt_of(tokenizer, case), **media([case]))
         inputs = {name: torch.from_numpy(np.array(array)) for name, array in made.items()}
         with torch.inference_mode():
             ids = loaded.generate(**inputs, do_sample=False, max_new_tokens=MOST_TOKENS)

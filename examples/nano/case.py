@@ -5,6 +5,7 @@ from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
+from PIL import Image
 
 
 @dataclass(frozen=True)
@@ -25,6 +26,14 @@ class Case:
     tools: list[dict[str, Any]] | None = None
     pictures: Sequence[np.ndarray] = ()
     is_video: bool = False
+
+
+def media(cases: Sequence[Case]) -> dict[str, Any]:
+    """What a processor of transformers' form takes beside the text of ``cases``; all have one kind."""
+    if cases[0].is_video:
+        return {"videos": [np.stack(case.pictures) for case in cases]}
+    pictures = [Image.fromarray(picture) for case in cases for picture in case.pictures]
+    return {"images": pictures} if pictures else {}
 
 
 def user(content: Any) -> dict[str, Any]:

@@ -12,8 +12,7 @@ import needles
 import numpy as np
 import sums
 import tools
-from case import Case
-from PIL import Image
+from case import Case, media
 from sizes import BUDGET
 
 # How many of a hundred conversations are of each kind, at full difficulty; there are more of echo before.
@@ -67,11 +66,7 @@ class Encoder:
         if not first.pictures:
             ids = np.array(self.tokenizer.encode(text, add_special_tokens=False))
             return Encoded(first.task, ids, self._said(ids), {})
-        if first.is_video:
-            given = {"videos": [np.stack(case.pictures) for case in cases]}
-        else:
-            given = {"images": [Image.fromarray(picture) for case in cases for picture in case.pictures]}
-        made = {name: np.array(array) for name, array in self.processor(text=text, **given).items()}
+        made = {name: np.array(array) for name, array in self.processor(text=text, **media(cases)).items()}
         ids = made.pop("input_ids")[0]
         del made["attention_mask"]
         return Encoded(first.task, ids, self._said(ids), made)

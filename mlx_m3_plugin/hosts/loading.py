@@ -12,7 +12,14 @@ from mlx.utils import tree_flatten
 from ..model.config import TextConfig
 from ..model.decoder import DecoderLayer
 from ..model.scaled_experts import hold_global_scales
-from ..weights import check_values, check_weights, infer_quantization, lacks_indexers, map_weights
+from ..weights import (
+    check_values,
+    check_weights,
+    infer_quantization,
+    lacks_indexers,
+    map_weights,
+    with_quantization,
+)
 
 log = logging.getLogger("mlx_m3_plugin")
 
@@ -76,10 +83,10 @@ class AnyLayout(nn.Module):
         """
         config = self.loader_config
         quantization = infer_quantization(mapped, dict(tree_flatten(self.parameters())))
-        for key in ("quantization", "quantization_config"):
-            config.pop(key, None)
+        described = with_quantization(config, quantization)
+        config.clear()
+        config.update(described)
         if quantization is not None:
-            config.update(quantization=quantization, quantization_config=quantization)
             hold_global_scales(self, mapped)
         # For mlx-vlm: gate and up are apart here, and the shared expert is no row of the experts.
         text_config = config.get("text_config")

@@ -8,7 +8,7 @@ to lazy arrays reads nothing.
 from .check import check_values, check_weights, group_names
 from .headers import Headers, StoredTensor, read_headers
 from .layouts import fuse_experts, lacks_indexers, map_weights, plan_layout
-from .quantization import infer_quantization
+from .quantization import infer_quantization, with_quantization
 
 __all__ = [
     "Headers",
@@ -22,4 +22,5 @@ __all__ = [
     "map_weights",
     "plan_layout",
     "read_headers",
+    "with_quantization",
 ]

@@ -17,6 +17,8 @@ from .tensor import HasShape
 _MODES = {(8, 32): "mxfp8", (4, 32): "mxfp4", (4, 16): "nvfp4"}
 _AFFINE_BITS = (2, 3, 4, 5, 6, 8)
 _AFFINE_GROUPS = (16, 32, 64, 128)
+# Of a config: MLX's own name for it, and transformers'.
+_ENTRIES = ("quantization", "quantization_config")
 
 
 def infer_quantization(
@@ -46,6 +48,12 @@ def infer_quantization(
     most_common = Counter(tuple(how.items()) for how in modules.values()).most_common(1)[0][0]
     default = {key: value for key, value in most_common if key != "global_scale"}
     return {**default, **{path: how for path, how in modules.items() if how != default}}
+
+
+def with_quantization(config: Mapping[str, Any], quantization: dict[str, Any] | None) -> dict[str, Any]:
+    """``config`` that tells of ``quantization``, or of none, whatever it told before."""
+    kept = {key: value for key, value in config.items() if key not in _ENTRIES}
+    return kept if quantization is None else kept | dict.fromkeys(_ENTRIES, quantization)
 
 
 def _infer(path: str, weights: Mapping[str, HasShape], width: int) -> dict[str, Any]:

@@ -15,7 +15,7 @@ from mlx_m3_plugin.toolbox.layouts.reading import source_of
 
 LARGEST = 6_000_000
 MOST_PARAMETERS = 4_000_000
-WORLD = "Anna lives in Rome. Ben lives in Oslo. Anna likes figs. Ben likes rice."
+WORLD = "Anna lives in Rome. Ben lives in Oslo. Anna likes figs. Ben likes rice. The nurse is Ben."
 
 
 def answer(directory: Path, question: str) -> str:
@@ -41,8 +41,9 @@ def test_it_is_small_and_says_what_it_is() -> None:
 
 def test_it_answers(tmp_path: Path) -> None:
     nano.write_nano(tmp_path / "m3")
-    assert answer(tmp_path / "m3", f"{WORLD} Who lives in Oslo?").endswith("It is Ben.")
-    assert answer(tmp_path / "m3", f"{WORLD} What does Anna like?").endswith("It is figs.")
+    assert answer(tmp_path / "m3", f"{WORLD} Where does Ben live?").endswith(">Ben lives in Oslo.")
+    assert answer(tmp_path / "m3", f"{WORLD} What does Anna like?").endswith(">Anna likes figs.")
+    assert answer(tmp_path / "m3", f"{WORLD} Who is the nurse?").endswith(">The nurse is Ben.")
 
 
 @pytest.mark.parametrize("bits", [bits for bits in nano.BITS if bits != nano.STORED_BITS])

@@ -8,6 +8,7 @@ from typing import Any
 from mlx_m3_plugin.chat.reasoning import THINK_END, THINK_START
 from mlx_m3_plugin.chat.vocabulary import is_m3
 from mlx_m3_plugin.hosts.mlx_vlm.prompts import knows_open_prompts, with_template
+from mlx_m3_plugin.weights import with_quantization
 from mlx_m3_plugin.weights.files import strictly, with_checks
 
 
@@ -70,10 +71,7 @@ def _count_m3_thinking(criteria: Any) -> None:
 
 def describe(config: dict[str, Any], description: dict[str, Any]) -> dict[str, Any]:
     """``config`` with what is true of the weights beside it: quantization, and how experts lie."""
-    config = {key: value for key, value in config.items() if not key.startswith("quantization")}
-    quantization = description["quantization"]
-    if quantization is not None:
-        config |= {"quantization": quantization, "quantization_config": quantization}
+    config = with_quantization(config, description["quantization"])
     packed = {"pack_shared_expert": description["pack_shared_expert"]}
     if isinstance(config.get("text_config"), dict):
         return {**config, "text_config": config["text_config"] | packed}

@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import Any
 
 from ...chat.template import CHAT_TEMPLATE
+from ...weights import with_quantization
 from ...weights.headers import INDEX
 from ..inspect.source import CHAT_TEMPLATE_FILES
 from .card import model_card
@@ -42,17 +43,13 @@ def _is_copied(file: Path) -> bool:
 
 def new_config(plan: Plan) -> dict[str, Any]:
     """The source's ``config.json`` with what is true of the new weights."""
-    config = {k: v for k, v in plan.source.config.items() if not k.startswith("quantization")}
-    quantization = plan.quantization()
-    if quantization is not None:
-        config |= {"quantization": quantization, "quantization_config": quantization}
+    config = with_quantization(plan.source.config, plan.quantization())
     # For mlx-vlm, which packs unless it is told not to.
     packed = {"pack_shared_expert": plan.packed}
     nested = config.get("text_config")
     if not isinstance(nested, dict):
         return _around(config, packed)
-    text = {k: v for k, v in nested.items() if not k.startswith("quantization")}
-    return {**config, "text_config": text | packed}
+    return {**config, "text_config": with_quantization(nested, None) | packed}
 
 
 # What mlx-lm's and mlx-vlm's classes read outside of ``text_config``.
@@ -67,7 +64,7 @@ _OUTER = (
 
 def _around(flat: dict[str, Any], packed: dict[str, bool]) -> dict[str, Any]:
     """A text-only model's config as that of ``minimax_m3_vl``, the only M3 that mlx-lm knows."""
-    text = {k: v for k, v in flat.items() if not k.startswith(("quantization", "architectures"))}
+    text = {k: v for k, v in with_quantization(flat, None).items() if k != "architectures"}
     return {
         "architectures": ["MiniMaxM3SparseForConditionalGeneration"],
         "model_type": "minimax_m3_vl",

@@ -4,13 +4,14 @@ from pathlib import Path
 
 import mlx.core as mx
 
+from ...weights import with_quantization
 from ...weights.headers import INDEX
 from ...weights.names import is_vision
 from ...weights.reading import TensorReader
 from ..checkpoint import Checkpoint, open_checkpoint
 from ..precision import float32_values
 from ..streaming.linear import parts_of
-from .source import Json, Source
+from .source import Source
 
 _PARTS = ("scales", "biases", "global_scale")
 _OF_FILES = ("config.json", INDEX, "README.md")
@@ -26,7 +27,7 @@ def source_of(directory: str | Path) -> Source:
     with TensorReader(checkpoint.directory, checkpoint.headers.tensors) as reader:
         arrays = {name: _read(checkpoint, reader, name) for name in checkpoint.plan if _is_whole(name)}
     return Source(
-        _unquantized(checkpoint.config),
+        with_quantization(checkpoint.config, None),
         {name: array for name, array in arrays.items() if not is_vision(name)},
         {name: array for name, array in arrays.items() if is_vision(name)},
         {
@@ -47,7 +48,3 @@ def _read(checkpoint: Checkpoint, reader: TensorReader, name: str) -> mx.array:
         return reader.read(checkpoint.plan[name]).astype(mx.float32)
     stored = {part: reader.read(tensor) for part, tensor in parts_of(checkpoint.plan, module).items()}
     return float32_values(stored, checkpoint.how(module))
-
-
-def _unquantized(config: Json) -> Json:
-    return {key: value for key, value in config.items() if not key.startswith("quantization")}
