@@ -1,6 +1,5 @@
 """A byte-level BPE with M3's markers, learned from the conversations themselves."""
 
-import json
 import random
 from pathlib import Path
 from typing import Any
@@ -10,7 +9,7 @@ from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from transformers import PreTrainedTokenizerFast
 
 from mlx_m3_plugin.chat.template import CHAT_TEMPLATE
-from mlx_m3_plugin.toolbox import demo, demo_vision
+from mlx_m3_plugin.toolbox import demo
 
 PIECES = 1280
 TEXTS = 3000
@@ -54,8 +53,4 @@ def with_template(tokenizer: Tokenizer) -> PreTrainedTokenizerFast:
 
 
 def save(tokenizer: Tokenizer, directory: Path) -> None:
-    """All that ``AutoTokenizer`` and the processors of both libraries read."""
-    demo.write_tokenizer(directory, LONGEST_CONTEXT, tokenizer)
-    (directory / "chat_template.jinja").write_text(CHAT_TEMPLATE, encoding="utf-8")
-    for name, content in demo_vision.processor_files().items():
-        (directory / name).write_text(json.dumps(content, indent=2), encoding="utf-8")
+    demo.write_processing(directory, tokenizer, LONGEST_CONTEXT)

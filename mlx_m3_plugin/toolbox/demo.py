@@ -89,8 +89,6 @@ def _write_files(directory: Path, seed: int, vision: bool) -> DemoReport:
         config = demo_vision.with_vision(config)
         weights |= demo_vision.random_vision_weights(config, random)
         weights["language_model.lm_head.weight"][demo_vision.unspeakable(tokenizer, token_id[_END])] = 0
-        for name, content in demo_vision.processor_files().items():
-            _write_json(directory / name, content)
         (directory / demo_vision.PICTURE).write_bytes(demo_vision.picture())
 
     save_file(weights, directory / "model.safetensors", metadata={"format": "pt"})
@@ -116,9 +114,19 @@ def _write_files(directory: Path, seed: int, vision: bool) -> DemoReport:
     )
     # safetensors makes its files readable by the owner only.
     (directory / "model.safetensors").chmod(0o666 & ~umask())
-    write_tokenizer(directory, config["text_config"]["max_position_embeddings"])
-    (directory / "chat_template.jinja").write_text(CHAT_TEMPLATE, encoding="utf-8")
+    write_processing(directory, tokenizer, config["text_config"]["max_position_embeddings"], vision)
     return DemoReport(str(directory), sum(w.size for w in weights.values()), n_bytes, seed, vision)
+
+
+def write_processing(
+    directory: Path, tokenizer: Tokenizer, model_max_length: int, vision: bool = True
+) -> None:
+    """All that ``AutoTokenizer`` and, with ``vision``, the processors of both libraries read."""
+    write_tokenizer(directory, model_max_length, tokenizer)
+    (directory / "chat_template.jinja").write_text(CHAT_TEMPLATE, encoding="utf-8")
+    if vision:
+        for name, content in demo_vision.processor_files().items():
+            _write_json(directory / name, content)
 
 
 def write_tokenizer(directory: Path, model_max_length: int, tokenizer: Tokenizer | None = None) -> None:
