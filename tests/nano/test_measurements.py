@@ -1,0 +1,173 @@
+"""What measures M3-nano: whom it asks, in what environment, and what its pages say of the answers."""
+
+import json
+import sys
+from pathlib import Path
+from typing import Any
+
+import answers
+import context
+import plot_log
+import plots
+import pytest
+import quality
+import recall
+import score
+from case import Case, says, user
+
+from mlx_m3_plugin.toolbox.checkpoint import open_checkpoint
+from mlx_m3_plugin.toolbox.convert import load_recipe
+from mlx_m3_plugin.toolbox.nano import CHECKPOINT
+
+PNG = b"\x89PNG"
+
+
+@pytest.fixture(autouse=True)
+def output(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Path:
+    written = tmp_path / "docs"
+    monkeypatch.setattr(plots, "OUTPUT", written)
+    monkeypatch.setattr(plot_log, "OUTPUT", written)
+    return written
+
+
+def run(monkeypatch: pytest.MonkeyPatch, script: Any, *arguments: object) -> None:
+    monkeypatch.setattr(sys, "argv", [script.__name__, *map(str, arguments)])
+    script.main()
+
+
+def test_a_reply_is_right_when_it_is_exactly_the_expected_one() -> None:
+    case = Case("facts", [user("Who is the nurse?")], says("The nurse is Ben."))
+    assert score.is_right(case, "</mm:think>The nurse is Ben.")
+    assert score.is_right(case, "<mm:think>Let me see.</mm:think>The nurse is Ben.")
+    assert not score.is_right(case, "</mm:think>The nurse is Ben. The dog")
+    assert not score.is_right(case, "The nurse is Carl.")
+    call = {"function": {"name": "get_weather", "arguments": {"city": "Rome", "days": 3}}}
+    case = Case("call", [user("Rome?")], says("", tool_calls=[call]), tools=[{"function": call["function"]}])
+    begins, ends = ']<]minimax[>[<tool_call>\n]<]minimax[>[<invoke name="get_weather">', "]<]minimax[>["
+    city, days = f"{ends}<city>Rome{ends}</city>", f"{ends}<days>3{ends}</days>"
+    close = f"{ends}</invoke>\n{ends}</tool_call>"
+    schema = {"type": "object", "properties": {"city": {"type": "string"}, "days": {"type": "integer"}}}
+    case.tools[0] = {"type": "function", "function": {"name": "get_weather", "parameters": schema}}
+    assert score.is_right(case, begins + city + days + close)
+    assert not score.is_right(case, begins + city + close)
+    assert not score.is_right(case, begins + city + f"{ends}<days>4{ends}</days>" + close)
+    assert not score.is_right(case, "")
+
+
+def test_held_out_cases_are_the_same_for_all_and_none_is_twice() -> None:
+    drawn, again = (score.held_out(8, 5, lambda text: len(text.split())) for _ in range(2))
+    for task, cases in drawn.items():
+        assert [case.messages for case in cases] == [case.messages for case in again[task]]
+        assert task.startswith(cases[0].task)
+        shown = {repr((case.messages, [picture.tobytes() for picture in case.pictures])) for case in cases}
+        assert len(shown) == len(cases)
+
+
+def test_recall_asks_each_way_in_its_environment(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path, output: Path
+) -> None:
+    asked: list[tuple[str, Any]] = []
+
+    def run_script(command: list[str], check: bool, env: dict[str, str]) -> None:
+        assert check
+        plugin = env.get("MLX_M3_PLUGIN", "on"), env.get("MLX_M3_PLUGIN_ATTENTION", "sparse")
+        asked.append((command[command.index("--by") + 1], plugin))
+        found = {f"needles {times}x": len(asked) / 10 for times in score.LENGTHS}
+        Path(command[command.index("--json") + 1]).write_text(json.dumps(found))
+
+    monkeypatch.setattr(recall.subprocess, "run", run_script)
+    run(monkeypatch, recall, tmp_path, "--cases", 7)
+    assert asked == [
+        ("transformers", ("on", "sparse")),
+        ("mlx_lm", ("on", "sparse")),
+        ("mlx_vlm", ("on", "sparse")),
+        ("mlx_lm", ("off", "sparse")),
+        ("mlx_vlm", ("off", "sparse")),
+        ("mlx_lm", ("on", "dense")),
+    ]
+    page = (output / "recall.md").read_text()
+    assert "7 prompts of each length" in page
+    assert "| stock mlx-vlm | 50.0% | 50.0% | 50.0% | 50.0% |" in page
+    assert (output / "recall.png").read_bytes().startswith(PNG)
+
+
+def test_recall_of_the_packaged_model() -> None:
+    """The whole way, through a child process: a trained model finds its needles."""
+    found = recall.recall(CHECKPOINT, 2, "mlx_lm", {})
+    assert list(found) == list(score.LENGTHS)
+    assert set(found.values()) == {1.0}
+
+
+def test_quality_measures_every_recipe(monkeypatch: pytest.MonkeyPatch, tmp_path: Path, output: Path) -> None:
+    whole = tmp_path / "float"
+    whole.symlink_to(CHECKPOINT)
+    commands: list[list[str]] = []
+
+    def run_script(*arguments: str) -> None:
+        commands.append(list(arguments))
+        if "convert" in arguments:
+            Path(arguments[4]).mkdir()
+            return
+        against = {"kl_mean": 0.01 * len(commands), "top_1": 0.5} if "--reference" in arguments else None
+        evaluation = {"bytes": 1 << 20, "perplexity": 1.5, "distributions": against}
+        found = evaluation if "evaluate" in arguments else {"facts": 1.0, "sums": 0.5}
+        Path(arguments[arguments.index("--json") + 1]).write_text(json.dumps(found))
+
+    monkeypatch.setattr(quality, "run", run_script)
+    run(monkeypatch, quality, tmp_path, "--cases", 3)
+    names = [*(f"plain-{bits}" for bits in quality.BITS), *quality.recipe_names()]
+    page = (output / "quality.md").read_text()
+    assert "| float32 | 1.00 | 1.5000 | - | - | 75.0% | 100% | 50% |" in page
+    assert all(f"| {name} | " in page for name in names)
+    assert (output / "quality.png").read_bytes().startswith(PNG)
+    assert len(commands) == 2 + 3 * len(names)
+    # What is finished is kept.
+    run(monkeypatch, quality, tmp_path, "--cases", 3)
+    assert len(commands) == 2 + 3 * len(names)
+    config = open_checkpoint(CHECKPOINT).text_config
+    for name, file in quality.recipes(tmp_path).items():
+        recipe = load_recipe(file, config)
+        if name.startswith("plain"):
+            assert f"{recipe.default.bits}" == name.removeprefix("plain-")
+
+
+def test_held_out_text_has_conversations_without_pictures() -> None:
+    text = quality.held_out_text(CHECKPOINT)
+    assert text.count("]~!b[") == quality.CONVERSATIONS
+    assert "image" not in text
+    assert text == quality.held_out_text(CHECKPOINT)
+
+
+@pytest.mark.parametrize("environment", [{}, context.OFF])
+def test_context_measures_time_and_memory(environment: dict[str, str]) -> None:
+    seconds, mib = context.in_a_child(CHECKPOINT, "mlx_lm", 300, environment)
+    assert 0 < seconds < 100
+    assert 1 < mib < 10_000
+
+
+def test_context_asks_all_in_turn(monkeypatch: pytest.MonkeyPatch, output: Path) -> None:
+    monkeypatch.setattr(context, "in_a_child", lambda _, library, tokens, environment: (tokens / 1000, 20.0))
+    run(monkeypatch, context, CHECKPOINT)
+    assert (
+        "| 4,096 | 4.10 s, 20 | 4.10 s, 20 | 4.10 s, 20 | 4.10 s, 20 |" in (output / "context.md").read_text()
+    )
+    assert (output / "context.png").read_bytes().startswith(PNG)
+
+
+def test_the_log_of_a_training_is_drawn(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path, output: Path
+) -> None:
+    line = {"seconds": 1, "tokens": 5, "index": 0.5, "prompt": 1.0, "facts": 2.0}
+    lines = [json.dumps(line | {"step": step}) for step in range(1, 12)]
+    (tmp_path / "log.jsonl").write_text("\n".join(lines))
+    run(monkeypatch, plot_log, tmp_path)
+    assert (output / "training.jsonl").read_text() == "\n".join(lines)
+    assert (output / "training.png").read_bytes().startswith(PNG)
+    steps, losses = plot_log.smoothed([json.loads(line) for line in lines], "facts")
+    assert (steps, losses) == ([5, 10, 11], [2.0, 2.0, 2.0])
+
+
+def test_batches_answer_as_one_at_a_time() -> None:
+    cases = score.held_out(2, 9, lambda text: len(text.split()))
+    mixed = [case for task in ("facts", "call", "needles 2x") for case in cases[task]]
+    assert answers.by_mlx_lm_in_batches(CHECKPOINT)(mixed) == answers.by_mlx_lm(CHECKPOINT)(mixed)
