@@ -29,7 +29,7 @@ def draw(log: list[dict[str, float]]) -> None:
     with plot("training.png", 2, figsize=(10, 3.8), width_ratios=[2, 1]) as (of_tasks, of_index):
         for task in sorted({name for line in log for name in line} - set(NOT_TASKS)):
             of_tasks.plot(*smoothed(log, task), label=task, linewidth=1)
-        of_tasks.set(yscale="log", xlabel="steps", ylabel="loss of what is said, by task")
+        of_tasks.set(yscale="log", ylim=(1e-4, None), xlabel="steps", ylabel="loss of what is said, by task")
         of_tasks.legend(frameon=False, fontsize=8)
         for name, label in (("index", "indexer: KL from the attention"), ("prompt", "text of prompts")):
             of_index.plot(*smoothed(log, name), label=label, linewidth=1)
