@@ -19,6 +19,8 @@ from plots import plot, write_page
 from sizes import BUDGET
 
 HERE = Path(__file__).parent
+# Of prompts, in block budgets.  Training goes to 8.5.
+LENGTHS = (1, 2, 4, 8, 16)
 # Of each way: who answers, and in what environment.
 WAYS: dict[str, tuple[str, dict[str, str]]] = {
     "transformers": ("transformers", {}),
@@ -44,7 +46,7 @@ def recall(model: Path, cases: int, by: str, environment: dict[str, str]) -> dic
     """By length in block budgets, the share that is right."""
     with tempfile.NamedTemporaryFile(suffix=".json") as file:
         command = [sys.executable, str(HERE / "score.py"), str(model), "--by", by, "--tasks", "needles"]
-        command += ["--cases", str(cases), "--json", file.name]
+        command += ["--lengths", *map(str, LENGTHS), "--cases", str(cases), "--json", file.name]
         subprocess.run(command, check=True, env=os.environ | environment)
         scores = json.loads(Path(file.name).read_text())
     return {int(task.split()[1].removesuffix("x")): score for task, score in scores.items()}
@@ -54,8 +56,9 @@ def page(found: dict[str, dict[int, float]], cases: int) -> Iterator[str]:
     lengths = list(next(iter(found.values())))
     yield "# Needles found, by the length of the prompt"
     yield ""
-    yield f"`python examples/nano/recall.py`: M3-nano in float32, {cases} prompts of each length, greedily; a"
-    yield f"query may attend to {BUDGET} tokens. An answer is right when all its digits are."
+    yield f"`python examples/nano/recall.py`: M3-nano in float32, {cases} prompts of each length, greedily; an"
+    yield f"answer is right when all its digits are. A query may attend to {BUDGET} tokens. Training had prompts of"
+    yield "up to 8.5 times that; longer ones are new to the model."
     yield ""
     yield "| | " + " | ".join(f"{length * BUDGET} tokens ({length}x)" for length in lengths) + " |"
     yield "|---|" + "--:|" * len(lengths)

@@ -2,7 +2,8 @@
 
     python examples/nano/score.py build/nano/8bit                       # text by mlx-lm, pictures by mlx-vlm
     python examples/nano/score.py build/nano/float --by transformers    # all of it by one
-        [--cases 200] [--seed 1000000] [--tasks facts sums] [--text-by mlx_lm_in_batches] [--json FILE]
+        [--cases 200] [--seed 1000000] [--tasks facts sums] [--lengths 1 2 4 8]
+        [--text-by mlx_lm_in_batches] [--json FILE]
 
 Held out: the exercises come from another seed than those of training.  A reply is right when its text, or its
 calls with all their arguments, are exactly the expected ones.
@@ -28,6 +29,7 @@ from tokenizers import Tokenizer
 
 from mlx_m3_plugin.chat.reply import Reply, ReplyParser
 
+# Of needles' prompts, in block budgets.
 LENGTHS = (1, 2, 4, 8)
 
 
@@ -39,10 +41,15 @@ def main() -> None:
     parser.add_argument("--cases", type=int, default=200, help="of each task")
     parser.add_argument("--seed", type=int, default=1_000_000)
     parser.add_argument("--tasks", nargs="+", metavar="TASK", help="only those that begin so")
+    parser.add_argument(
+        "--lengths", nargs="+", type=int, default=LENGTHS, help="of needles, in block budgets"
+    )
     parser.add_argument("--json", type=Path)
     arguments = parser.parse_args()
     tokenizer = Tokenizer.from_file(str(arguments.model / "tokenizer.json"))
-    drawn = held_out(arguments.cases, arguments.seed, lambda text: len(tokenizer.encode(text).ids))
+    drawn = held_out(
+        arguments.cases, arguments.seed, lambda text: len(tokenizer.encode(text).ids), arguments.lengths
+    )
     with_pictures, text = arguments.by or "mlx_vlm", arguments.by or arguments.text_by
     answers = Answers(arguments.model, text, with_pictures)
     scores = {}
@@ -70,7 +77,9 @@ class Answers:
         return self._loaded[by](cases)
 
 
-def held_out(cases: int, seed: int, count: Callable[[str], int]) -> dict[str, list[Case]]:
+def held_out(
+    cases: int, seed: int, count: Callable[[str], int], lengths: Sequence[int] = LENGTHS
+) -> dict[str, list[Case]]:
     """By task; needles by the prompt's length in block budgets.  Each task is drawn by a seed of its own."""
     drawn = {
         "facts": [facts.draw(rng)[0] for rng in _seeds("facts", seed, cases)],
@@ -79,7 +88,7 @@ def held_out(cases: int, seed: int, count: Callable[[str], int]) -> dict[str, li
     for draw, tasks in ((tools.draw, ("call", "no call", "result")), (figures.draw, ("picture", "video"))):
         for task in tasks:
             drawn[task] = [_first(draw, rng, task) for rng in _seeds(task, seed, cases)]
-    for times in LENGTHS:
+    for times in lengths:
         task = f"needles {times}x"
         seeds = _seeds(task, seed, cases)
         drawn[task] = [needles.draw(rng, times * sizes.BUDGET, count)[0] for rng in seeds]

@@ -72,7 +72,7 @@ def test_recall_asks_each_way_in_its_environment(
         assert check
         plugin = env.get("MLX_M3_PLUGIN", "on"), env.get("MLX_M3_PLUGIN_ATTENTION", "sparse")
         asked.append((command[command.index("--by") + 1], plugin))
-        found = {f"needles {times}x": len(asked) / 10 for times in score.LENGTHS}
+        found = {f"needles {times}x": len(asked) / 10 for times in recall.LENGTHS}
         Path(command[command.index("--json") + 1]).write_text(json.dumps(found))
 
     monkeypatch.setattr(recall.subprocess, "run", run_script)
@@ -87,15 +87,15 @@ def test_recall_asks_each_way_in_its_environment(
     ]
     page = (output / "recall.md").read_text()
     assert "7 prompts of each length" in page
-    assert "| stock mlx-vlm | 50.0% | 50.0% | 50.0% | 50.0% |" in page
+    assert "| stock mlx-vlm | 50.0% | 50.0% | 50.0% | 50.0% | 50.0% |" in page
     assert (output / "recall.png").read_bytes().startswith(PNG)
 
 
 def test_recall_of_the_packaged_model() -> None:
     """The whole way, through a child process: a trained model finds its needles."""
     found = recall.recall(CHECKPOINT, 2, "mlx_lm", {})
-    assert list(found) == list(score.LENGTHS)
-    assert set(found.values()) == {1.0}
+    assert list(found) == list(recall.LENGTHS)
+    assert {found[times] for times in score.LENGTHS} == {1.0}
 
 
 def test_quality_measures_every_recipe(monkeypatch: pytest.MonkeyPatch, tmp_path: Path, output: Path) -> None:
