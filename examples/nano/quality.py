@@ -25,7 +25,9 @@ from mlx_m3_plugin.toolbox.convert import recipe_names
 HERE = Path(__file__).parent
 BITS = (8, 6, 4, 3, 2)
 SEED = 2_000_000
+# Of the text for perplexity and divergence; tokens of each.
 CONVERSATIONS = 60
+WINDOW = 512
 
 
 def main() -> None:
@@ -59,14 +61,22 @@ def recipes(directory: Path) -> dict[str, str]:
 
 
 def held_out_text(model: Path) -> str:
-    """Conversations as the model sees them, of a seed of their own; none has pictures."""
+    """The first ``WINDOW`` tokens of conversations of a seed of their own; none has pictures.
+
+    Evaluation cuts its text into windows: so each of them begins as the model has seen conversations begin.
+    """
     tokenizer = vocabulary.with_template(Tokenizer.from_file(str(model / "tokenizer.json")))
     encoder, rng = conversations.Encoder(tokenizer), random.Random(SEED)
     texts: list[str] = []
     while len(texts) < CONVERSATIONS:
         cases = conversations.draw(rng, 1.0, encoder.count)
-        if not cases[0].pictures:
-            texts.append(encoder.text(cases))
+        if cases[0].pictures:
+            continue
+        begins = tokenizer.encode(encoder.text(cases), add_special_tokens=False)[:WINDOW]
+        text = tokenizer.decode(begins)
+        # A word that was cut may be other tokens alone.
+        if len(begins) == WINDOW == encoder.count(text):
+            texts.append(text)
     return "".join(texts)
 
 
@@ -74,7 +84,7 @@ def measured(model: Path, reference: Path, text: Path, kept: Path, cases: int) -
     if not kept.exists():
         evaluation, scores = kept.with_suffix(".evaluation"), kept.with_suffix(".scores")
         against = [] if model == reference else ["--reference", str(reference)]
-        options = ["--text", str(text), "--context", "1024", "--json", str(evaluation)]
+        options = ["--text", str(text), "--context", str(WINDOW), "--json", str(evaluation)]
         run("-m", "mlx_m3_plugin.cli", "evaluate", str(model), *against, *options)
         options = ["--text-by", "mlx_lm_in_batches", "--cases", str(cases), "--json", str(scores)]
         run(str(HERE / "score.py"), str(model), *options)

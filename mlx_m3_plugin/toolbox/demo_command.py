@@ -48,7 +48,7 @@ def demo_command(
 def _to_try(path: str, sees: bool) -> list[str]:
     """Stock command lines, ready to paste, with headings."""
     model = f"--model {shlex.quote(path)}"
-    question = '"Anna lives in Rome. Ben lives in Oslo. Who lives in Oslo?"'
+    question = '"Anna lives in Rome. The nurse is Ben. Ben likes rice. Who is the nurse?"'
     lines = ["Try it with stock mlx-lm:", f"  mlx_lm.generate {model} --prompt {question} --max-tokens 40"]
     if sees:
         image = f"--image {shlex.quote(str(Path(path) / PICTURE))}"

@@ -14,6 +14,7 @@ import quality
 import recall
 import score
 from case import Case, says, user
+from tokenizers import Tokenizer
 
 from mlx_m3_plugin.toolbox.checkpoint import open_checkpoint
 from mlx_m3_plugin.toolbox.convert import load_recipe
@@ -131,8 +132,11 @@ def test_quality_measures_every_recipe(monkeypatch: pytest.MonkeyPatch, tmp_path
             assert f"{recipe.default.bits}" == name.removeprefix("plain-")
 
 
-def test_held_out_text_has_conversations_without_pictures() -> None:
+def test_each_window_of_the_held_out_text_begins_a_conversation() -> None:
     text = quality.held_out_text(CHECKPOINT)
+    ids = Tokenizer.from_file(str(CHECKPOINT / "tokenizer.json")).encode(text).ids
+    assert len(ids) == quality.CONVERSATIONS * quality.WINDOW
+    assert len(set(ids[:: quality.WINDOW])) == 1
     assert text.count("]~!b[") == quality.CONVERSATIONS
     assert "image" not in text
     assert text == quality.held_out_text(CHECKPOINT)
