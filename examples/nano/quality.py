@@ -127,13 +127,29 @@ def mean(row: dict[str, Any]) -> float:
 
 
 def draw(rows: dict[str, dict[str, Any]]) -> None:
-    with plot("quality.png", figsize=(7, 4.2)) as (axes,):
-        for name, row in rows.items():
-            if row["evaluation"]["distributions"]:
-                point = row["evaluation"]["distributions"]["kl_mean"], 100 * mean(row)
-                axes.plot(*point, "o", color="C1" if name.startswith("plain") else "C0")
-                axes.annotate(name, point, fontsize=7, xytext=(3, 3), textcoords="offset points")
-        axes.set(xscale="log", xlabel="KL divergence from float32", ylabel="right answers, all tasks, %")
+    with plot("quality.png", figsize=(9, 4.6)) as (axes,):
+        for (kl, right), names in places(rows).items():
+            axes.plot(kl, right, "o", color="C0")
+            told = {
+                "xytext": (2, -6),
+                "textcoords": "offset points",
+                "rotation": -45,
+                "rotation_mode": "anchor",
+            }
+            axes.annotate(", ".join(names), (kl, right), fontsize=7, va="top", **told)
+        axes.set(xscale="log", xlim=(2e-6, 30), ylim=(0, 105))
+        axes.set(xlabel="KL divergence from float32", ylabel="right answers, all tasks, %")
+
+
+def places(rows: dict[str, dict[str, Any]]) -> dict[tuple[float, float], list[str]]:
+    """Names by divergence and right answers; what is hardly apart is one place."""
+    found: dict[tuple[float, float], list[str]] = {}
+    judged = [(name, row["evaluation"]["distributions"], mean(row)) for name, row in rows.items()]
+    for name, against, right in sorted(judged, key=lambda j: j[1]["kl_mean"] if j[1] else 0):
+        if against:
+            near = [at for at in found if against["kl_mean"] < 1.3 * at[0] and abs(100 * right - at[1]) < 1]
+            found.setdefault(near[-1] if near else (against["kl_mean"], 100 * right), []).append(name)
+    return found
 
 
 if __name__ == "__main__":
