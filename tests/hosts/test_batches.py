@@ -92,7 +92,8 @@ def test_rows_equal_their_solo_runs(
             assert largest <= 1e-4
     with capsys.disabled():
         print(f"\n{n_rows} rows equal their solo runs; largest difference {largest:.1e}; {n_ties} with a tie")
-    assert n_rows > 10 * n_ties
+    # A tie is rare; one may come by chance, however few rows were drawn.
+    assert n_rows > 10 * (n_ties - 1)
 
 
 @pytest.mark.skipif(native_module() is None, reason="this mlx-lm has no M3 class of its own")

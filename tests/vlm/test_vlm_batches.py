@@ -113,7 +113,8 @@ def test_random_rows(
             largest, n_rows = max(largest, assert_same_answer(answer, expected)), n_rows + 1
     with capsys.disabled():
         print(f"\n{n_rows} rows equal their solo runs; largest difference {largest:.1e}; {n_ties} with a tie")
-    assert n_rows > 10 * n_ties
+    # A tie is rare; one may come by chance, however few rows were drawn.
+    assert n_rows > 10 * (n_ties - 1)
 
 
 def is_tie_of_tokens(logits_of_steps: list[mx.array]) -> bool:
