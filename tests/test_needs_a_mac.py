@@ -85,6 +85,8 @@ def test_a_name_that_is_not_there(tmp_path: Path, monkeypatch: pytest.MonkeyPatc
 def test_ctrl_c_keeps_what_was_run(tmp_path: Path) -> None:
     path = table(tmp_path, ("first", 'echo once >> "$REACHED"'), ("second", "echo begun; sleep 60"))
     program = (
+        # As at a terminal, also where these tests run in the background, with Ctrl-C ignored.
+        "import signal; signal.signal(signal.SIGINT, signal.default_int_handler)\n"
         f"import sys, on_a_mac; on_a_mac.TABLE = on_a_mac.Path({str(path)!r}); sys.exit(on_a_mac.main())"
     )
     process = subprocess.Popen(
