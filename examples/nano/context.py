@@ -83,7 +83,7 @@ def page(found: dict[str, dict[int, Cost]]) -> Iterator[str]:
     yield ""
     yield "`python examples/nano/context.py`: M3-nano in 8 bits, on the CPU; seconds and peak MiB,"
     yield "all four in turn at each length. The first of the four layers attends to everything, with all"
-    yield "scores in memory on MLX's CPU backend (2,048 x 16,384 of 8 heads are 1 GiB): most of what grows is that layer's."
+    yield "scores in memory on MLX's CPU (2,048 x 16,384 of 8 heads: 1 GiB): most of what grows is its."
     yield ""
     yield "| tokens | " + " | ".join(WAYS) + " |"
     yield "|--:|" + "--:|" * len(WAYS)
