@@ -74,7 +74,11 @@ def test_rows_equal_their_solo_runs(
 ) -> None:
     rng = random.Random(fresh_seed)
     largest, n_rows, n_ties = 0.0, 0, 0
-    for _ in range(count(4, 32)):
+    share = count(4, 32)
+    for batch in range(2 * share):
+        # A tie is rare, but one among few rows would be too many: then some more are drawn.
+        if batch >= share and n_rows > 10 * n_ties:
+            break
         requests = random_requests(rng)
         options = {
             "prefill_step_size": rng.choice([7, 64, 2048]),
@@ -92,8 +96,7 @@ def test_rows_equal_their_solo_runs(
             assert largest <= 1e-4
     with capsys.disabled():
         print(f"\n{n_rows} rows equal their solo runs; largest difference {largest:.1e}; {n_ties} with a tie")
-    # A tie is rare; one may come by chance, however few rows were drawn.
-    assert n_rows > 10 * (n_ties - 1)
+    assert n_rows > 10 * n_ties
 
 
 @pytest.mark.skipif(native_module() is None, reason="this mlx-lm has no M3 class of its own")

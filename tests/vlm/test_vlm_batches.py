@@ -98,7 +98,11 @@ def test_random_rows(
 ) -> None:
     rng = random.Random(fresh_seed)
     largest, n_rows, n_ties = 0.0, 0, 0
-    for _ in range(count(4, 40)):
+    share = count(4, 40)
+    for batch in range(2 * share):
+        # A tie is rare, but one among few rows would be too many: then some more are drawn.
+        if batch >= share and n_rows > 10 * n_ties:
+            break
         requests = random_requests(rng)
         options = {
             "prefill_step_size": rng.choice([16, 64, 2048]),
@@ -113,8 +117,7 @@ def test_random_rows(
             largest, n_rows = max(largest, assert_same_answer(answer, expected)), n_rows + 1
     with capsys.disabled():
         print(f"\n{n_rows} rows equal their solo runs; largest difference {largest:.1e}; {n_ties} with a tie")
-    # A tie is rare; one may come by chance, however few rows were drawn.
-    assert n_rows > 10 * (n_ties - 1)
+    assert n_rows > 10 * n_ties
 
 
 def is_tie_of_tokens(logits_of_steps: list[mx.array]) -> bool:
