@@ -57,7 +57,7 @@ def main(directory: Path) -> None:
     heading(f"A needle in {TIMES} times the {BUDGET} tokens that a query may attend to")
     case = needle(directory)
     prompt = case.messages[0]["content"]
-    print("   (stock mlx-vlm finds 87 % of such needles, docs/nano/recall.md; this is one that it loses)")
+    print("   (stock mlx-vlm loses some of such needles, see docs/nano/recall.md; this is one of them)")
     print(f"   ... {prompt[-160:]}\n   right: {case.reply['content']}")
     command = ("mlx_vlm.generate", "--model", model, *VLM, "--prompt", prompt)
     show(run(*command), "   with the plugin:")

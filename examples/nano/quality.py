@@ -130,25 +130,25 @@ def draw(rows: dict[str, dict[str, Any]]) -> None:
     with plot("quality.png", figsize=(9, 4.6)) as (axes,):
         for (kl, right), names in places(rows).items():
             axes.plot(kl, right, "o", color="C0")
-            told = {
-                "xytext": (2, -6),
-                "textcoords": "offset points",
-                "rotation": -45,
-                "rotation_mode": "anchor",
-            }
-            axes.annotate(", ".join(names), (kl, right), fontsize=7, va="top", **told)
+            told = {"rotation": -45, "rotation_mode": "anchor", "va": "top", "fontsize": 7}
+            offset = {"xytext": (2, -6), "textcoords": "offset points"}
+            axes.annotate(", ".join(names), (kl, right), **offset, **told)
         axes.set(xscale="log", xlim=(2e-6, 30), ylim=(0, 105))
         axes.set(xlabel="KL divergence from float32", ylabel="right answers, all tasks, %")
+
+
+def kl_of(row: dict[str, Any]) -> float:
+    return row["evaluation"]["distributions"]["kl_mean"]
 
 
 def places(rows: dict[str, dict[str, Any]]) -> dict[tuple[float, float], list[str]]:
     """Names by divergence and right answers; what is hardly apart is one place."""
     found: dict[tuple[float, float], list[str]] = {}
-    judged = [(name, row["evaluation"]["distributions"], mean(row)) for name, row in rows.items()]
-    for name, against, right in sorted(judged, key=lambda j: j[1]["kl_mean"] if j[1] else 0):
-        if against:
-            near = [at for at in found if against["kl_mean"] < 1.3 * at[0] and abs(100 * right - at[1]) < 1]
-            found.setdefault(near[-1] if near else (against["kl_mean"], 100 * right), []).append(name)
+    judged = {name: row for name, row in rows.items() if row["evaluation"]["distributions"]}
+    for name, row in sorted(judged.items(), key=lambda item: kl_of(item[1])):
+        kl, right = kl_of(row), 100 * mean(row)
+        near = [at for at in found if kl < 1.3 * at[0] and abs(right - at[1]) < 1]
+        found.setdefault(near[-1] if near else (kl, right), []).append(name)
     return found
 
 

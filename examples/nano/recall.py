@@ -56,11 +56,9 @@ def page(found: dict[str, dict[int, float]], cases: int) -> Iterator[str]:
     lengths = list(next(iter(found.values())))
     yield "# Needles found, by the length of the prompt"
     yield ""
-    measured = f"M3-nano in float32, {cases} prompts of each length, greedily"
-    yield f"`python examples/nano/recall.py`: {measured}; an"
-    budget = f"A query may attend to {BUDGET} tokens."
-    yield f"answer is right when all its digits are. {budget} Training had prompts of"
-    yield "up to 8.5 times that; longer ones are new to the model."
+    yield f"`python examples/nano/recall.py`: M3-nano in float32, {cases} prompts of each length,"
+    yield f"greedily; an answer is right when all its digits are. A query may attend to {BUDGET} tokens."
+    yield "Training had prompts of up to 8.5 times that; longer ones are new to the model."
     yield ""
     yield "| | " + " | ".join(f"{length * BUDGET} tokens ({length}x)" for length in lengths) + " |"
     yield "|---|" + "--:|" * len(lengths)

@@ -13,6 +13,7 @@ import pytest
 import quality
 import recall
 import score
+import tools
 from case import Case, says, user
 from tokenizers import Tokenizer
 
@@ -43,12 +44,10 @@ def test_a_reply_is_right_when_it_is_exactly_the_expected_one() -> None:
     assert not score.is_right(case, "</mm:think>The nurse is Ben. The dog")
     assert not score.is_right(case, "The nurse is Carl.")
     call = {"function": {"name": "get_weather", "arguments": {"city": "Rome", "days": 3}}}
-    case = Case("call", [user("Rome?")], says("", tool_calls=[call]), tools=[{"function": call["function"]}])
+    case = Case("call", [user("Rome?")], says("", tool_calls=[call]), [tools.TOOLS[0].schema()])
     begins, ends = ']<]minimax[>[<tool_call>\n]<]minimax[>[<invoke name="get_weather">', "]<]minimax[>["
     city, days = f"{ends}<city>Rome{ends}</city>", f"{ends}<days>3{ends}</days>"
     close = f"{ends}</invoke>\n{ends}</tool_call>"
-    schema = {"type": "object", "properties": {"city": {"type": "string"}, "days": {"type": "integer"}}}
-    case.tools[0] = {"type": "function", "function": {"name": "get_weather", "parameters": schema}}
     assert score.is_right(case, begins + city + days + close)
     assert not score.is_right(case, begins + city + close)
     assert not score.is_right(case, begins + city + f"{ends}<days>4{ends}</days>" + close)
