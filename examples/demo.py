@@ -22,7 +22,6 @@ from pathlib import Path
 from typing import Any
 
 from openai import OpenAI
-from tokenizers import Tokenizer
 
 sys.path.insert(0, str(Path(__file__).with_name("nano")))
 
@@ -147,8 +146,7 @@ def call_a_tool(client: OpenAI, request: str, offered: list[Any]) -> None:
 
 
 def needle(directory: Path) -> Any:
-    tokenizer = Tokenizer.from_file(str(directory / "tokenizer.json"))
-    (case,) = needles.draw(random.Random(0), TIMES * BUDGET, lambda text: len(tokenizer.encode(text).ids))
+    (case,) = needles.draw(random.Random(0), TIMES * BUDGET, needles.token_counter(directory))
     return case
 
 

@@ -2,9 +2,11 @@
 
 import random
 from collections.abc import Callable
+from pathlib import Path
 
 from case import Case, says, user
 from facts import NAMES
+from tokenizers import Tokenizer
 
 HAY = (
     "the river is long",
@@ -19,6 +21,12 @@ HAY = (
     "two trees stand by the gate",
 )
 MOST_NEEDLES = 6
+
+
+def token_counter(model: Path) -> Callable[[str], int]:
+    """For :func:`draw`: the tokens of a text by a checkpoint's tokenizer."""
+    tokenizer = Tokenizer.from_file(str(model / "tokenizer.json"))
+    return lambda text: len(tokenizer.encode(text).ids)
 
 
 def draw(rng: random.Random, tokens: int, count: Callable[[str], int], questions: int = 1) -> list[Case]:

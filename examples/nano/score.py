@@ -25,7 +25,6 @@ import sums
 import tools
 from answers import WAYS, Answer
 from case import Case
-from tokenizers import Tokenizer
 
 from mlx_m3_plugin.chat.reply import Reply, ReplyParser
 
@@ -46,10 +45,8 @@ def main() -> None:
     )
     parser.add_argument("--json", type=Path)
     arguments = parser.parse_args()
-    tokenizer = Tokenizer.from_file(str(arguments.model / "tokenizer.json"))
-    drawn = held_out(
-        arguments.cases, arguments.seed, lambda text: len(tokenizer.encode(text).ids), arguments.lengths
-    )
+    count = needles.token_counter(arguments.model)
+    drawn = held_out(arguments.cases, arguments.seed, count, arguments.lengths)
     with_pictures, text = arguments.by or "mlx_vlm", arguments.by or arguments.text_by
     answers = Answers(arguments.model, text, with_pictures)
     scores = {}
