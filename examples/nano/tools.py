@@ -65,11 +65,8 @@ def _ask_room(rng: random.Random) -> tuple[str, Arguments]:
 
 
 def _answer_room(rng: random.Random, arguments: Arguments) -> tuple[Any, str]:
-    number = rng.randrange(10, 100)
-    return {
-        "room": number,
-        "day": arguments["when"]["day"],
-    }, f"You have room {number} on {arguments['when']['day']}."
+    number, day = rng.randrange(10, 100), arguments["when"]["day"]
+    return {"room": number, "day": day}, f"You have room {number} on {day}."
 
 
 def _ask_task(rng: random.Random) -> tuple[str, Arguments]:
