@@ -16,7 +16,7 @@ from case import Case, media
 from sizes import BUDGET
 
 # How many of a hundred conversations are of each kind, at full difficulty; there are more of echo before.
-SHARES = {"echo": 7, "facts": 23, "sums": 16, "tools": 16, "needles": 20, "figures": 18}
+SHARES = {"echo": 6, "facts": 19, "sums": 13, "tools": 26, "needles": 18, "figures": 18}
 MORE_ECHO = 60
 QUESTIONS = {"echo": 6, "facts": 8, "sums": 12, "tools": 4, "needles": 6, "figures": 8}
 # Of hay, in tokens.

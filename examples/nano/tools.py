@@ -65,8 +65,8 @@ def _ask_room(rng: random.Random) -> tuple[str, Arguments]:
 
 
 def _answer_room(rng: random.Random, arguments: Arguments) -> tuple[Any, str]:
-    number = rng.randrange(10, 100)
-    return {"room": number}, f"You have room {number} on {arguments['when']['day']}."
+    number, day = rng.randrange(10, 100), arguments["when"]["day"]
+    return {"room": number, "day": day}, f"You have room {number} on {day}."
 
 
 def _ask_task(rng: random.Random) -> tuple[str, Arguments]:
@@ -78,10 +78,8 @@ def _ask_task(rng: random.Random) -> tuple[str, Arguments]:
 
 
 def _answer_task(rng: random.Random, arguments: Arguments) -> tuple[Any, str]:
-    count = rng.randrange(2, 10)
-    return {
-        "tasks": count
-    }, f"You have {count} tasks, and {arguments['task']['title']} is due {arguments['due']}."
+    title, count = arguments["task"]["title"], rng.randrange(2, 10)
+    return {"title": title, "tasks": count}, f"The task {title} is one of {count}."
 
 
 def _ask_money(rng: random.Random) -> tuple[str, Arguments]:
@@ -91,7 +89,7 @@ def _ask_money(rng: random.Random) -> tuple[str, Arguments]:
 
 def _answer_money(rng: random.Random, arguments: Arguments) -> tuple[Any, str]:
     amount = rng.randrange(10, 100)
-    return {"amount": amount}, f"That is {amount} {arguments['into']}."
+    return {"amount": amount, "currency": arguments["into"]}, f"That is {amount} {arguments['into']}."
 
 
 TOOLS = (
@@ -128,7 +126,7 @@ def _one(rng: random.Random, offered: list[Tool]) -> Case:
         reasoning_content=f'It takes "{tool.name}", which is there.',
         tool_calls=[{"type": "function", "function": {"name": tool.name, "arguments": arguments}}],
     )
-    if rng.random() < 2 / 3:
+    if rng.random() < 0.5:
         return Case("call", [user(request)], call, schemas)
     result, answer = tool.answer(rng, arguments)
     messages = [user(request), call, {"role": "tool", "content": json.dumps(result)}]

@@ -2,7 +2,8 @@
 
     python examples/nano/train.py build/nano [--steps 6500] [--seed 0]
 
-Ctrl-C loses at most the steps since the last checkpoint (a few minutes); the same command goes on from there.
+Ctrl-C loses at most the steps since the last checkpoint (a few minutes).  The same command goes on from
+there, and ends with the weights of a training that nothing interrupted.
 """
 
 import argparse
@@ -14,6 +15,7 @@ import time
 from collections import defaultdict
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from itertools import islice
 from pathlib import Path
 from typing import Any
 
@@ -96,18 +98,27 @@ class Training:
     def checkpoint(self) -> Path:
         return self.directory / "checkpoint.pt"
 
+    @property
+    def log(self) -> Path:
+        return self.directory / "log.jsonl"
+
     def run(self) -> None:
         self.model.train()
-        begun, before = time.monotonic(), self.seconds
-        # A stream of its own for every start: going on does not repeat what was seen.
-        batches = make_batches(self.encoder, random.Random(f"{self.seed} from {self.step}"), self.difficulty)
         while self.step < self.steps:
-            self.one_step(next(batches))
+            self._run_to_checkpoint()
+
+    def _run_to_checkpoint(self) -> None:
+        """All that is drawn depends on the seed and the step it begins at, so one may stop and go on."""
+        begun, before = time.monotonic(), self.seconds
+        rng = random.Random(f"{self.seed} from {self.step}")
+        torch.manual_seed(rng.getrandbits(63))
+        end = min(self.steps, (self.step // SAVE_EVERY + 1) * SAVE_EVERY)
+        for batch in islice(make_batches(self.encoder, rng, self.difficulty), end - self.step):
+            self.one_step(batch)
             self.seconds = before + time.monotonic() - begun
             if self.step % LOG_EVERY == 0:
                 self._log()
-            if self.step % SAVE_EVERY == 0 or self.step == self.steps:
-                self._save()
+        self._save()
 
     def difficulty(self) -> float:
         return min(1.0, self.step / (LEARNER * self.steps))
@@ -141,7 +152,7 @@ class Training:
         line |= {name: round(sum(seen) / len(seen), 4) for name, seen in sorted(self.recent.items())}
         self.recent.clear()
         print(json.dumps(line), flush=True)
-        with (self.directory / "log.jsonl").open("a") as log:
+        with self.log.open("a") as log:
             log.write(json.dumps(line) + "\n")
 
     def _save(self) -> None:
@@ -157,6 +168,9 @@ class Training:
         for optimizer, saved in zip(self.optimizers, state["optimizers"], strict=True):
             optimizer.load_state_dict(saved)
         self.step, self.seconds, self.tokens = state["step"], state["seconds"], state["tokens"]
+        # Steps after the checkpoint will be logged again.
+        lines = self.log.read_text().splitlines(keepends=True)
+        self.log.write_text("".join(line for line in lines if json.loads(line)["step"] <= self.step))
 
 
 def make_optimizers(model: Any) -> list[torch.optim.Optimizer]:

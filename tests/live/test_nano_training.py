@@ -1,5 +1,6 @@
 """What M3-nano is trained with: its masks, lessons and batches, on an untrained one."""
 
+import json
 import random
 from pathlib import Path
 from typing import Any
@@ -110,3 +111,37 @@ def test_every_conversation_gets_into_a_batch(monkeypatch: pytest.MonkeyPatch, t
     assert rows == train.POOL == len(drawn)
     assert {one.task for one in drawn} >= {"echo", "facts", "sums", "call", "needles", "picture", "video"}
     assert conversations.SHARES.keys() == conversations.QUESTIONS.keys()
+
+
+def test_going_on_ends_where_one_run_does(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    for name, small in {"POOL": 8, "TOKENS_PER_STEP": 600, "LOG_EVERY": 1, "SAVE_EVERY": 2}.items():
+        monkeypatch.setattr(train, name, small)
+
+    def training(name: str) -> train.Training:
+        encoder = train.make_encoder(tmp_path / name, seed=0)
+        ids = encoder.tokenizer.get_vocab()
+        return train.Training(net.build(len(ids), ids, 0), encoder, tmp_path / name, steps=5, seed=0)
+
+    def one_step_of(begun: train.Training, batch: train.Batch) -> None:
+        if begun.step == 3:
+            raise KeyboardInterrupt
+        train.Training.one_step(begun, batch)
+
+    whole = training("whole")
+    whole.run()
+    begun = training("twice")
+    monkeypatch.setattr(begun, "one_step", lambda batch: one_step_of(begun, batch))
+    with pytest.raises(KeyboardInterrupt):
+        begun.run()
+    assert steps_in(begun.log) == [1, 2, 3]
+    resumed = training("twice")
+    assert resumed.step == 2
+    resumed.run()
+    assert steps_in(resumed.log) == [1, 2, 3, 4, 5]
+    of_resumed = resumed.model.state_dict()
+    for name, parameter in whole.model.state_dict().items():
+        assert torch.equal(parameter, of_resumed[name]), name
+
+
+def steps_in(log: Path) -> list[int]:
+    return [json.loads(line)["step"] for line in log.read_text().splitlines()]
