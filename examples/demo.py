@@ -146,7 +146,7 @@ def call_a_tool(client: OpenAI, request: str, offered: list[Any]) -> None:
 
 
 def needle(directory: Path) -> Any:
-    (case,) = needles.draw(random.Random(0), TIMES * BUDGET, needles.token_counter(directory))
+    (case,) = needles.draw(random.Random(35), TIMES * BUDGET, needles.token_counter(directory))
     return case
 
 
