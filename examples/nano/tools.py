@@ -107,7 +107,7 @@ TOOLS = (
 
 
 def draw(rng: random.Random, questions: int = 1) -> list[Case]:
-    """Requests with the same tools.  Half are calls, a quarter results, a quarter has no tool that fits."""
+    """Requests with the same tools.  Three of eight are calls, three results; for two no tool fits."""
     offered = rng.sample(TOOLS, 3)
     return [_one(rng, offered) for _ in range(questions)]
 
