@@ -58,7 +58,8 @@ def page(found: dict[str, dict[int, float]], cases: int) -> Iterator[str]:
     yield ""
     yield f"`python examples/nano/recall.py`: M3-nano in float32, {cases} prompts of each length,"
     yield f"greedily; an answer is right when all its digits are. A query may attend to {BUDGET} tokens."
-    yield "Training had prompts of up to 8.5 times that; longer ones are new to the model."
+    yield "Lengths are of the text; M3's chat template puts 185 tokens before it, so that all prompts are past the"
+    yield "budget. Training had texts of up to 8.5 times the budget; longer ones are new to the model."
     yield ""
     yield "| | " + " | ".join(f"{length * BUDGET} tokens ({length}x)" for length in lengths) + " |"
     yield "|---|" + "--:|" * len(lengths)
@@ -75,7 +76,7 @@ def draw(found: dict[str, dict[int, float]]) -> None:
             lengths = [length * BUDGET for length in scores]
             found_of_hundred = [100 * score for score in scores.values()]
             axes.plot(lengths, found_of_hundred, style, marker="o", label=way, alpha=0.8)
-        axes.set(xlabel="tokens in the prompt", ylabel="needles found, %", ylim=(0, 103), xscale="log")
+        axes.set(xlabel="tokens of text", ylabel="needles found, %", ylim=(0, 103), xscale="log")
         axes.set_xticks(lengths, [str(length) for length in lengths])
         axes.minorticks_off()
         axes.legend(frameon=False, fontsize=8)
