@@ -39,6 +39,7 @@ _MAX_DIGITS = 4000
 _MOST_STEPS = 4000
 _MOST_NESTED = 64
 _ANYTHING: dict[str, Any] = {"type": None}
+_TEXTLESS = ("integer", "number", "boolean", "null")
 
 
 @dataclass
@@ -213,8 +214,10 @@ def _listed(schema: Schema) -> list[Any]:
 def _typed(element: Element, schema: Any, schemas: Schemas) -> Any:
     """The value that ``element`` stands for, by what the schema of its parameter says."""
     branches = schemas.branches(schema)
+    # Where a text may be, blanks are one, and not how a model writes what is listed and empty.
+    blanks = all(_listed(branch) or branch["type"] in _TEXTLESS for branch in branches)
     for value in chain.from_iterable(map(_listed, branches)):
-        if _is_written(value, element):
+        if _is_written(value, element, blanks):
             return deepcopy(value)
     if not element.children:
         return _leaf(element, branches, schemas)
@@ -232,18 +235,19 @@ def rendered(value: Any) -> str:
     return "" if value is None else str(value)
 
 
-def _is_written(value: Any, element: Element) -> bool:
-    """Whether ``element`` is what the chat template makes of ``value``."""
+def _is_written(value: Any, element: Element, blanks: bool = True) -> bool:
+    """Whether ``element`` is what the chat template makes of ``value``, and ``blanks`` in an empty one."""
     if isinstance(value, Mapping):
         members = [(name, member) for name, member in value.items() if member is not None]
     elif isinstance(value, list):
         members = [("item", member) for member in value]
     else:
         return not element.children and rendered(value) == element.text
-    if element.text.strip() or [name for name, _ in members] != [child.name for child in element.children]:
+    text = element.text.strip() if members or blanks else element.text
+    if text or [name for name, _ in members] != [child.name for child in element.children]:
         return False
     pairs = zip((member for _, member in members), element.children, strict=True)
-    return all(_is_written(member, child) for member, child in pairs)
+    return all(_is_written(member, child, blanks) for member, child in pairs)
 
 
 # --- text ---
@@ -305,8 +309,7 @@ def _number(word: str) -> Any:
         return _NO_VALUE
     if _INTEGER.match(word):
         return int(word)
-    value = float(word)
-    return value if math.isfinite(value) else _NO_VALUE
+    return value if math.isfinite(value := float(word)) else _NO_VALUE
 
 
 def _finite(word: str) -> float:

@@ -76,6 +76,12 @@ def value_of(text: str, schema: Any, **root: Any) -> Any:
         ({"enum": ["a", 5, True, None]}, "true", True),
         ({"enum": ["5", 5]}, "5", "5"),
         ({"enum": ["a", 5]}, "b", "b"),
+        # Blanks are a text where one may be, and nothing where none may.
+        ({"enum": [[], ""]}, " ", []),
+        ({"anyOf": [INTEGER, {"enum": [[], ""]}]}, " ", []),
+        ({"anyOf": [STRING, {"enum": [[], ""]}]}, " ", " "),
+        ({"anyOf": [STRING, {"enum": [[], ""]}]}, "", []),
+        ({"anyOf": [{"type": "array", "items": STRING}, {"enum": [[[]]]}]}, "§<item> §</item>", [" "]),
         ({"const": 7}, "7", 7),
         ({"const": {"a": [1]}}, "§<a>§<item>1§</item>§</a>", {"a": [1]}),
         # Empty elements.
