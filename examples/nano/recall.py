@@ -58,8 +58,8 @@ def page(found: dict[str, dict[int, float]], cases: int) -> Iterator[str]:
     yield ""
     yield f"`python examples/nano/recall.py`: M3-nano in float32, {cases} prompts of each length,"
     yield f"greedily; an answer is right when all its digits are. A query may attend to {BUDGET} tokens."
-    yield "Lengths are of the text; M3's chat template puts 185 tokens before it, so that all prompts are past"
-    yield "the budget. Training had texts of up to 8.5 times the budget; longer ones are new to the model."
+    yield "Lengths are of the text; M3's chat template puts 185 tokens before it, so all prompts are past the"
+    yield "budget. Training had texts of up to 8.5 times the budget; longer ones are new to the model."
     yield ""
     yield "| | " + " | ".join(f"{length * BUDGET} tokens ({length}x)" for length in lengths) + " |"
     yield "|---|" + "--:|" * len(lengths)
