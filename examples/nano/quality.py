@@ -116,7 +116,7 @@ def cells(row: dict[str, Any], tasks: list[str]) -> Iterator[str]:
     found, against = row["evaluation"], row["evaluation"]["distributions"]
     yield f"{found['bytes'] / (1 << 20):.2f}"
     yield f"{found['perplexity']:.4f}"
-    yield f"{against['kl_mean']:.5f}" if against else "-"
+    yield f"{against['kl_mean']:.6f}" if against else "-"
     yield f"{against['top_1']:.2%}" if against else "-"
     yield f"{mean(row):.1%}"
     yield from (f"{row['scores'][task]:.0%}" for task in tasks)
@@ -147,7 +147,7 @@ def places(rows: dict[str, dict[str, Any]]) -> dict[tuple[float, float], list[st
     judged = {name: row for name, row in rows.items() if row["evaluation"]["distributions"]}
     for name, row in sorted(judged.items(), key=lambda item: kl_of(item[1])):
         kl, right = kl_of(row), 100 * mean(row)
-        near = [at for at in found if kl < 1.3 * at[0] and abs(right - at[1]) < 1]
+        near = [at for at in found if kl < 1.4 * at[0] and abs(right - at[1]) < 3]
         found.setdefault(near[-1] if near else (kl, right), []).append(name)
     return found
 
