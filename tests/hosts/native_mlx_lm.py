@@ -13,6 +13,7 @@ from typing import Any
 import mlx.core as mx
 import mlx_lm.models
 import numpy as np
+import pytest
 from mlx.utils import tree_flatten
 
 MLX_LM_VERSION = tuple(int(part) for part in version("mlx-lm").split(".")[:3])
@@ -59,6 +60,7 @@ def native_module() -> ModuleType | None:
 
 
 NATIVE = native_module()
+needs_native = pytest.mark.skipif(NATIVE is None, reason="this mlx-lm has no M3 class of its own")
 
 
 def config(model_type: str = "minimax_m3_vl", **changes: Any) -> dict[str, Any]:

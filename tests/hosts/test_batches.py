@@ -16,7 +16,7 @@ import pytest
 from mlx_lm.generate import BatchGenerator
 from mlx_lm.models.cache import make_prompt_cache
 from mlx_lm.utils import load_model
-from native_mlx_lm import native_module
+from native_mlx_lm import native_module, needs_native
 from ties import closest_choice
 
 CHECKPOINT = Path(__file__).parents[1] / "golden" / "as_published"
@@ -99,7 +99,7 @@ def test_rows_equal_their_solo_runs(
     assert n_rows > 10 * n_ties
 
 
-@pytest.mark.skipif(native_module() is None, reason="this mlx-lm has no M3 class of its own")
+@needs_native
 def test_upstream_diverges(model: Any) -> None:
     """What this is about, shown on upstream's own class; if this fails, upstream was mended."""
     upstream = native_module()

@@ -7,7 +7,7 @@ from typing import Any
 import mlx.core as mx
 import pytest
 from mlx_lm.utils import _get_classes, load_model
-from native_mlx_lm import FakeGroup, native_module
+from native_mlx_lm import FakeGroup, native_module, needs_native
 
 CHECKPOINT = Path(__file__).parents[1] / "golden" / "as_published"
 BUDGET = 4 * 8
@@ -114,7 +114,7 @@ def test_anything_else_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
         load_model(CHECKPOINT)
 
 
-@pytest.mark.skipif(native_module() is None, reason="this mlx-lm has no M3 class of its own")
+@needs_native
 def test_upstream_does_not_load_it(without_indexer: Path) -> None:
     """A line of the README's table."""
     upstream: Any = native_module()

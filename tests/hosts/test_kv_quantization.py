@@ -14,7 +14,7 @@ from mlx_lm.models.cache import (
     make_prompt_cache,
     save_prompt_cache,
 )
-from native_mlx_lm import TEXT, native_module, native_twin, our_model
+from native_mlx_lm import TEXT, native_twin, needs_native, our_model
 
 from mlx_m3_plugin.hosts.mlx_lm.cache import CacheList
 
@@ -146,7 +146,7 @@ def test_memory_at_real_head_sizes() -> None:
     assert quantized / plain == pytest.approx(0.581, abs=5e-4)
 
 
-@pytest.mark.skipif(native_module() is None, reason="this mlx-lm has no M3 class of its own")
+@needs_native
 def test_upstream_ignores_it(tokens: mx.array) -> None:
     """A line of the README's table."""
     native = native_twin(our_model())

@@ -15,7 +15,7 @@ import recall
 import score
 import tools
 from case import Case, says, user
-from native_mlx_lm import native_module
+from native_mlx_lm import needs_native
 from tokenizers import Tokenizer
 
 from mlx_m3_plugin.toolbox.checkpoint import open_checkpoint
@@ -142,10 +142,7 @@ def test_each_window_of_the_held_out_text_begins_a_conversation() -> None:
     assert text == quality.held_out_text(CHECKPOINT)
 
 
-STOCK_HAS_M3 = pytest.mark.skipif(native_module() is None, reason="this mlx-lm has no M3 class of its own")
-
-
-@pytest.mark.parametrize("environment", [{}, pytest.param(context.OFF, marks=STOCK_HAS_M3)])
+@pytest.mark.parametrize("environment", [{}, pytest.param(context.OFF, marks=needs_native)])
 def test_context_measures_time_and_memory(environment: dict[str, str]) -> None:
     seconds, mib = context.in_a_child(CHECKPOINT, "mlx_lm", 300, environment)
     assert 0 < seconds < 100
