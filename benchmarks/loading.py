@@ -2,7 +2,7 @@
 
     python benchmarks/loading.py
 
-The checkpoints are the first layers of the sparse files that the tests use (``tests/weights/real_size.py``):
+The checkpoints are the first layers of the sparse files that the tests use (``tests/checkpoints/real_size.py``):
 real headers, holes for data, so that every tensor is read, as zeros.  Each case runs in a process of its own.
 """
 
@@ -16,7 +16,7 @@ import tempfile
 from pathlib import Path
 from typing import Any
 
-sys.path.insert(0, str(Path(__file__).parents[1] / "tests" / "weights"))
+sys.path.append(str(Path(__file__).parents[1]))
 
 # Layout, layers kept (3 of them dense), experts kept, what is done.
 CASES = (
@@ -75,9 +75,8 @@ def run_case(source: Path, what: str) -> dict[str, float]:
 
 def write_first_layers(layout: str, directory: Path, layers: int, experts: int) -> Path:
     """A sparse checkpoint of the first layers, and of the first experts where each has its tensors."""
-    from real_size import REAL_LAYOUTS
-
-    from mlx_m3_plugin.toolbox.demo import write_tokenizer
+    from tests.checkpoints.random_model import write_tokenizer
+    from tests.checkpoints.real_size import REAL_LAYOUTS
 
     whole, target = directory / "whole", directory / "first"
     REAL_LAYOUTS[layout](whole)

@@ -22,14 +22,12 @@ from importlib.metadata import version
 from pathlib import Path
 from statistics import median
 
-sys.path.insert(0, str(Path(__file__).parents[1] / "tests" / "end_to_end"))
-sys.path.insert(0, str(Path(__file__).parents[1] / "tests" / "soak"))
+sys.path.append(str(Path(__file__).parents[1]))
 
-from clients import Load, Outcome, words
-from environments import build_wheel, make_environment
-from server_process import server_process
-
-from mlx_m3_plugin.toolbox.demo import write_demo
+from tests.checkpoints.random_model import write_random_model
+from tests.end_to_end.environments import build_wheel, make_environment
+from tests.end_to_end.server_process import server_process
+from tests.soak.clients import Load, Outcome, words
 
 SERVERS = ("mlx_lm.server", "mlx_vlm.server")
 OURS, STOCK = "with the plugin", "without"
@@ -78,7 +76,7 @@ def measure(server: str, rounds: int, directory: Path) -> list[list[dict[str, Me
     directory.mkdir()
     environment = make_environment(directory / "guest")
     environment.install(build_wheel(directory))
-    write_demo(directory / "m3", vision=True)
+    write_random_model(directory / "m3", vision=True)
     model = "default_model" if server == "mlx_lm.server" else str(directory / "m3")
     with ExitStack() as servers:
         addresses = {

@@ -15,9 +15,9 @@ from pathlib import Path
 
 import numpy as np
 
-sys.path.insert(0, str(Path(__file__).parents[1] / "tests" / "soak"))
+sys.path.append(str(Path(__file__).parents[1]))
 
-from memory import late_slope
+from tests.soak.memory import late_slope
 
 CHECKOUT = Path(__file__).resolve().parents[1]
 OUTPUT = CHECKOUT / "docs" / "benchmarks"

@@ -20,12 +20,11 @@ from pathlib import Path
 import mlx.core as mx
 import numpy as np
 
-sys.path.insert(0, str(Path(__file__).parents[1] / "tests" / "weights"))
+sys.path.append(str(Path(__file__).parents[1]))
 
-import real_size
-
-from mlx_m3_plugin.toolbox.demo import write_tokenizer
 from mlx_m3_plugin.weights import read_headers
+from tests.checkpoints import real_size
+from tests.checkpoints.random_model import write_tokenizer
 
 SOURCES = ("published", "mxfp8")
 RECIPES = ("config-i", "oq4")

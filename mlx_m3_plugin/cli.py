@@ -65,15 +65,8 @@ def _parser() -> argparse.ArgumentParser:
 
 
 def _add_demo_arguments(demo: argparse.ArgumentParser) -> None:
-    demo.add_argument(
-        "directory", metavar="DIR", nargs="?", help="where to write; must not exist or be empty"
-    )
+    demo.add_argument("directory", metavar="DIR", help="where to write; must not exist, or be empty")
     demo.add_argument("--bits", type=int, metavar="B", help="2, 3, 4, 5, 6 or 8 (default: 8)")
-    demo.add_argument("--layout", metavar="L", help="in a layout that others publish; see --list-layouts")
-    demo.add_argument("--list-layouts", action="store_true", help="tell the layouts that there are")
-    demo.add_argument("--random", action="store_true", help="random weights, which say nothing sensible")
-    demo.add_argument("--seed", type=int, metavar="N", help="with --random: of the weights (default: 0)")
-    demo.add_argument("--vision", action="store_true", help="with --random: with a vision tower, for mlx-vlm")
     demo.set_defaults(command=_demo)
 
 
@@ -163,21 +156,9 @@ def _argument(parse: Callable[[str], int], text: str) -> int:
 
 
 def _demo(args: argparse.Namespace) -> int:
-    from .toolbox.demo_command import demo_command, list_layouts
+    from .toolbox.demo import demo_command
 
-    if args.list_layouts:
-        print("\n".join(list_layouts()))
-        return 0
-    if args.directory is None:
-        raise ValueError("demo needs a DIR to write to")
-    content, lines = demo_command(
-        args.directory,
-        bits=args.bits,
-        layout=args.layout,
-        random=args.random,
-        seed=args.seed,
-        vision=args.vision,
-    )
+    content, lines = demo_command(args.directory, args.bits)
     _print_json(content) if args.json else print("\n".join(lines))
     return 0
 

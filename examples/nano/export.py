@@ -7,6 +7,7 @@ python examples/nano/export.py build/nano --package    # and puts the latter int
 import argparse
 import json
 import shutil
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -18,9 +19,11 @@ from PIL import Image
 from tokenizers import Tokenizer
 
 from mlx_m3_plugin.cli import main as mlx_m3
-from mlx_m3_plugin.toolbox import demo, demo_vision
-from mlx_m3_plugin.toolbox.demo_vision import PICTURE
-from mlx_m3_plugin.toolbox.nano import CHECKPOINT
+from mlx_m3_plugin.toolbox.demo import NANO, PICTURE
+
+sys.path.append(str(Path(__file__).parents[2]))
+from tests.checkpoints import random_vision
+from tests.checkpoints.random_model import m3_config
 
 CARD = Path(__file__).with_name("model_card.md")
 
@@ -38,10 +41,10 @@ def main() -> None:
     if mlx_m3(["convert", str(whole), str(made), "--recipe", arguments.recipe]):
         raise SystemExit(1)
     if arguments.package:
-        shutil.rmtree(CHECKPOINT, ignore_errors=True)
-        shutil.copytree(made, CHECKPOINT)
-        shutil.copyfile(CARD, CHECKPOINT / "README.md")
-        Image.fromarray(figures.picture((("red", "circle"), ("blue", "square")))).save(CHECKPOINT / PICTURE)
+        shutil.rmtree(NANO, ignore_errors=True)
+        shutil.copytree(made, NANO)
+        shutil.copyfile(CARD, NANO / "README.md")
+        Image.fromarray(figures.picture((("red", "circle"), ("blue", "square")))).save(NANO / PICTURE)
 
 
 def write_float(trained: Path, directory: Path) -> None:
@@ -60,7 +63,7 @@ def write_float(trained: Path, directory: Path) -> None:
 def published_config(config: Any, ids: dict[str, int]) -> dict[str, Any]:
     """As MiniMax spells it: all stock versions read that, and transformers too."""
     text, vision = config.text_config, config.vision_config
-    made = demo.demo_config(text.vocab_size, ids)
+    made = m3_config(text.vocab_size, ids)
     own = made["text_config"]
     own |= {name: getattr(text, name) for name in own.keys() & text.to_dict().keys()}
     sparse = [int(kind == "minimax_m3_sparse") for kind in text.layer_types]
@@ -81,7 +84,7 @@ def published_config(config: Any, ids: dict[str, int]) -> dict[str, Any]:
         "sparse_topk_blocks": text.index_topk_blocks,
         "sparse_local_block": text.index_local_blocks,
     }
-    made = demo_vision.with_vision(made)
+    made = random_vision.with_vision(made)
     seen = made["vision_config"]
     same = ("hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads", "patch_size")
     seen |= {name: getattr(vision, name) for name in same}

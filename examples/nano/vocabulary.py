@@ -1,6 +1,7 @@
 """A byte-level BPE with M3's markers, learned from the conversations themselves."""
 
 import random
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -9,7 +10,9 @@ from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from transformers import PreTrainedTokenizerFast
 
 from mlx_m3_plugin.chat.template import CHAT_TEMPLATE
-from mlx_m3_plugin.toolbox import demo
+
+sys.path.append(str(Path(__file__).parents[2]))
+from tests.checkpoints.random_model import add_markers, m3_tokenizer, write_processing
 
 PIECES = 1280
 TEXTS = 3000
@@ -28,13 +31,13 @@ def train(seed: int) -> Tokenizer:
         vocab_size=PIECES, initial_alphabet=sorted(pre_tokenizers.ByteLevel.alphabet()), show_progress=False
     )
     tokenizer.train_from_iterator(_texts(random.Random(seed)), trainer)
-    demo.add_markers(tokenizer)
+    add_markers(tokenizer)
     return tokenizer
 
 
 def _texts(rng: random.Random) -> list[str]:
     # The template needs a tokenizer to be rendered by; any will do for that.
-    encoder = conversations.Encoder(with_template(demo.demo_tokenizer()))
+    encoder = conversations.Encoder(with_template(m3_tokenizer()))
     texts = []
     for _ in range(TEXTS):
         cases = conversations.draw(rng, 0.5, lambda text: len(text.split()))
@@ -53,4 +56,4 @@ def with_template(tokenizer: Tokenizer) -> PreTrainedTokenizerFast:
 
 
 def save(tokenizer: Tokenizer, directory: Path) -> None:
-    demo.write_processing(directory, tokenizer, LONGEST_CONTEXT)
+    write_processing(directory, tokenizer, LONGEST_CONTEXT)

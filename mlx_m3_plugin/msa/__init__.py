@@ -7,8 +7,7 @@ Every function here works in *content positions*: the first token of a row has p
 whatever padding stands before it in the cache, and block ``b`` of a row holds that row's
 tokens ``b * block_size`` to ``(b + 1) * block_size - 1``.
 
-``select`` and ``attend`` are what the model runs; ``reference`` is the plain definition that
-they are tested against.
+``tests/msa/reference.py`` is the plain definition that both functions are tested against.
 """
 
 from .attend import attend

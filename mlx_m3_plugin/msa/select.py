@@ -1,6 +1,6 @@
 """Block selection in tiles of bounded memory.
 
-The same choice as :func:`.reference.select_blocks`, without the scores of all queries with all
+The choice that ``tests/msa/reference.py`` defines, without the scores of all queries with all
 keys existing at once, and with nothing compiled for a length.
 """
 

@@ -7,12 +7,12 @@ from collections.abc import Callable
 from typing import Any
 
 import pytest
-import tool_fuzz
-from tool_replies import MARKERS
 
 from mlx_m3_plugin.chat.reply import Reply, ReplyParser
 from mlx_m3_plugin.chat.rewriting import ReplyRewriter
 from mlx_m3_plugin.chat.tool_calls import Block, ToolCallError, parse_block, parse_tool_call
+from tests.chat import tool_fuzz
+from tests.chat.tool_replies import MARKERS
 
 # Of one draw of tools and blocks.
 CASES = 50

@@ -4,7 +4,6 @@ import logging
 from typing import Any
 
 import pytest
-from tool_rendering import marked
 
 from mlx_m3_plugin.chat.tool_calls import (
     MOST_PROBLEMS,
@@ -14,6 +13,7 @@ from mlx_m3_plugin.chat.tool_calls import (
     tool_call_end,
     tool_call_start,
 )
+from tests.chat.tool_rendering import marked
 
 TOOLS = [
     {

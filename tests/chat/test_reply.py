@@ -5,13 +5,13 @@ from collections.abc import Callable
 from typing import Any
 
 import pytest
-from tool_rendering import marked
-from tool_replies import MARKERS, read, sample
-from tool_shapes import SHAPES, TOOLS, growth
 
 from mlx_m3_plugin.chat.reasoning import thinking_mode
 from mlx_m3_plugin.chat.reply import Event, Reply, ReplyParser
 from mlx_m3_plugin.chat.tool_calls import MOST_PROBLEMS, ToolCall
+from tests.chat.tool_rendering import marked
+from tests.chat.tool_replies import MARKERS, read, sample
+from tests.chat.tool_shapes import SHAPES, TOOLS, growth
 
 CALL = '§<tool_call>\n§<invoke name="f">§<a>1§</a>§</invoke>\n§</tool_call>'
 INVOKE = '§<invoke name="f">§<a>1§</a>§</invoke>'

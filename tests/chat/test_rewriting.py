@@ -5,11 +5,11 @@ import random
 from collections.abc import Callable
 
 import pytest
-from tool_rendering import marked
-from tool_replies import MARKERS, read, sample
 
 from mlx_m3_plugin.chat.rewriting import ReplyRewriter
 from mlx_m3_plugin.chat.tool_calls import MOST_PROBLEMS
+from tests.chat.tool_rendering import marked
+from tests.chat.tool_replies import MARKERS, read, sample
 
 CALL = '§<tool_call>\n§<invoke name="f">§<a>1§</a>§</invoke>\n§</tool_call>'
 BLOCK = '§<tool_call>\n§<invoke name="f">§<a>1§</a>§</invoke>§</tool_call>'

@@ -4,11 +4,11 @@ from collections.abc import Callable
 from typing import Any
 
 from hypothesis import HealthCheck, given, settings
-from tool_rendering import block_of
-from tool_schemas import calls
-from tool_values import exactly, pruned
 
 from mlx_m3_plugin.chat.tool_calls import parse_block
+from tests.chat.tool_rendering import block_of
+from tests.chat.tool_schemas import calls
+from tests.chat.tool_values import exactly, pruned
 
 
 def test_what_the_template_writes_is_read_back(count: Callable[[int, int], int]) -> None:

@@ -4,9 +4,9 @@ import json
 from typing import Any
 
 import pytest
-from tool_rendering import marked
 
 from mlx_m3_plugin.chat.tool_calls import parse_block
+from tests.chat.tool_rendering import marked
 
 NUMBER_OR_LIST = {"anyOf": [{"type": "number"}, {"type": "array", "items": {"type": "number"}}]}
 PERSON = {"type": "object", "properties": {"name": {"type": "string"}, "age": {"type": "integer"}}}

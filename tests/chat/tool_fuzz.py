@@ -3,7 +3,7 @@
 import random
 from typing import Any
 
-from tool_values import NS
+from tests.chat.tool_values import NS
 
 # What the grammar is made of, and what looks like it.
 SOUP = [

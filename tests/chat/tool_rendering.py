@@ -2,10 +2,10 @@
 
 from typing import Any
 
-from tool_values import NS
 from transformers.utils.chat_template_utils import render_jinja_template
 
 from mlx_m3_plugin.chat.template import CHAT_TEMPLATE
+from tests.chat.tool_values import NS
 
 
 def block_of(calls: list[dict[str, Any]]) -> str:

@@ -5,11 +5,10 @@ import re
 from dataclasses import dataclass, field
 from typing import Any
 
-from tool_rendering import marked
-from tool_values import NS
-
 from mlx_m3_plugin.chat.reply import Event, Reply, ReplyParser
 from mlx_m3_plugin.chat.tool_calls import ToolCall
+from tests.chat.tool_rendering import marked
+from tests.chat.tool_values import NS
 
 MARKERS = ("<mm:think>", "</mm:think>", NS)
 TEXTS = [

@@ -6,7 +6,8 @@ from urllib.parse import quote
 
 from hypothesis import reject
 from hypothesis import strategies as st
-from tool_values import KEYS, NS, SCALARS, STRINGS, TOOL_NAMES, Alternative, Shape, carried, pruned
+
+from tests.chat.tool_values import KEYS, NS, SCALARS, STRINGS, TOOL_NAMES, Alternative, Shape, carried, pruned
 
 SPELLINGS = {
     "string": ["string", "string", "str", "String"],

@@ -4,7 +4,7 @@ import time
 from collections.abc import Callable
 from typing import Any
 
-from tool_rendering import marked
+from tests.chat.tool_rendering import marked
 
 OPEN = '§<tool_call>§<invoke name="f">'
 CLOSE = "§</a>§</invoke>§</tool_call>"

@@ -4,8 +4,9 @@ from collections.abc import Callable
 from pathlib import Path
 
 import pytest
-from conversions import converted
-from sharded_checkpoints import write_published
+
+from tests.checkpoints.conversions import converted
+from tests.checkpoints.sharded import write_published
 
 FLOAT = """
 summary = "as it is"

@@ -12,14 +12,14 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from checkpoints import LAYOUTS
-from jobs import Job, command, launch, launcher, start, stop, wait_for_tokens
-from layout_makers import VOCAB
-from sharded_checkpoints import N_SHARDS
 
 from mlx_m3_plugin.model.config import text_config_of
-from mlx_m3_plugin.toolbox.demo import write_demo, write_tokenizer
 from mlx_m3_plugin.weights.files import shards_with
+from tests.checkpoints.random_model import write_random_model, write_tokenizer
+from tests.checkpoints.sharded import N_SHARDS
+from tests.checkpoints.small_model import VOCAB
+from tests.checkpoints.tiny_layouts import LAYOUTS
+from tests.distributed.jobs import Job, command, launch, launcher, start, stop, wait_for_tokens
 
 # The demo model attends to four blocks of eight tokens.
 LENGTH, LAYERS = 110, 6
@@ -95,7 +95,7 @@ def test_every_layout_can_be_shared(tmp_path: Path, fresh_seed: int, count: Coun
 
 
 def test_mlx_vlm_shares_too(tmp_path: Path, fresh_seed: int) -> None:
-    write_demo(tmp_path / "m3", vision=True)
+    write_random_model(tmp_path / "m3", vision=True)
     tokens = prompt(random.Random(fresh_seed))
     job = Job(str(tmp_path / "m3"), "tensor", tokens, [40], decoded=4, library="mlx_vlm")
     jobs = [job, replace(job, kind="pipeline"), replace(job, kind="pipeline", split=[1, 5])]

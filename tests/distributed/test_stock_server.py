@@ -11,7 +11,8 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from jobs import free_ports, launcher, start, stop
+
+from tests.distributed.jobs import free_ports, launcher, start, stop
 
 BODY = {
     "messages": [{"role": "user", "content": "How are blocks of keys chosen? " * 6}],

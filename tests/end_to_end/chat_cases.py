@@ -6,8 +6,9 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-import scripted_model
-from scripted_model import REASONING, TOPICS, content
+
+from tests.end_to_end import scripted_model
+from tests.end_to_end.scripted_model import REASONING, TOPICS, content
 
 streamed_or_not = pytest.mark.parametrize("stream", [False, True], ids=["whole", "streamed"])
 Expected = tuple[str, str, list[tuple[str, Any]], str]

@@ -8,8 +8,9 @@ from pathlib import Path
 from typing import Any
 
 import openai
-from environments import Environment
-from server_process import server_process
+
+from tests.end_to_end.environments import Environment
+from tests.end_to_end.server_process import server_process
 
 
 @dataclass

@@ -4,7 +4,8 @@ from collections.abc import Callable
 from pathlib import Path
 
 import pytest
-from environments import Environment, build_wheel, make_environment
+
+from tests.end_to_end.environments import Environment, build_wheel, make_environment
 
 
 @pytest.fixture(scope="session")

@@ -18,7 +18,7 @@ from transformers.utils.chat_template_utils import render_jinja_template
 from mlx_m3_plugin.chat.template import CHAT_TEMPLATE
 from mlx_m3_plugin.chat.tool_calls import NAMESPACE as NS
 from mlx_m3_plugin.model.config import text_config_of
-from mlx_m3_plugin.toolbox.demo import demo_config, demo_tokenizer, random_weights
+from tests.checkpoints.random_model import m3_config, m3_tokenizer, random_weights
 
 TOPICS = [f"topic-{n:02}" for n in range(16)]
 THINK, END_OF_THINK, CALLS, END_OF_CALLS, EOS = (
@@ -109,7 +109,7 @@ class _Script:
     """The table of what follows what."""
 
     def __init__(self) -> None:
-        self.tokenizer = demo_tokenizer()
+        self.tokenizer = m3_tokenizer()
         # The prompt's last token, and the one at the beginning of a block.
         self.line_break = self.tokenizer.encode("]~b]ai\n").tokens[-1]
         self.after: dict[str, list[str]] = {}
@@ -176,7 +176,7 @@ def write_scripted_model(directory: Path, special_markers: bool = False) -> Path
 
 
 def _config(vocabulary: dict[str, int]) -> dict[str, Any]:
-    config = demo_config(len(vocabulary), vocabulary)
+    config = m3_config(len(vocabulary), vocabulary)
     text = config["text_config"]
     rows = text["vocab_size"]
     sparse = [0, 1]

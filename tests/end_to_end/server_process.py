@@ -9,7 +9,7 @@ from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 
-from environments import Environment, clean_variables
+from tests.end_to_end.environments import Environment, clean_variables
 
 
 @contextmanager

@@ -8,8 +8,9 @@ from typing import Any
 
 import openai
 import pytest
-import scripted_model
-from chat_cases import (
+
+from tests.end_to_end import scripted_model
+from tests.end_to_end.chat_cases import (
     CUTS,
     WITHOUT_REASONING,
     Expected,
@@ -21,9 +22,9 @@ from chat_cases import (
     token_id,
     write_thinking_twin,
 )
-from chat_server import ChatServer, serving
-from environments import CHECKOUT, Environment
-from scripted_model import END_OF_THINK, EOS, NS, REASONING, THINK, TOOLS, TOPICS, content
+from tests.end_to_end.chat_server import ChatServer, serving
+from tests.end_to_end.environments import CHECKOUT, Environment
+from tests.end_to_end.scripted_model import END_OF_THINK, EOS, NS, REASONING, THINK, TOOLS, TOPICS, content
 
 
 @pytest.fixture(scope="module")

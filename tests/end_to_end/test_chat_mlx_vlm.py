@@ -10,8 +10,10 @@ from typing import Any
 
 import openai
 import pytest
-import scripted_model
-from chat_cases import (
+from packaging.version import Version
+
+from tests.end_to_end import scripted_model
+from tests.end_to_end.chat_cases import (
     CUTS,
     WITHOUT_REASONING,
     Expected,
@@ -23,10 +25,9 @@ from chat_cases import (
     token_id,
     write_thinking_twin,
 )
-from chat_server import ChatServer, serving
-from environments import CHECKOUT, Environment
-from packaging.version import Version
-from scripted_model import END_OF_THINK, EOS, NS, REASONING, THINK, TOOLS, TOPICS, content
+from tests.end_to_end.chat_server import ChatServer, serving
+from tests.end_to_end.environments import CHECKOUT, Environment
+from tests.end_to_end.scripted_model import END_OF_THINK, EOS, NS, REASONING, THINK, TOOLS, TOPICS, content
 
 VLM = Version(version("mlx-vlm"))
 # 0.6 has no prefix cache for models with caches of their own, and parses calls that no tool was offered for.

@@ -10,12 +10,12 @@ from typing import NamedTuple
 
 import mlx.core as mx
 import pytest
-from checkpoints import LAYOUTS
-from conversions import SOURCES, converted, text_values
-from environments import Environment
-from opens import reference_logits
 
 from mlx_m3_plugin.toolbox.convert import recipe_names
+from tests.checkpoints.conversions import SOURCES, converted, text_values
+from tests.checkpoints.opens import reference_logits
+from tests.checkpoints.tiny_layouts import LAYOUTS
+from tests.end_to_end.environments import Environment
 
 CHILD = Path(__file__).with_name("stock_opens.py")
 # Below the block budget of these models, so that a library's own selection is not judged here.

@@ -5,7 +5,7 @@ import subprocess
 from importlib.metadata import version
 from typing import Any
 
-from environments import Environment, clean_variables
+from tests.end_to_end.environments import Environment, clean_variables
 
 HAS_NATIVE_CLASS = tuple(int(n) for n in version("mlx-lm").split(".")[:2]) >= (0, 32)
 

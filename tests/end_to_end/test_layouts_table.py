@@ -5,13 +5,13 @@ import os
 import subprocess
 import sys
 from importlib.metadata import version
-from pathlib import Path
 
-import layouts_table
 import pytest
-from checkpoints import LAYOUTS
 
-OPENS = Path(layouts_table.__file__).with_name("opens.py")
+from tests.checkpoints import layouts_table, opens
+from tests.checkpoints.tiny_layouts import LAYOUTS
+
+OPENS = opens.__file__
 
 
 def opened_alone(library: str) -> dict[str, str | None]:

@@ -6,11 +6,12 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
-from chat_server import ChatServer, serving
-from environments import Environment
 from needles import draw
 from sizes import BUDGET
 from tools import NO_TOOL, TOOLS
+
+from tests.end_to_end.chat_server import ChatServer, serving
+from tests.end_to_end.environments import Environment
 
 WORLD = "Anna lives in Rome. The nurse is Ben. Ben likes rice. The dog belongs to Anna."
 OFFERED = [tool.schema() for tool in TOOLS if tool.name in ("get_weather", "send_mail", "book_room")]

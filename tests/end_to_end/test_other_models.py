@@ -3,7 +3,8 @@
 import json
 
 import pytest
-from environments import Environment
+
+from tests.end_to_end.environments import Environment
 
 # A dense and a mixture-of-experts architecture, saved, loaded and run by stock mlx-lm.
 RUN = """

@@ -18,7 +18,9 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from environments import Environment, clean_variables
+
+from tests.checkpoints.random_model import write_random_model
+from tests.end_to_end.environments import CHECKOUT, Environment, clean_variables
 
 HAS_NATIVE_CLASS = tuple(int(n) for n in version("mlx-lm").split(".")[:2]) >= (0, 32)
 # More than eight times the demo's block budget of 32 tokens, without the template's text.
@@ -43,19 +45,22 @@ def native(stock: Environment, tmp_path_factory: pytest.TempPathFactory) -> Envi
     newest = os.environ.get("M3_NEWEST_PYTHON")
     assert newest, "M3_NEWEST_PYTHON must name a Python that has the newest mlx-lm"
     environment = Environment(tmp_path_factory.mktemp("newest"))
-    make = "import sys, pathlib, environments as e; e.make_environment(pathlib.Path(sys.argv[1]))"
+    make = (
+        "import sys, pathlib; from tests.end_to_end.environments import make_environment; "
+        "make_environment(pathlib.Path(sys.argv[1]))"
+    )
     subprocess.run(
         [newest, "-c", make, str(environment.path)],
         check=True,
-        env={**clean_variables(), "PYTHONPATH": str(Path(__file__).parent)},
+        env={**clean_variables(), "PYTHONPATH": str(CHECKOUT)},
     )
     return environment
 
 
 @pytest.fixture(scope="module")
-def demo(guest: Environment, tmp_path_factory: pytest.TempPathFactory) -> Path:
+def demo(tmp_path_factory: pytest.TempPathFactory) -> Path:
     directory = tmp_path_factory.mktemp("demo") / "checkpoint"
-    guest.run_script("mlx-m3", "demo", directory, "--random")
+    write_random_model(directory)
     return directory
 
 

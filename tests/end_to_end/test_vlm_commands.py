@@ -7,10 +7,8 @@ are held against each other and against mlx-lm.
 
 import json
 import re
-import shlex
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass
 from importlib.metadata import version
 from importlib.util import find_spec
 from pathlib import Path
@@ -18,11 +16,21 @@ from typing import Any
 
 import numpy as np
 import pytest
-import vlm_commands as vlm
-from checkpoints import LAYOUTS
-from environments import Environment
-from vlm_commands import MAX_TOKENS, QUESTION, Logits, Media, convert, generate, generate_in_python
-from vlm_server import Server, serving
+
+from tests.checkpoints.random_model import write_random_model
+from tests.checkpoints.tiny_layouts import LAYOUTS
+from tests.end_to_end import vlm_commands as vlm
+from tests.end_to_end.environments import Environment
+from tests.end_to_end.vlm_commands import (
+    MAX_TOKENS,
+    QUESTION,
+    Logits,
+    Media,
+    convert,
+    generate,
+    generate_in_python,
+)
+from tests.end_to_end.vlm_server import Server, serving
 
 if find_spec("mlx_vlm") is None:
     pytest.skip("mlx-vlm is not installed here", allow_module_level=True)
@@ -39,21 +47,11 @@ def at_least(package: str, *wanted: int) -> bool:
     return tuple(int(n) for n in version(package).split(".")[: len(wanted)]) >= wanted
 
 
-@dataclass(frozen=True)
-class Demo:
-    path: Path
-    printed: str
-
-
 @pytest.fixture(scope="module")
-def written(guest: Environment, tmp_path_factory: pytest.TempPathFactory) -> Demo:
+def demo(tmp_path_factory: pytest.TempPathFactory) -> Path:
     directory = tmp_path_factory.mktemp("vision_demo") / "checkpoint"
-    return Demo(directory, guest.run_script("mlx-m3", "demo", directory, "--random", "--vision").stdout)
-
-
-@pytest.fixture(scope="module")
-def demo(written: Demo) -> Path:
-    return written.path
+    write_random_model(directory, vision=True)
+    return directory
 
 
 @pytest.fixture(scope="module")
@@ -104,15 +102,6 @@ class TestGenerate:
         options = ("--prompt", QUESTION, "--max-tokens", str(MAX_TOKENS), "--temp", "0", "--verbose", "False")
         text = guest.run_script("mlx_lm.generate", "--model", demo, *options).stdout
         assert text.strip() == in_python["nothing"]["text"].strip()
-
-    def test_the_commands_that_demo_prints(self, guest: Environment, written: Demo) -> None:
-        """Newer versions of mlx-vlm take their sampling from the checkpoint, then."""
-        lines = [line.strip() for line in written.printed.splitlines()]
-        commands = [shlex.split(line) for line in lines if line.startswith("mlx_")]
-        assert [name for name, *_ in commands] == ["mlx_lm.generate", "mlx_vlm.generate"]
-        for name, *options in commands:
-            if find_spec(name.partition(".")[0]):
-                assert guest.run_script(name, *options).stdout.strip()
 
     def test_it_was_served_by_our_file(self, guest: Environment, demo: Path) -> None:
         options = ("--model", demo, "--prompt", "Hello", "--max-tokens", "2")

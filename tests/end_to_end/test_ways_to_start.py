@@ -15,9 +15,10 @@ from pathlib import Path
 from zipfile import ZipFile
 
 import pytest
-from environments import CHECKOUT, CommandError, Environment, clean_variables
 from jupyter_client.kernelspec import KernelSpecManager
 from jupyter_client.manager import KernelManager
+
+from tests.end_to_end.environments import CHECKOUT, CommandError, Environment, clean_variables
 
 MODEL_TYPES = ("minimax_m3_vl", "minimax_m3")
 

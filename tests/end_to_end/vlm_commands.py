@@ -6,7 +6,8 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from environments import Environment
+
+from tests.end_to_end.environments import Environment
 
 # With the template's text several times the demo's block budget of 32 tokens.
 QUESTION = "What is this?"

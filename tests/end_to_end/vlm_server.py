@@ -11,8 +11,8 @@ from http.client import HTTPResponse
 from pathlib import Path
 from typing import Any
 
-from environments import Environment
-from server_process import server_process
+from tests.end_to_end.environments import Environment
+from tests.end_to_end.server_process import server_process
 
 
 @dataclass(frozen=True)

@@ -18,8 +18,8 @@ import torch
 from safetensors.numpy import load_file, save_file
 
 HERE = Path(__file__).parent
-sys.path.insert(0, str(HERE.parent / "live"))
-import oracle  # noqa: E402
+sys.path.append(str(HERE.parents[1]))
+from tests.live import oracle  # noqa: E402
 
 SEED = 0
 N_TOKENS = 120

@@ -16,8 +16,9 @@ import pytest
 from mlx_lm.generate import BatchGenerator
 from mlx_lm.models.cache import make_prompt_cache
 from mlx_lm.utils import load_model
-from native_mlx_lm import native_module, needs_native
-from ties import closest_choice
+
+from tests.hosts.native_mlx_lm import native_module, needs_native
+from tests.hosts.ties import closest_choice
 
 CHECKPOINT = Path(__file__).parents[1] / "golden" / "as_published"
 BUDGET = 4 * 8  # tokens that a query of this checkpoint may attend to

@@ -17,8 +17,9 @@ from hypothesis.stateful import (
     run_state_machine_as_test,
 )
 from mlx_lm.models.cache import load_prompt_cache, make_prompt_cache, save_prompt_cache, trim_prompt_cache
-from native_mlx_lm import TEXT, our_model
-from ties import closest_choice
+
+from tests.hosts.native_mlx_lm import TEXT, our_model
+from tests.hosts.ties import closest_choice
 
 TOLERANCE = 1e-4
 LONGEST = 160  # tokens: more than six budgets of 3 blocks of 8

@@ -7,7 +7,8 @@ from typing import Any
 import mlx.core as mx
 import pytest
 from mlx_lm.utils import _get_classes, load_model
-from native_mlx_lm import FakeGroup, native_module, needs_native
+
+from tests.hosts.native_mlx_lm import FakeGroup, native_module, needs_native
 
 CHECKPOINT = Path(__file__).parents[1] / "golden" / "as_published"
 BUDGET = 4 * 8

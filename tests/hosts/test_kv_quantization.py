@@ -14,9 +14,9 @@ from mlx_lm.models.cache import (
     make_prompt_cache,
     save_prompt_cache,
 )
-from native_mlx_lm import TEXT, native_twin, needs_native, our_model
 
 from mlx_m3_plugin.hosts.mlx_lm.cache import CacheList
+from tests.hosts.native_mlx_lm import TEXT, native_twin, needs_native, our_model
 
 LENGTH = 150  # tokens: six budgets of 3 blocks of 8
 

@@ -10,7 +10,8 @@ import mlx.core as mx
 import pytest
 from mlx_lm.generate import generate_step
 from mlx_lm.models.cache import make_prompt_cache
-from native_mlx_lm import our_model
+
+from tests.hosts.native_mlx_lm import our_model
 
 BUDGET = 3 * 8  # tokens that a query of this model may attend to
 

@@ -9,12 +9,13 @@ import inspect
 
 import mlx.core as mx
 import mlx.nn as nn
-import native_mlx_lm
 import pytest
 from mlx.utils import tree_flatten, tree_map
 from mlx_lm.models.cache import CacheList, KVCache, load_prompt_cache, make_prompt_cache, save_prompt_cache
 from mlx_lm.utils import quantize_model
-from native_mlx_lm import NATIVE, FakeGroup, config, native_twin, our_model, our_module, tokens
+
+from tests.hosts import native_mlx_lm
+from tests.hosts.native_mlx_lm import NATIVE, FakeGroup, config, native_twin, our_model, our_module, tokens
 
 needs_native = pytest.mark.skipif(
     native_mlx_lm.MLX_LM_VERSION < (0, 32, 2), reason="mlx-lm has its own M3 class from 0.32.2 on"

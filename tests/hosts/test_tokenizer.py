@@ -16,10 +16,10 @@ import pytest
 from mlx_lm import server
 from mlx_lm.convert import convert
 from mlx_lm.tokenizer_utils import TokenizerWrapper, load
-from native_mlx_lm import NATIVE
 
 from mlx_m3_plugin.chat.template import CHAT_TEMPLATE
-from mlx_m3_plugin.toolbox.demo import write_demo
+from tests.checkpoints.random_model import write_random_model
+from tests.hosts.native_mlx_lm import NATIVE
 
 NS, THINK, END_OF_THINK = "]<]minimax[>[", "<mm:think>", "</mm:think>"
 CALL = f'\n{NS}<invoke name="search">{NS}<query>mlx{NS}</query>{NS}</invoke>\n'
@@ -35,7 +35,7 @@ only_on_text = pytest.mark.skipif(not ON_TEXT, reason="mlx-lm 0.31 looks for sto
 def demo(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """For reading only."""
     directory = tmp_path_factory.mktemp("demo") / "m3"
-    write_demo(directory)
+    write_random_model(directory)
     return directory
 
 

@@ -11,7 +11,7 @@ from typing import Any
 import mlx.core as mx
 
 from mlx_m3_plugin import msa
-from mlx_m3_plugin.msa import reference
+from tests.msa import reference
 
 # Scores of these models are of the order of 10, and their rounding of 1e-6.
 TIE = 2e-6

@@ -16,9 +16,9 @@ from mlx_lm import load
 from sizes import BUDGET
 from transformers import MiniMaxM3SparseForConditionalGeneration
 
-from mlx_m3_plugin.toolbox import nano
-from mlx_m3_plugin.toolbox.layouts import LAYOUTS
-from mlx_m3_plugin.toolbox.layouts.reading import source_of
+from mlx_m3_plugin.toolbox.demo import NANO
+from tests.checkpoints.layouts import LAYOUTS
+from tests.checkpoints.layouts.reading import source_of
 
 TIMES = (1, 4, 8)
 
@@ -27,7 +27,7 @@ TIMES = (1, 4, 8)
 def whole(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """M3-nano's values in float32, as transformers reads them."""
     directory = tmp_path_factory.mktemp("nano") / "m3"
-    LAYOUTS["published_float"].write(directory, source_of(nano.CHECKPOINT))
+    LAYOUTS["published_float"].write(directory, source_of(NANO))
     return directory
 
 

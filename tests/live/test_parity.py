@@ -10,7 +10,6 @@ from typing import Any
 
 import mlx.core as mx
 import numpy as np
-import oracle
 import pytest
 from mlx_lm.models.cache import (
     load_prompt_cache,
@@ -19,6 +18,8 @@ from mlx_lm.models.cache import (
     trim_prompt_cache,
 )
 from mlx_lm.utils import load_model
+
+from tests.live import oracle
 
 TOLERANCE = 1e-4
 # Seven ways to feed the prompt: token counts of the pieces, the rest as the last one.  The

@@ -7,11 +7,11 @@ its logits.  Rows on which transformers' own choice of blocks meets a true tie a
 import json
 from typing import Any
 
-import oracle
 import pytest
-import vlm_oracle
 from mlx_vlm.utils import load_model
-from vlm_ways import WAYS, differences
+
+from tests.live import oracle, vlm_oracle
+from tests.live.vlm_ways import WAYS, differences
 
 TOLERANCE = 1e-4
 

@@ -12,9 +12,10 @@ from typing import Any
 import mlx_vlm
 import numpy as np
 import pytest
-import vlm_oracle
-from vlm_pictures import PROMPTS, WAYS, Prompt
-from vlm_ways import differences
+
+from tests.live import vlm_oracle
+from tests.live.vlm_pictures import PROMPTS, WAYS, Prompt
+from tests.live.vlm_ways import differences
 
 TOLERANCE = 1e-3
 

@@ -11,12 +11,12 @@ from pathlib import Path
 from typing import Any, TypeVar
 
 import numpy as np
-import oracle
 import torch
-from oracle import t5
-from vlm_pictures import Prompt, make_prompt
 
-from mlx_m3_plugin.toolbox.demo import demo_tokenizer
+from tests.checkpoints.random_model import m3_tokenizer
+from tests.live import oracle
+from tests.live.oracle import t5
+from tests.live.vlm_pictures import Prompt, make_prompt
 
 # Most of them past the block budget of every shape, with room to decode; the last one on its way there.
 LENGTHS = (150, 97, 61, 29)
@@ -90,7 +90,7 @@ def text_rows(shape: dict[str, Any], seed: int) -> Expected:
 def vision_model(seed: int) -> Any:
     """A random model with M3's layers, a tower of two layers, and the demo's tokenizer."""
     torch.manual_seed(seed)
-    tokenizer = demo_tokenizer()
+    tokenizer = m3_tokenizer()
     text = {
         **oracle.BASE,
         **oracle.SHAPES["as_published"],
@@ -136,7 +136,7 @@ def _randomize_vision(model: Any) -> None:
 def save_checkpoint(model: Any, path: Path) -> None:
     """As ``save_pretrained`` writes it, with the least of a tokenizer that a processor wants."""
     model.save_pretrained(path)
-    demo_tokenizer().save(str(path / "tokenizer.json"))
+    m3_tokenizer().save(str(path / "tokenizer.json"))
     described = {"tokenizer_class": "PreTrainedTokenizerFast", "eos_token": "[e~[", "pad_token": "[e~["}
     (path / "tokenizer_config.json").write_text(json.dumps(described))
 

@@ -13,7 +13,8 @@ import numpy as np
 from mlx_vlm.generate.ar import _make_cache, generate_step
 from mlx_vlm.models.cache import make_prompt_cache
 from PIL import Image
-from vlm_ways import PADDING, Pieces, content_of, decode, feed
+
+from tests.live.vlm_ways import PADDING, Pieces, content_of, decode, feed
 
 IMAGE, VIDEO = "]<]image[>[", "]<]video[>["
 CONTINUED = 24

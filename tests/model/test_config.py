@@ -3,10 +3,10 @@
 from dataclasses import replace
 from importlib import import_module
 
-import m3_configs
 import pytest
 
 from mlx_m3_plugin.model.config import TextConfig, text_config_of
+from tests.model import m3_configs
 
 SPELLINGS = {
     "published": m3_configs.PUBLISHED,

@@ -3,11 +3,9 @@
 import inspect
 from pathlib import Path
 
-import golden_models
 import mlx.core as mx
 import numpy as np
 import pytest
-from golden_models import Golden, batch_cache, load_golden
 from mlx_lm.models.cache import (
     CacheList,
     load_prompt_cache,
@@ -15,6 +13,9 @@ from mlx_lm.models.cache import (
     save_prompt_cache,
     trim_prompt_cache,
 )
+
+from tests.model import golden_models
+from tests.model.golden_models import Golden, batch_cache, load_golden
 
 # Rows of a batch: prefixes of the prompt, whose padding is no multiple of any block size here.
 ROW_LENGTHS = [109, 58, 120, 7, 97]

@@ -9,7 +9,7 @@ import pytest
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
-from mlx_m3_plugin.msa.reference import attend, select_blocks
+from tests.msa.reference import attend, select_blocks
 
 DIMS, VALUE_DIMS, HEADS_PER_GROUP = 8, 6, 2
 SCALE = DIMS**-0.5

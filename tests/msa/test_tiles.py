@@ -10,8 +10,9 @@ import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from mlx_m3_plugin.msa import Quantized, attend, reference, select_blocks
+from mlx_m3_plugin.msa import Quantized, attend, select_blocks
 from mlx_m3_plugin.msa.tiling import in_sequence
+from tests.msa import reference
 
 TOLERANCE = 1e-5
 # From a single key and query per tile up to everything at once.

@@ -23,7 +23,7 @@ from conversations import Encoder
 from transformers import PreTrainedTokenizerFast
 
 from mlx_m3_plugin.chat.template import CHAT_TEMPLATE
-from mlx_m3_plugin.toolbox.demo import demo_tokenizer
+from tests.checkpoints.random_model import m3_tokenizer
 
 # How each kind of fact is told, and what asks for it.
 TOLD = (
@@ -209,7 +209,7 @@ def test_videos_move_where_it_is_said(fresh_seed: int) -> None:
 def test_all_that_the_model_says_is_learned_and_nothing_else(
     draw: Callable[..., list[Case]], fresh_seed: int
 ) -> None:
-    wrapped = PreTrainedTokenizerFast(tokenizer_object=demo_tokenizer(), bos_token="]~!b[", eos_token="[e~[")
+    wrapped = PreTrainedTokenizerFast(tokenizer_object=m3_tokenizer(), bos_token="]~!b[", eos_token="[e~[")
     wrapped.chat_template = CHAT_TEMPLATE
     encoder = Encoder(wrapped)
     for number in range(20):

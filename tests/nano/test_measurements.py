@@ -15,12 +15,12 @@ import recall
 import score
 import tools
 from case import Case, says, user
-from native_mlx_lm import needs_native
 from tokenizers import Tokenizer
 
 from mlx_m3_plugin.toolbox.checkpoint import open_checkpoint
 from mlx_m3_plugin.toolbox.convert import load_recipe
-from mlx_m3_plugin.toolbox.nano import CHECKPOINT
+from mlx_m3_plugin.toolbox.demo import NANO
+from tests.hosts.native_mlx_lm import needs_native
 
 PNG = b"\x89PNG"
 
@@ -94,14 +94,14 @@ def test_recall_asks_each_way_in_its_environment(
 
 def test_recall_of_the_packaged_model() -> None:
     """The whole way, through a child process: a trained model finds its needles."""
-    found = recall.recall(CHECKPOINT, 2, "mlx_lm", {})
+    found = recall.recall(NANO, 2, "mlx_lm", {})
     assert list(found) == list(recall.LENGTHS)
     assert {found[times] for times in score.LENGTHS} == {1.0}
 
 
 def test_quality_measures_every_recipe(monkeypatch: pytest.MonkeyPatch, tmp_path: Path, output: Path) -> None:
     whole = tmp_path / "float"
-    whole.symlink_to(CHECKPOINT)
+    whole.symlink_to(NANO)
     commands: list[list[str]] = []
 
     def run_script(*arguments: str) -> None:
@@ -125,7 +125,7 @@ def test_quality_measures_every_recipe(monkeypatch: pytest.MonkeyPatch, tmp_path
     # What is finished is kept.
     run(monkeypatch, quality, tmp_path, "--cases", 3)
     assert len(commands) == 2 + 3 * len(names)
-    config = open_checkpoint(CHECKPOINT).text_config
+    config = open_checkpoint(NANO).text_config
     for name, file in quality.recipes(tmp_path).items():
         recipe = load_recipe(file, config)
         if name.startswith("plain"):
@@ -133,25 +133,25 @@ def test_quality_measures_every_recipe(monkeypatch: pytest.MonkeyPatch, tmp_path
 
 
 def test_each_window_of_the_held_out_text_begins_a_conversation() -> None:
-    text = quality.held_out_text(CHECKPOINT)
-    ids = Tokenizer.from_file(str(CHECKPOINT / "tokenizer.json")).encode(text).ids
+    text = quality.held_out_text(NANO)
+    ids = Tokenizer.from_file(str(NANO / "tokenizer.json")).encode(text).ids
     assert len(ids) == quality.CONVERSATIONS * quality.WINDOW
     assert len(set(ids[:: quality.WINDOW])) == 1
     assert text.count("]~!b[") == quality.CONVERSATIONS
     assert "image" not in text
-    assert text == quality.held_out_text(CHECKPOINT)
+    assert text == quality.held_out_text(NANO)
 
 
 @pytest.mark.parametrize("environment", [{}, pytest.param(context.OFF, marks=needs_native)])
 def test_context_measures_time_and_memory(environment: dict[str, str]) -> None:
-    seconds, mib = context.in_a_child(CHECKPOINT, "mlx_lm", 300, environment)
+    seconds, mib = context.in_a_child(NANO, "mlx_lm", 300, environment)
     assert 0 < seconds < 100
     assert 1 < mib < 10_000
 
 
 def test_context_asks_all_in_turn(monkeypatch: pytest.MonkeyPatch, output: Path) -> None:
     monkeypatch.setattr(context, "in_a_child", lambda _, library, tokens, environment: (tokens / 1000, 20.0))
-    run(monkeypatch, context, CHECKPOINT)
+    run(monkeypatch, context, NANO)
     assert (
         "| 4,096 | 4.10 s, 20 | 4.10 s, 20 | 4.10 s, 20 | 4.10 s, 20 |" in (output / "context.md").read_text()
     )
@@ -174,4 +174,4 @@ def test_the_log_of_a_training_is_drawn(
 def test_batches_answer_as_one_at_a_time() -> None:
     cases = score.held_out(2, 9, lambda text: len(text.split()))
     mixed = [case for task in ("facts", "call", "needles 2x") for case in cases[task]]
-    assert answers.by_mlx_lm_in_batches(CHECKPOINT)(mixed) == answers.by_mlx_lm(CHECKPOINT)(mixed)
+    assert answers.by_mlx_lm_in_batches(NANO)(mixed) == answers.by_mlx_lm(NANO)(mixed)

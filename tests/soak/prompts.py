@@ -5,10 +5,11 @@ from pathlib import Path
 from typing import Any
 
 import mlx.core as mx
-from clients import words
 from mlx_lm import load
 from mlx_lm.generate import generate_step
-from ties import closest_choice
+
+from tests.hosts.ties import closest_choice
+from tests.soak.clients import words
 
 FAMILIES, TOKENS = 4, 10
 # Of the logits' two highest, where they are of the order of 1: what batches change is below 1e-5.

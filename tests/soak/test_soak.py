@@ -7,13 +7,13 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from clients import GOOD, KINDS, Load, mixed
-from environments import Environment, build_wheel, make_environment
-from memory import late_slope, memory_of
-from prompts import TOKENS, write_prompts
-from server_process import server_process
 
-from mlx_m3_plugin.toolbox.demo import write_demo
+from tests.checkpoints.random_model import write_random_model
+from tests.end_to_end.environments import Environment, build_wheel, make_environment
+from tests.end_to_end.server_process import server_process
+from tests.soak.clients import GOOD, KINDS, Load, mixed
+from tests.soak.memory import late_slope, memory_of
+from tests.soak.prompts import TOKENS, write_prompts
 
 CLIENTS = 32
 # Bytes that a prompt of this length takes in the caches of the demo model; a request that leaves a tenth of
@@ -31,7 +31,7 @@ def guest(tmp_path_factory: pytest.TempPathFactory) -> Environment:
 @pytest.fixture(scope="module")
 def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
     directory = tmp_path_factory.mktemp("model") / "m3"
-    write_demo(directory, vision=True)
+    write_random_model(directory, vision=True)
     config = json.loads((directory / "config.json").read_text())
     config["text_config"]["max_position_embeddings"] = 1024
     (directory / "config.json").write_text(json.dumps(config))

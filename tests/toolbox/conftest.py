@@ -4,7 +4,8 @@ from collections.abc import Callable
 from pathlib import Path
 
 import pytest
-from checkpoints import LAYOUTS, UNREPRESENTABLE
+
+from tests.checkpoints.tiny_layouts import LAYOUTS, UNREPRESENTABLE
 
 
 @pytest.fixture(scope="session")

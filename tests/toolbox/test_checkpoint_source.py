@@ -8,10 +8,10 @@ from typing import Any
 
 import huggingface_hub
 import pytest
-from checkpoint_edits import edit_json
 
 from mlx_m3_plugin.cli import main
 from mlx_m3_plugin.toolbox.inspect import inspect
+from tests.checkpoints.edits import edit_json
 
 Q_PROJ = "language_model.model.layers.0.self_attn.q_proj.weight"
 PROJECTOR = "multi_modal_projector.linear_1.bias"

@@ -6,8 +6,14 @@ from pathlib import Path
 
 import mlx.core as mx
 import pytest
-from checkpoints import LAYOUTS
-from conversions import (
+
+from mlx_m3_plugin.cli import main
+from mlx_m3_plugin.toolbox.convert import open_checkpoint, recipe_names
+from mlx_m3_plugin.toolbox.convert import plan as planning
+from mlx_m3_plugin.toolbox.convert.matrices import matrices_of
+from mlx_m3_plugin.toolbox.inspect import inspect
+from mlx_m3_plugin.toolbox.precision import How
+from tests.checkpoints.conversions import (
     SOURCES,
     Written,
     converted,
@@ -16,13 +22,7 @@ from conversions import (
     parameters,
     planned,
 )
-
-from mlx_m3_plugin.cli import main
-from mlx_m3_plugin.toolbox.convert import open_checkpoint, recipe_names
-from mlx_m3_plugin.toolbox.convert import plan as planning
-from mlx_m3_plugin.toolbox.convert.matrices import matrices_of
-from mlx_m3_plugin.toolbox.inspect import inspect
-from mlx_m3_plugin.toolbox.precision import How
+from tests.checkpoints.tiny_layouts import LAYOUTS
 
 
 def same(one: mx.array, other: mx.array) -> bool:
@@ -183,7 +183,7 @@ def test_what_cannot_be_converted_says_why(
 
 def test_a_source_with_a_missing_tensor_is_refused(tmp_path: Path) -> None:
     LAYOUTS["published_float"].write(tmp_path / "m3")
-    from checkpoint_edits import edit_header
+    from tests.checkpoints.edits import edit_header
 
     name = "language_model.model.layers.1.block_sparse_moe.experts.2.w2.weight"
     edit_header(tmp_path / "m3", name, lambda header, name: header.pop(name))

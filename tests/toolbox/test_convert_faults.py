@@ -13,19 +13,19 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from conversions import Written, converted, digest, planned
 
 from mlx_m3_plugin.cli import main
 from mlx_m3_plugin.toolbox.convert import convert
 from mlx_m3_plugin.toolbox.convert import plan as planning
 from mlx_m3_plugin.weights.headers import weight_files
+from tests.checkpoints.conversions import Written, converted, digest, planned
 
 # A conversion into many files that takes its time.
 SLOWLY = """
 import sys, time
-sys.path[:0] = sys.argv[3:]
+sys.path.append(sys.argv[3])
 from pathlib import Path
-from conversions import planned
+from tests.checkpoints.conversions import planned
 from mlx_m3_plugin.toolbox.convert import convert, plan
 plan.SHARD_BYTES = 60_000
 made = planned(Path(sys.argv[1]), "selector-safe")
@@ -33,12 +33,12 @@ print("begin", flush=True)
 convert(made, Path(sys.argv[2]), memory=1 << 30, progress=lambda module, count: time.sleep(0.004))
 print("end", flush=True)
 """
-ROOMS = [str(Path(__file__).parent), str(Path(__file__).parents[1] / "weights")]
+CHECKOUT = str(Path(__file__).parents[2])
 
 
 def start(source: Path, destination: Path) -> subprocess.Popen[str]:
     process = subprocess.Popen(
-        [sys.executable, "-c", SLOWLY, str(source), str(destination), *ROOMS],
+        [sys.executable, "-c", SLOWLY, str(source), str(destination), CHECKOUT],
         stdout=subprocess.PIPE,
         text=True,
     )

@@ -1,120 +1,76 @@
-"""``mlx-m3 demo --random``: complete, valid, repeatable, and it never destroys anything."""
+"""``mlx-m3 demo``: the trained model, whole and in other bits; it never destroys anything."""
 
 import json
 import subprocess
 import sys
 from pathlib import Path
-from typing import Any
 
 import mlx.core as mx
-import numpy as np
 import pytest
 from mlx_lm import load
-from safetensors.numpy import load_file
-from tokenizers import Tokenizer
-from transformers import AutoConfig, AutoTokenizer
 
 from mlx_m3_plugin.cli import main
-from mlx_m3_plugin.toolbox import demo, demo_vision
+from mlx_m3_plugin.toolbox import demo
+from mlx_m3_plugin.toolbox.demo import NANO
+from tests.checkpoints.layouts.reading import source_of
 
-NEEDED_TOKENS = [
-    "]<]minimax[>[",
-    "<tool_call>",
-    "</tool_call>",
-    "<mm:think>",
-    "</mm:think>",
-    "]~b]",
-    "]~!b[",
-    "[e~[",
-    "]<]image[>[",
-    "]<]video[>[",
-]
-FILES = {
-    "chat_template.jinja",
-    "config.json",
-    "generation_config.json",
-    "model.safetensors",
-    "model.safetensors.index.json",
-    "tokenizer.json",
-    "tokenizer_config.json",
-}
-VISION_FILES = {
-    "picture.png",
-    "preprocessor_config.json",
-    "processor_config.json",
-    "video_preprocessor_config.json",
-}
-HEAD = "language_model.lm_head.weight"
+LARGEST = 6_000_000
+MOST_PARAMETERS = 4_000_000
+WORLD = "Anna lives in Rome. Ben lives in Oslo. Anna likes figs. Ben likes rice. The nurse is Ben."
 
 
-@pytest.fixture(scope="module")
-def checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    directory = tmp_path_factory.mktemp("demo") / "checkpoint"
-    demo.write_demo(directory)
-    return directory
+def answer(directory: Path, question: str) -> str:
+    from mlx_lm import generate
+
+    model, tokenizer = load(str(directory))[:2]
+    prompt = tokenizer.apply_chat_template(
+        [{"role": "user", "content": question}], add_generation_prompt=True
+    )
+    return generate(model, tokenizer, prompt, max_tokens=40)
 
 
-@pytest.fixture(scope="module")
-def seeing(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    directory = tmp_path_factory.mktemp("demo") / "with vision"
-    demo.write_demo(directory, vision=True)
-    return directory
+def test_it_is_small_and_says_what_it_is() -> None:
+    size = sum(file.stat().st_size for file in NANO.iterdir())
+    source = source_of(NANO)
+    parameters = sum(array.size for array in (*source.parameters.values(), *source.vision.values()))
+    assert size <= LARGEST
+    assert parameters <= MOST_PARAMETERS
+    card = (NANO / "README.md").read_text()
+    assert "license: apache-2.0" in card
+    assert "none of MiniMax's weights" in card
 
 
-def read_json(path: Path) -> dict[str, Any]:
-    return json.loads(path.read_text(encoding="utf-8"))
+def test_it_answers(tmp_path: Path) -> None:
+    demo.write_nano(tmp_path / "m3")
+    assert answer(tmp_path / "m3", f"{WORLD} Where does Ben live?").endswith(">Ben lives in Oslo.")
+    assert answer(tmp_path / "m3", f"{WORLD} What does Anna like?").endswith(">Anna likes figs.")
+    assert answer(tmp_path / "m3", f"{WORLD} Who is the nurse?").endswith(">The nurse is Ben.")
 
 
-def test_it_opens_with_stock_mlx_lm_and_every_marker_is_one_token(checkpoint: Path) -> None:
-    model, tokenizer = load(str(checkpoint))
-    for token in NEEDED_TOKENS:
-        assert len(tokenizer.encode(token, add_special_tokens=False)) == 1, token
-    assert tokenizer.eos_token_ids == {tokenizer.encode("[e~[", add_special_tokens=False)[0]}
-    assert (tokenizer.think_start, tokenizer.think_end) == ("<mm:think>", "</mm:think>")
-    tokens = tokenizer.apply_chat_template([{"role": "user", "content": "Hello"}], add_generation_prompt=True)
-    logits = model(mx.array(tokens)[None])
-    assert len(tokens) > 4 * 32  # several budgets of four blocks of eight tokens
-    assert mx.isfinite(logits).all().item()
-    assert logits.shape[-1] == model.text_config.vocab_size
+@pytest.mark.parametrize("bits", [bits for bits in demo.BITS if bits != demo.STORED_BITS])
+def test_other_bits(tmp_path: Path, bits: int, capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["demo", str(tmp_path / "m3"), "--bits", str(bits), "--json"]) == 0
+    report = json.loads(capsys.readouterr().out)
+    config = json.loads((tmp_path / "m3/config.json").read_text())
+    assert config["quantization"]["bits"] == bits
+    assert report["bytes"] < (NANO / "model-00001-of-00001.safetensors").stat().st_size
+    model = load(str(tmp_path / "m3"))[0]
+    assert mx.isfinite(model(mx.array([[5, 6, 7]]))).all().item()
 
 
-def test_text_survives_the_tokenizer(checkpoint: Path) -> None:
-    _, tokenizer = load(str(checkpoint))
-    text = "Grüße, 世界!\n\tprint('x' * 3)  # <mm:think>"
-    assert tokenizer.decode(tokenizer.encode(text, add_special_tokens=False)) == text
+@pytest.mark.parametrize("bits", ["7", "0"])
+def test_other_bits_than_these_are_refused(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], bits: str
+) -> None:
+    assert main(["demo", str(tmp_path / "m3"), "--bits", bits]) == 2
+    assert "2, 3, 4, 5, 6, 8" in capsys.readouterr().err
+    assert list(tmp_path.iterdir()) == []
 
 
-def test_config_and_files_are_those_of_a_published_checkpoint(checkpoint: Path) -> None:
-    assert {p.name for p in checkpoint.iterdir()} == FILES
-    config = json.loads((checkpoint / "config.json").read_text())
-    assert config["model_type"] == "minimax_m3_vl"
-    assert config["text_config"]["sparse_attention_config"]["sparse_block_size"] == 8
-    index = json.loads((checkpoint / "model.safetensors.index.json").read_text())["weight_map"]
-    assert "language_model.model.layers.5.block_sparse_moe.experts.15.w2.weight" in index
-    assert set(index) == set(mx.load(str(checkpoint / "model.safetensors")))
-
-
-def test_every_row_of_the_vocabulary_has_a_name(checkpoint: Path) -> None:
-    tokenizer = Tokenizer.from_file(str(checkpoint / "tokenizer.json"))
-    rows = read_json(checkpoint / "config.json")["text_config"]["vocab_size"]
-    assert sorted(tokenizer.get_vocab().values()) == list(range(rows))
-    assert rows % 64 == 0
-
-
-def test_padding_is_no_end_of_a_turn(checkpoint: Path) -> None:
-    tokenizer = AutoTokenizer.from_pretrained(checkpoint)
-    assert (tokenizer.pad_token, tokenizer.eos_token) == ("]!p~[", "[e~[")
-    short, long = tokenizer(["a", "a b c d e f g"], padding=True)["input_ids"]
-    assert len(short) == len(long)
-    assert tokenizer.pad_token_id in short
-
-
-def test_the_seed_decides_the_weights(tmp_path: Path) -> None:
-    files = []
-    for name, seed in (("a", 3), ("b", 3), ("c", 4)):
-        demo.write_demo(tmp_path / name, seed)
-        files.append((tmp_path / name / "model.safetensors").read_bytes())
-    assert files[0] == files[1] != files[2]
+def test_a_directory_is_needed(capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit, match="2"):
+        main(["demo"])
+    assert "DIR" in capsys.readouterr().err
 
 
 def test_an_existing_directory_is_not_touched(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -124,27 +80,30 @@ def test_an_existing_directory_is_not_touched(tmp_path: Path, capsys: pytest.Cap
     assert [p.name for p in tmp_path.iterdir()] == ["precious"]
 
 
-def test_an_interrupted_run_leaves_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize(("bits", "step"), [("8", "shutil.copytree"), ("4", "convert")])
+def test_an_interrupted_run_leaves_nothing(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, bits: str, step: str
+) -> None:
     def interrupt(*_: object, **__: object) -> None:
         raise KeyboardInterrupt
 
-    monkeypatch.setattr(demo, "save_file", interrupt)
-    assert main(["demo", str(tmp_path / "new"), "--random"]) == 130
+    monkeypatch.setattr(f"mlx_m3_plugin.toolbox.demo.{step}", interrupt)
+    assert main(["demo", str(tmp_path / "new"), "--bits", bits]) == 130
     assert list(tmp_path.iterdir()) == []
 
 
-def test_an_empty_directory_is_filled_and_the_report_is_json(
-    tmp_path: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
-    assert main(["demo", str(tmp_path), "--random", "--seed", "5", "--json"]) == 0
-    report = json.loads(capsys.readouterr().out)
-    assert report["path"] == str(tmp_path)
-    assert report["seed"] == 5
-    assert report["bytes"] == 4 * report["parameters"]
+def test_an_empty_directory_is_filled(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    path = tmp_path / "my demo"
+    path.mkdir()
+    assert main(["demo", str(path)]) == 0
+    printed = capsys.readouterr().out
+    assert f"mlx_vlm.generate --model '{path}' --image '{path}/picture.png' " in printed
+    assert f"mlx_lm.generate --model '{path}' " in printed
+    assert (path / "picture.png").exists()
 
 
-@pytest.mark.parametrize("options", [[], ["--random"], ["--random", "--vision"]])
-def test_it_needs_no_torch_and_no_network(tmp_path: Path, options: list[str]) -> None:
+@pytest.mark.parametrize("bits", ["8", "4"])
+def test_it_needs_no_torch_and_no_network(tmp_path: Path, bits: str) -> None:
     block = (
         "import sys, socket\n"
         "sys.modules['torch'] = None\n"
@@ -153,114 +112,6 @@ def test_it_needs_no_torch_and_no_network(tmp_path: Path, options: list[str]) ->
         "from mlx_m3_plugin.cli import main\n"
         "sys.exit(main(['demo', *sys.argv[1:]]))"
     )
-    command = [sys.executable, "-c", block, str(tmp_path / "d"), *options]
+    command = [sys.executable, "-c", block, str(tmp_path / "d"), "--bits", bits]
     subprocess.run(command, check=True, capture_output=True)
     assert (tmp_path / "d" / "config.json").exists()
-
-
-class TestVision:
-    def test_it_is_the_demo_with_more_beside_it(self, checkpoint: Path, seeing: Path) -> None:
-        assert {p.name for p in seeing.iterdir()} == FILES | VISION_FILES
-        for name in FILES - {"config.json", "model.safetensors", "model.safetensors.index.json"}:
-            assert (seeing / name).read_text() == (checkpoint / name).read_text(), name
-        config, more = read_json(checkpoint / "config.json"), read_json(seeing / "config.json")
-        assert more.keys() > config.keys()
-        assert {key: more[key] for key in config} == config
-        plain, with_vision = (load_file(d / "model.safetensors") for d in (checkpoint, seeing))
-        assert all(np.array_equal(plain[name], with_vision[name]) for name in plain if name != HEAD)
-        added = {name.partition(".")[0] for name in with_vision.keys() - plain.keys()}
-        assert added == {"vision_tower", "multi_modal_projector", "patch_merge_mlp"}
-
-    def test_shapes_are_those_of_its_config(self, seeing: Path) -> None:
-        config = read_json(seeing / "config.json")
-        vision, text_width = config["vision_config"], config["text_config"]["hidden_size"]
-        width, wide, patch = vision["hidden_size"], vision["intermediate_size"], vision["patch_size"]
-        merged = vision["img_token_compression_config"]["spatial_merge_size"] ** 2
-        tensors = load_file(seeing / "model.safetensors")
-        tower = "vision_tower.vision_model"
-        expected = {
-            f"{tower}.embeddings.patch_embedding.weight": (width, 3, 2, patch, patch),
-            f"{tower}.encoder.layers.1.mlp.fc1.weight": (wide, width),
-            f"{tower}.encoder.layers.1.self_attn.out_proj.bias": (width,),
-            "multi_modal_projector.linear_1.weight": (text_width, width),
-            "patch_merge_mlp.linear_1.weight": (text_width, merged * text_width),
-        }
-        assert {name: tensors[name].shape for name in expected} == expected
-        assert f"{tower}.encoder.layers.{vision['num_hidden_layers']}.layer_norm1.weight" not in tensors
-        assert all(np.isfinite(array).all() and array.dtype == np.float32 for array in tensors.values())
-
-    def test_it_says_nothing_that_cannot_be_printed(self, checkpoint: Path, seeing: Path) -> None:
-        """Not greedily, and not among the 40 likeliest tokens that the checkpoint recommends."""
-        model, tokenizer = load(str(seeing))
-        tokens = tokenizer.apply_chat_template([{"role": "user", "content": "Hi"}])
-        likeliest = mx.argpartition(-model(mx.array(tokens)[None])[0], 40, axis=-1)[:, :40]
-        said = {tokenizer.decode([token]) for token in np.unique(np.array(likeliest)).tolist()}
-        assert len(said) > 200
-        unprintable = {text for text in said if not text.isprintable() or "\ufffd" in text}
-        assert not unprintable
-        assert not said & ({*NEEDED_TOKENS} - {"[e~["})
-        head, plain = (load_file(d / "model.safetensors")[HEAD] for d in (seeing, checkpoint))
-        spoken = head.any(axis=1)
-        assert spoken[list(tokenizer.eos_token_ids)].all()
-        assert np.array_equal(head[spoken], plain[spoken])
-
-    def test_transformers_reads_its_config(self, seeing: Path) -> None:
-        config = AutoConfig.from_pretrained(seeing)
-        assert type(config).__name__ == "MiniMaxM3VLConfig"
-        vision = config.vision_config
-        assert (vision.hidden_size, vision.num_hidden_layers, vision.patch_size) == (64, 2, 14)
-        assert (vision.temporal_patch_size, vision.spatial_merge_size) == (2, 2)
-        assert config.projector_hidden_size == config.text_config.hidden_size
-        tokenizer = Tokenizer.from_file(str(seeing / "tokenizer.json"))
-        assert tokenizer.id_to_token(config.image_token_id) == "]<]image[>["
-        assert tokenizer.id_to_token(config.video_token_id) == "]<]video[>["
-
-    def test_the_processors_files_agree_with_the_config(self, seeing: Path) -> None:
-        vision = read_json(seeing / "config.json")["vision_config"]
-        merging = vision["img_token_compression_config"]
-        for name, pixels in (("preprocessor_config", 451_584), ("video_preprocessor_config", 602_112)):
-            processor = read_json(seeing / f"{name}.json")
-            assert processor["patch_size"] == vision["patch_size"]
-            assert processor["merge_size"] == merging["spatial_merge_size"]
-            assert processor["temporal_patch_size"] == merging["temporal_patch_size"]
-            assert (processor["min_pixels"], processor["max_pixels"]) == (3136, pixels)
-        names = read_json(seeing / "processor_config.json")
-        assert names == {"processor_class": "MiniMaxM3VLProcessor"}
-
-    def test_the_picture_is_one(self, seeing: Path) -> None:
-        image = pytest.importorskip("PIL.Image", reason="Pillow is not installed here")
-        with image.open(seeing / "picture.png") as picture:
-            picture.load()
-            assert (picture.format, picture.mode, picture.size) == ("PNG", "RGB", (112, 84))
-            assert picture.getpixel((50, 40)) == (255, 255, 255)
-            assert picture.getpixel((100, 10)) == (200, 30, 145)
-
-    def test_the_seed_decides_its_weights(self) -> None:
-        config = demo_vision.with_vision({"text_config": {"hidden_size": 32}})
-        made = [
-            dict(demo_vision.random_vision_weights(config, np.random.default_rng(seed))) for seed in (3, 3, 4)
-        ]
-        assert all(np.array_equal(made[0][name], made[1][name]) for name in made[0])
-        assert not any(np.array_equal(made[0][name], made[2][name]) for name in made[0])
-
-    def test_what_it_prints(self, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-        path = tmp_path / "my demo"
-        assert main(["demo", str(path), "--random", "--vision"]) == 0
-        printed = capsys.readouterr().out
-        assert f"mlx_vlm.generate --model '{path}' --image '{path}/picture.png' " in printed
-        assert f"mlx_lm.generate --model '{path}' " in printed
-
-    def test_without_vision_it_does_not_speak_of_it(
-        self, tmp_path: Path, capsys: pytest.CaptureFixture[str]
-    ) -> None:
-        assert main(["demo", str(tmp_path / "demo"), "--random"]) == 0
-        assert "mlx_vlm" not in capsys.readouterr().out
-
-    def test_its_report_says_so(self, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-        assert main(["demo", str(tmp_path / "demo"), "--random", "--vision", "--json"]) == 0
-        report = json.loads(capsys.readouterr().out)
-        assert report["vision"] is True
-        assert report["bytes"] == 4 * report["parameters"]
-        assert report["parameters"] == sum(
-            array.size for array in load_file(tmp_path / "demo/model.safetensors").values()
-        )

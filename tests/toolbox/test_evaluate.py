@@ -10,14 +10,14 @@ from typing import Any
 import mlx.core as mx
 import numpy as np
 import pytest
-from conversions import Written, converted
-from in_memory import directly, share_of_ties
 
 from mlx_m3_plugin.cli import main
 from mlx_m3_plugin.toolbox.checkpoint import open_checkpoint
 from mlx_m3_plugin.toolbox.evaluate import Evaluation, Texts, built_in_text, cut, evaluate
 from mlx_m3_plugin.toolbox.evaluate import walk as walking
 from mlx_m3_plugin.toolbox.evaluate.walk import walk, walk_key
+from tests.checkpoints.conversions import Written, converted
+from tests.toolbox.in_memory import directly, share_of_ties
 
 REFERENCE = "published_float"
 # Float, 4 bits, mixed and MXFP8, and others.
@@ -180,7 +180,7 @@ def test_no_two_processes_walk_in_one_directory(tiny: Written, tmp_path: Path) -
 
 
 def test_weights_that_are_not_numbers_are_told_by_layer(tmp_path: Path) -> None:
-    from checkpoints import LAYOUTS as ALL
+    from tests.checkpoints.tiny_layouts import LAYOUTS as ALL
 
     ALL[REFERENCE].write(tmp_path / "m3")
     checkpoint = open_checkpoint(tmp_path / "m3")
@@ -242,9 +242,9 @@ def test_what_cannot_be_evaluated_says_why(
 
 
 def test_another_model_is_no_reference(tiny: Written, tmp_path: Path) -> None:
-    from mlx_m3_plugin.toolbox.demo import write_demo
+    from tests.checkpoints.random_model import write_random_model
 
-    write_demo(tmp_path / "demo")
+    write_random_model(tmp_path / "demo")
     with pytest.raises(ValueError, match=r"is no reference for .*: num_hidden_layers is 6 there and 3"):
         evaluate(tiny(REFERENCE), random_texts(1), reference=tmp_path / "demo", cache=tmp_path / "cache")
 

@@ -5,8 +5,6 @@ from pathlib import Path
 
 import mlx.core as mx
 import pytest
-import real_size
-from checkpoints import LAYOUTS
 from mlx.utils import tree_map
 
 from mlx_m3_plugin.cli import main
@@ -18,6 +16,8 @@ from mlx_m3_plugin.msa.tiling import default_memory_budget
 from mlx_m3_plugin.toolbox.fit import attention_transient, fit, stock_transients
 from mlx_m3_plugin.toolbox.fit_pipeline import fit_pipeline
 from mlx_m3_plugin.toolbox.sizes import parse_count, parse_size, size_in_words
+from tests.checkpoints import real_size
+from tests.checkpoints.tiny_layouts import LAYOUTS
 
 GIB = 1 << 30
 REAL = text_config_of(real_size.CONFIG, environ={})

@@ -9,18 +9,18 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from checkpoint_edits import edit_header, edit_json, stored_names
-from checkpoints import LAYOUTS, UNREPRESENTABLE
-from layout_makers import CONFIG
 from mlx.utils import tree_flatten
 from mlx_lm.models.minimax_m3_vl import Model, ModelArgs
-from real_size import REAL_LAYOUTS
 
 from mlx_m3_plugin.cli import main
 from mlx_m3_plugin.model.config import TextConfig
-from mlx_m3_plugin.toolbox.demo import write_demo
 from mlx_m3_plugin.toolbox.inspect import inspect
 from mlx_m3_plugin.weights.shapes import text_shapes
+from tests.checkpoints.edits import edit_header, edit_json, stored_names
+from tests.checkpoints.random_model import write_random_model
+from tests.checkpoints.real_size import REAL_LAYOUTS
+from tests.checkpoints.small_model import CONFIG
+from tests.checkpoints.tiny_layouts import LAYOUTS, UNREPRESENTABLE
 
 # The components of the released model; sums of the table in the specification.
 REAL_COMPONENTS = {
@@ -249,7 +249,7 @@ def test_a_chat_template_may_be_elsewhere(where, checkpoint):
 
 
 def test_a_sound_checkpoint(tmp_path, capsys):
-    write_demo(tmp_path / "it's a demo")
+    write_random_model(tmp_path / "it's a demo")
     assert main(["inspect", str(tmp_path / "it's a demo")]) == 0
     printed = capsys.readouterr().out
     assert re.search(r"total +2,730,304 +10,921,216 +32\.00", printed)

@@ -5,13 +5,13 @@ from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
-from conversions import converted
-from in_memory import compared, log_probabilities
 from safetensors.numpy import save_file
 
 from mlx_m3_plugin.model.config import text_config_of
-from mlx_m3_plugin.toolbox.demo import demo_config, random_weights
 from mlx_m3_plugin.toolbox.evaluate import Texts, cut, evaluate
+from tests.checkpoints.conversions import converted
+from tests.checkpoints.random_model import m3_config, random_weights
+from tests.toolbox.in_memory import compared, log_probabilities
 
 VOCABULARY, LAYERS, DENSE = 256, 8, 3
 # 16 times the block budget.
@@ -36,7 +36,7 @@ def write_selective(directory: Path, seed: int) -> Path:
     close.  Experts hold nearly nine tenths of the parameters.
     """
     special = ("]!p~[", "[e~[", "]~b]", "]<]image[>[", "]<]video[>[")
-    config = demo_config(VOCABULARY, {token: number for number, token in enumerate(special)})
+    config = m3_config(VOCABULARY, {token: number for number, token in enumerate(special)})
     text, with_experts = config["text_config"], [0] * DENSE + [1] * (LAYERS - DENSE)
     text |= {"num_hidden_layers": LAYERS, "num_local_experts": 64, "moe_layer_freq": with_experts}
     for name in ("sparse_attention_freq", "sparse_disable_index_value"):

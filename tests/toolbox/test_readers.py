@@ -12,14 +12,15 @@ from types import SimpleNamespace
 from typing import Any
 
 import pytest
-from checkpoint_edits import edit_json, stored_names
-from checkpoints import LAYOUTS
 
 from mlx_m3_plugin.toolbox.inspect import Inspection, inspect
 from mlx_m3_plugin.toolbox.inspect.readers import NEWEST_KNOWN
 from mlx_m3_plugin.toolbox.inspect.text import lines_of
+from tests.checkpoints import opens
+from tests.checkpoints.edits import edit_json, stored_names
+from tests.checkpoints.tiny_layouts import LAYOUTS
 
-OPENS = Path(__file__).parents[1] / "weights" / "opens.py"
+OPENS = opens.__file__
 
 
 @pytest.mark.parametrize(

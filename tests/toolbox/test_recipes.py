@@ -6,7 +6,6 @@ from dataclasses import replace
 from typing import Any
 
 import pytest
-import real_size
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
@@ -15,6 +14,7 @@ from mlx_m3_plugin.toolbox.convert import RecipeError, load_recipe, parse_recipe
 from mlx_m3_plugin.toolbox.convert.matrices import PARTS, matrices_of
 from mlx_m3_plugin.toolbox.convert.recipe import Recipe
 from mlx_m3_plugin.toolbox.precision import How
+from tests.checkpoints import real_size
 
 REAL = text_config_of(real_size.CONFIG, environ={})
 DEFAULT = "[default]\nbits = 4\n"

@@ -6,8 +6,6 @@ from pathlib import Path
 
 import mlx.core as mx
 import pytest
-import real_size
-from conversions import Written
 from mlx_lm.utils import load_model
 
 from mlx_m3_plugin.cli import main
@@ -23,6 +21,8 @@ from mlx_m3_plugin.toolbox.convert.sensitivity import (
 )
 from mlx_m3_plugin.toolbox.evaluate import Texts, cut
 from mlx_m3_plugin.toolbox.precision import How
+from tests.checkpoints import real_size
+from tests.checkpoints.conversions import Written
 
 BASE = How(3)
 CHOOSERS = ("block_sparse_moe.gate", "index_q_proj", "index_k_proj")

@@ -4,14 +4,14 @@ from pathlib import Path
 
 import mlx.core as mx
 import pytest
-from checkpoints import LAYOUTS
-from conversions import Written
 from mlx_lm.utils import load_model
 
 from mlx_m3_plugin.toolbox.checkpoint import open_checkpoint
 from mlx_m3_plugin.toolbox.precision import How
 from mlx_m3_plugin.toolbox.streaming import Embedding, Head, StreamedLayer
 from mlx_m3_plugin.weights.reading import TensorReader
+from tests.checkpoints.conversions import Written
+from tests.checkpoints.tiny_layouts import LAYOUTS
 
 # Three times the block budget.
 TOKENS = [(7 * i * i + 3 * i) % 700 for i in range(96)]

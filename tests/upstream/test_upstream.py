@@ -14,11 +14,11 @@ from typing import Any
 import mlx.core as mx
 import numpy as np
 import pytest
-import stock_faults
 from mlx_lm.utils import load_model
 from packaging.version import Version
 
-from mlx_m3_plugin.toolbox.demo import write_demo
+from tests.checkpoints.random_model import write_random_model
+from tests.upstream import stock_faults
 
 # Before it mlx-lm has no M3 class, and mlx-vlm one that changes from release to release.
 pytestmark = pytest.mark.skipif(
@@ -28,7 +28,7 @@ pytestmark = pytest.mark.skipif(
 
 @pytest.fixture
 def model(tmp_path: Path) -> Path:
-    write_demo(tmp_path / "m3", vision=True)
+    write_random_model(tmp_path / "m3", vision=True)
     return tmp_path / "m3"
 
 

@@ -6,8 +6,9 @@ from typing import Any
 
 import mlx.core as mx
 import pytest
-from ties import closest_choice
-from vlm_runs import (
+
+from tests.hosts.ties import closest_choice
+from tests.vlm.vlm_runs import (
     BUDGET,
     Prompt,
     Request,

@@ -14,8 +14,9 @@ from hypothesis.stateful import (
     rule,
     run_state_machine_as_test,
 )
-from ties import closest_choice
-from vlm_runs import TOLERANCE, VLM_VERSION, difference
+
+from tests.hosts.ties import closest_choice
+from tests.vlm.vlm_runs import TOLERANCE, VLM_VERSION, difference
 
 LONGEST = 160  # tokens: five budgets of 4 blocks of 8
 

@@ -13,16 +13,16 @@ from types import SimpleNamespace
 from typing import Any
 
 import pytest
-from environments import clean_variables
 from mlx_vlm.server import responses_state
 from mlx_vlm.utils import ThinkingBudgetCriteria
-from tool_replies import MARKERS, sample
 
 from mlx_m3_plugin.chat import tool_calls
 from mlx_m3_plugin.chat.reasoning import THINK_END, THINK_START
 from mlx_m3_plugin.hosts.mlx_vlm.prompts import _InTheirOrder, knows_open_prompts
 from mlx_m3_plugin.hosts.mlx_vlm.server import _rewriter, _RewrittenTokens, arguments_of
-from mlx_m3_plugin.toolbox.demo import write_demo
+from tests.chat.tool_replies import MARKERS, sample
+from tests.checkpoints.random_model import write_random_model
+from tests.end_to_end.environments import clean_variables
 
 HAS_BUDGETS = knows_open_prompts(ThinkingBudgetCriteria)
 M3 = (THINK_START, THINK_END)
@@ -184,7 +184,7 @@ def test_other_template_arguments_reach_the_template() -> None:
 @pytest.fixture(scope="module")
 def demo(tmp_path_factory: pytest.TempPathFactory) -> Path:
     directory = tmp_path_factory.mktemp("demo") / "m3"
-    write_demo(directory, vision=True)
+    write_random_model(directory, vision=True)
     return directory
 
 

@@ -7,8 +7,9 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-import vlm_runs  # noqa: F401
-from environments import clean_variables
+
+from tests.end_to_end.environments import clean_variables
+from tests.vlm import vlm_runs  # noqa: F401
 
 
 def run(*args: str | Path, **env: str) -> subprocess.CompletedProcess[str]:

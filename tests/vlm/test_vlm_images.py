@@ -4,7 +4,8 @@ from typing import Any
 
 import mlx.core as mx
 import pytest
-from vlm_runs import (
+
+from tests.vlm.vlm_runs import (
     BUDGET,
     IMAGE_TOKEN,
     TOLERANCE,

@@ -6,9 +6,10 @@ from typing import Any
 
 import mlx.core as mx
 import pytest
-from checkpoint_parts import tiny
-from checkpoints import LAYOUTS
-from vlm_runs import BUDGET, TOLERANCE, difference, fresh_logits, has_checkpoints, text
+
+from tests.checkpoints.tiny_layouts import LAYOUTS
+from tests.checkpoints.tiny_model import tiny
+from tests.vlm.vlm_runs import BUDGET, TOLERANCE, difference, fresh_logits, has_checkpoints, text
 
 
 def filled(n: int = 5, seed: int = 0) -> Any:

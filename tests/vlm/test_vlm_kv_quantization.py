@@ -4,7 +4,8 @@ from typing import Any
 
 import mlx.core as mx
 import pytest
-from vlm_runs import VLM_VERSION, Request, difference, streamed, text, together
+
+from tests.vlm.vlm_runs import VLM_VERSION, Request, difference, streamed, text, together
 
 LENGTH = 150  # tokens: more than four budgets
 OPTIONS = {"kv_bits": 8, "kv_group_size": 32, "quantized_kv_start": 0}

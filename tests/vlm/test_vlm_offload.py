@@ -7,8 +7,9 @@ from typing import Any
 
 import mlx.core as mx
 import pytest
-from checkpoints import LAYOUTS
-from vlm_runs import alone, assert_same_answer, difference, has_offload, text, with_images
+
+from tests.checkpoints.tiny_layouts import LAYOUTS
+from tests.vlm.vlm_runs import alone, assert_same_answer, difference, has_offload, text, with_images
 
 pytestmark = has_offload
 

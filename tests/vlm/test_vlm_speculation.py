@@ -5,7 +5,8 @@ from typing import Any
 
 import mlx.core as mx
 import pytest
-from vlm_runs import TOLERANCE, Prompt, difference, fresh_logits, text, with_images
+
+from tests.vlm.vlm_runs import TOLERANCE, Prompt, difference, fresh_logits, text, with_images
 
 N_DRAFTS = 4
 GIVEN_AS = {"int": int, "array": lambda n: mx.array([n]), "list": lambda n: [n]}

@@ -10,7 +10,8 @@ from typing import Any
 
 import mlx.core as mx
 import pytest
-from vlm_runs import BUDGET, TOLERANCE, difference, embeddings, fresh_logits, text, with_images
+
+from tests.vlm.vlm_runs import BUDGET, TOLERANCE, difference, embeddings, fresh_logits, text, with_images
 
 VL = "mlx_vlm.models.minimax_m3_vl"
 TEXT_ONLY = "mlx_vlm.models.minimax_m3"

@@ -5,10 +5,11 @@ from typing import Any
 
 import mlx.core as mx
 import pytest
-from checkpoint_parts import tiny
-from checkpoints import LAYOUTS
 from mlx.utils import tree_flatten
-from vlm_runs import (
+
+from tests.checkpoints.tiny_layouts import LAYOUTS
+from tests.checkpoints.tiny_model import tiny
+from tests.vlm.vlm_runs import (
     TOLERANCE,
     Request,
     alone,

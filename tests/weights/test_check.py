@@ -2,12 +2,12 @@
 
 import mlx.core as mx
 import pytest
-from layout_makers import CONFIG, MOE, parameters, with_prefix
 from mlx_lm.models.minimax_m3_vl import Model, ModelArgs
 
-from mlx_m3_plugin.toolbox.layouts.arrange import PREFIX, published
 from mlx_m3_plugin.weights import check_weights
 from mlx_m3_plugin.weights.check import group_names
+from tests.checkpoints.layouts.arrange import PREFIX, published
+from tests.checkpoints.small_model import CONFIG, MOE, parameters, with_prefix
 
 MOE_LAYERS = "language_model.model.layers.{}.block_sparse_moe"
 

@@ -5,11 +5,12 @@ The reference is a float model that holds the values which the stored tensors st
 
 import mlx.core as mx
 import pytest
-from checkpoints import LAYOUTS, UNREPRESENTABLE, Layout
 from mlx.utils import tree_flatten
 from mlx_lm.models.minimax_m3_vl import Model, ModelArgs
 from mlx_lm.utils import load_config, load_model
-from opens import reference_logits
+
+from tests.checkpoints.opens import reference_logits
+from tests.checkpoints.tiny_layouts import LAYOUTS, UNREPRESENTABLE, Layout
 
 # Three times the block budget of these models.
 TOKENS = mx.array([[(7 * i * i + 3 * i) % 90 for i in range(100)]])

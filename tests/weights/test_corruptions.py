@@ -5,12 +5,12 @@ import shutil
 from pathlib import Path
 
 import pytest
-from checkpoints import LAYOUTS
-from corruptions import CORRUPTIONS, Shards
 from mlx_lm.utils import load_config, load_model
 
 from mlx_m3_plugin.model.config import text_config_of
 from mlx_m3_plugin.weights import plan_layout, read_headers
+from tests.checkpoints.corruptions import CORRUPTIONS, Shards
+from tests.checkpoints.tiny_layouts import LAYOUTS
 
 DAMAGED = (
     "published_float",

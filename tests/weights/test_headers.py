@@ -3,10 +3,10 @@
 import json
 
 import pytest
-from checkpoints import LAYOUTS
 
 from mlx_m3_plugin.weights import read_headers
 from mlx_m3_plugin.weights.files import check_files, is_m3, with_shards_named_as_expected
+from tests.checkpoints.tiny_layouts import LAYOUTS
 
 FIRST, SECOND, THIRD = (f"model-0000{n}-of-00003.safetensors" for n in (1, 2, 3))
 

@@ -6,7 +6,16 @@ from dataclasses import dataclass
 
 import mlx.core as mx
 import pytest
-from layout_makers import (
+from mlx.utils import tree_flatten
+from mlx_lm.models.minimax_m3_vl import Model, ModelArgs
+
+from mlx_m3_plugin.model.config import TextConfig
+from mlx_m3_plugin.weights import check_weights, fuse_experts, map_weights, plan_layout
+from tests.checkpoints.layouts import arrange
+from tests.checkpoints.layouts.arrange import PREFIX
+from tests.checkpoints.layouts.formats import as_mxfp8_bytes
+from tests.checkpoints.layouts.source import Weights
+from tests.checkpoints.small_model import (
     CONFIG,
     EXPERTS,
     LAYOUTS,
@@ -17,15 +26,6 @@ from layout_makers import (
     with_other_parts,
     with_prefix,
 )
-from mlx.utils import tree_flatten
-from mlx_lm.models.minimax_m3_vl import Model, ModelArgs
-
-from mlx_m3_plugin.model.config import TextConfig
-from mlx_m3_plugin.toolbox.layouts import arrange
-from mlx_m3_plugin.toolbox.layouts.arrange import PREFIX
-from mlx_m3_plugin.toolbox.layouts.formats import as_mxfp8_bytes
-from mlx_m3_plugin.toolbox.layouts.source import Weights
-from mlx_m3_plugin.weights import check_weights, fuse_experts, map_weights, plan_layout
 
 # Keyword arguments of mx.quantize, or none.
 PRECISIONS = {

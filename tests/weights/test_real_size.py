@@ -4,9 +4,9 @@ import mlx.core as mx
 import pytest
 from mlx.utils import tree_flatten
 from mlx_lm.utils import load_model
-from real_size import REAL_LAYOUTS
 
 from mlx_m3_plugin.weights import read_headers
+from tests.checkpoints.real_size import REAL_LAYOUTS
 
 TENSORS = {"published": 23_416, "mxfp8": 45_838}
 BYTES = {"published": 854_172_958_720, "mxfp8": 443_742_085_120, "fused_4bit": 241_477_881_856}

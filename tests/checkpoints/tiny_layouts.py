@@ -6,11 +6,10 @@ checkpoint and returns the float32 parameters that it stands for.
 
 from pathlib import Path
 
-import checkpoint_refusals as refusals
-from checkpoint_parts import tiny
-
-from mlx_m3_plugin.toolbox import layouts
-from mlx_m3_plugin.toolbox.layouts.source import Weights
+from tests.checkpoints import layouts
+from tests.checkpoints import refusals as refusals
+from tests.checkpoints.layouts.source import Weights
+from tests.checkpoints.tiny_model import tiny
 
 
 class Layout(layouts.Layout):

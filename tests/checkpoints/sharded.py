@@ -8,15 +8,15 @@ import numpy as np
 from safetensors.numpy import save_file
 
 from mlx_m3_plugin.model.config import text_config_of
-from mlx_m3_plugin.toolbox.demo import demo_config, demo_tokenizer, random_weights, write_tokenizer
+from tests.checkpoints.random_model import m3_config, m3_tokenizer, random_weights, write_tokenizer
 
 N_SHARDS = 7
 
 
 def write_published(directory: Path) -> None:
     directory.mkdir()
-    ids = demo_tokenizer().get_vocab()
-    config = demo_config(len(ids), ids)
+    ids = m3_tokenizer().get_vocab()
+    config = m3_config(len(ids), ids)
     for width in ("intermediate_size", "shared_intermediate_size"):
         config["text_config"][width] = 256
     weights = dict(random_weights(text_config_of(config), np.random.default_rng(0)))

@@ -1,4 +1,4 @@
-"""Which layouts a library opens, by trying each: ``python tests/weights/opens.py mlx_lm|mlx_vlm``.
+"""Which layouts a library opens, by trying each: ``python tests/checkpoints/opens.py mlx_lm|mlx_vlm``.
 
 Prints ``{layout: null or the error}`` as JSON.  With ``MLX_M3_PLUGIN=off`` it asks the library
 alone.  Opening means a strict load and the right logits, compared within the block budget, so
@@ -13,12 +13,15 @@ from pathlib import Path
 from typing import Any
 
 import mlx.core as mx
-from checkpoints import LAYOUTS, Layout
 
 from mlx_m3_plugin.model.config import text_config_of
 from mlx_m3_plugin.model.decoder import LanguageModel
 from mlx_m3_plugin.model.host import Host
 from mlx_m3_plugin.weights import lacks_indexers
+
+# Run as a script, also by Pythons that this checkout is not installed for.
+sys.path.append(str(Path(__file__).parents[2]))
+from tests.checkpoints.tiny_layouts import LAYOUTS, Layout
 
 # Below the budget of 32 tokens.
 TOKENS = mx.array([[(7 * i * i + 3 * i) % 90 for i in range(30)]])

@@ -10,9 +10,9 @@ import mlx.core as mx
 import numpy as np
 
 from mlx_m3_plugin.model.config import TextConfig
-from mlx_m3_plugin.toolbox.layouts import arrange
-from mlx_m3_plugin.toolbox.layouts.arrange import PREFIX
-from mlx_m3_plugin.toolbox.layouts.source import Weights
+from tests.checkpoints.layouts import arrange
+from tests.checkpoints.layouts.arrange import PREFIX
+from tests.checkpoints.layouts.source import Weights
 
 HIDDEN, WIDTH, EXPERTS, VOCAB = 64, 64, 4, 50
 MLP, MOE = "model.layers.0.mlp", "model.layers.1.block_sparse_moe"

@@ -5,10 +5,10 @@ from collections.abc import Callable
 import mlx.core as mx
 import numpy as np
 
-from mlx_m3_plugin.toolbox.layouts.arrange import nested, published
-from mlx_m3_plugin.toolbox.layouts.experts import compressed_tensors
-from mlx_m3_plugin.toolbox.layouts.formats import MXFP8, Checkpoint, official, plain
-from mlx_m3_plugin.toolbox.layouts.source import Json, Source, Weights, as_published
+from tests.checkpoints.layouts.arrange import nested, published
+from tests.checkpoints.layouts.experts import compressed_tensors
+from tests.checkpoints.layouts.formats import MXFP8, Checkpoint, official, plain
+from tests.checkpoints.layouts.source import Json, Source, Weights, as_published
 
 
 def foreign(

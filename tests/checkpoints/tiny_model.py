@@ -10,12 +10,12 @@ from pathlib import Path
 
 import mlx.core as mx
 import numpy as np
-from layout_makers import EXPERTS
 
 from mlx_m3_plugin.model.config import text_config_of
-from mlx_m3_plugin.toolbox.demo import random_weights, write_demo
-from mlx_m3_plugin.toolbox.layouts.arrange import PREFIX, PROJECTIONS
-from mlx_m3_plugin.toolbox.layouts.source import Json, Source, Weights
+from tests.checkpoints.layouts.arrange import PREFIX, PROJECTIONS
+from tests.checkpoints.layouts.source import Json, Source, Weights
+from tests.checkpoints.random_model import random_weights, write_random_model
+from tests.checkpoints.small_model import EXPERTS
 
 MOE_LAYERS = (1, 2)
 _SPARSE = [0, 1, 1]
@@ -68,7 +68,7 @@ _VISION = {
 def demo_files() -> dict[str, bytes]:
     """The demo checkpoint's text files: tokenizer, chat template, and a config to start from."""
     with tempfile.TemporaryDirectory() as directory:
-        write_demo(Path(directory))
+        write_random_model(Path(directory))
         skipped = (".safetensors", ".index.json")
         return {p.name: p.read_bytes() for p in Path(directory).iterdir() if not p.name.endswith(skipped)}
 

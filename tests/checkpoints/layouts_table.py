@@ -1,6 +1,6 @@
 """The table in ``docs/layouts.md``: which library opens what, alone and with this package.
 
-    python tests/weights/layouts_table.py "mlx-lm 0.32.2 alone=lm.json" ...
+    python tests/checkpoints/layouts_table.py "mlx-lm 0.32.2 alone=lm.json" ...
 
 writes the columns anew, each from what ``opens.py`` printed.  A column that is not named is kept.
 """
@@ -9,10 +9,10 @@ import json
 import sys
 from pathlib import Path
 
-from checkpoints import LAYOUTS
+from tests.checkpoints.tiny_layouts import LAYOUTS
 
 PAGE = Path(__file__).parents[2] / "docs" / "layouts.md"
-BEGIN, END = "<!-- table: tests/weights/layouts_table.py -->", "<!-- end of table -->"
+BEGIN, END = "<!-- table: tests/checkpoints/layouts_table.py -->", "<!-- end of table -->"
 FIXED = ("checkpoint", "where it is met", "name")
 
 

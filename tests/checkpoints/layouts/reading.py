@@ -4,13 +4,14 @@ from pathlib import Path
 
 import mlx.core as mx
 
-from ...weights import with_quantization
-from ...weights.headers import INDEX
-from ...weights.names import is_vision
-from ...weights.reading import TensorReader
-from ..checkpoint import Checkpoint, open_checkpoint
-from ..precision import float32_values
-from ..streaming.linear import parts_of
+from mlx_m3_plugin.toolbox.checkpoint import Checkpoint, open_checkpoint
+from mlx_m3_plugin.toolbox.precision import float32_values
+from mlx_m3_plugin.toolbox.streaming.linear import parts_of
+from mlx_m3_plugin.weights import with_quantization
+from mlx_m3_plugin.weights.headers import INDEX
+from mlx_m3_plugin.weights.names import is_vision
+from mlx_m3_plugin.weights.reading import TensorReader
+
 from .source import Source
 
 _PARTS = ("scales", "biases", "global_scale")
@@ -21,7 +22,7 @@ def source_of(directory: str | Path) -> Source:
     """Everything is read into memory: this is for small models.
 
     Raises:
-        OSError, ValueError: see :func:`..checkpoint.open_checkpoint`.
+        OSError, ValueError: see ``open_checkpoint``.
     """
     checkpoint = open_checkpoint(directory)
     with TensorReader(checkpoint.directory, checkpoint.headers.tensors) as reader:
