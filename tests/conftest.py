@@ -6,6 +6,8 @@ from collections.abc import Callable
 
 import pytest
 
+SAMPLED_LAYOUTS = 10
+
 
 def pytest_addoption(parser: pytest.Parser) -> None:
     parser.addoption("--full", action="store_true", help="the full counts of the random tests")
@@ -16,6 +18,19 @@ def count(request: pytest.FixtureRequest) -> Callable[[int, int], int]:
     """``count(share, full)``: how many cases to run."""
     full = request.config.getoption("--full")
     return lambda share, all_of_them: all_of_them if full else share
+
+
+def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
+    """Tests with an argument ``layout_name`` run for a sample of all layouts, for all with ``--full``.
+
+    The table stands in families, so every fifth of it is some of each.
+    """
+    if "layout_name" in metafunc.fixturenames:
+        from tests.checkpoints.tiny_layouts import LAYOUTS
+
+        step = 1 if metafunc.config.getoption("--full") else len(LAYOUTS) // SAMPLED_LAYOUTS
+        first = random.Random(os.environ.get("M3_SEED")).randrange(step)
+        metafunc.parametrize("layout_name", list(LAYOUTS)[first::step])
 
 
 @pytest.fixture

@@ -2,6 +2,7 @@
 
 import hashlib
 import json
+import random
 from collections.abc import Callable
 from pathlib import Path
 
@@ -83,6 +84,14 @@ def text_values(directory: Path, plan: Plan) -> dict[str, mx.array]:
     others = {name: a for name, a in found.items() if name.rpartition(".")[0] not in plan.hows}
     texts = {n: a for n, a in (others | made).items() if n.startswith(("model.", "lm_head."))}
     return {name: array.astype(mx.float32) for name, array in texts.items()}
+
+
+def one_of_each(pairs: list[tuple[str, str]]) -> list[tuple[str, str]]:
+    """Each recipe and each source at least once, with a partner of chance."""
+    shuffled = random.SystemRandom().sample(pairs, len(pairs))
+    recipes = {recipe: (recipe, source) for recipe, source in shuffled}
+    sources = {source: (recipe, source) for recipe, source in shuffled}
+    return sorted({*recipes.values(), *sources.values()})
 
 
 def digest(directory: Path) -> dict[str, str]:

@@ -1,7 +1,6 @@
 """What we convert opens, strictly and with the right logits, in stock mlx-lm and mlx-vlm without us."""
 
 import json
-import random
 from collections.abc import Callable
 from importlib.metadata import version
 from importlib.util import find_spec
@@ -12,7 +11,7 @@ import mlx.core as mx
 import pytest
 
 from mlx_m3_plugin.toolbox.convert import recipe_names
-from tests.checkpoints.conversions import SOURCES, converted, text_values
+from tests.checkpoints.conversions import SOURCES, converted, one_of_each, text_values
 from tests.checkpoints.opens import reference_logits
 from tests.checkpoints.tiny_layouts import LAYOUTS
 from tests.end_to_end.environments import Environment
@@ -40,14 +39,6 @@ def made(tmp_path_factory: pytest.TempPathFactory, count: Callable[[int, int], i
     if not count(0, 1):
         pairs = one_of_each(pairs)
     return [convert_and_compute(root, recipe, source) for recipe, source in pairs]
-
-
-def one_of_each(pairs: list[tuple[str, str]]) -> list[tuple[str, str]]:
-    """Each recipe and each source at least once, with a partner of chance."""
-    shuffled = random.SystemRandom().sample(pairs, len(pairs))
-    recipes = {recipe: (recipe, source) for recipe, source in shuffled}
-    sources = {source: (recipe, source) for recipe, source in shuffled}
-    return sorted({*recipes.values(), *sources.values()})
 
 
 def convert_and_compute(root: Path, recipe: str, source: str) -> Made:
