@@ -2,8 +2,8 @@
 
     python benchmarks/loading.py
 
-The checkpoints are the first layers of the tests' sparse files (``tests/checkpoints/real_size.py``): real headers,
-holes for data, so that every tensor is read, as zeros.  Each case runs in a process of its own.
+The checkpoints are the first layers of the tests' sparse files (``tests/checkpoints/real_size.py``): real
+headers, holes for data, so that every tensor is read, as zeros.  Each case runs in a process of its own.
 """
 
 import argparse
