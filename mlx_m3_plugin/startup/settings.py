@@ -77,6 +77,16 @@ def model_settings(environ: Mapping[str, str] = os.environ) -> dict[str, Any]:
     return {attribute: value for attribute, value in read.items() if value is not None}
 
 
+def lines_of(settings: Mapping[str, Any]) -> list[str]:
+    """For people: what is not as it would be without any variable set."""
+    defaults = Settings()
+    return [
+        f"{variable}: {attribute} is {settings[attribute]}"
+        for variable, (attribute, _, _) in _VARIABLES.items()
+        if settings[attribute] != getattr(defaults, attribute)
+    ]
+
+
 def _read(name: str, environ: Mapping[str, str]) -> Any:
     """The meaning of a variable's value; None where it is not set, or empty."""
     _, parse, choices = _VARIABLES[name]

@@ -9,7 +9,7 @@ from typing import Any
 
 from . import hook
 from .report import patch_lines, report
-from .settings import read_settings
+from .settings import lines_of, read_settings
 
 
 @dataclass(repr=False)
@@ -22,7 +22,7 @@ class Status:
         active: mlx-lm or mlx-vlm is imported and gets our modules.
         modules: for each upstream name that we can serve ``name``, ``source`` (``"plugin"``,
             ``"native"`` or ``"undecided"``), ``path`` and ``why``.
-        settings: the switches in force.
+        settings: the switches in force, by the names of ``startup.settings.Settings``.
         patches: upstream module -> what we have added to it.
         advice: what to do, one line each; empty when all is well.
     """
@@ -42,7 +42,7 @@ class Status:
     def __repr__(self) -> str:
         sections = {
             "Who serves": [f"{m['name']}: {m['source']}, {m['why']}" for m in self.modules],
-            "Settings": [f"{name}: {value}" for name, value in self.settings.items() if name != "complaints"],
+            "Settings": lines_of(self.settings),
             "Extended": patch_lines(self.patches),
             "Errors": self.errors,
             "What to do": self.advice,
@@ -52,8 +52,10 @@ class Status:
 
 def status_of_process(running_version: str, failure: str | None) -> Status:
     """Args: the plugin's version, and why activating it failed, if it did."""
-    known, now = hook.status, read_settings()
-    settings = known["settings"] or asdict(now)
+    known, now = hook.status, asdict(read_settings())
+    # Only these are read once; the others, each time a model is made.
+    at_activation = ("enabled", "prefer_native", "strict")
+    settings = now | {name: (known["settings"] or now)[name] for name in at_activation}
     if failure:
         state = f"is NOT ACTIVE in this process: {failure}"
     elif known["active"]:
@@ -71,7 +73,7 @@ def status_of_process(running_version: str, failure: str | None) -> Status:
         settings=settings,
         patches=dict(known["patched"]),
         errors=[*([failure] if failure else []), *known["errors"]],
-        advice=[*_advice_on_settings(settings, asdict(now)), *_advice_on_restart(running_version)],
+        advice=[*_advice_on_settings(settings, now), *_advice_on_restart(running_version)],
     )
 
 
@@ -109,8 +111,7 @@ def _module(name: str, parent: str, serves: bool, prefer_native: bool) -> dict[s
 
 
 def _advice_on_settings(in_force: Mapping[str, Any], now: Mapping[str, Any]) -> list[str]:
-    at_activation = ("enabled", "prefer_native", "strict")
-    if any(in_force[name] != now[name] for name in at_activation):
+    if in_force != now:
         return ["the environment variables have changed since the plugin read them: restart this process"]
     return [] if in_force["enabled"] else ["unset MLX_M3_PLUGIN and restart this process to use the plugin"]
 
