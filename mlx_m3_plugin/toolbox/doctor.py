@@ -137,7 +137,7 @@ def diagnose() -> Diagnosis:
         patches=status.get("patched", {}),
         errors=[*status.get("errors", []), *(f"{name}: {e}" for name, e in probe["import_errors"].items())],
     )
-    found.problems = [
+    found.problems = _crash(probe) or [
         *_missing_packages(found, probe),
         *_startup_problems(found, probe),
         *_setting_problems(found.settings),
@@ -191,6 +191,15 @@ def _installed_libraries() -> list[str]:
     return [library for library, package in _LIBRARIES.items() if _version(package) is not None]
 
 
+def _crash(probe: dict[str, Any]) -> list[Problem]:
+    """Nothing else is known then."""
+    if probe["died"] is None:
+        return []
+    what = f"a fresh Python that imports mlx, mlx_lm and mlx_vlm ends with exit code {probe['died']}"
+    ask = f"{sys.executable} -X importtime -c 'import mlx.core, mlx_lm'"
+    return [Problem(what, f"see how far this comes: {ask}")]
+
+
 def _missing_packages(found: Diagnosis, probe: dict[str, Any]) -> Iterator[Problem]:
     if probe["mlx_error"]:
         yield Problem(f"mlx cannot be imported ({probe['mlx_error']})", FOR_MLX)
@@ -198,7 +207,7 @@ def _missing_packages(found: Diagnosis, probe: dict[str, Any]) -> Iterator[Probl
         yield Problem("neither mlx-lm nor mlx-vlm is installed", "pip install mlx-lm, or mlx-vlm, or both")
     # Without mlx they fail for want of it.
     for library, error in probe["import_errors"].items() if not probe["mlx_error"] else ():
-        package = _LIBRARIES.get(library, library)
+        package = _LIBRARIES[library]
         yield Problem(f"{package} cannot be imported: {error}", f"pip install --upgrade {package}")
 
 
@@ -331,10 +340,9 @@ def _ask_fresh_process() -> dict[str, Any]:
     try:
         answer: dict[str, Any] = json.loads(run.stdout.strip().splitlines()[-1])
     except (IndexError, json.JSONDecodeError):
-        said = run.stderr.strip() or f"exit code {run.returncode}"
-        answer = {"hooked": False, "status": None, "modules": [], "mlx_error": None}
-        answer["import_errors"] = {"a fresh Python": said}
-    return {**answer, "stderr": run.stderr}
+        answer = {"hooked": False, "status": None, "modules": [], "mlx_error": None, "import_errors": {}}
+        return {**answer, "stderr": run.stderr, "died": run.returncode}
+    return {**answer, "stderr": run.stderr, "died": None}
 
 
 def _is_in_site_directory() -> bool:

@@ -307,3 +307,13 @@ def test_a_start_up_file_that_fails(own_guest: Environment) -> None:
     what, fix = problem(doctor(own_guest))
     assert what == "the plugin's start-up file does not run"
     assert REINSTALL in fix
+
+
+def test_mlx_that_ends_the_process(tmp_path: Path, wheel: Path) -> None:
+    """A build for another processor, or a Metal driver that fails."""
+    environment = guest_without(tmp_path / "environment", wheel, *MLX)
+    (environment.site_packages / "mlx").mkdir()
+    (environment.site_packages / "mlx" / "core.py").write_text("import os; os._exit(132)\n")
+    what, fix = problem(doctor(environment))
+    assert what == "a fresh Python that imports mlx, mlx_lm and mlx_vlm ends with exit code 132"
+    assert fix.startswith(f"see how far this comes: {environment.python} -X importtime -c ")
