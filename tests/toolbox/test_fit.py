@@ -20,7 +20,7 @@ from mlx_m3_plugin.toolbox.fit_pipeline import fit_pipeline
 from mlx_m3_plugin.toolbox.sizes import parse_count, parse_size, size_in_words
 
 GIB = 1 << 30
-REAL = text_config_of(real_size.CONFIG, environ={})
+REAL = text_config_of(real_size.CONFIG)
 WEIGHTS = 241_477_881_856
 
 
