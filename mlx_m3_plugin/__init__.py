@@ -12,16 +12,17 @@ installation, a frozen application, or ``python -S``.
 import sys
 
 __version__ = "0.1.0"
-__all__ = ["__version__", "install"]
+__all__ = ["__version__", "install", "status"]
 
 
 class _Doorbell:
     """Waits on ``sys.meta_path`` for the first import of an upstream library.
 
-    The class itself is the finder: no instance, no state but ``_waiting_for``.
+    The class itself is the finder: no instance, and its state is in two attributes.
     """
 
     _waiting_for: "tuple[str, ...]" = ("mlx_lm", "mlx_vlm")
+    failure: "str | None" = None
 
     @classmethod
     def find_spec(cls, name, path=None, target=None):  # type: ignore[no-untyped-def]
@@ -36,9 +37,10 @@ def _activate(doorbell):  # type: ignore[no-untyped-def]
 
         activate(replacing=doorbell)
     except Exception as error:
+        doorbell.failure = f"{type(error).__name__}: {error}"
         if _is_strict():
             raise
-        sys.stderr.write(f"mlx-m3-plugin {__version__}: not active: {type(error).__name__}: {error}\n")
+        sys.stderr.write(f"mlx-m3-plugin {__version__}: not active: {doorbell.failure}\n")
 
 
 def _is_strict() -> bool:
@@ -57,6 +59,16 @@ def install() -> None:
     sys.meta_path.insert(0, _Doorbell)  # type: ignore[arg-type]
     if "mlx_lm" in sys.modules or "mlx_vlm" in sys.modules:
         _Doorbell.find_spec("mlx_lm")
+
+
+def status():  # type: ignore[no-untyped-def]
+    """What the plugin does in this process: print it, or read its attributes or ``as_dict()``.
+
+    Imports neither mlx-lm nor mlx-vlm.
+    """
+    from .startup.status import status_of_process
+
+    return status_of_process(__version__, _Doorbell.failure)
 
 
 install()

@@ -25,6 +25,13 @@ def main(arguments: Sequence[str] | None = None) -> int:
     except KeyboardInterrupt as interruption:
         print("; ".join(["mlx-m3: interrupted", *map(str, interruption.args)]), file=sys.stderr)
         return 130
+    except ImportError as error:
+        from .toolbox.missing import what_to_install
+
+        if (message := what_to_install(error)) is None:
+            raise
+        print(f"mlx-m3: {message}", file=sys.stderr)
+        return 2
     except (OSError, ValueError) as error:
         print(f"mlx-m3: {error}", file=sys.stderr)
         return 2
@@ -40,7 +47,7 @@ def _parser() -> argparse.ArgumentParser:
     demo = commands.add_parser("demo", help="write M3-nano, a tiny M3 that was trained, to try everything on")
     _add_demo_arguments(demo)
 
-    doctor = commands.add_parser("doctor", help="say whether the plugin is active here, and why not")
+    doctor = commands.add_parser("doctor", help="say whether M3 checkpoints run right here, and what helps")
     doctor.set_defaults(command=_doctor)
 
     inspect = commands.add_parser(
@@ -164,35 +171,11 @@ def _demo(args: argparse.Namespace) -> int:
 
 
 def _doctor(args: argparse.Namespace) -> int:
-    from .toolbox.doctor import diagnose
+    from .toolbox.doctor import diagnose, doctor_lines
 
-    diagnosis = diagnose()
-    if args.json:
-        _print_json(diagnosis.as_dict())
-    else:
-        print("\n".join(_doctor_lines(diagnosis.as_dict())))
-    return 0 if diagnosis.active else 1
-
-
-def _doctor_lines(diagnosis: dict[str, Any]) -> list[str]:
-    def problem_of(file: dict[str, Any]) -> str:
-        return f"  ({file['problem']})" if file["problem"] else ""
-
-    files = [file["path"] + problem_of(file) for file in diagnosis["startup_files"]]
-    modules = [f"{m['name']}: {m['source']}, {m['why']}\n    {m['path']}" for m in diagnosis["modules"]]
-    versions = [f"{name} {version or 'not installed'}" for name, version in diagnosis["versions"].items()]
-    sections = {
-        "Versions": [f"Python {diagnosis['python']}", *versions],
-        "Start-up files": files or ["none"],
-        "Who serves": modules,
-        "Extended": [f"{name}: {what}" for name, what in diagnosis["patches"].items()],
-        "Errors": diagnosis["errors"],
-        "What to do": diagnosis["advice"],
-    }
-    lines = [f"mlx-m3-plugin is {'active' if diagnosis['active'] else 'NOT ACTIVE'} in a fresh process"]
-    for title, entries in sections.items():
-        lines += [title, *(f"  {entry}" for entry in entries)] if entries else []
-    return lines
+    found = diagnose()
+    _print_json(found.as_dict()) if args.json else print("\n".join(doctor_lines(found)))
+    return 0 if found.ok else 1
 
 
 def _inspect(args: argparse.Namespace) -> int:

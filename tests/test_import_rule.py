@@ -20,7 +20,7 @@ ALLOWED = {
     "chat": (),
     "model": ("msa",),
     "weights": ("model.config",),
-    "hosts": ("model", "weights", "chat"),
+    "hosts": ("model", "weights", "chat", "startup.settings"),
     "toolbox": ("hosts", "weights", "model", "chat", "startup"),
     "cli": ("toolbox",),
     # The package itself: it starts the hook when asked for it.

@@ -1,7 +1,7 @@
 """Loading a checkpoint into a model, as both libraries do it: files, names, bits, values."""
 
 import logging
-from collections.abc import Callable, Container
+from collections.abc import Callable, Container, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -9,9 +9,10 @@ import mlx.core as mx
 import mlx.nn as nn
 from mlx.utils import tree_flatten
 
-from ..model.config import TextConfig
+from ..model.config import TextConfig, text_config_of
 from ..model.decoder import DecoderLayer
 from ..model.scaled_experts import hold_global_scales
+from ..startup.settings import model_settings
 from ..weights import (
     check_values,
     check_weights,
@@ -22,6 +23,15 @@ from ..weights import (
 )
 
 log = logging.getLogger("mlx_m3_plugin")
+
+
+def text_config_as_set(config: Mapping[str, Any]) -> TextConfig:
+    """The text config of a checkpoint, with what the environment variables say instead.
+
+    Raises:
+        ValueError: see :func:`text_config_of`; or a variable's value is not understood.
+    """
+    return text_config_of(config, model_settings())
 
 
 def warn_dense(reason: str, config: TextConfig) -> None:

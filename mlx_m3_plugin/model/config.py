@@ -7,9 +7,8 @@ MLX conversion.  The attributes here carry transformers' names.
 """
 
 import math
-import os
 from collections.abc import Mapping
-from dataclasses import dataclass, field, fields
+from dataclasses import dataclass, field, fields, replace
 from typing import Any
 
 # Published key inside ``sparse_attention_config`` -> attribute.
@@ -82,6 +81,7 @@ class TextConfig:
         index_init_blocks: blocks at the start that count as always chosen (0 in M3).
         attention: ``"sparse"``, or ``"dense"`` to attend to everything on every layer, which is
             the same up to the block budget and not what the model was trained with beyond it.
+        pipeline_split: layers by rank of a pipeline; None is evenly.  No config says it, the user does.
     """
 
     model_type: str = "minimax_m3_vl_text"
@@ -116,6 +116,7 @@ class TextConfig:
     index_local_blocks: int = 1
     index_init_blocks: int = 0
     attention: str = "sparse"
+    pipeline_split: tuple[int, ...] | None = None
 
     @property
     def budget(self) -> int:
@@ -131,7 +132,7 @@ class TextConfig:
         """
         sparse = _mapping(params, "sparse_attention_config")
         _refuse_unknown_values(params, sparse)
-        known = {f.name for f in fields(cls)}
+        known = {f.name for f in fields(cls)} - {"pipeline_split"}
         read = {k: v for k, v in params.items() if k in known and v is not None}
         read.update({new: sparse[old] for old, new in _SPARSE_KEYS.items() if old in sparse})
 
@@ -201,11 +202,14 @@ class TextConfig:
             )
 
 
-def text_config_of(config: Mapping[str, Any], environ: Mapping[str, str] = os.environ) -> TextConfig:
+def text_config_of(config: Mapping[str, Any], overrides: Mapping[str, Any] | None = None) -> TextConfig:
     """The text config of a checkpoint's ``config.json``, nested under ``text_config`` or flat.
 
-    ``MLX_M3_PLUGIN_ATTENTION`` in the environment, or ``attention`` at the top of the config, where
-    mlx-lm's ``load_model(model_config=...)`` puts an override, choose between dense and sparse.
+    ``attention`` at the top of the config, where mlx-lm's ``load_model(model_config=...)`` puts an
+    override, chooses between dense and sparse.
+
+    Args:
+        overrides: attributes that the user has set, whatever the config says.
 
     Raises:
         ValueError: a key is missing, has a wrong type, or a value that this model does not compute.
@@ -215,14 +219,13 @@ def text_config_of(config: Mapping[str, Any], environ: Mapping[str, str] = os.en
         text = dict(_mapping(config, "text_config"))
         # transformers keeps this one at the top of a re-saved config.
         text.setdefault("tie_word_embeddings", config.get("tie_word_embeddings", False))
-    attention = environ.get("MLX_M3_PLUGIN_ATTENTION") or config.get("attention")
-    if attention is not None:
-        text["attention"] = attention
+    if config.get("attention") is not None:
+        text["attention"] = config["attention"]
     _require(text, _REQUIRED)
     sparse = _mapping(text, "sparse_attention_config")
-    if sparse.get("use_sparse_attention", True) if sparse else "layer_types" in text:
+    if _uses_sparse_attention(sparse) if sparse else "layer_types" in text:
         _require(text, _REQUIRED_IF_SPARSE)
-    return TextConfig.from_dict(text)
+    return replace(TextConfig.from_dict(text), **(overrides or {}))
 
 
 def _require(text: Mapping[str, Any], keys: tuple[tuple[str, ...], ...]) -> None:
@@ -240,8 +243,18 @@ def _spellings(attribute: str) -> str:
     return f"{attribute} ({published[0]})" if published else attribute
 
 
+def _uses_sparse_attention(sparse: Mapping[str, Any]) -> bool:
+    """True or false, also as 1 or 0; left out and null are true."""
+    value = sparse.get("use_sparse_attention")
+    if value is None:
+        return True
+    if value not in (True, False):
+        raise ValueError(f"config: use_sparse_attention must be true or false, not {value!r}")
+    return bool(value)
+
+
 def _layer_types(params: Mapping[str, Any], sparse: Mapping[str, Any], n_layers: int) -> list[str]:
-    if sparse.get("use_sparse_attention") is False:
+    if not _uses_sparse_attention(sparse):
         return ["full_attention"] * n_layers
     if params.get("layer_types") is not None:
         allowed = ("minimax_m3_sparse", "full_attention")

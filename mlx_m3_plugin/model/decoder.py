@@ -37,6 +37,7 @@ class TextModel(PipelineMixin, nn.Module):
 
     def __init__(self, config: TextConfig, host: Host):
         super().__init__()
+        self.config = config
         self.host = host
         self.embed_tokens = nn.Embedding(config.vocab_size, config.hidden_size)
         self.layers = [DecoderLayer(config, i, host) for i in range(config.num_hidden_layers)]

@@ -14,10 +14,11 @@ import importlib.machinery
 import importlib.util
 import logging
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import asdict
 from importlib.metadata import EntryPoint
 from importlib.metadata import entry_points as installed_entry_points
-from types import ModuleType
+from types import FunctionType, ModuleType
 from typing import Any
 
 from .settings import Settings, read_settings
@@ -35,8 +36,19 @@ NAMESPACES = {
     "mlx_vlm.tools.parsers": "mlx_vlm.tool_parsers",  # mlx-vlm >= 0.7.1
 }
 
-# What happened in this process, for ``mlx-m3 doctor`` and for bug reports.
-status: dict[str, Any] = {"active": False, "why": "not asked yet", "served": {}, "patched": {}, "errors": []}
+# What happened in this process, for ``mlx-m3 doctor``, ``status()`` and bug reports.
+status: dict[str, Any] = {
+    "active": False,
+    "why": "not asked yet",
+    "settings": None,  # as they were read at activation
+    "served": {},  # upstream's name -> the file that was executed
+    "ours": [],  # those among them whose file is ours
+    "patched": {},
+    "caught_up": [],  # upstream modules that were imported before us
+    "errors": [],
+}
+# Upstream's own modules that ours have taken the place of after they were imported.
+replaced_modules: list[ModuleType] = []
 
 # Patch functions get the module they extend and a loader of our own entry points.
 EntryPointLoader = Callable[[str], list[Any]]
@@ -46,6 +58,7 @@ Patch = Callable[[ModuleType, EntryPointLoader], Any]
 def activate(replacing: Any = None, settings: Settings | None = None) -> None:
     """Put the finder on ``sys.meta_path``, in the place of ``replacing`` if that is on it."""
     settings = settings or read_settings()
+    status["settings"] = status["settings"] or asdict(settings)
     for complaint in settings.complaints:
         _report(complaint, settings)
     if status["active"] or not settings.enabled:
@@ -109,12 +122,16 @@ class PluginFinder:
         """Do for modules that were imported before us what an import would have done."""
         for name, entry_point in self._patches.items():
             if name in sys.modules:
+                before = dict(vars(sys.modules[name]))
                 self._run_patch(sys.modules[name], entry_point)
+                _renew_imports_by_name(before, sys.modules[name])
+                status["caught_up"].append(name)
         for name in [
             n for n in list(sys.modules) if self._module_for(n) and not self._settings.prefer_native
         ]:
             # The next look-up shall find ours.  Objects made from the native module keep working.
-            del sys.modules[name]
+            replaced_modules.append(sys.modules.pop(name))
+            status["caught_up"].append(name)
             parent, _, leaf = name.rpartition(".")
             if hasattr(sys.modules.get(parent), leaf):
                 delattr(sys.modules[parent], leaf)
@@ -199,6 +216,23 @@ def graft_spec(
     return spec
 
 
+def _renew_imports_by_name(before: Mapping[str, Any], patched: ModuleType) -> None:
+    """Have ``from module import function`` of before mean the function that ``module`` has now.
+
+    Args:
+        before: what the names of ``patched`` meant before it was patched.
+    """
+    now = vars(patched)
+    renewed = {
+        id(old): now[name]
+        for name, old in before.items()
+        if isinstance(old, (FunctionType, type)) and now.get(name, old) is not old
+    }
+    others = [m for m in list(sys.modules.values()) if isinstance(m, ModuleType) and m is not patched]
+    for names in map(vars, others if renewed else []):
+        names.update({name: renewed[id(value)] for name, value in names.items() if id(value) in renewed})
+
+
 class _GraftLoader(importlib.machinery.SourceFileLoader):
     """Executes our file under upstream's name and never fails with an ``ImportError``.
 
@@ -225,6 +259,7 @@ class _GraftLoader(importlib.machinery.SourceFileLoader):
             status["errors"].append(message)
             raise RuntimeError(message) from error
         status["served"][self.name] = self.path
+        status["ours"].append(self.name)
 
     def _exec_native(self, module: ModuleType) -> None:
         native = self._native

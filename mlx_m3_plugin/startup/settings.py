@@ -1,46 +1,110 @@
-"""The environment switches, read when an upstream library is first imported."""
+"""The environment variables of the plugin.  No other file reads them."""
 
 import os
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
+from typing import Any
 
-_OFF = ("off", "0", "false", "no")
-_ON = ("", "on", "1", "true", "yes")
+PIPELINE_SPLIT = "MLX_M3_PLUGIN_PIPELINE_SPLIT"
+_PREFIX = "MLX_M3_PLUGIN"
+
+
+_ON_OR_OFF = dict.fromkeys(("on", "1", "true", "yes"), True) | dict.fromkeys(
+    ("off", "0", "false", "no"), False
+)
+_IS_NATIVE = {"native": True, "plugin": False}
+_ATTENTION = {name: name for name in ("sparse", "dense")}
+
+
+def _layers_by_rank(value: str) -> tuple[int, ...]:
+    return tuple(int(count) for count in value.split(","))
+
+
+# Variable -> attribute of Settings, how to read a value, and what to use.
+_VARIABLES: dict[str, tuple[str, Callable[[str], Any], str]] = {
+    "MLX_M3_PLUGIN": ("enabled", _ON_OR_OFF.__getitem__, "'on' or 'off'"),
+    "MLX_M3_PLUGIN_PREFER": ("prefer_native", _IS_NATIVE.__getitem__, "'native' or 'plugin'"),
+    "MLX_M3_PLUGIN_STRICT": ("strict", _ON_OR_OFF.__getitem__, "'on' or 'off'"),
+    "MLX_M3_PLUGIN_ATTENTION": ("attention", _ATTENTION.__getitem__, "'sparse' or 'dense'"),
+    PIPELINE_SPLIT: ("pipeline_split", _layers_by_rank, "layers by rank, such as 40,20"),
+}
 
 
 @dataclass(frozen=True)
 class Settings:
-    """What the user asked for.
+    """What the user asks for.
 
     Attributes:
         enabled: ``MLX_M3_PLUGIN``; ``off`` leaves upstream exactly as it is.
         prefer_native: ``MLX_M3_PLUGIN_PREFER=native`` keeps upstream's own module
             wherever it has one under the same name.
         strict: ``MLX_M3_PLUGIN_STRICT=1`` turns every degradation into an exception.
-        complaints: one line for each value that was not understood.
+        attention: ``MLX_M3_PLUGIN_ATTENTION``, ``"sparse"`` or ``"dense"``; None leaves it to the config.
+        pipeline_split: ``MLX_M3_PLUGIN_PIPELINE_SPLIT``, layers by rank; None splits evenly.
+        complaints: one line for each variable or value that is not understood.
     """
 
     enabled: bool = True
     prefer_native: bool = False
     strict: bool = False
+    attention: str | None = None
+    pipeline_split: tuple[int, ...] | None = None
     complaints: tuple[str, ...] = ()
 
 
 def read_settings(environ: Mapping[str, str] = os.environ) -> Settings:
-    complaints: list[str] = []
+    """All switches.  What is not understood keeps its default and gets a complaint."""
+    read: dict[str, Any] = {}
+    complaints = [*_misspelt(environ)]
+    for name, (attribute, _, _) in _VARIABLES.items():
+        try:
+            value = _read(name, environ)
+        except ValueError as error:
+            complaints.append(str(error))
+        else:
+            if value is not None:
+                read[attribute] = value
+    return Settings(**read, complaints=tuple(complaints))
 
-    def switch(name: str, default: bool) -> bool:
-        value = environ.get(name, "").strip().lower()
-        if value in _OFF:
-            return False
-        if value in _ON:
-            return True if value else default
-        complaints.append(f"{name}={environ[name]!r} is not understood; use 'on' or 'off'")
-        return default
 
-    enabled = switch("MLX_M3_PLUGIN", default=True)
-    strict = switch("MLX_M3_PLUGIN_STRICT", default=False)
-    prefer = environ.get("MLX_M3_PLUGIN_PREFER", "").strip().lower()
-    if prefer not in ("", "native", "plugin"):
-        complaints.append(f"MLX_M3_PLUGIN_PREFER={prefer!r} is not understood; use 'native' or 'plugin'")
-    return Settings(enabled, prefer == "native", strict, tuple(complaints))
+def model_settings(environ: Mapping[str, str] = os.environ) -> dict[str, Any]:
+    """``attention`` and ``pipeline_split``, those that are set: what changes how a model is made.
+
+    Raises:
+        ValueError: a value is not understood.  It names the variable.
+    """
+    read = {_VARIABLES[n][0]: _read(n, environ) for n in ("MLX_M3_PLUGIN_ATTENTION", PIPELINE_SPLIT)}
+    return {attribute: value for attribute, value in read.items() if value is not None}
+
+
+def lines_of(settings: Mapping[str, Any]) -> list[str]:
+    """For people: what is not as it would be without any variable set."""
+    defaults = Settings()
+    return [
+        f"{variable}: {attribute} is {settings[attribute]}"
+        for variable, (attribute, _, _) in _VARIABLES.items()
+        if settings[attribute] != getattr(defaults, attribute)
+    ]
+
+
+def _read(name: str, environ: Mapping[str, str]) -> Any:
+    """The meaning of a variable's value; None where it is not set, or empty."""
+    _, parse, choices = _VARIABLES[name]
+    value = environ.get(name, "").strip().lower()
+    if not value:
+        return None
+    try:
+        return parse(value)
+    except (KeyError, ValueError):
+        raise ValueError(f"{name}={environ[name]!r} is not understood; use {choices}") from None
+
+
+def _misspelt(environ: Mapping[str, str]) -> list[str]:
+    unknown = [name for name in environ if name.upper().startswith(_PREFIX) and name not in _VARIABLES]
+    if not unknown:
+        return []
+    # Imported here: nobody else needs it.
+    from difflib import get_close_matches
+
+    nearest = {name: get_close_matches(name.upper(), _VARIABLES, n=1, cutoff=0) for name in unknown}
+    return [f"there is no variable {name}; did you mean {meant[0]}?" for name, meant in nearest.items()]

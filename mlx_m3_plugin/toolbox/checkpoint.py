@@ -64,7 +64,7 @@ def open_checkpoint(directory: str | Path) -> Checkpoint:
     """
     directory = Path(directory).expanduser()
     config = _read_config(directory)
-    text_config = text_config_of(config, environ={})
+    text_config = text_config_of(config)
     headers = read_headers(directory)
     _refuse(directory, headers.problems)
     plan = plan_layout(headers.tensors, text_config, "", vision=True)

@@ -1,4 +1,7 @@
-"""Is the plugin active where it matters: in a fresh process that does not import it?"""
+"""Will an M3 checkpoint run right with the stock commands here?  If not, what helps?
+
+The answer is about a fresh process that does not import the plugin, and about the commands on PATH.
+"""
 
 import json
 import os
@@ -7,30 +10,38 @@ import stat
 import subprocess
 import sys
 import sysconfig
+from collections.abc import Iterator
 from dataclasses import asdict, dataclass, field
-from importlib.metadata import PackageNotFoundError, version
+from importlib.metadata import PackageNotFoundError, distribution, version
 from pathlib import Path
 from typing import Any
 
+from ..startup.report import patch_lines, report
 from ..startup.settings import read_settings
+from .commands_on_path import Command, find_command, how_to_install_into
+from .missing import FOR_MLX
 
 STARTUP_FILES = ("mlx_m3_plugin_startup.pth", "mlx_m3_plugin_startup.start")
 _PACKAGES = ("mlx-m3-plugin", "mlx", "mlx-lm", "mlx-vlm", "transformers")
+_LIBRARIES = {"mlx_lm": "mlx-lm", "mlx_vlm": "mlx-vlm"}
+_REINSTALL = "pip install --force-reinstall --no-deps mlx-m3-plugin"
+_UPGRADE = "pip install --upgrade mlx-m3-plugin"
 
 # Runs in a fresh process, which learns of us only through the start-up file.
 _PROBE = """
 import json, logging, sys
 logging.disable(logging.WARNING)
 hooked = "mlx_m3_plugin" in sys.modules
-answer = {"hooked": hooked, "status": None, "modules": []}
+answer = {"hooked": hooked, "status": None, "modules": [], "mlx_error": None, "import_errors": {}}
+try:
+    import mlx.core
+except Exception as error:
+    answer["mlx_error"] = str(error)
 for library in ("mlx_lm", "mlx_vlm"):
     try:
         __import__(library)
-    except ModuleNotFoundError as error:
-        if error.name != library:
-            answer.setdefault("import_errors", {})[library] = repr(error)
     except Exception as error:
-        answer.setdefault("import_errors", {})[library] = repr(error)
+        answer["import_errors"][library] = repr(error)
 if hooked and "mlx_m3_plugin.startup.hook" in sys.modules:
     from mlx_m3_plugin.startup import hook
     finder = next((f for f in sys.meta_path if isinstance(f, hook.PluginFinder)), None)
@@ -70,45 +81,223 @@ class StartupFile:
 
 
 @dataclass
+class Problem:
+    """Why an M3 checkpoint does not run right, and the command or step that helps."""
+
+    what: str
+    fix: str
+
+
+@dataclass
 class Diagnosis:
     """Everything ``mlx-m3 doctor`` knows.
 
     Attributes:
-        active: a fresh process that imports mlx-lm or mlx-vlm gets our modules.
-        advice: what to do, one line each; empty when all is well.
+        ok: an M3 checkpoint runs right with the stock commands here: there are no problems.
+        verdict: the same as one sentence.
+        active: the plugin is active in a fresh process that imports mlx-lm or mlx-vlm.
+        problems: the first one is the one to begin with.
+        notes: what is worth knowing and no problem.
     """
 
+    ok: bool
+    verdict: str
     active: bool
     python: str
     versions: dict[str, str | None]
     settings: dict[str, Any]
     startup_files: list[StartupFile]
+    commands: list[Command]
     modules: list[dict[str, str | None]] = field(default_factory=list)
     patches: dict[str, Any] = field(default_factory=dict)
     errors: list[str] = field(default_factory=list)
-    advice: list[str] = field(default_factory=list)
+    problems: list[Problem] = field(default_factory=list)
+    notes: list[str] = field(default_factory=list)
 
     def as_dict(self) -> dict[str, Any]:
         return asdict(self)
 
 
 def diagnose() -> Diagnosis:
-    """Look at this interpreter's environment, and start a fresh process to see what it gets."""
-    files = find_startup_files()
+    """Look at this interpreter's environment and at PATH, and start a fresh process to see what it gets."""
     probe = _ask_fresh_process()
-    status = probe.get("status") or {}
-    diagnosis = Diagnosis(
-        active=bool(probe.get("hooked") and status.get("active")),
+    for library in set(_LIBRARIES) - set(_installed_libraries()):
+        probe["import_errors"].pop(library, None)
+    status = probe["status"] or {}
+    found = Diagnosis(
+        ok=False,
+        verdict="",
+        active=bool(probe["hooked"] and status.get("active")),
         python=f"{sys.version.split()[0]} ({sys.executable})",
         versions={name: _version(name) for name in _PACKAGES},
         settings=asdict(read_settings()),
-        startup_files=files,
-        modules=probe.get("modules", []),
+        startup_files=find_startup_files(),
+        commands=[find_command(f"{library}.generate") for library in _installed_libraries()],
+        modules=probe["modules"],
         patches=status.get("patched", {}),
-        errors=[*status.get("errors", []), *_import_errors(probe)],
+        errors=[*status.get("errors", []), *(f"{name}: {e}" for name, e in probe["import_errors"].items())],
     )
-    diagnosis.advice = _advice(diagnosis, probe)
-    return diagnosis
+    found.problems = _crash(probe) or [
+        *_missing_packages(found, probe),
+        *_startup_problems(found, probe),
+        *_setting_problems(found.settings),
+        *_failures(found, probe),
+        *(problem for command in found.commands for problem in _command_problems(command)),
+    ]
+    found.ok = not found.problems
+    found.verdict = _verdict(found)
+    found.notes = list(_notes(found.commands))
+    return found
+
+
+def doctor_lines(found: Diagnosis) -> list[str]:
+    """For people.  The first line is the verdict."""
+    files = [file.path + (f"  ({file.problem})" if file.problem else "") for file in found.startup_files]
+    modules = [f"{m['name']}: {m['source']}, {m['why']}\n    {m['path']}" for m in found.modules]
+    versions = [f"{name} {version or 'not installed'}" for name, version in found.versions.items()]
+    sections = {
+        "What to do": [f"{problem.what}\n    {problem.fix}" for problem in found.problems],
+        "Versions": [f"Python {found.python}", *versions],
+        "Commands": [f"{c.name}: {c.path or 'not on PATH'}" for c in found.commands],
+        "Start-up files": files or ["none"],
+        "Who serves": modules,
+        "Extended": patch_lines(found.patches),
+        "Errors": found.errors,
+        "Notes": found.notes,
+    }
+    return report(found.verdict, sections).splitlines()
+
+
+def _verdict(found: Diagnosis) -> str:
+    if found.problems:
+        return f"No, MiniMax-M3 does not run right here: {found.problems[0].what}."
+    native = "with upstream's own class, as MLX_M3_PLUGIN_PREFER=native asks"
+    ours = "with this plugin"
+    if found.settings["prefer_native"]:
+        ours += ", for upstream has no class of its own"
+    sources = {module["name"]: module["source"] for module in found.modules}
+    hows = {
+        library: native if sources[f"{library}.models.minimax_m3_vl"] == "native" else ours
+        for library in _installed_libraries()
+    }
+    parts = [
+        f"in {' and '.join(library for library in hows if hows[library] == how)} {how}"
+        for how in dict.fromkeys(hows.values())
+    ]
+    return f"Yes, MiniMax-M3 runs here: {'; '.join(parts)}."
+
+
+def _installed_libraries() -> list[str]:
+    return [library for library, package in _LIBRARIES.items() if _version(package) is not None]
+
+
+def _crash(probe: dict[str, Any]) -> list[Problem]:
+    """Nothing else is known then."""
+    if probe["died"] is None:
+        return []
+    what = f"a fresh Python that imports mlx, mlx_lm and mlx_vlm ends with exit code {probe['died']}"
+    ask = f"{sys.executable} -X importtime -c 'import mlx.core, mlx_lm'"
+    return [Problem(what, f"see how far this comes: {ask}")]
+
+
+def _missing_packages(found: Diagnosis, probe: dict[str, Any]) -> Iterator[Problem]:
+    if probe["mlx_error"]:
+        yield Problem(f"mlx cannot be imported ({probe['mlx_error']})", FOR_MLX)
+    if not _installed_libraries():
+        yield Problem("neither mlx-lm nor mlx-vlm is installed", "pip install mlx-lm, or mlx-vlm, or both")
+    # Without mlx they fail for want of it.
+    for library, error in probe["import_errors"].items() if not probe["mlx_error"] else ():
+        package = _LIBRARIES[library]
+        yield Problem(f"{package} cannot be imported: {error}", f"pip install --upgrade {package}")
+
+
+def _startup_problems(found: Diagnosis, probe: dict[str, Any]) -> Iterator[Problem]:
+    if probe["hooked"]:
+        return
+    # Python 3.15 runs a .start file, and the .pth of the same name only where there is none.
+    usable = [f for f in found.startup_files if f.path.endswith(".pth") or sys.version_info >= (3, 15)]
+    broken = [file for file in usable if file.problem]
+    for file in broken:
+        yield Problem(f"{file.path} is {file.problem}", file.cure or _REINSTALL)
+    if not usable and _is_in_site_directory():
+        yield Problem("the plugin's start-up file is gone from this environment", _REINSTALL)
+    elif not usable:
+        yield Problem(
+            "the plugin is not installed in one of Python's site directories, where start-up files are read",
+            "install it with pip into the environment itself (not --target), or write "
+            "`import mlx_m3_plugin` first in your program",
+        )
+    elif not broken:
+        yield Problem(
+            f"the plugin's start-up file does not run{_said(probe)}",
+            f"start Python without -S; if that is not it, {_REINSTALL}",
+        )
+
+
+def _setting_problems(settings: dict[str, Any]) -> Iterator[Problem]:
+    if not settings["enabled"]:
+        yield Problem(
+            "MLX_M3_PLUGIN is off, so mlx-lm and mlx-vlm serve M3 with their own classes, if they have any",
+            "unset MLX_M3_PLUGIN",
+        )
+    for complaint in settings["complaints"]:
+        what, _, fix = complaint.partition("; ")
+        yield Problem(what, fix)
+
+
+def _failures(found: Diagnosis, probe: dict[str, Any]) -> Iterator[Problem]:
+    """What is installed, switched on, and fails all the same."""
+    if probe["mlx_error"] or not probe["hooked"] or not found.settings["enabled"]:
+        return
+    loadable = [library for library in _installed_libraries() if library not in probe["import_errors"]]
+    if loadable and not found.active:
+        yield Problem(f"the plugin cannot be activated{_said(probe)}", _REINSTALL)
+        return
+    errors = (probe["status"] or {}).get("errors", [])
+    unserved = [m for m in found.modules if m["source"] == "none" and m["why"] not in errors]
+    for what in [e for e in errors if e not in found.settings["complaints"]]:
+        yield Problem(what, _UPGRADE)
+    for module in unserved:
+        yield Problem(f"{module['name']} cannot be served: {module['why']}", _UPGRADE)
+
+
+def _said(probe: dict[str, Any]) -> str:
+    """What the fresh process said of us on its way."""
+    lines = [line.strip() for line in probe["stderr"].splitlines() if "mlx-m3-plugin" in line]
+    return f": {lines[-1]}" if lines else ""
+
+
+def _command_problems(command: Command) -> Iterator[Problem]:
+    if command.is_here:
+        return
+    what = f"{command.name} on PATH ({command.path}) belongs to another environment"
+    here = Path(sys.executable).parent / command.name
+    otherwise = f"; or call {here}" if here.exists() else ""
+    if command.environment is None or command.python is None:
+        yield Problem(
+            f"{command.name} on PATH ({command.path}) cannot start: {command.python} is not a working Python",
+            f"remove it, or install its package again{otherwise}",
+        )
+    elif command.has_plugin:
+        ask = f"{command.python} -m mlx_m3_plugin.cli doctor"
+        yield Problem(
+            f"{what}, {command.environment}, which has the plugin too", f"ask there: {ask}{otherwise}"
+        )
+    else:
+        install = how_to_install_into(Path(command.environment), command.python)
+        yield Problem(f"{what}, {command.environment}, which does not have the plugin", install + otherwise)
+
+
+def _notes(commands: list[Command]) -> Iterator[str]:
+    for command in commands:
+        if command.path is None:
+            there = Path(sys.executable).parent / command.name
+            yield f"{command.name} is not on PATH: activate this environment, or call {there}"
+    if "JPY_PARENT_PID" in os.environ:
+        yield (
+            "this is about new processes; a notebook that was started before the plugin was installed needs "
+            "a restart or `import mlx_m3_plugin`, and `mlx_m3_plugin.status()` is about the notebook itself"
+        )
 
 
 def find_startup_files() -> list[StartupFile]:
@@ -132,7 +321,7 @@ def _why_skipped(path: Path) -> tuple[str | None, str | None]:
     if not os.access(path, os.R_OK):
         return "not readable", f"chmod a+r {path}"
     if path.stat().st_size == 0:
-        return "empty", "pip install --force-reinstall --no-deps mlx-m3-plugin"
+        return "empty", _REINSTALL
     return None, None
 
 
@@ -149,29 +338,20 @@ def _ask_fresh_process() -> dict[str, Any]:
         [sys.executable, "-c", _PROBE], capture_output=True, text=True, cwd=Path(sys.executable).parent
     )
     try:
-        return json.loads(run.stdout.strip().splitlines()[-1])
+        answer: dict[str, Any] = json.loads(run.stdout.strip().splitlines()[-1])
     except (IndexError, json.JSONDecodeError):
-        return {"import_errors": {"fresh process": run.stderr.strip() or f"exit code {run.returncode}"}}
+        answer = {"hooked": False, "status": None, "modules": [], "mlx_error": None, "import_errors": {}}
+        return {**answer, "stderr": run.stderr, "died": run.returncode}
+    return {**answer, "stderr": run.stderr, "died": None}
 
 
-def _import_errors(probe: dict[str, Any]) -> list[str]:
-    return [f"{library}: {error}" for library, error in probe.get("import_errors", {}).items()]
-
-
-def _advice(diagnosis: Diagnosis, probe: dict[str, Any]) -> list[str]:
-    advice = [f.cure for f in diagnosis.startup_files if f.cure]
-    if not diagnosis.settings["enabled"]:
-        advice.append("MLX_M3_PLUGIN is off; unset it to switch the plugin on")
-    elif not diagnosis.startup_files:
-        advice.append(
-            "no start-up file in this environment's site directories: install with pip into the "
-            "environment itself (not --target), or write `import mlx_m3_plugin` first in your program"
-        )
-    elif not probe.get("hooked") and not advice:
-        advice.append("the start-up file did not run: is PYTHON started with -S, or by an application?")
-    if diagnosis.versions["mlx-lm"] is None and diagnosis.versions["mlx-vlm"] is None:
-        advice.append("neither mlx-lm nor mlx-vlm is installed")
-    return advice
+def _is_in_site_directory() -> bool:
+    """Whether pip has put the plugin, or the link to its checkout, where start-up files are read."""
+    try:
+        metadata = distribution("mlx-m3-plugin").locate_file("")
+    except PackageNotFoundError:
+        return False
+    return Path(str(metadata)).resolve() in [directory.resolve() for directory in _site_directories()]
 
 
 def _version(package: str) -> str | None:

@@ -93,7 +93,7 @@ def fit(
     found = inspect_source(source)
     if found.components is None or found.attention is None:
         raise ValueError("\n  ".join([f"{source.name} cannot be planned for:", *found.problems]))
-    config = text_config_of(source.config, environ={})
+    config = text_config_of(source.config)
     parts = {component.name: component.bytes for component in found.components}
     sparse = len(found.attention.with_indexer)
     vision = sum(parts.get(name, 0) for name in _VISION)

@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from ..model.config import TextConfig, text_config_of
-from ..model.pipeline import SPLIT_VARIABLE
+from ..startup.settings import PIPELINE_SPLIT
 from ..weights import lacks_indexers, plan_layout
 from ..weights.names import layer_of
 from ..weights.writing import STORED_DTYPES
@@ -108,7 +108,7 @@ class _Costs:
 
     @classmethod
     def of(cls, source: Source, kv_bits: int | None, step: int) -> "_Costs":
-        config = text_config_of(source.config, environ={})
+        config = text_config_of(source.config)
         shared, weights = 0, [0] * config.num_hidden_layers
         plan = plan_layout(source.headers.tensors, config, "")
         for name, tensor in plan.items():
@@ -203,7 +203,7 @@ def pipeline_lines(found: PipelineFit) -> list[str]:
     split = ",".join(map(str, found.split))
     lines += [
         "On the machine of rank 0, with both in hosts.json in this order:",
-        f"  mlx.launch --hostfile hosts.json --backend ring --env {SPLIT_VARIABLE}={split} \\",
+        f"  mlx.launch --hostfile hosts.json --backend ring --env {PIPELINE_SPLIT}={split} \\",
         f"    $(which mlx_lm.server) --model {found.name} --pipeline",
     ]
     return lines

@@ -54,7 +54,7 @@ def converted(source: Path, recipe: str, destination: Path, memory: int = MEMORY
 
 def parameters(directory: Path) -> dict[str, mx.array]:
     """By published name, experts stacked, in whatever precision they are stored: as mlx loads them."""
-    config = text_config_of(json.loads((directory / "config.json").read_text()), environ={})
+    config = text_config_of(json.loads((directory / "config.json").read_text()))
     weights = {n: a for file in weight_files(directory) for n, a in mx.load(str(file)).items()}
     return map_weights(weights, config, "", vision=True)
 

@@ -103,7 +103,7 @@ def published_config() -> Json:
 
 
 def parameters() -> Weights:
-    config = text_config_of(published_config(), environ={})
+    config = text_config_of(published_config())
     names = {
         name.removeprefix(PREFIX): mx.array(array)
         for name, array in random_weights(config, np.random.default_rng(7))

@@ -43,4 +43,4 @@ def test_it_sees_and_finds_and_is_active(said: list[str]) -> None:
     *_, picture, needle, doctor = said
     assert "A red circle and a blue square." in picture
     assert "</mm:think>The code of Nora is 427." in needle
-    assert "mlx-m3-plugin is active" in doctor
+    assert "MiniMax-M3 runs here" in doctor

@@ -266,6 +266,9 @@ class TestNotebookKernel:
             assert "mlx_m3_plugin" in execute(
                 tokenizer_utils + "print(TokenizerWrapper.__init__.__code__.co_filename)"
             )
+            status = execute("print(mlx_m3_plugin.status())")
+            assert "is active in this process" in status
+            assert "mlx_lm came before the plugin: load older tokenizers and processors again" in status
 
 
 @contextmanager

@@ -62,7 +62,7 @@ def test_a_stage_of_dense_layers_alone_says_nothing(caplog: pytest.LogCaptureFix
     assert warnings_of(caplog) == []
 
 
-@pytest.mark.parametrize("by", ["config", "environment"])
+@pytest.mark.parametrize("by", ["config", "dense", " Dense\n"], ids=repr)
 def test_by_choice(
     by: str, sparse: mx.array, caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -70,7 +70,7 @@ def test_by_choice(
     if by == "config":
         override = {"attention": "dense"}
     else:
-        monkeypatch.setenv("MLX_M3_PLUGIN_ATTENTION", "dense")
+        monkeypatch.setenv("MLX_M3_PLUGIN_ATTENTION", by)
     model, _ = load_model(CHECKPOINT, model_config=override)
     logits = model(TOKENS)
     (warning,) = warnings_of(caplog)
@@ -111,8 +111,12 @@ def test_some_indexers_missing_is_an_error(tmp_path: Path) -> None:
 
 def test_anything_else_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("MLX_M3_PLUGIN_ATTENTION", "sparce")
-    with pytest.raises(ValueError, match="attention must be 'sparse' or 'dense', not 'sparce'"):
+    message = "MLX_M3_PLUGIN_ATTENTION='sparce' is not understood; use 'sparse' or 'dense'"
+    with pytest.raises(ValueError, match=message):
         load_model(CHECKPOINT)
+    monkeypatch.delenv("MLX_M3_PLUGIN_ATTENTION")
+    with pytest.raises(ValueError, match="config: attention must be 'sparse' or 'dense', not 'sparce'"):
+        load_model(CHECKPOINT, model_config={"attention": "sparce"})
 
 
 @needs_native

@@ -341,6 +341,18 @@ def test_a_pipeline_splits_the_layers_from_the_end(model_type, size, split, expe
 
 
 @both_model_types
+def test_a_split_may_be_set_in_the_environment(model_type, monkeypatch):
+    """Where mlx-lm's own ``sharded_load`` splits, too: it calls ``model.model.pipeline``."""
+    monkeypatch.setenv("MLX_M3_PLUGIN_PIPELINE_SPLIT", " 3, 1 ")
+    model, other, chosen = (our_model(model_type) for _ in range(3))
+    model.pipeline(FakeGroup(0, 2))
+    other.model.pipeline(FakeGroup(0, 2))
+    chosen.pipeline(FakeGroup(0, 2), [1, 3])
+    assert held(model) == held(other) == [1, 2, 3]
+    assert held(chosen) == [3]
+
+
+@both_model_types
 @pytest.mark.parametrize("split", [[4], [2, 1], [3, 2], [4, 0], [5, -1], [2, 1, 1]], ids=str)
 def test_a_split_that_does_not_fit_is_refused_and_changes_nothing(model_type, split):
     model = our_model(model_type)

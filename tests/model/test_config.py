@@ -106,9 +106,30 @@ def test_without_layer_types_as_in_transformers(key):
     assert getattr(config, key) == [expected] * 60
 
 
-def test_sparse_attention_can_be_turned_off():
-    config = TextConfig.from_dict(published_sparse(use_sparse_attention=False))
-    assert config.layer_types == ["full_attention"] * 60
+@pytest.mark.parametrize(("value", "sparse_layers"), [(False, 0), (0, 0), (True, 57), (1, 57), (None, 57)])
+def test_sparse_attention_can_be_turned_off(value, sparse_layers):
+    config = TextConfig.from_dict(published_sparse(use_sparse_attention=value))
+    assert config.layer_types.count("minimax_m3_sparse") == sparse_layers
+
+
+@pytest.mark.parametrize(("value", "required"), [(False, False), (0, False), (1, True), (None, True)])
+def test_what_an_indexer_needs_is_required_where_there_is_one(value, required):
+    text = published_sparse(use_sparse_attention=value)
+    del text["sparse_attention_config"]["sparse_block_size"]
+    config = {"model_type": "minimax_m3_vl", "text_config": text}
+    if required:
+        with pytest.raises(ValueError, match="sparse_block_size or index_block_size is missing"):
+            text_config_of(config)
+    else:
+        assert set(text_config_of(config).layer_types) == {"full_attention"}
+
+
+def test_what_the_user_has_set_wins_over_the_config():
+    config = {**m3_configs.PUBLISHED, "attention": "sparse", "pipeline_split": [1, 59]}
+    assert text_config_of(config).attention == "sparse"
+    assert text_config_of(config).pipeline_split is None
+    asked = text_config_of(config, {"attention": "dense", "pipeline_split": (40, 20)})
+    assert (asked.attention, asked.pipeline_split) == ("dense", (40, 20))
 
 
 def test_a_flat_sparse_attention_freq():
@@ -208,6 +229,8 @@ WRONG_TYPES = [
     (published(rope_parameters=[5e6]), "rope_parameters"),
     (published(sparse_attention_config=True), "sparse_attention_config"),
     (published_sparse(sparse_block_size="128"), "block_size"),
+    (published_sparse(use_sparse_attention="false"), "use_sparse_attention"),
+    (published_sparse(use_sparse_attention=2), "use_sparse_attention"),
     (published_sparse(sparse_block_size=0), "block_size"),
     (published_sparse(sparse_topk_blocks=None), "topk_blocks"),
     (published_sparse(sparse_local_block=-1), "local_block"),

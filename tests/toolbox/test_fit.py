@@ -20,7 +20,7 @@ from tests.checkpoints import real_size
 from tests.checkpoints.tiny_layouts import LAYOUTS
 
 GIB = 1 << 30
-REAL = text_config_of(real_size.CONFIG, environ={})
+REAL = text_config_of(real_size.CONFIG)
 WEIGHTS = 241_477_881_856
 
 

@@ -16,7 +16,7 @@ from mlx_m3_plugin.toolbox.convert.recipe import Recipe
 from mlx_m3_plugin.toolbox.precision import How
 from tests.checkpoints import real_size
 
-REAL = text_config_of(real_size.CONFIG, environ={})
+REAL = text_config_of(real_size.CONFIG)
 DEFAULT = "[default]\nbits = 4\n"
 
 

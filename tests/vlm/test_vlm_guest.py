@@ -97,6 +97,7 @@ def test_an_error_where_a_part_is_missing_and_the_user_is_strict(damaged: dict[s
 
 def test_the_doctor_says_who_serves_where_a_part_is_missing(damaged: dict[str, str]) -> None:
     done = run("-m", "mlx_m3_plugin.cli", "doctor", "--json", **damaged)
+    assert done.returncode == 1
     diagnosis = json.loads(done.stdout)
     modules = {module["name"]: module for module in diagnosis["modules"]}
     assert modules["mlx_vlm.models.minimax_m3_vl"]["source"] == "native"

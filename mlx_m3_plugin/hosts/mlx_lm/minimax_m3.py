@@ -6,9 +6,10 @@ mlx-lm executes this file under its own module name, so every import is absolute
 from dataclasses import dataclass, field
 from typing import Any
 
+from mlx_m3_plugin.hosts.loading import text_config_as_set
 from mlx_m3_plugin.hosts.mlx_lm.base import MlxLmModel
 from mlx_m3_plugin.hosts.mlx_lm.host import MLX_LM
-from mlx_m3_plugin.model.config import TextConfig, text_config_of
+from mlx_m3_plugin.model.config import TextConfig
 from mlx_m3_plugin.model.decoder import LanguageModel
 
 TextArgs = TextConfig
@@ -24,7 +25,7 @@ class ModelArgs:
 
     @classmethod
     def from_dict(cls, params: dict[str, Any]) -> "ModelArgs":
-        return cls(text_config_of(params), params.get("model_type", cls.model_type), params)
+        return cls(text_config_as_set(params), params.get("model_type", cls.model_type), params)
 
 
 class Model(LanguageModel, MlxLmModel):

@@ -8,9 +8,10 @@ from typing import Any
 
 import mlx.core as mx
 
+from mlx_m3_plugin.hosts.loading import text_config_as_set
 from mlx_m3_plugin.hosts.mlx_lm.base import MlxLmModel
 from mlx_m3_plugin.hosts.mlx_lm.host import MLX_LM
-from mlx_m3_plugin.model.config import TextConfig, text_config_of
+from mlx_m3_plugin.model.config import TextConfig
 from mlx_m3_plugin.model.decoder import LanguageModel, TextModel
 
 TextArgs = TextConfig
@@ -30,7 +31,7 @@ class ModelArgs:
 
     @classmethod
     def from_dict(cls, params: dict[str, Any]) -> "ModelArgs":
-        return cls(text_config_of(params), params.get("model_type", cls.model_type), params)
+        return cls(text_config_as_set(params), params.get("model_type", cls.model_type), params)
 
 
 class Model(MlxLmModel):

@@ -11,8 +11,8 @@ from typing import Any
 
 import mlx.core as mx
 
-from mlx_m3_plugin.hosts.loading import AnyLayout
-from mlx_m3_plugin.model.config import TextConfig, text_config_of
+from mlx_m3_plugin.hosts.loading import AnyLayout, text_config_as_set
+from mlx_m3_plugin.model.config import TextConfig
 from mlx_m3_plugin.model.pipeline import split_layers
 from mlx_m3_plugin.weights.files import only_shards, shards_with
 
@@ -39,7 +39,7 @@ def load_shared(module: Any, options: Mapping[str, Any]) -> Any:
     if pipeline_group is None and tensor_group is None:
         tensor_group = mx.distributed.init()
     path = module._download(options["repo"], allow_patterns=_BESIDE_WEIGHTS)
-    config = text_config_of(module.load_config(path))
+    config = text_config_as_set(module.load_config(path))
     wanted = (
         None
         if pipeline_group is None
@@ -77,7 +77,7 @@ def _fetch_stage(
     module: Any, repo: str, path: Path, config: TextConfig, group: mx.distributed.Group
 ) -> list[str] | None:
     """Fetch the shards of this process's layers; None where all are needed to know."""
-    layers = range(*split_layers(config.num_hidden_layers, group))
+    layers = range(*split_layers(config.num_hidden_layers, group, config.pipeline_split))
     wanted = shards_with(path, config, layers)
     if wanted is not None:
         module._download(repo, allow_patterns=wanted)

@@ -5,7 +5,7 @@ from typing import Any
 
 from mlx_vlm.models.minimax_m3_vl import config as upstream
 
-from mlx_m3_plugin.model.config import text_config_of
+from mlx_m3_plugin.hosts.loading import text_config_as_set
 
 
 class VisionConfig(upstream.VisionConfig):
@@ -37,7 +37,7 @@ class ModelConfig(upstream.ModelConfig):
     @classmethod
     def from_dict(cls, params: dict[str, Any]) -> "ModelConfig":
         made = super().from_dict(params)
-        made.text_config = text_config_of(params)
+        made.text_config = text_config_as_set(params)
         made.vision_config = VisionConfig.from_dict(params.get("vision_config") or {})
         made.loader_config = params
         # The tensors tell how they are quantized.  Left here, it would have mlx-vlm unpack some

@@ -13,10 +13,10 @@ from mlx_m3_plugin.hosts.mlx_vlm.parts import check_parts
 
 check_parts()
 
-from mlx_m3_plugin.hosts.loading import AnyLayout  # noqa: E402
+from mlx_m3_plugin.hosts.loading import AnyLayout, text_config_as_set  # noqa: E402
 from mlx_m3_plugin.hosts.mlx_vlm.language import LanguageModel  # noqa: E402
 from mlx_m3_plugin.hosts.mlx_vlm.storing import StoredModel, as_stored  # noqa: E402
-from mlx_m3_plugin.model.config import TextConfig, text_config_of  # noqa: E402
+from mlx_m3_plugin.model.config import TextConfig  # noqa: E402
 from mlx_m3_plugin.model.decoder import DecoderLayer  # noqa: E402
 
 __all__ = ["LanguageModel", "Model", "ModelConfig", "TextConfig"]
@@ -35,7 +35,7 @@ class ModelConfig(TextConfig):
     def from_dict(cls, params: dict[str, Any]) -> "ModelConfig":  # type: ignore[override]
         # The loader adds empty entries for parts that are not there.
         given = {key: value for key, value in params.items() if value != {}}
-        text = text_config_of(given)
+        text = text_config_as_set(given)
         made = cls(**{f.name: getattr(text, f.name) for f in fields(text)})
         made.model_type = params.get("model_type", "minimax_m3")
         made.loader_config = params

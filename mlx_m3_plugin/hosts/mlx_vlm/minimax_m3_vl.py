@@ -23,12 +23,12 @@ from mlx_vlm.models.minimax_m3_vl.processing_minimax_m3_vl import (  # noqa: E40
 )
 from mlx_vlm.models.minimax_m3_vl.vision import VisionModel  # noqa: E402
 
-from mlx_m3_plugin.hosts.loading import AnyLayout  # noqa: E402
+from mlx_m3_plugin.hosts.loading import AnyLayout, text_config_as_set  # noqa: E402
 from mlx_m3_plugin.hosts.mlx_vlm.cache import QuantizedMiniMaxM3KVCache  # noqa: E402
 from mlx_m3_plugin.hosts.mlx_vlm.config import ModelConfig, VisionConfig  # noqa: E402
 from mlx_m3_plugin.hosts.mlx_vlm.language import LanguageModel  # noqa: E402
 from mlx_m3_plugin.hosts.mlx_vlm.storing import StoredModel, as_stored  # noqa: E402
-from mlx_m3_plugin.model.config import TextConfig, text_config_of  # noqa: E402
+from mlx_m3_plugin.model.config import TextConfig  # noqa: E402
 from mlx_m3_plugin.model.decoder import DecoderLayer  # noqa: E402
 
 __all__ = [
@@ -58,7 +58,7 @@ class Model(AnyLayout, UpstreamModel):
         nn.Module.__init__(self)
         if config.loader_config:
             # The loader has put its own reading of the text config in the place of ours.
-            config.text_config = text_config_of(config.loader_config)
+            config.text_config = text_config_as_set(config.loader_config)
         text, vision = config.text_config, config.vision_config
         layers = config.vision_feature_layer
         self.config = config

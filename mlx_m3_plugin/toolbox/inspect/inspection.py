@@ -118,7 +118,7 @@ def inspect_source(source: Source) -> Inspection:
 def _read_text_config(config: Mapping[str, Any]) -> tuple[TextConfig | None, list[str]]:
     try:
         # Of the checkpoint, not of the environment.
-        return text_config_of(config, environ={}), []
+        return text_config_of(config), []
     except ValueError as error:
         return None, [str(error)]
 

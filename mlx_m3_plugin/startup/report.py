@@ -1,0 +1,18 @@
+"""Text for ``status()`` and ``mlx-m3 doctor``.  Apart from the hook, which may be what is broken."""
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+
+def report(first: str, sections: Mapping[str, Sequence[str]]) -> str:
+    """A first line, and under the title of each section that has any its indented lines."""
+    lines = [first]
+    for title, entries in sections.items():
+        lines += [title, *(f"  {entry}" for entry in entries)] if entries else []
+    return "\n".join(lines)
+
+
+def patch_lines(patches: Mapping[str, Any]) -> list[str]:
+    return [
+        f"{name}: {', '.join(what) if isinstance(what, list) else what}" for name, what in patches.items()
+    ]
