@@ -15,6 +15,8 @@ _PIECE = 1 << 22
 
 # Called with the file, and how many more bytes of it were read.
 Progress = Callable[[Path, int], None]
+# Makes a progress bar from a title and how many bytes there are.
+Watch = Callable[[str, int], Progress]
 
 
 @dataclass
@@ -31,13 +33,10 @@ class Verification:
     problems: list[str] = field(default_factory=list)
 
 
-def verify(directory: Path, watch: Callable[[str, int], Progress]) -> Verification:
+def verify(directory: Path, watch: Watch) -> Verification:
     """Read all shards in ``directory``, and compare them with their checksums.
 
     A download in the Hugging Face cache has them in the names of its blobs.
-
-    Args:
-        watch: makes a progress bar from a title and how many bytes there are.
 
     Raises:
         ValueError: there are no checksums, so nothing can be verified.

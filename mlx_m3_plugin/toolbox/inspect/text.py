@@ -23,6 +23,10 @@ def lines_of(found: Inspection) -> list[str]:
         lines += ["", "Memory", *_indented(running.memory_lines(found.memory))]
     if found.notes:
         lines += ["", "Notes", *_indented(found.notes)]
+    if found.verified is not None:
+        read = f"{found.verified.files} files, {size_in_words(found.verified.bytes)}, read and compared"
+        differ = f"{len(found.verified.problems)} problems" if found.verified.problems else "as written"
+        lines += ["", "Checksums", *_indented([f"{read}: {differ}"])]
     more = len(found.problems) - _MOST_PROBLEMS
     told = found.problems[:_MOST_PROBLEMS] + ([f"... and {more} more"] if more > 0 else [])
     lines += ["", "Problems", *_indented(told or ["none"])]
