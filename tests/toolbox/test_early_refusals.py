@@ -59,7 +59,7 @@ def begun_by_another_recipe(tiny: Written) -> None:
     ("prepare", "target", "complaint"),
     [
         (exists, "made", "made exists already"),
-        (parent_is_a_file, "made/below", "made"),
+        (parent_is_a_file, "made/below", "Not a directory"),
         (holds_something_else, "made", "holds no conversion of ours"),
         (begun_by_another_recipe, "made", "an unfinished conversion of another source, recipe or version"),
     ],
