@@ -8,7 +8,6 @@ for a signal's.
 import json
 import os
 import signal
-import subprocess
 import sys
 import time
 import traceback
@@ -45,7 +44,10 @@ def start(wanted: dict[str, Any]) -> int:
         # Metal does not survive a fork.
         command = [sys.executable, __file__, *wanted["arguments"]]
         environment = os.environ | {"XDG_CACHE_HOME": wanted["cache"]}
-        return subprocess.Popen(command, stdout=output, stderr=output, env=environment).pid
+        to_file = [(os.POSIX_SPAWN_DUP2, output, stream) for stream in (1, 2)]
+        process = os.posix_spawn(sys.executable, command, environment, file_actions=to_file)
+        os.close(output)
+        return process
     process = os.fork()
     if process:
         os.close(output)

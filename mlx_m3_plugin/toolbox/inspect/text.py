@@ -24,9 +24,9 @@ def lines_of(found: Inspection) -> list[str]:
     if found.notes:
         lines += ["", "Notes", *_indented(found.notes)]
     if found.verified is not None:
-        read = f"{found.verified.files} files, {size_in_words(found.verified.bytes)}, read and compared"
-        differ = f"{len(found.verified.problems)} problems" if found.verified.problems else "as written"
-        lines += ["", "Checksums", *_indented([f"{read}: {differ}"])]
+        read = f"{_files(found.verified.files)}, {size_in_words(found.verified.bytes)}, read and compared"
+        result = "not as written, see the problems" if found.verified.problems else "as written"
+        lines += ["", "Checksums", *_indented([f"{read}: {result}"])]
     more = len(found.problems) - _MOST_PROBLEMS
     told = found.problems[:_MOST_PROBLEMS] + ([f"... and {more} more"] if more > 0 else [])
     lines += ["", "Problems", *_indented(told or ["none"])]
@@ -38,8 +38,7 @@ def lines_of(found: Inspection) -> list[str]:
 
 def _what_it_is(found: Inspection) -> list[str]:
     stored = (f"{d.dtype} {d.tensors:,} tensors, {size_in_words(d.bytes)}" for d in found.dtypes)
-    files = f"{found.files:,} {'file' if found.files == 1 else 'files'}"
-    size = f"{found.tensors:,} tensors in {files}, {found.bytes:,} bytes ({size_in_words(found.bytes)})"
+    size = f"{found.tensors:,} tensors in {_files(found.files)}, {found.bytes:,} bytes ({size_in_words(found.bytes)})"
     facts = {
         "model type": found.model_type,
         "layout": "; ".join(found.layout.in_words()),
@@ -51,6 +50,10 @@ def _what_it_is(found: Inspection) -> list[str]:
     if found.attention is not None:
         facts |= _attention(found.attention)
     return [line for label, fact in facts.items() for line in _fact(label, fact)]
+
+
+def _files(count: int) -> str:
+    return f"{count:,} {'file' if count == 1 else 'files'}"
 
 
 def _quantization(found: Inspection) -> str:
