@@ -31,8 +31,7 @@ def run(arguments: list[str]) -> int:
     try:
         return main(arguments)
     except KeyboardInterrupt:
-        # Before or after what the command itself catches.
-        return 130
+        raise
     except BaseException:
         traceback.print_exc()
         return BROKEN
@@ -48,19 +47,25 @@ def start(wanted: dict[str, Any]) -> int:
         process = os.posix_spawn(sys.executable, command, environment, file_actions=to_file)
         os.close(output)
         return process
+    # Not before the child can catch it.
+    signal.pthread_sigmask(signal.SIG_BLOCK, [signal.SIGINT])
     process = os.fork()
     if process:
+        signal.pthread_sigmask(signal.SIG_UNBLOCK, [signal.SIGINT])
         os.close(output)
         return process
     os.dup2(output, 1)
     os.dup2(output, 2)
     os.environ["XDG_CACHE_HOME"] = wanted["cache"]
-    code = BROKEN
     try:
+        signal.pthread_sigmask(signal.SIG_UNBLOCK, [signal.SIGINT])
         code = run(wanted["arguments"])
         sys.stdout.flush()
-    finally:
-        os._exit(code)
+        signal.pthread_sigmask(signal.SIG_BLOCK, [signal.SIGINT])
+    except KeyboardInterrupt:
+        # Before or after what the command itself catches.
+        code = 130
+    os._exit(code)
 
 
 def race(runs: list[dict[str, Any]]) -> list[int]:
@@ -83,7 +88,10 @@ def race(runs: list[dict[str, Any]]) -> list[int]:
 
 if __name__ == "__main__":
     if len(sys.argv) > 1:
-        sys.exit(run(sys.argv[1:]))
+        try:
+            sys.exit(run(sys.argv[1:]))
+        except KeyboardInterrupt:
+            sys.exit(130)
     signal.signal(signal.SIGINT, signal.default_int_handler)
     for line in sys.stdin:
         print(json.dumps(race(json.loads(line))), flush=True)

@@ -38,12 +38,12 @@ def lines_of(found: Inspection) -> list[str]:
 
 def _what_it_is(found: Inspection) -> list[str]:
     stored = (f"{d.dtype} {d.tensors:,} tensors, {size_in_words(d.bytes)}" for d in found.dtypes)
-    size = f"{found.tensors:,} tensors in {_files(found.files)}, {found.bytes:,} bytes ({size_in_words(found.bytes)})"
+    size = f"{found.bytes:,} bytes ({size_in_words(found.bytes)})"
     facts = {
         "model type": found.model_type,
         "layout": "; ".join(found.layout.in_words()),
         "stored as": "; ".join(stored),
-        "size": size,
+        "size": f"{found.tensors:,} tensors in {_files(found.files)}, {size}",
         "quantization": _quantization(found),
         "vision": "yes" if found.vision else "none",
     }
