@@ -73,7 +73,7 @@ def write_demo(directory: str | Path, seed: int = 0, vision: bool = False) -> De
         FileExistsError: ``directory`` is not empty.
     """
     directory = Path(directory)
-    with new_directory(directory) as unfinished:
+    with new_directory(directory, "demo") as unfinished:
         report = _write_files(unfinished, seed, vision)
     return replace(report, path=str(directory))
 

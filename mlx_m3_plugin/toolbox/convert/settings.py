@@ -8,13 +8,24 @@ from typing import Any
 from ...chat.template import CHAT_TEMPLATE
 from ...weights import with_quantization
 from ...weights.headers import INDEX
+from ..checksums import SUMS
 from ..inspect.source import CHAT_TEMPLATE_FILES
+from ..new_directory import LOCK, STATE
 from .card import model_card
 from .plan import Plan
 
 _WEIGHTS = (".safetensors", ".bin", ".gguf", ".pt", ".pth", ".npz")
 # Written anew, or about weights that are not these.
-_NOT_COPIED = ("config.json", "README.md", INDEX, "hf_quant_config.json", "offload_index.json")
+_NOT_COPIED = (
+    "config.json",
+    "README.md",
+    INDEX,
+    "hf_quant_config.json",
+    "offload_index.json",
+    SUMS,
+    LOCK,
+    STATE,
+)
 _LARGEST = 200 << 20
 
 

@@ -47,7 +47,7 @@ def write_nano(directory: str | Path, bits: int = STORED_BITS, layout: str | Non
     if layout is not None and layout not in LAYOUTS:
         raise ValueError(f"there is no layout {layout}; there are\n" + "\n".join(layout_lines()))
     directory = Path(directory)
-    with new_directory(directory) as unfinished:
+    with new_directory(directory, "demo") as unfinished:
         if layout is not None:
             LAYOUTS[layout].write(unfinished, source_of(CHECKPOINT))
         elif bits == STORED_BITS:
