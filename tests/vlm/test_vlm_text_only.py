@@ -51,6 +51,8 @@ def test_images_and_videos_are_refused(text_only: Any) -> None:
     with pytest.raises(ValueError, match="no vision tower: it takes text only"):
         text_only(tokens, array, image_grid_thw=grid)
     with pytest.raises(ValueError, match="no vision tower: it takes text only"):
+        text_only(tokens, pixel_values_videos=array, video_grid_thw=grid)
+    with pytest.raises(ValueError, match="no vision tower: it takes text only"):
         text_only.get_input_embeddings(tokens, pixel_values_videos=array, video_grid_thw=grid)
 
 
