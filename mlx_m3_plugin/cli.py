@@ -54,6 +54,9 @@ def _parser() -> argparse.ArgumentParser:
         "inspect", help="say what a checkpoint is, what is wrong with it, how to run it"
     )
     inspect.add_argument("checkpoint", metavar="PATH_OR_REPO", help="a directory, or a repository on the Hub")
+    inspect.add_argument(
+        "--verify", action="store_true", help="read all shards, and compare them with their checksums"
+    )
     inspect.set_defaults(command=_inspect)
 
     convert = commands.add_parser("convert", help="make a quantized checkpoint by a recipe, in little memory")
@@ -181,8 +184,11 @@ def _doctor(args: argparse.Namespace) -> int:
 def _inspect(args: argparse.Namespace) -> int:
     from .toolbox.inspect import inspect
     from .toolbox.inspect.text import lines_of
+    from .toolbox.progress import bytes_bar
 
     found = inspect(args.checkpoint)
+    if args.verify:
+        found.verify(bytes_bar)
     if args.json:
         _print_json(found.as_dict())
     else:
@@ -213,7 +219,10 @@ def _convert(args: argparse.Namespace) -> int:
 
 def _evaluate(args: argparse.Namespace) -> int:
     from .toolbox.evaluate.command import evaluate_command
+    from .toolbox.new_directory import check_can_write
 
+    if args.json not in (None, "-"):
+        check_can_write(Path(args.json))
     found, lines = evaluate_command(
         args.checkpoint,
         args.reference,

@@ -11,7 +11,7 @@ from mlx.utils import tree_flatten
 
 from ..model.config import TextConfig, text_config_of
 from ..model.decoder import DecoderLayer
-from ..model.scaled_experts import hold_global_scales
+from ..model.tensor_scales import expect_scales
 from ..startup.settings import model_settings
 from ..weights import (
     check_values,
@@ -97,7 +97,7 @@ class AnyLayout(nn.Module):
         config.clear()
         config.update(described)
         if quantization is not None:
-            hold_global_scales(self, mapped)
+            expect_scales(self, mapped)
         # For mlx-vlm: gate and up are apart here, and the shared expert is no row of the experts.
         text_config = config.get("text_config")
         (text_config if isinstance(text_config, dict) else config)["pack_shared_expert"] = False

@@ -10,6 +10,7 @@ from mlx.nn.layers.distributed import shard_inplace, shard_linear
 from .attention import Attention
 from .decoder import DecoderLayer
 from .moe import DenseMLP, SparseMoeBlock
+from .tensor_scales import hold_scale
 
 WIDENING, NARROWING = "all-to-sharded", "sharded-to-all"
 
@@ -103,11 +104,12 @@ def _check_divides(part: _Part, size: int) -> None:
 
 def _shard(part: _Part, group: mx.distributed.Group) -> None:
     linear = part.owner[part.name]
-    if part.summed:
-        setattr(part.owner, part.name, shard_linear(linear, part.sharding, group=group))
-        return
+    # One for the whole matrix, whatever is cut off it.
     scale = linear.pop("global_scale", None)
+    if part.summed:
+        sharded = shard_linear(linear, part.sharding, group=group)
+        setattr(part.owner, part.name, sharded if scale is None else hold_scale(sharded, scale))
+        return
     shard_inplace(linear, part.sharding, group=group)
     if scale is not None:
-        # One for each expert, not for its rows.
         linear.global_scale = scale

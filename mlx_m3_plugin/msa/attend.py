@@ -192,8 +192,9 @@ def _attend_pairs(
 
     largest, sums, out = by_query(largest), by_query(weights.sum(axis=-1, keepdims=True)), by_query(out)
     share = mx.exp(largest - largest.max(axis=1, keepdims=True))
-    # Only a padding query has nothing at all to attend to.
-    total = mx.maximum((share * sums).sum(axis=1), 1e-30)
+    # A token's total is at least 1, and that of a padding query is 0.  The bound is no smaller, because
+    # a gradient divides by its square.
+    total = mx.maximum((share * sums).sum(axis=1), 0.5)
     out = (share * out).sum(axis=1) / total
     return mx.unflatten(out, 0, (batch, length)).swapaxes(1, 2)
 

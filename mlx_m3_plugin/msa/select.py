@@ -83,10 +83,10 @@ def _choose(
     if missing > 0:
         # A row with more padding than the others has fewer blocks.
         scores = mx.pad(scores, [(0, 0), (0, 0), (0, 0), (0, missing)], constant_values=-mx.inf)
-    # Block ids are choices, not numbers to differentiate.
-    ids = mx.stop_gradient(mx.argpartition(-scores, kth=k - 1, axis=-1)[..., :k])
+    ids = mx.argpartition(-scores, kth=k - 1, axis=-1)[..., :k]
     chosen = mx.take_along_axis(scores, ids, axis=-1)
-    return mx.where(chosen == -mx.inf, -1, ids.astype(mx.int32))
+    # Block ids are choices, not numbers to differentiate: MLX refuses a gradient of an index.
+    return mx.stop_gradient(mx.where(chosen == -mx.inf, -1, ids.astype(mx.int32)))
 
 
 def _in_tiles(

@@ -45,7 +45,7 @@ def write_nano(directory: str | Path, bits: int = STORED_BITS) -> NanoReport:
     if bits not in BITS:
         raise ValueError(f"--bits {bits}: must be one of {', '.join(map(str, BITS))}")
     directory = Path(directory)
-    with new_directory(directory) as unfinished:
+    with new_directory(directory, "demo") as unfinished:
         if bits == STORED_BITS:
             shutil.copytree(NANO, unfinished, dirs_exist_ok=True)
         else:

@@ -6,7 +6,7 @@ from typing import Any
 
 import mlx.core as mx
 
-from ..model.scaled_experts import NVFP4_LARGEST
+from ..model.tensor_scales import factor
 
 
 @dataclass(frozen=True)
@@ -94,9 +94,4 @@ def _unpacked(stored: Mapping[str, mx.array], source: How) -> mx.array:
 
 def _scale_of_each(stored: Mapping[str, mx.array]) -> mx.array:
     """One scale for all rows and columns of each matrix."""
-    return tensor_scale(stored["global_scale"])[..., None, None]
-
-
-def tensor_scale(global_scale: mx.array) -> mx.array:
-    """What the values of an NVFP4 matrix are multiplied by, float32."""
-    return global_scale.astype(mx.float32) / NVFP4_LARGEST
+    return factor(stored["global_scale"])[..., None, None]

@@ -2,13 +2,44 @@
 
 import re
 from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
 from itertools import zip_longest
+from typing import Any
 
 import mlx.core as mx
 import mlx.nn as nn
 
+from .tensor import HasShape
+
 _NUMBER = re.compile(r"\.(\d+)(?=\.)")
 _LINES = 15
+
+
+# Shape and kind of dtype.
+Stored = tuple[tuple[int, ...], str]
+
+
+@dataclass(frozen=True)
+class Differences:
+    """Of tensors from what a model takes: names, and under ``wrong`` what is stored and what is wanted."""
+
+    missing: set[str]
+    left_over: set[str]
+    wrong: dict[str, tuple[Stored, Stored]]
+
+
+def as_stored(tensor: HasShape) -> Stored:
+    return tuple(tensor.shape), kind_of(tensor.dtype)
+
+
+def compare(tensors: Mapping[str, HasShape], expected: Mapping[str, Stored | None]) -> Differences:
+    """Hold tensors, loaded or planned, against what a model takes; None takes any shape and dtype."""
+    wrong = {}
+    for name in tensors.keys() & expected.keys():
+        has, wants = as_stored(tensors[name]), expected[name]
+        if wants is not None and has != wants:
+            wrong[name] = has, wants
+    return Differences(expected.keys() - tensors.keys(), tensors.keys() - expected.keys(), wrong)
 
 
 def check_weights(weights: Mapping[str, mx.array], parameters: Mapping[str, mx.array]) -> None:
@@ -18,23 +49,22 @@ def check_weights(weights: Mapping[str, mx.array], parameters: Mapping[str, mx.a
         ValueError: tensors are missing, left over, or have another shape or kind of dtype than
             the model's.  Names that differ only in numbers are told in one line.
     """
-    missing = parameters.keys() - weights.keys()
-    left_over = weights.keys() - parameters.keys()
+    found = compare(weights, {name: as_stored(array) for name, array in parameters.items()})
+    if not (found.missing or found.left_over or found.wrong):
+        return
     shapes = [
-        f"{name}: {tuple(array.shape)} in the checkpoint, {tuple(parameters[name].shape)} in the model"
-        for name, array in weights.items()
-        if name in parameters and array.shape != parameters[name].shape
+        f"{name}: {has[0]} in the checkpoint, {wants[0]} in the model"
+        for name, (has, wants) in found.wrong.items()
+        if has[0] != wants[0]
     ]
     dtypes = [
-        f"{name}: {_dtype(array)} in the checkpoint, {_dtype(parameters[name])} in the model"
-        for name, array in weights.items()
-        if name in parameters and _kind(array) != _kind(parameters[name])
+        f"{name}: {_dtype(weights[name])} in the checkpoint, {_dtype(parameters[name])} in the model"
+        for name, (has, wants) in found.wrong.items()
+        if has[1] != wants[1]
     ]
-    if not (missing or left_over or shapes or dtypes):
-        return
     lines = ["these weights do not make a MiniMax-M3 text model (mlx-m3-plugin)."]
-    lines += _section("missing", missing)
-    lines += _section("left over", left_over)
+    lines += _section("missing", found.missing)
+    lines += _section("left over", found.left_over)
     if shapes:
         lines += [f"of the wrong shape ({len(shapes)}):", *_shorten(sorted(shapes))]
     if dtypes:
@@ -79,9 +109,10 @@ def _not_numbers(array: mx.array, mode: str | None) -> mx.array:
     return (~mx.isfinite(array)).sum()
 
 
-def _kind(array: mx.array) -> str:
+def kind_of(dtype: Any) -> str:
     """Any float may stand for another; packed values and 8-bit scales are what they are."""
-    return "float" if mx.issubdtype(array.dtype, mx.floating) else str(array.dtype)
+    name = str(dtype).removeprefix("mlx.core.")
+    return "float" if "float" in name else name
 
 
 def _dtype(array: mx.array) -> str:

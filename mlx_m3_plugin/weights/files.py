@@ -14,18 +14,24 @@ from ..model.config import TextConfig
 from .headers import INDEX, read_headers, weight_files
 from .names import is_vision, layer_of, published_name
 
-MODEL_TYPES = ("minimax_m3_vl", "minimax_m3")
+TEXT_ONLY = "minimax_m3"
+MODEL_TYPES = ("minimax_m3_vl", TEXT_ONLY)
 _PROBLEMS_TOLD = 10
 _STRICT: ContextVar[bool] = ContextVar("strict", default=False)
 
 
 def is_m3(directory: str | Path) -> bool:
     """Whether ``config.json`` in ``directory`` says so.  What cannot be read is not M3's."""
+    return model_type_of(directory) in MODEL_TYPES
+
+
+def model_type_of(directory: str | Path) -> Any:
+    """The ``model_type`` of ``config.json`` in ``directory``; None where there is none to read."""
     try:
         config = json.loads((Path(directory) / "config.json").read_text(encoding="utf-8"))
-        return config.get("model_type") in MODEL_TYPES
+        return config.get("model_type")
     except (OSError, ValueError, AttributeError, RecursionError):
-        return False
+        return None
 
 
 def check_files(directory: str | Path) -> None:

@@ -69,6 +69,8 @@ def plan_layout(
         for part in _PARTS:
             plan.pop(f"lm_head.{part}", None)
     read_formats(plan, config)
+    if (scale := plan.get("model.embed_tokens.global_scale")) is not None:
+        raise ValueError(f"MLX has no tensor scale for embeddings: {scale}")
     for layer in range(config.num_hidden_layers):
         base = f"model.layers.{layer}"
         if config.is_moe(layer):

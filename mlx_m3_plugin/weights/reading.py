@@ -13,6 +13,7 @@ from types import TracebackType
 import mlx.core as mx
 import numpy as np
 
+from .disk import read_at
 from .headers import StoredTensor
 from .tensor import Tensor, make_from
 
@@ -95,15 +96,8 @@ class TensorReader:
         return array if array.dtype == dtype else array.view(dtype)
 
     def _read_bytes(self, name: str, stored: StoredTensor, start: int, size: int) -> bytearray:
-        data = bytearray(size)
-        view, done = memoryview(data), 0
         try:
-            descriptor = self._descriptor(stored.file)
-            while done < size:
-                count = os.preadv(descriptor, [view[done:]], start + done)
-                if count == 0:
-                    raise OSError(f"the file ends {size - done:,} bytes before the tensor does")
-                done += count
+            data = read_at(self._descriptor(stored.file), start, size)
         except OSError as error:
             reason = error.strerror or str(error)
             raise OSError(f"{self._directory / stored.file}: cannot read {name}: {reason}") from error

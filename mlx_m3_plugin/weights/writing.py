@@ -15,6 +15,8 @@ from types import TracebackType
 import mlx.core as mx
 import numpy as np
 
+from .disk import write_at
+
 # MLX's dtype -> safetensors' name of it, and the bytes of one element.
 STORED_DTYPES = {
     "mlx.core.bool": ("BOOL", 1),
@@ -56,11 +58,12 @@ class ShardWriter:
         self._path = path
         self._unfinished = path.with_name(path.name + ".unfinished")
         header, self._places = _header(tensors, metadata)
-        self._file = self._unfinished.open("wb")
-        self._file.write(header)
+        # A new file: whoever has one of that name open already keeps writing to that one alone.
+        self._unfinished.unlink(missing_ok=True)
+        self._file = self._unfinished.open("xb", buffering=0)
         self._begin = len(header)
-        # All of it is there before it is written: a disk that is full says so now, where it can.
-        self._file.truncate(self._begin + sum(tensor.nbytes for tensor in tensors))
+        self._missing = sum(tensor.nbytes for tensor in tensors)
+        write_at(self._file.fileno(), 0, header)
 
     def write(self, name: str, row: int, piece: mx.array) -> None:
         """Put ``piece``, some rows of the tensor ``name`` seen as ``[rows, last axis]``, in its place.
@@ -75,13 +78,21 @@ class ShardWriter:
         start = row * width * itemsize
         if start + piece.nbytes > tensor.nbytes:
             raise ValueError(f"{name}: {piece.shape} from row {row} on is more than {tensor.shape}")
-        self._file.seek(self._begin + offset + start)
-        self._file.write(_bytes_of(piece))
+        write_at(self._file.fileno(), self._begin + offset + start, _bytes_of(piece))
+        self._missing -= piece.nbytes
 
     def finish(self) -> None:
-        """Give the file its name, once all of it is on the disk."""
-        self._file.flush()
+        """Give the file its name, once all of it is on the disk.
+
+        Raises:
+            OSError: another process has put a file in its place.
+            ValueError: not all tensors were written.
+        """
+        if self._missing:
+            raise ValueError(f"{self._path}: {self._missing:,} bytes of its tensors were not written")
         os.fsync(self._file.fileno())
+        if not os.path.samestat(os.fstat(self._file.fileno()), os.stat(self._unfinished)):
+            raise OSError(f"{self._unfinished}: another process writes it, too")
         self._file.close()
         os.replace(self._unfinished, self._path)
 

@@ -30,6 +30,7 @@ SOURCES = (
     "mlx_fused_129_4bit",
     "mlx_config_i",
     "nvfp4_modelopt_mixed",
+    "nvfp4_everywhere_compressed_tensors",
     "published_text_only",
 )
 MEMORY = 1 << 30
@@ -68,7 +69,7 @@ def dequantized(found: dict[str, mx.array], module: str, how: How) -> mx.array:
     )
     if f"{module}.global_scale" in found:
         # 6 * 448, the largest value that NVFP4's elements and scales make.
-        scale = found[f"{module}.global_scale"][:, None, None] / 2688
+        scale = found[f"{module}.global_scale"][..., None, None] / 2688
         return (made.astype(mx.float32) * scale).astype(mx.bfloat16)
     return made
 

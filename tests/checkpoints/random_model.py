@@ -8,7 +8,7 @@ tokens, so that an ordinary prompt passes it many times.
 import json
 import re
 from collections.abc import Iterator
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -18,7 +18,6 @@ from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers, 
 
 from mlx_m3_plugin.chat.template import CHAT_TEMPLATE
 from mlx_m3_plugin.model.config import TextConfig, text_config_of
-from mlx_m3_plugin.toolbox.new_directory import new_directory, umask
 
 from . import random_vision
 
@@ -62,21 +61,17 @@ class RandomModel:
 
 
 def write_random_model(directory: str | Path, seed: int = 0, vision: bool = False) -> RandomModel:
-    """Write the demo checkpoint into ``directory``, which must not exist or be empty.
+    """Write the checkpoint into ``directory``.
 
     Weights are float32: MLX's CPU backend has no expert matmul for 16-bit floats.  The same
-    seed gives the same weights.  An interrupted run leaves nothing behind.
+    seed gives the same weights.
 
     Args:
         vision: with a vision tower, the processors' files, and a picture to show it.
-
-    Raises:
-        FileExistsError: ``directory`` is not empty.
     """
     directory = Path(directory)
-    with new_directory(directory) as unfinished:
-        report = _write_files(unfinished, seed, vision)
-    return replace(report, path=str(directory))
+    directory.mkdir(parents=True, exist_ok=True)
+    return _write_files(directory, seed, vision)
 
 
 def _write_files(directory: Path, seed: int, vision: bool) -> RandomModel:
@@ -113,8 +108,6 @@ def _write_files(directory: Path, seed: int, vision: bool) -> RandomModel:
             "top_k": 40,
         },
     )
-    # safetensors makes its files readable by the owner only.
-    (directory / "model.safetensors").chmod(0o666 & ~umask())
     write_processing(directory, tokenizer, config["text_config"]["max_position_embeddings"], vision)
     return RandomModel(str(directory), sum(w.size for w in weights.values()), n_bytes, seed, vision)
 

@@ -94,6 +94,20 @@ def test_every_layout_can_be_shared(tmp_path: Path, fresh_seed: int, count: Coun
     check_same(found, in_one_process(jobs, tmp_path / "one"), jobs)
 
 
+def test_tensor_scales_of_every_matrix_can_be_shared(tmp_path: Path, fresh_seed: int) -> None:
+    """A matrix is cut; its scale is of the whole."""
+    LAYOUTS["nvfp4_everywhere_compressed_tensors"].write(tmp_path / "m3")
+    write_tokenizer(tmp_path / "m3", 131_072)
+    jobs = [
+        Job(
+            str(tmp_path / "m3"), "tensor", prompt(random.Random(fresh_seed), VOCAB), [50], 3, library=library
+        )
+        for library in ("mlx_lm", "mlx_vlm")
+    ]
+    found = launch(jobs, tmp_path / "several", 2)
+    check_same(found, in_one_process(jobs, tmp_path / "one"), jobs)
+
+
 def test_mlx_vlm_shares_too(tmp_path: Path, fresh_seed: int) -> None:
     write_random_model(tmp_path / "m3", vision=True)
     tokens = prompt(random.Random(fresh_seed))

@@ -125,6 +125,27 @@ def test_a_group_size_that_does_not_fit_is_refused(tokens: mx.array) -> None:
         maybe_quantize_kv_cache(cache, 0, 64, 8)
 
 
+@pytest.mark.parametrize(("bits", "group_size"), [(4, 32), (8, 64)])
+@pytest.mark.parametrize("start", [0, 5000])
+def test_other_bits_than_those_of_a_saved_cache_are_refused(
+    model: Any, tokens: mx.array, tmp_path: Path, start: int, bits: int, group_size: int
+) -> None:
+    cache = cache_of(model, lambda: QuantizedKVCache(32, 8))
+    model(tokens[:, :100], cache=cache)
+    save_prompt_cache(str(tmp_path / "c.safetensors"), cache)
+
+    def generate(**options: Any) -> list[Any]:
+        cache = load_prompt_cache(str(tmp_path / "c.safetensors"))
+        options |= {"quantized_kv_start": start, "max_tokens": 3}
+        return list(generate_step(tokens[0, 100:], model, prompt_cache=cache, **options))
+
+    with pytest.raises(
+        ValueError, match=f"8 bits with a group size of 32, not in {bits} bits with {group_size}"
+    ):
+        generate(kv_bits=bits, kv_group_size=group_size)
+    assert len(generate()) == len(generate(kv_bits=8, kv_group_size=32)) == 3
+
+
 def test_memory_at_real_head_sizes() -> None:
     """M3's cache, 3 dense layers and 57 sparse ones: K and V take 8.5 bits instead of 16.
 

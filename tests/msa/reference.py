@@ -49,10 +49,10 @@ def select_blocks(
         init_blocks=init_blocks,
     )
     k = min(topk_blocks, scores.shape[-1])
-    # Block ids are choices, not numbers to differentiate.
-    ids = mx.stop_gradient(mx.argpartition(-scores, kth=k - 1, axis=-1)[..., :k])
+    ids = mx.argpartition(-scores, kth=k - 1, axis=-1)[..., :k]
     chosen = mx.take_along_axis(scores, ids, axis=-1)
-    return mx.where(chosen == -mx.inf, -1, ids.astype(mx.int32))
+    # Block ids are choices, not numbers to differentiate: MLX refuses a gradient of an index.
+    return mx.stop_gradient(mx.where(chosen == -mx.inf, -1, ids.astype(mx.int32)))
 
 
 def block_scores(

@@ -143,6 +143,17 @@ def test_what_is_beside_the_weights(tiny: Written, tmp_path: Path) -> None:
     assert card.startswith("---\nlicense: other\n")
 
 
+@pytest.mark.parametrize("layout", ["published_text_only", "mlx_unfused_4bit", "published_float"])
+def test_processor_files_stay_with_the_vision_tower(layout: str, tiny: Written, tmp_path: Path) -> None:
+    source = Path(shutil.copytree(tiny(layout), tmp_path / "source"))
+    files = {"preprocessor_config.json", "processor_config.json", "video_preprocessor_config.json"}
+    for name in files:
+        (source / name).write_text("{}")
+    plan = converted(source, "4bit", tmp_path / "made")
+    copied = files & {file.name for file in (tmp_path / "made").iterdir()}
+    assert copied == (files if plan.source.vision else set())
+
+
 def test_a_dry_run_reads_headers_and_writes_nothing(
     tiny: Written, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -162,8 +173,8 @@ def test_a_dry_run_reads_headers_and_writes_nothing(
         (["{m3}", "made", "--recipe", "5bit"], "5bit is no recipe"),
         (["{m3}", "made"], "convert needs a DST and a --recipe"),
         (["{m3}", "--recipe", "4bit"], "convert needs a DST and a --recipe"),
-        (["{m3}", "there", "--recipe", "4bit"], "there is there already; nothing is written over"),
-        (["{m3}", "{m3}", "--recipe", "4bit"], "is there already"),
+        (["{m3}", "there", "--recipe", "4bit"], "there exists already, and nothing is written over"),
+        (["{m3}", "{m3}", "--recipe", "4bit"], "exists already"),
         (["{m3}", "made", "--recipe", "4bit", "--sensitivity", "position"], "4bit has fixed bits"),
         (["{m3}", "made", "--recipe", "oq4", "--sensitivity", "there/x"], "there/x is no map of sensitivity"),
         (["there", "made", "--recipe", "4bit"], "there holds no config.json"),

@@ -157,7 +157,7 @@ def test_a_file_that_cannot_be_read(
         raise OSError(errno.EIO, os.strerror(errno.EIO))
 
     with monkeypatch.context() as patch:
-        patch.setattr(os, "preadv", broken)
+        patch.setattr(os, "pread", broken)
         arguments = ["convert", str(tiny("published_float")), str(tmp_path / "made"), "--recipe", "4bit"]
         assert main(arguments) == 2
     said = capsys.readouterr().err

@@ -16,6 +16,7 @@ from mlx_m3_plugin.toolbox.checkpoint import open_checkpoint
 from mlx_m3_plugin.toolbox.evaluate import Evaluation, Texts, built_in_text, cut, evaluate
 from mlx_m3_plugin.toolbox.evaluate import walk as walking
 from mlx_m3_plugin.toolbox.evaluate.walk import walk, walk_key
+from mlx_m3_plugin.toolbox.new_directory import LOCK, locked
 from tests.checkpoints.conversions import Written, converted
 from tests.toolbox.in_memory import directly, share_of_ties
 
@@ -168,15 +169,26 @@ def test_walks_of_other_texts_or_other_weights_are_others(tiny: Written, tmp_pat
 
 
 def test_no_two_processes_walk_in_one_directory(tiny: Written, tmp_path: Path) -> None:
-    import fcntl
-
     texts = random_texts(1)
     directory = tmp_path / walk_key(open_checkpoint(tiny(REFERENCE)), texts)
-    directory.mkdir()
-    with (directory / "lock").open("w") as file:
-        fcntl.flock(file, fcntl.LOCK_EX)
-        with pytest.raises(OSError, match="another process is evaluating the same"):
-            evaluate(tiny(REFERENCE), texts, cache=tmp_path)
+    with (
+        locked(directory / LOCK, "`mlx-m3 evaluate` is evaluating it", "something else"),
+        pytest.raises(BlockingIOError, match=r"another `mlx-m3 evaluate` is evaluating it \(process \d+\)"),
+    ):
+        evaluate(tiny(REFERENCE), texts, cache=tmp_path)
+
+
+def test_the_second_walk_is_refused_before_the_first_begins(tiny: Written, tmp_path: Path) -> None:
+    texts, walks = random_texts(1), []
+    directory = tmp_path / walk_key(open_checkpoint(tiny("mlx_config_i")), texts)
+
+    def watch(title: str, count: int) -> Callable[[int, int], None]:
+        walks.append(title)
+        return lambda layer, done: None
+
+    with locked(directory / LOCK, "it", "something else"), pytest.raises(BlockingIOError):
+        evaluate(tiny("mlx_config_i"), texts, reference=tiny(REFERENCE), cache=tmp_path, watch=watch)
+    assert walks == []
 
 
 def test_weights_that_are_not_numbers_are_told_by_layer(tmp_path: Path) -> None:

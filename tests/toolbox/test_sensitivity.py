@@ -96,6 +96,26 @@ def test_an_interrupted_measurement_goes_on(tiny: Written, tmp_path: Path) -> No
     assert seen == [-1, 1, 2]
 
 
+def test_no_two_processes_measure_in_one_directory(tiny: Written, tmp_path: Path) -> None:
+    alone = measured(tiny("published_float"), tmp_path / "alone")
+    source, cache = open_checkpoint(tiny("published_float")), tmp_path / "shared"
+    refused = []
+
+    def begin_a_second(layer: int, count: int) -> None:
+        if layer == 0:
+            with pytest.raises(BlockingIOError) as error:
+                measured(tiny("published_float"), cache)
+            refused.append(str(error.value))
+
+    first = measure_sensitivity(
+        source, texts(), BASE, cache, memory=1 << 24, step=64, progress=begin_a_second
+    )
+    assert first == alone
+    assert len(refused) == 1
+    assert f"another `mlx-m3 convert` is measuring {source.directory} in {cache}" in refused[0]
+    assert measured(tiny("published_float"), cache) == alone
+
+
 def test_maps_are_saved_and_given_back(
     tiny: Written, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:

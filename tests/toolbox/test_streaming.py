@@ -41,7 +41,14 @@ def check_that_it_equals_the_model_in_memory(tiny: Written, layout: str) -> None
 
 @pytest.mark.parametrize(
     "layout",
-    ["published_float", "mlx_fused_129_4bit", "mxfp8_official", "mxfp4_quark", "nvfp4_modelopt_mixed"],
+    [
+        "published_float",
+        "mlx_fused_129_4bit",
+        "mxfp8_official",
+        "mxfp4_quark",
+        "nvfp4_modelopt_mixed",
+        "nvfp4_everywhere_compressed_tensors",
+    ],
 )
 def test_so_it_does_with_mlx_kernels(tiny: Written, layout: str, monkeypatch: pytest.MonkeyPatch) -> None:
     """As on a GPU, where matrices stay quantized in memory."""

@@ -135,6 +135,20 @@ def test_a_group_size_that_does_not_fit_is_refused(model: Any) -> None:
         cache[1].to_quantized(group_size=64, bits=8)
 
 
+@pytest.mark.parametrize(("bits", "group_size"), [(4, 32), (8, 64)])
+def test_other_bits_than_those_of_a_cache_are_refused(model: Any, bits: int, group_size: int) -> None:
+    def go_on(**options: Any) -> Any:
+        cache = quantized_caches(model, 8, 32)
+        model(mx.array([text(LENGTH).tokens]), cache=cache)
+        return streamed(model, text(20, 1), 3, prompt_cache=cache, quantized_kv_start=0, **options)
+
+    with pytest.raises(
+        ValueError, match=f"8 bits with a group size of 32, not in {bits} bits with {group_size}"
+    ):
+        go_on(kv_bits=bits, kv_group_size=group_size)
+    assert go_on().tokens == go_on(kv_bits=8, kv_group_size=32).tokens
+
+
 @pytest.mark.parametrize("bits", [8, 3.5])
 @pytest.mark.parametrize("n_rows", [1, 2])
 def test_batches_with_quantized_caches_are_refused(model: Any, bits: float, n_rows: int) -> None:

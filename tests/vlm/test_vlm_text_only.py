@@ -1,12 +1,15 @@
 """Checkpoints without a vision tower: text works, and images are refused in so many words."""
 
+import json
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import mlx.core as mx
 import pytest
 from mlx.utils import tree_flatten
 
+from tests.checkpoints.random_vision import processor_files
 from tests.checkpoints.tiny_layouts import LAYOUTS
 from tests.checkpoints.tiny_model import tiny
 from tests.vlm.vlm_runs import (
@@ -52,6 +55,8 @@ def test_images_and_videos_are_refused(text_only: Any) -> None:
     with pytest.raises(ValueError, match="no vision tower: it takes text only"):
         text_only(tokens, array, image_grid_thw=grid)
     with pytest.raises(ValueError, match="no vision tower: it takes text only"):
+        text_only(tokens, pixel_values_videos=array, video_grid_thw=grid)
+    with pytest.raises(ValueError, match="no vision tower: it takes text only"):
         text_only.get_input_embeddings(tokens, pixel_values_videos=array, video_grid_thw=grid)
 
 
@@ -77,6 +82,54 @@ def test_padding_masks(text_only: Any) -> None:
     mask = mx.array([[0] * 5 + [1] * 50])
     padded, plain = text_only(tokens, None, mask).logits[:, 5:], text_only(tokens[:, 5:]).logits
     assert difference(padded, plain) <= TOLERANCE
+
+
+@pytest.mark.parametrize("name", [*WITHOUT_VISION, "mlx_text_only_4bit"])
+def test_processor_files_make_no_difference(name: str, tmp_path: Path) -> None:
+    """Tools that take the vision tower out leave them there; without torchvision they do not load."""
+    from mlx_vlm import generate, load
+
+    LAYOUTS[name].write(tmp_path)
+    model, expected = load(str(tmp_path))
+    for file, content in processor_files().items():
+        (tmp_path / file).write_text(json.dumps(content))
+    _, found = load(str(tmp_path))
+    assert type(found) is type(expected)
+    assert found.chat_template == expected.chat_template
+    answers = [
+        generate(model, processor, "Hello", max_tokens=5, temperature=0.0, verbose=False).text
+        for processor in (expected, found)
+    ]
+    assert answers[0] == answers[1]
+
+
+def test_a_vision_tower_has_its_processor(tmp_path: Path) -> None:
+    from mlx_vlm import load
+
+    LAYOUTS["published_float"].write(tmp_path)
+    for file, content in processor_files().items():
+        (tmp_path / file).write_text(json.dumps(content))
+    assert type(load(str(tmp_path))[1]).__name__ == "MiniMaxM3VLProcessor"
+
+
+@pytest.mark.parametrize("config", [None, "{", '{"model_type": "llama"}'])
+def test_processors_of_other_models_are_asked_for_as_ever(
+    config: str | None, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    import transformers
+    from mlx_vlm.utils import load_processor
+
+    asked = []
+    answer = SimpleNamespace(tokenizer=SimpleNamespace(get_vocab=dict))
+    monkeypatch.setattr(
+        transformers.AutoProcessor,
+        "from_pretrained",
+        lambda *args, **kwargs: asked.append((args, kwargs)) or answer,
+    )
+    if config is not None:
+        (tmp_path / "config.json").write_text(config)
+    assert load_processor(tmp_path, False, use_fast=False) is answer
+    assert asked == [((tmp_path,), {"use_fast": False})]
 
 
 def test_a_vision_tower_with_a_part_missing_is_no_text_model(tmp_path: Path) -> None:

@@ -5,12 +5,14 @@ the index keys as its keys, and values that nothing reads.  mlx-lm restores save
 class names in ``mlx_lm.models.cache``, so files move freely between its M3 class and ours.
 """
 
+import sys
 from typing import Any
 
 import mlx.core as mx
 from mlx_lm.models import cache as upstream
 from mlx_lm.models.cache import KVCache, QuantizedKVCache
 
+from mlx_m3_plugin.hosts.kv_bits import check_same_bits
 from mlx_m3_plugin.model.host import KeysValues, Quantized
 
 # Upstream's M3 class gives the index cache values of width 0.  Before mlx-lm 0.32 (where caches
@@ -26,17 +28,22 @@ class CacheList(upstream.CacheList):
 
     @property
     def offset(self) -> Any:
-        """Tokens so far; ``maybe_quantize_kv_cache`` compares it with ``--quantized-kv-start``."""
-        return self.caches[0].offset
+        """Tokens so far; ``maybe_quantize_kv_cache`` compares it with ``--quantized-kv-start``.
+
+        A cache that is quantized is past any start, so that a request for other bits is refused at once.
+        """
+        keys_values = self.caches[0]
+        return sys.maxsize if isinstance(keys_values, QuantizedKVCache) else keys_values.offset
 
     def to_quantized(self, group_size: int = 64, bits: int = 4) -> "CacheList":
         """K and V quantized; the index keys stay as they are, for they decide what is attended to.
 
         Raises:
-            ValueError: ``group_size`` does not divide the head size.
+            ValueError: ``group_size`` does not divide the head size, or they are quantized otherwise.
         """
         keys_values, *index = self.caches
         if isinstance(keys_values, QuantizedKVCache):
+            check_same_bits(keys_values, group_size, bits)
             return self
         head_dim = group_size if keys_values.keys is None else keys_values.keys.shape[-1]
         if head_dim % group_size:

@@ -11,6 +11,7 @@ import mlx.core as mx
 from mlx_vlm.models.cache import KVCache, QuantizedKVCache
 from mlx_vlm.models.minimax_m3_vl import language as upstream
 
+from mlx_m3_plugin.hosts.kv_bits import check_same_bits
 from mlx_m3_plugin.model.host import KeysValues, Quantized
 
 
@@ -66,6 +67,15 @@ class QuantizedMiniMaxM3KVCache(upstream.MiniMaxM3KVCache):
 
     # No batch form: upstream has none for quantized caches of this kind, and asks with hasattr.
     to_batch = property()
+
+    def to_quantized(self, group_size: int = 64, bits: int = 4) -> "QuantizedMiniMaxM3KVCache":
+        """Itself.
+
+        Raises:
+            ValueError: it has other bits or another group size.
+        """
+        check_same_bits(self.kv_cache, group_size, bits)
+        return self
 
     def prefix_cache_snapshot(self) -> dict[str, Any]:
         held = self.kv_cache

@@ -13,6 +13,19 @@ from mlx_m3_plugin.model.sharding import shard_layers
 
 from .cache import make_layer_cache
 from .host import MLX_VLM
+from .padding import add_padding, cache_for_padding
+
+# Other models are given these; left out of the account, they would make the answer wrong.
+_NOT_TAKEN = (
+    "attention_mask_4d",
+    "cross_attention_mask",
+    "cross_attention_states",
+    "decoder_inputs_embeds",
+    "deepstack_visual_embeds",
+    "full_text_row_masked_out_mask",
+    "input_embeddings",
+    "per_layer_inputs",
+)
 
 
 class TextModel(decoder.TextModel):
@@ -31,14 +44,22 @@ class TextModel(decoder.TextModel):
         """Token ids ``[B, L]`` or embeddings ``[B, L, D]`` -> normed hidden states ``[B, L, D]``.
 
         Args:
-            mask: ``[B, L]``, 1 for tokens, where no cache tells the padding: of trainers.
+            mask: ``[B, L]``, 1 for tokens and 0 for padding.  Without a ``cache`` padding may be on
+                both sides.  With one it is on the left, and an empty ``cache`` becomes that of a
+                padded batch, in place; see :func:`.padding.add_padding`.
             capture_layer_ids: layers whose output goes into ``hidden_sink``; without them it
                 gets the last hidden states before the final norm.
             position_ids: not looked at; positions follow from the cache, in content.
+
+        Raises:
+            ValueError: for a mask that is no padding, or does not fit the cache.
         """
         h = self.embed_tokens(inputs) if inputs_embeds is None else inputs_embeds
-        if cache is None:
-            cache = self._cache_for_padding(mask)
+        if mask is not None and cache is None:
+            cache = cache_for_padding(self.make_cache(), mask, h.shape[:2])
+        elif mask is not None:
+            self.host.adopt(cache)
+            add_padding(cache, mask, h.shape[:2])
         captured = set(capture_layer_ids or ())
 
         def capture(layer: int, output: mx.array) -> None:
@@ -52,35 +73,6 @@ class TextModel(decoder.TextModel):
 
     def make_cache(self) -> list[Any]:
         return [make_layer_cache(layer.self_attn.is_sparse_attn) for layer in self.pipeline_layers]
-
-    def _cache_for_padding(self, mask: mx.array | None) -> list[Any] | None:
-        """A batch cache that knows the padding on the left; on the right nothing sees it anyway.
-
-        Raises:
-            ValueError: the mask has gaps, or is not ``[B, L]``.
-        """
-        if mask is None:
-            return None
-        if mask.ndim != 2:
-            raise ValueError(f"MiniMax-M3 takes a mask of shape [B, L], not {mask.shape}")
-        tokens = mask.astype(mx.bool_)
-        if tokens.all().item():
-            return None
-        left = mx.argmax(tokens, axis=1)
-        slots = mx.arange(mask.shape[1])
-        run = (slots >= left[:, None]) & (slots < (left + tokens.sum(axis=1))[:, None])
-        if (run != tokens).any().item():
-            raise ValueError("MiniMax-M3 takes masks of one run of tokens per row, with padding around it")
-        if not left.any().item():
-            return None
-        return [to_batch(entry, left.tolist()) for entry in self.make_cache()]
-
-
-def to_batch(entry: Any, left_padding: Any) -> Any:
-    """An empty entry for rows with ``left_padding``."""
-    from mlx_vlm.models.cache import BatchKVCache
-
-    return entry.to_batch(left_padding) if hasattr(entry, "to_batch") else BatchKVCache(left_padding)
 
 
 class LanguageModel(decoder.LanguageModel):
@@ -115,21 +107,37 @@ class LanguageModel(decoder.LanguageModel):
         skip_logits: bool = False,
         hidden_sink: list[mx.array] | None = None,
         attention_mask: mx.array | None = None,
+        logits_to_keep: int | None = None,
         **kwargs: Any,
     ) -> LanguageModelOutput:
-        """Other keywords are what mlx-vlm passes to every model, such as image grids and positions."""
+        """Token ids ``[B, L]`` or embeddings ``[B, L, D]`` to logits ``[B, L, vocab_size]`` and more.
+
+        Args:
+            attention_mask: another name of ``mask``; see :class:`TextModel`.
+            logits_to_keep: logits of that many last tokens only, ``[B, n, vocab_size]``; of all
+                without it, and for 0.
+            kwargs: what mlx-vlm passes to every model, such as image grids, and changes nothing here:
+                the embeddings hold the images, and positions follow from the cache.
+
+        Raises:
+            ValueError: for a mask that is no padding or does not fit the cache, and for what M3
+                takes no account of though it would change the answer.
+        """
+        for name in _NOT_TAKEN:
+            if kwargs.get(name) is not None:
+                raise ValueError(f"MiniMax-M3 takes no {name}")
         if hidden_sink is None and (capture_layer_ids is not None or return_hidden):
             hidden_sink = []
-        if mask is None and attention_mask is not None and attention_mask.shape == inputs.shape:
-            mask = attention_mask
         h = self.model(
             inputs,
             inputs_embeds=inputs_embeds,
-            mask=mask,
+            mask=attention_mask if mask is None else mask,
             cache=cache,
             capture_layer_ids=capture_layer_ids,
             hidden_sink=hidden_sink,
         )
+        if logits_to_keep:
+            h = h[:, -logits_to_keep:]
         return LanguageModelOutput(
             logits=None if skip_logits else self.logits(h),
             hidden_states=hidden_sink,

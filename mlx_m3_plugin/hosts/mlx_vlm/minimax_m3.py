@@ -77,7 +77,7 @@ class Model(AnyLayout):
         cache: Any = None,
         **kwargs: Any,
     ) -> Any:
-        self._refuse(pixel_values)
+        self._refuse(pixel_values if pixel_values is not None else kwargs.get("pixel_values_videos"))
         return self.language_model(input_ids, mask=mask, cache=cache, **kwargs)
 
     def get_input_embeddings(

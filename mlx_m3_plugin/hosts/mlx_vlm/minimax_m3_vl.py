@@ -103,7 +103,13 @@ class Model(AnyLayout, UpstreamModel):
         inputs_embeds: mx.array | None = None,
         **kwargs: Any,
     ) -> Any:
-        """Token ids ``[B, L]`` with pixel values to ``LanguageModelOutput``."""
+        """Token ids ``[B, L]`` with pixel values to ``LanguageModelOutput``.
+
+        Raises:
+            ValueError: pixels beside ``inputs_embeds``, which have the images in them already.
+        """
+        if inputs_embeds is not None and pixel_values is not None:
+            raise ValueError("pixel_values are not taken beside inputs_embeds: give one of the two")
         if inputs_embeds is None:
             made = self.get_input_embeddings(input_ids, pixel_values, **kwargs).to_dict()
             kwargs = {**kwargs, **made}

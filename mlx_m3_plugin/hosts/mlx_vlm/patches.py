@@ -7,7 +7,7 @@ from typing import Any
 
 from mlx_m3_plugin.chat.reasoning import THINK_END, THINK_START
 from mlx_m3_plugin.chat.vocabulary import is_m3
-from mlx_m3_plugin.hosts.mlx_vlm.prompts import knows_open_prompts, with_template
+from mlx_m3_plugin.hosts.mlx_vlm.prompts import knows_open_prompts, with_template, with_tokenizers
 from mlx_m3_plugin.weights import with_quantization
 from mlx_m3_plugin.weights.files import strictly, with_checks
 
@@ -17,6 +17,8 @@ def utils(module: Any, load_entry_points: Callable[[str], list[Any]]) -> list[st
     module.load_model = with_checks(module.load_model)
     module.sharded_load = strictly(module.sharded_load)
     module.load_processor = with_template(module.load_processor)
+    if hasattr(module, "AutoProcessor"):
+        module.AutoProcessor = with_tokenizers(module.AutoProcessor)
     if knows_open_prompts(module.ThinkingBudgetCriteria):
         _count_m3_thinking(module.ThinkingBudgetCriteria)
     save_weights, save_config = module.save_weights, module.save_config

@@ -10,7 +10,7 @@ from mlx_m3_plugin.chat.history import prepared
 from mlx_m3_plugin.chat.reasoning import thinking_mode
 from mlx_m3_plugin.chat.template import CHAT_TEMPLATE
 from mlx_m3_plugin.chat.vocabulary import is_m3
-from mlx_m3_plugin.weights.files import MODEL_TYPES
+from mlx_m3_plugin.weights.files import MODEL_TYPES, TEXT_ONLY, model_type_of
 
 
 def tokenizer_of(processor: Any) -> Any:
@@ -45,6 +45,25 @@ def with_template(load_processor: Callable[..., Any]) -> Callable[..., Any]:
         return processor
 
     return load
+
+
+def with_tokenizers(auto_processor: Any) -> Any:
+    """``AutoProcessor`` that gives a text-only M3 its tokenizer alone.
+
+    Files of an image processor often stay behind when the vision tower is taken out, and would have
+    transformers look for torchvision.
+    """
+
+    class AutoProcessor(auto_processor):  # type: ignore[misc]
+        @classmethod
+        def from_pretrained(cls, path: Any, *args: Any, **kwargs: Any) -> Any:
+            if model_type_of(path) == TEXT_ONLY:
+                from transformers import AutoTokenizer
+
+                return AutoTokenizer.from_pretrained(path, *args, **kwargs)
+            return auto_processor.from_pretrained(path, *args, **kwargs)
+
+    return AutoProcessor
 
 
 def prompt_utils(module: Any, load_entry_points: Callable[[str], list[Any]]) -> list[str]:

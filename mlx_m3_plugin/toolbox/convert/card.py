@@ -49,6 +49,8 @@ It opens in stock mlx-lm 0.32 and newer and in stock mlx-vlm {vlm} and newer. Wi
 `pip install mlx-m3-plugin` both answer exactly as the reference does past 2,048 tokens, in batches too, and
 their servers understand M3's reasoning and tool calls.
 
+`sha256sum -c SHA256SUMS` or `mlx-m3 inspect --verify` checks that a download is whole.
+
 How much this quantization loses is measured with `mlx-m3 evaluate`; this card does not claim anything.
 
 ## Licence

@@ -1,17 +1,20 @@
 """``mlx-m3 convert`` from its arguments to what it says."""
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import asdict
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 from ...weights.files import MODEL_TYPES
 from ..evaluate.evaluation import default_cache
 from ..machine import default_memory
+from ..new_directory import STATE, new_directory, unfinished_of
 from ..progress import bytes_bar, layers_bar
-from .plan import Plan
-from .prepare import prepare
+from .prepare import Prepared, prepare
 from .recipe import load_recipe, recipe_names
-from .run import check_destination, convert
+from .run import Space, check_unfinished, report, space_for, write
 from .text import plan_lines, report_lines
 
 
@@ -39,35 +42,48 @@ def convert_command(
         OSError, ValueError: see :func:`.prepare.prepare` and :func:`.run.convert`.
     """
     memory = memory or default_memory()
-    text = None if text_file is None else Path(text_file).expanduser().read_text(encoding="utf-8")
-    prepared = prepare(
+    prepare_plan = partial(
+        prepare,
         source,
         recipe,
         sensitivity=sensitivity,
-        text=text,
+        text=None if text_file is None else Path(text_file).expanduser().read_text(encoding="utf-8"),
         cache=default_cache(),
         memory=memory // 2,
-        only_plan=dry_run,
         watch=layers_bar,
     )
-    plan = prepared.plan
     if dry_run or destination is None:
-        return _described(plan) | {"sensitivity": prepared.measured}, plan_lines(prepared)
-    target = Path(destination).expanduser().absolute()
-    check_destination(plan, target)
-    unfinished = target.with_name(target.name + ".unfinished")
+        prepared = prepare_plan(only_plan=True)
+        space = None if destination is None else space_for(prepared.plan, unfinished_of(Path(destination)))
+        return _described(prepared, space), plan_lines(prepared, space)
+    target = Path(destination)
+    with _hint(unfinished_of(target)), new_directory(target, "convert", resumable=True) as unfinished:
+        check = partial(check_unfinished, unfinished, is_draft=True)
+        prepared = prepare_plan(check=check)
+        plan = prepared.plan
+        bar = bytes_bar(plan.recipe.name, plan.nbytes)
+        resumed = write(plan, unfinished, memory=memory, progress=bar, scores=prepared.scores)
+    made = report(plan, target, resumed)
+    return asdict(made), report_lines(made)
+
+
+@contextmanager
+def _hint(unfinished: Path) -> Iterator[None]:
+    """Says of what was begun that it can be gone on with."""
     hint = f"what is finished is in {unfinished}; the same command goes on from there"
-    bar = bytes_bar(plan.recipe.name, plan.nbytes)
     try:
-        report = convert(plan, target, memory=memory, progress=bar, scores=prepared.scores)
+        yield
+    except (FileExistsError, BlockingIOError):
+        # Nothing was begun.
+        raise
     except OSError as error:
-        raise OSError(f"{error}\n{hint}") from error
+        raise (OSError(f"{error}\n{hint}") if (unfinished / STATE).exists() else error) from error
     except KeyboardInterrupt:
-        raise KeyboardInterrupt(hint) from None
-    return asdict(report), report_lines(report)
+        raise (KeyboardInterrupt(hint) if (unfinished / STATE).exists() else KeyboardInterrupt) from None
 
 
-def _described(plan: Plan) -> dict[str, Any]:
+def _described(prepared: Prepared, space: Space | None) -> dict[str, Any]:
+    plan = prepared.plan
     assert plan.source.config["model_type"] in MODEL_TYPES
     return {
         "recipe": plan.recipe.name,
@@ -77,4 +93,6 @@ def _described(plan: Plan) -> dict[str, Any]:
         "bits_per_weight": plan.bits_per_weight,
         "packed": plan.packed,
         "modules": {path: str(how) for path, how in plan.hows.items()},
+        "sensitivity": prepared.measured,
+        "space": None if space is None else {**space._asdict(), "is_enough": space.is_enough},
     }

@@ -43,6 +43,7 @@ def prepare(
     cache: Path,
     memory: int,
     only_plan: bool = False,
+    check: Callable[[Plan], None] = lambda plan: None,
     watch: Watch,
 ) -> Prepared:
     """Plan the conversion of ``source`` by ``recipe``.
@@ -52,6 +53,8 @@ def prepare(
         text: to measure by; None for the built-in one.
         cache: where a measurement goes on that was interrupted.
         only_plan: measure nothing, whatever it takes.
+        check: given a plan of the same recipe and about the same size before anything is measured;
+            what it raises ends the preparation.
 
     Raises:
         OSError, ValueError: the source, the recipe or the map cannot be used; says why.
@@ -63,12 +66,13 @@ def prepare(
             raise ValueError(f"{recipe} has fixed bits; --sensitivity is for recipes with a [plan]")
         return Prepared(plan_conversion(checkpoint, wanted))
     layers = checkpoint.text_config.num_hidden_layers
-    scores: Scores
+    scores: Scores = scores_by_position(layers)
     if sensitivity == BY_POSITION or (sensitivity is None and only_plan):
-        scores, measured = scores_by_position(layers), "by position: nothing was measured"
+        measured = "by position: nothing was measured"
     elif sensitivity is not None:
         scores, measured = read_scores(Path(sensitivity).expanduser()), f"from {sensitivity}"
     else:
+        check(plan_conversion(checkpoint, wanted, work_out(checkpoint, wanted, scores)))
         ids = read_texts(checkpoint.directory, text or built_in_text(), None, _WINDOW)
         texts = type(ids)(ids.windows[: _TOKENS // _WINDOW])
         base = How(int(wanted.plan.get("base_bits", 4)), wanted.default.group_size)

@@ -1,28 +1,28 @@
 """A conversion carried out: resumable, and never complete to look at before it is.
 
-Everything is written into ``DST.unfinished``.  A file that has its final name there is finished and
-is not written again; the directory gets its own name last of all.
+Everything is written into ``DST.unfinished``, by one process at a time.  A file that has its final name
+there is finished and is not written again; the directory gets its own name last of all.
 """
 
 import hashlib
 import json
-import os
 import shutil
-from collections.abc import Callable
+from collections.abc import Callable, Container, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 from ... import __version__
 from ...weights.headers import INDEX, weight_files
 from ...weights.reading import TensorReader
 from ...weights.writing import ShardWriter
+from ..checksums import read_sums, sha256_of, write_sums
+from ..new_directory import STATE, contents, new_directory, replace_text
 from . import settings
 from .pieces import made_pieces
 from .plan import Module, Plan
 from .sensitivity import Scores, write_scores
 
-_STATE = "mlx-m3-convert.json"
 SENSITIVITY = "mlx-m3-sensitivity.json"
 _METADATA = {"format": "mlx"}
 # For headers, settings and the card.
@@ -69,31 +69,44 @@ def convert(
         scores: the sensitivity of layers that the plan was worked out from, to be kept with it.
 
     Raises:
-        OSError: ``destination`` is there already, the disk is full, or a file cannot be read or
-            written.
+        FileExistsError: ``destination`` is there already.
+        BlockingIOError: another process is writing it.
+        OSError: the disk is full, or a file cannot be read or written.
         ValueError: an unfinished conversion in its place is another one.
     """
-    destination = Path(destination).expanduser().absolute()
-    unfinished = destination.with_name(destination.name + ".unfinished")
-    check_destination(plan, destination)
-    unfinished.mkdir(parents=True, exist_ok=True)
-    _claim(unfinished, plan)
+    directory = Path(destination)
+    with new_directory(directory, "convert", resumable=True) as unfinished:
+        resumed = write(plan, unfinished, memory=memory, progress=progress, scores=scores)
+    return report(plan, directory, resumed)
+
+
+def write(
+    plan: Plan, unfinished: Path, *, memory: int, progress: Progress, scores: Scores | None = None
+) -> int:
+    """The same into a directory that this process has locked; how many files were there already."""
+    check_unfinished(unfinished, plan)
+    replace_text(unfinished / STATE, json.dumps(fingerprint(plan), indent=2))
     names = plan.file_names()
     resumed = sum((unfinished / name).exists() for name in names)
-    _check_space(plan, unfinished)
+    sums = read_sums(unfinished)
     with TensorReader(plan.source.directory, plan.source.headers.tensors) as reader:
         for name, modules in zip(names, plan.shards, strict=True):
             _write_shard(unfinished / name, modules, reader, memory, progress)
+            if name not in sums:
+                sums[name] = sha256_of(unfinished / name)
+                write_sums(unfinished, sums)
     _write_index(unfinished, plan)
     settings.write_settings(unfinished, plan)
     if scores is not None:
         write_scores(unfinished / SENSITIVITY, scores)
-    (unfinished / _STATE).unlink()
-    os.rename(unfinished, destination)
+    return resumed
+
+
+def report(plan: Plan, destination: Path, resumed: int) -> Report:
     return Report(
-        str(destination),
+        str(destination.expanduser().absolute()),
         plan.recipe.name,
-        len(names),
+        len(plan.shards),
         plan.nbytes,
         plan.parameters,
         plan.bits_per_weight,
@@ -102,35 +115,41 @@ def convert(
     )
 
 
-def check_destination(plan: Plan, destination: Path) -> None:
-    if destination.exists() and (not destination.is_dir() or any(destination.iterdir())):
-        raise FileExistsError(f"{destination} is there already; nothing is written over")
-    if destination.resolve() == plan.source.directory.resolve():
-        raise FileExistsError("a checkpoint cannot be converted in its own place")
-    if destination.is_dir():
-        destination.rmdir()
+def check_unfinished(unfinished: Path, plan: Plan, *, is_draft: bool = False) -> None:
+    """See that ``plan`` can be written into ``unfinished``, or gone on with there.
 
+    Args:
+        is_draft: precisions are yet to be worked out.
 
-def _claim(unfinished: Path, plan: Plan) -> None:
-    """Leave word of which conversion this is, or see that it is the one that was begun here."""
-    ours = fingerprint(plan)
-    file = unfinished / _STATE
+    Raises:
+        ValueError: another conversion was begun there, or it holds other files.
+        OSError: the disk has too little space.
+    """
+    file = unfinished / STATE
     if file.exists():
-        try:
-            theirs = json.loads(file.read_text(encoding="utf-8"))
-        except ValueError:
-            theirs = None
-        if theirs != ours:
+        unknown = ("precisions", "bytes") if is_draft else ()
+        if _known(_begun(file), unknown) != _known(fingerprint(plan), unknown):
             raise ValueError(
                 f"{unfinished} holds an unfinished conversion of another source, recipe or version; "
                 "finish that one, or delete the directory"
             )
-        return
-    if any(unfinished.iterdir()):
+    elif contents(unfinished):
         raise ValueError(f"{unfinished} is there and holds no conversion of ours; delete it, or name another")
-    temporary = file.with_suffix(".tmp")
-    temporary.write_text(json.dumps(ours, indent=2), encoding="utf-8")
-    os.replace(temporary, file)
+    space = space_for(plan, unfinished)
+    if not space.is_enough:
+        raise OSError(f"{unfinished.parent} has {space}")
+
+
+def _begun(state: Path) -> dict[str, Any]:
+    try:
+        content = json.loads(state.read_text(encoding="utf-8"))
+    except ValueError:
+        content = None
+    return content if isinstance(content, dict) else {}
+
+
+def _known(content: Mapping[str, Any], unknown: Container[str]) -> dict[str, Any]:
+    return {key: value for key, value in content.items() if key not in unknown}
 
 
 def fingerprint(plan: Plan) -> dict[str, Any]:
@@ -150,13 +169,25 @@ def fingerprint(plan: Plan) -> dict[str, Any]:
     }
 
 
-def _check_space(plan: Plan, unfinished: Path) -> None:
-    there = sum(file.stat().st_size for file in unfinished.glob("*.safetensors"))
-    needed, free = plan.nbytes + _SMALL_FILES - there, shutil.disk_usage(unfinished).free
-    if needed > free:
-        raise OSError(
-            f"{unfinished.parent} has {free / 1e9:,.1f} GB free, and {needed / 1e9:,.1f} GB are to be written"
-        )
+class Space(NamedTuple):
+    """Bytes that are still to be written, and those that are free on the disk."""
+
+    needed: int
+    free: int
+
+    @property
+    def is_enough(self) -> bool:
+        return self.needed <= self.free
+
+    def __str__(self) -> str:
+        return f"{self.free / 1e9:,.1f} GB free, and {self.needed / 1e9:,.1f} GB are to be written"
+
+
+def space_for(plan: Plan, unfinished: Path) -> Space:
+    """On the disk where ``unfinished`` is or will be."""
+    finished = sum(file.stat().st_size for file in unfinished.glob("*.safetensors"))
+    there = next(parent for parent in (unfinished, *unfinished.parents) if parent.exists())
+    return Space(plan.nbytes + _SMALL_FILES - finished, shutil.disk_usage(there).free)
 
 
 def _write_shard(

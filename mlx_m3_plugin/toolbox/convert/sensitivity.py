@@ -5,7 +5,6 @@ share of what it puts out otherwise: ``mean((out - out_q)^2) / max(mean(out^2), 
 """
 
 import json
-import os
 from collections.abc import Mapping
 from pathlib import Path
 
@@ -23,6 +22,7 @@ from ..evaluate.walk import (
     walk_key,
     write_state,
 )
+from ..new_directory import LOCK, locked, replace_text
 from ..precision import How
 from ..streaming import States, StreamedLayer
 
@@ -44,9 +44,28 @@ def measure_sensitivity(
     step: int,
     progress: Progress,
 ) -> dict[int, float]:
-    """The score of every layer at the bits of ``base``; goes on where an earlier run was interrupted."""
+    """The score of every layer at the bits of ``base``; goes on where an earlier run was interrupted.
+
+    Raises:
+        BlockingIOError: another process measures the same.
+        OSError: a shard or the cache cannot be read or written.
+    """
     directory = cache / f"{walk_key(checkpoint, texts)}-{base.bits}-bits"
-    directory.mkdir(parents=True, exist_ok=True)
+    doing = f"`mlx-m3 convert` is measuring {checkpoint.directory} in {directory}"
+    with locked(directory / LOCK, doing, "give a map with --sensitivity"):
+        return _measure(checkpoint, texts, base, directory, memory=memory, step=step, progress=progress)
+
+
+def _measure(
+    checkpoint: Checkpoint,
+    texts: Texts,
+    base: How,
+    directory: Path,
+    *,
+    memory: int,
+    step: int,
+    progress: Progress,
+) -> dict[int, float]:
     file = directory / "scores.json"
     scores = read_scores(file) if file.exists() else {}
     with TensorReader(checkpoint.directory, checkpoint.headers.tensors) as reader:
@@ -109,7 +128,5 @@ def read_scores(file: Path) -> dict[int, float]:
 
 
 def write_scores(file: Path, scores: Scores) -> None:
-    temporary = file.with_suffix(".tmp")
     content = {"scores": {str(layer): score for layer, score in sorted(scores.items())}}
-    temporary.write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")
-    os.replace(temporary, file)
+    replace_text(file, json.dumps(content, indent=2) + "\n")

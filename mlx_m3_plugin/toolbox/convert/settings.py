@@ -8,20 +8,31 @@ from typing import Any
 from ...chat.template import CHAT_TEMPLATE
 from ...weights import with_quantization
 from ...weights.headers import INDEX
+from ..checksums import SUMS
 from ..inspect.source import CHAT_TEMPLATE_FILES
+from ..new_directory import LOCK, STATE
 from .card import model_card
 from .plan import Plan
 
 _WEIGHTS = (".safetensors", ".bin", ".gguf", ".pt", ".pth", ".npz")
 # Written anew, or about weights that are not these.
-_NOT_COPIED = ("config.json", "README.md", INDEX, "hf_quant_config.json", "offload_index.json")
+_NOT_COPIED = (
+    "config.json",
+    "README.md",
+    INDEX,
+    "hf_quant_config.json",
+    "offload_index.json",
+    SUMS,
+    LOCK,
+    STATE,
+)
 _LARGEST = 200 << 20
 
 
 def write_settings(directory: Path, plan: Plan) -> None:
     source = plan.source.directory
     for file in sorted(source.iterdir()):
-        if _is_copied(file):
+        if _is_copied(file) and (plan.source.vision or not _is_for_vision(file)):
             shutil.copyfile(file, directory / file.name)
     _write_json(directory / "config.json", new_config(plan))
     _forget_wrong_parser(directory / "tokenizer_config.json")
@@ -39,6 +50,11 @@ def _is_copied(file: Path) -> bool:
         and not file.name.endswith(".index.json")
         and file.stat().st_size <= _LARGEST
     )
+
+
+def _is_for_vision(file: Path) -> bool:
+    """Of the processors of images and videos, which a model without a vision tower must not ask for."""
+    return file.name.endswith("processor_config.json")
 
 
 def new_config(plan: Plan) -> dict[str, Any]:

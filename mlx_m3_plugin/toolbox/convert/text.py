@@ -4,11 +4,11 @@ from ..sizes import size_in_words
 from .card import components
 from .plan import Plan
 from .prepare import Prepared
-from .run import Report
+from .run import Report, Space
 
 
-def plan_lines(prepared: Prepared) -> list[str]:
-    """The plan as a table."""
+def plan_lines(prepared: Prepared, space: Space | None = None) -> list[str]:
+    """The plan as a table, and whether the disk has room for it."""
     plan = prepared.plan
     rows = [("Component", "parameters", "bytes", "bits/weight", "stored as")]
     for name, parameters, size, how in components(plan):
@@ -23,6 +23,8 @@ def plan_lines(prepared: Prepared) -> list[str]:
     lines += ["", f"{size_in_words(plan.nbytes)} in {len(plan.shards)} files; {_packing(plan)}"]
     if prepared.measured:
         lines.append(f"sensitivity of layers: {prepared.measured}")
+    if space is not None:
+        lines.append(f"disk: {space}: {'enough' if space.is_enough else 'NOT ENOUGH'}")
     return lines
 
 

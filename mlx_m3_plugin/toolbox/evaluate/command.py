@@ -6,7 +6,7 @@ from typing import Any
 from ..machine import default_memory
 from ..progress import layers_bar
 from .evaluation import evaluate
-from .report import draw, report_lines
+from .report import check_can_draw, draw, report_lines
 from .texts import built_in_text, read_texts
 
 
@@ -28,6 +28,8 @@ def evaluate_command(
     """
     if plot is not None and reference is None:
         raise ValueError("--plot compares layers; it needs --reference")
+    if plot is not None:
+        check_can_draw(Path(plot).expanduser())
     path = Path(checkpoint).expanduser()
     text = built_in_text() if text_file is None else _read(text_file)
     texts = read_texts(path, text, tokens, context)

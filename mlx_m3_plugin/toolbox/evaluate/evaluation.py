@@ -3,13 +3,14 @@
 import json
 import os
 from collections.abc import Callable
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
 from ...weights.reading import TensorReader
 from ..checkpoint import Checkpoint, open_checkpoint
+from ..new_directory import LOCK, locked, replace_text
 from ..streaming import Head
 from .metrics import Distributions, LayerComparison, compare_distributions, compare_layers, perplexity
 from .texts import Texts
@@ -63,6 +64,7 @@ def evaluate(
         watch: makes a :data:`~.walk.Progress` for each walk.
 
     Raises:
+        BlockingIOError: another process evaluates the same.
         OSError: a checkpoint or the cache cannot be read or written.
         ValueError: a checkpoint is no whole MiniMax-M3, or the two are not of the same shape.
     """
@@ -72,17 +74,25 @@ def evaluate(
     if theirs is not None:
         _check_alike(ours, theirs)
     _check_tokens(ours, texts)
-    walks = {}
-    for checkpoint in filter(None, (theirs, ours)):
-        directory = cache / walk_key(checkpoint, texts)
+
+    def walk_through(checkpoint: Checkpoint, directory: Path) -> Walk:
         progress = _progress(watch, checkpoint)
-        with _locked(directory):
-            walks[id(checkpoint)] = walk(
-                checkpoint, texts, directory, memory=memory, step=step, progress=progress
-            )
-    found = _measured(ours, walks[id(ours)], texts)
+        return walk(checkpoint, texts, directory, memory=memory, step=step, progress=progress)
+
+    our_directory = cache / walk_key(ours, texts)
+    # Both locks before anything is computed; the reference's for its own walk alone, others may need it.
+    with _locked(our_directory, ours):
+        if theirs is not None:
+            their_directory = cache / walk_key(theirs, texts)
+            is_same = their_directory == our_directory
+            with nullcontext() if is_same else _locked(their_directory, theirs):
+                their_walk = walk_through(theirs, their_directory)
+                reference_perplexity = _kept_perplexity(theirs, their_walk, texts)
+        our_walk = walk_through(ours, our_directory)
+    found = _measured(ours, our_walk, texts)
     if theirs is not None:
-        _compare(found, ours, walks[id(ours)], theirs, walks[id(theirs)], texts)
+        found.reference, found.reference_perplexity = str(theirs.directory), reference_perplexity
+        _compare(found, ours, our_walk, theirs, their_walk, texts)
     return found
 
 
@@ -107,17 +117,20 @@ def _measured(checkpoint: Checkpoint, walked: Walk, texts: Texts) -> Evaluation:
 def _compare(
     found: Evaluation, ours: Checkpoint, our_walk: Walk, theirs: Checkpoint, their_walk: Walk, texts: Texts
 ) -> None:
-    kept = their_walk.directory / "perplexity.json"
-    with _head(theirs) as their_head:
-        if not kept.exists():
-            kept.write_text(json.dumps(perplexity(their_walk.states(), their_head, texts)), encoding="utf-8")
-        with _head(ours) as our_head:
-            found.distributions = compare_distributions(
-                (our_walk.states(), our_head), (their_walk.states(), their_head), texts
-            )
-    found.reference = str(theirs.directory)
-    found.reference_perplexity = json.loads(kept.read_text(encoding="utf-8"))
+    with _head(theirs) as their_head, _head(ours) as our_head:
+        found.distributions = compare_distributions(
+            (our_walk.states(), our_head), (their_walk.states(), their_head), texts
+        )
     found.layers = list(compare_layers(our_walk, their_walk))
+
+
+def _kept_perplexity(checkpoint: Checkpoint, walked: Walk, texts: Texts) -> float:
+    """Of a walk that is locked: computed once, and kept with it."""
+    kept = walked.directory / "perplexity.json"
+    if not kept.exists():
+        with _head(checkpoint) as head:
+            replace_text(kept, json.dumps(perplexity(walked.states(), head, texts)))
+    return float(json.loads(kept.read_text(encoding="utf-8")))
 
 
 @contextmanager
@@ -150,21 +163,7 @@ def _progress(watch: Watch | None, checkpoint: Checkpoint) -> Progress:
     return watch(checkpoint.directory.name, checkpoint.text_config.num_hidden_layers)  # type: ignore[no-any-return]
 
 
-@contextmanager
-def _locked(directory: Path) -> Any:
+def _locked(directory: Path, checkpoint: Checkpoint) -> AbstractContextManager[int]:
     """One walk at a time in a directory: two would write over each other's states."""
-    directory.mkdir(parents=True, exist_ok=True)
-    file = (directory / "lock").open("w")
-    try:
-        import fcntl
-
-        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except ImportError:
-        pass
-    except BlockingIOError:
-        file.close()
-        raise OSError(f"another process is evaluating the same in {directory}") from None
-    try:
-        yield
-    finally:
-        file.close()
+    doing = f"`mlx-m3 evaluate` is evaluating {checkpoint.directory} in {directory}"
+    return locked(directory / LOCK, doing, "choose another --cache")

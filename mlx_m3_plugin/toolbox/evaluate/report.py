@@ -4,6 +4,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+from ..new_directory import check_can_write
 from ..sizes import size_in_words
 from .evaluation import Evaluation
 from .metrics import LayerComparison
@@ -62,6 +63,32 @@ def _share(value: float | None) -> str:
     return "-" if value is None else f"{value:.2%}"
 
 
+def check_can_draw(path: Path) -> None:
+    """See, before anything is computed, that a picture can be made and written to ``path``.
+
+    Raises:
+        ValueError: matplotlib is not installed, or cannot write such a file.
+        OSError: the file cannot be written.
+    """
+    canvas = _pyplot().figure().canvas
+    _pyplot().close(canvas.figure)
+    kinds = canvas.get_supported_filetypes()
+    if path.suffix[1:].lower() not in kinds:
+        raise ValueError(f"a plot cannot be written to {path}: its name has to end in .{', .'.join(kinds)}")
+    check_can_write(path)
+
+
+def _pyplot() -> Any:
+    try:
+        import matplotlib
+    except ModuleNotFoundError:
+        raise ValueError('a plot needs matplotlib: pip install "mlx-m3-plugin[plot]"') from None
+    matplotlib.use("Agg")
+    from matplotlib import pyplot
+
+    return pyplot
+
+
 def draw(found: Evaluation, path: Path) -> None:
     """Error and choices by layer, as a picture.
 
@@ -70,13 +97,7 @@ def draw(found: Evaluation, path: Path) -> None:
     """
     if not found.layers:
         raise ValueError("a plot compares layers; it needs --reference")
-    try:
-        import matplotlib
-    except ModuleNotFoundError:
-        raise ValueError('a plot needs matplotlib: pip install "mlx-m3-plugin[plot]"') from None
-    matplotlib.use("Agg")
-    from matplotlib import pyplot
-
+    pyplot = _pyplot()
     figure, panels = pyplot.subplots(len(_PANELS), 1, sharex=True, figsize=(9, 9), layout="constrained")
     for axes, (title, value) in zip(panels, _PANELS, strict=True):
         points = [(layer.layer, value(layer)) for layer in found.layers if value(layer) is not None]

@@ -19,6 +19,7 @@ from ... import __version__
 from ...weights.headers import weight_files
 from ...weights.reading import TensorReader
 from ..checkpoint import Checkpoint
+from ..new_directory import replace_text
 from ..streaming import Embedding, States, StreamedLayer
 from .texts import Texts
 
@@ -183,9 +184,7 @@ def _blocks(chosen: list[mx.array | None], texts: Texts, step: int, checkpoint: 
 
 
 def write_state(directory: Path, done: int, dtype: str) -> None:
-    temporary = directory / f"{_STATE}.tmp"
-    temporary.write_text(json.dumps({"done": done, "dtype": dtype}), encoding="utf-8")
-    os.replace(temporary, directory / _STATE)
+    replace_text(directory / _STATE, json.dumps({"done": done, "dtype": dtype}))
 
 
 def _write_atomically(path: Path, arrays: dict[str, Any]) -> None:

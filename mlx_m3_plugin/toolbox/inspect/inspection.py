@@ -12,6 +12,7 @@ from ...model.config import TextConfig, text_config_of
 from ...weights import lacks_indexers, plan_layout
 from ...weights.names import is_vision
 from ...weights.shapes import OTHER, Shapes, text_shapes, vision_shapes
+from ..checksums import Verification, Watch, verify
 from ..machine import machine_memory
 from . import running
 from .describe import Component, Layout, StoredDtype, dtype_histogram, measure, recognise_layout
@@ -51,6 +52,7 @@ class Inspection:
         components: None when the config or a format leaves unclear what the tensors are; so are
             ``parameters``, ``attention`` and ``memory``.
         notes: what to know before using it.  problems: what is wrong with it, one line each.
+        verified: None unless its files were compared with their checksums.
     """
 
     name: str
@@ -70,6 +72,7 @@ class Inspection:
     commands: list[str] = field(default_factory=list)
     notes: list[str] = field(default_factory=list)
     problems: list[str] = field(default_factory=list)
+    verified: Verification | None = None
 
     @property
     def is_sound(self) -> bool:
@@ -77,6 +80,18 @@ class Inspection:
 
     def as_dict(self) -> dict[str, Any]:
         return {**asdict(self), "is_sound": self.is_sound}
+
+    def verify(self, watch: Watch) -> None:
+        """Read all shards, compare them with their checksums, and add what differs to the problems.
+
+        Raises:
+            ValueError: it is not in a directory here, or has no checksums.
+        """
+        directory = Path(self.name).expanduser()
+        if not directory.is_dir():
+            raise ValueError(f"{self.name} is not on this disk; --verify reads a directory's files")
+        self.verified = verify(directory, watch)
+        self.problems += self.verified.problems
 
 
 def inspect(path_or_repository: str | Path) -> Inspection:

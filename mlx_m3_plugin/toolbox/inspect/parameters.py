@@ -8,12 +8,11 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
+from ...model.tensor_scales import scale_shape
 from ...weights import group_names, infer_quantization
+from ...weights.check import Stored, compare
 from ...weights.shapes import Shapes
 from ...weights.tensor import Tensor
-
-# Shape and kind of dtype.
-_Stored = tuple[tuple[int, ...], str]
 
 _PACKED, _FLOAT = "uint32", "float"
 
@@ -68,16 +67,12 @@ def differences(
         quantized: the modules that are, by their paths.
         prefix: what the model puts before the names of parameters, for those that are missing.
     """
-    expected = _as_stored(plan, shapes, quantized)
-    missing = group_names(prefix + name for name in expected.keys() - plan.keys())
-    left_over = group_names(
-        stored for name in plan.keys() - expected.keys() for stored in plan[name].stored_names()
-    )
+    found = compare(plan, expected_parameters(plan, shapes, quantized))
+    missing = group_names(prefix + name for name in found.missing)
+    left_over = group_names(stored for name in found.left_over for stored in plan[name].stored_names())
     wrong: dict[str, list[str]] = defaultdict(list)
-    for name in plan.keys() & expected.keys():
-        has, wants = (plan[name].shape, _kind(plan[name].dtype)), expected[name]
-        if wants is not None and has != wants:
-            wrong[f"is {_told(has)}, not {_told(wants)}"].append(prefix + name)
+    for name, (has, wants) in found.wrong.items():
+        wrong[f"is {_told(has)}, not {_told(wants)}"].append(prefix + name)
     return [
         *(f"missing: {line}" for line in missing),
         *(f"left over: {line}" for line in left_over),
@@ -85,11 +80,15 @@ def differences(
     ]
 
 
-def _as_stored(
+def expected_parameters(
     plan: Mapping[str, Tensor], shapes: Shapes, quantized: Mapping[str, Precision]
-) -> dict[str, _Stored | None]:
-    """Name -> shape and kind of dtype; None where its quantization is told to be wrong elsewhere."""
-    expected: dict[str, _Stored | None] = {}
+) -> dict[str, Stored | None]:
+    """What a model of these shapes that is quantized so takes: the parameters of the loaded model.
+
+    Returns:
+        Name -> shape and kind of dtype; None where its quantization is wrong, which is reported elsewhere.
+    """
+    expected: dict[str, Stored | None] = {}
     for name, shape in shapes.items():
         module = name.removesuffix(".weight")
         how = quantized.get(module)
@@ -107,16 +106,10 @@ def _as_stored(
         if how.mode == "affine":
             expected[f"{module}.biases"] = groups, _FLOAT
         if how.mode == "nvfp4" and f"{module}.global_scale" in plan:
-            expected[f"{module}.global_scale"] = tuple(shape[:-2]), _FLOAT
+            expected[f"{module}.global_scale"] = scale_shape(shape), _FLOAT
     return expected
 
 
-def _kind(dtype: str) -> str:
-    """Any float may stand for another; packed values and 8-bit scales are what they are."""
-    name = dtype.removeprefix("mlx.core.")
-    return _FLOAT if "float" in name else name
-
-
-def _told(stored: _Stored) -> str:
+def _told(stored: Stored) -> str:
     shape, kind = stored
     return f"{kind}{list(shape)}"

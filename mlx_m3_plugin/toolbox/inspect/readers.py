@@ -130,6 +130,7 @@ _MLX_VLM: tuple[Rule, ...] = (
         "it does not know these names",
     ),
     (lambda f: f.layout.dense_under_moe, "it does not look for dense MLPs under block_sparse_moe"),
+    (lambda f: "weight_global_scale" in f.layout.foreign_parts, "it has no tensor scales of experts"),
     (
         lambda f: f.has_foreign_format and f.quant_method == "compressed-tensors",
         "it opens this format only where every module has it",

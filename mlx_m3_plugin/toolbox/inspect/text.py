@@ -23,6 +23,10 @@ def lines_of(found: Inspection) -> list[str]:
         lines += ["", "Memory", *_indented(running.memory_lines(found.memory))]
     if found.notes:
         lines += ["", "Notes", *_indented(found.notes)]
+    if found.verified is not None:
+        read = f"{_files(found.verified.files)}, {size_in_words(found.verified.bytes)}, read and compared"
+        result = "not as written, see the problems" if found.verified.problems else "as written"
+        lines += ["", "Checksums", *_indented([f"{read}: {result}"])]
     more = len(found.problems) - _MOST_PROBLEMS
     told = found.problems[:_MOST_PROBLEMS] + ([f"... and {more} more"] if more > 0 else [])
     lines += ["", "Problems", *_indented(told or ["none"])]
@@ -34,19 +38,22 @@ def lines_of(found: Inspection) -> list[str]:
 
 def _what_it_is(found: Inspection) -> list[str]:
     stored = (f"{d.dtype} {d.tensors:,} tensors, {size_in_words(d.bytes)}" for d in found.dtypes)
-    files = f"{found.files:,} {'file' if found.files == 1 else 'files'}"
-    size = f"{found.tensors:,} tensors in {files}, {found.bytes:,} bytes ({size_in_words(found.bytes)})"
+    size = f"{found.bytes:,} bytes ({size_in_words(found.bytes)})"
     facts = {
         "model type": found.model_type,
         "layout": "; ".join(found.layout.in_words()),
         "stored as": "; ".join(stored),
-        "size": size,
+        "size": f"{found.tensors:,} tensors in {_files(found.files)}, {size}",
         "quantization": _quantization(found),
         "vision": "yes" if found.vision else "none",
     }
     if found.attention is not None:
         facts |= _attention(found.attention)
     return [line for label, fact in facts.items() for line in _fact(label, fact)]
+
+
+def _files(count: int) -> str:
+    return f"{count:,} {'file' if count == 1 else 'files'}"
 
 
 def _quantization(found: Inspection) -> str:

@@ -6,9 +6,10 @@ import mlx.core as mx
 import mlx.nn as nn
 import numpy as np
 
+from ...model.tensor_scales import hold_scale
 from ...weights.reading import TensorReader
 from ...weights.tensor import Tensor
-from ..precision import How, computes_in_float32, converted, float32_values, tensor_scale
+from ..precision import How, computes_in_float32, converted, float32_values
 
 # Of a matrix's values in float32 at a time.
 _BYTES_OF_VALUES = 256 << 20
@@ -39,19 +40,7 @@ def read_linear(
     if stored.bits is None:
         return _linear(arrays["weight"])
     linear = _quantized_linear(arrays, stored)
-    return _Scaled(linear, arrays["global_scale"]) if "global_scale" in arrays else linear
-
-
-class _Scaled(nn.Module):
-    """NVFP4 with a tensor scale, which multiplies what comes out, as in a loaded model."""
-
-    def __init__(self, linear: nn.Module, global_scale: mx.array):
-        super().__init__()
-        self.linear = linear
-        self.scale = tensor_scale(global_scale)
-
-    def __call__(self, x: mx.array) -> mx.array:
-        return (self.linear(x) * self.scale).astype(x.dtype)
+    return hold_scale(linear, arrays["global_scale"]) if "global_scale" in arrays else linear
 
 
 class _InFloat32(nn.Module):

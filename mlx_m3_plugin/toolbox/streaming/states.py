@@ -6,6 +6,8 @@ from pathlib import Path
 import mlx.core as mx
 import numpy as np
 
+from ...weights.disk import read_at, write_at
+
 _NUMPY = {"float32": "<f4", "float16": "<f2", "bfloat16": "<u2"}
 
 
@@ -25,15 +27,13 @@ class States:
         data = np.ascontiguousarray(np.array(raw, copy=False), self._kind).tobytes()
         mode = "r+b" if self._path.exists() else "wb"
         with self._path.open(mode) as file:
-            file.seek(first * self._width * self._kind.itemsize)
-            file.write(data)
+            write_at(file.fileno(), first * self._width * self._kind.itemsize, data)
 
     def read(self, first: int, last: int) -> mx.array:
         """Rows ``[last - first, D]``."""
         size = self._width * self._kind.itemsize
         with self._path.open("rb") as file:
-            file.seek(first * size)
-            data = file.read((last - first) * size)
+            data = read_at(file.fileno(), first * size, (last - first) * size)
         array = mx.array(np.frombuffer(data, self._kind).reshape(last - first, self._width))
         return array.view(mx.bfloat16) if self._dtype == "bfloat16" else array
 

@@ -68,6 +68,33 @@ def encode_experts(weights: Weights, encoder: ExpertEncoder) -> tuple[Weights, W
     return stored, values, others
 
 
+def encode_linears(weights: Weights, encoder: ExpertEncoder) -> tuple[Weights, Weights, Weights]:
+    """The projections that are no experts as stored and their values, and all other parameters."""
+    stored: Weights = {}
+    values: Weights = {}
+    others = dict(weights)
+    for name in [n for n in weights if n.endswith("_proj.weight")]:
+        array = others.pop(name)
+        tensors, values[name] = encoder(array, mx.abs(array).max())
+        stored |= {nested(f"{name.removesuffix('.weight')}.{p}"): a for p, a in tensors.items()}
+    return stored, values, others
+
+
+def nvfp4_everywhere(encoder: ExpertEncoder, quantization: Json, *, source: Source) -> Checkpoint:
+    """Every linear layer but the router and the head, each with a tensor scale."""
+    experts, expert_values, others = encode_experts(source.parameters, encoder)
+    linears, linear_values, others = encode_linears(others, encoder)
+    stored = experts | linears
+    config = as_published(source.config) | {"quantization_config": quantization}
+    floats = {nested(name): array for name, array in others.items()}
+    return Checkpoint(
+        stored | floats | source.vision,
+        config,
+        others | expert_values | linear_values,
+        [name for name in stored if name.endswith(".weight_scale")],
+    )
+
+
 def other_experts(
     encoder: ExpertEncoder,
     quantization: Json,
@@ -136,11 +163,10 @@ _EXPERTS, _OTHERS = r"re:.*block_sparse_moe\.experts\..*", r"re:.*(self_attn|mlp
 _E8M0 = {"group_size": 32, "strategy": "group", "scale_dtype": "torch.uint8"}
 CT_MXFP4 = ("mxfp4-pack-quantized", _EXPERTS, {"num_bits": 4, **_E8M0})
 CT_MXFP8 = ("mxfp8-quantized", _OTHERS, {"num_bits": 8, **_E8M0})
-CT_NVFP4 = (
-    "nvfp4-pack-quantized",
-    _EXPERTS,
-    {"num_bits": 4, "group_size": 16, "strategy": "tensor_group", "scale_dtype": "torch.float8_e4m3fn"},
-)
+_NVFP4 = {"num_bits": 4, "group_size": 16, "strategy": "tensor_group", "scale_dtype": "torch.float8_e4m3fn"}
+CT_NVFP4 = ("nvfp4-pack-quantized", _EXPERTS, _NVFP4)
+# The default recipe of llm-compressor.
+CT_NVFP4_LINEAR = ("nvfp4-pack-quantized", "Linear", _NVFP4)
 _QUARK_FP4 = {"dtype": "fp4", "qscheme": "per_group", "group_size": 32, "ch_axis": -1, "scale_format": "e8m0"}
 QUARK = {
     "quant_method": "quark",

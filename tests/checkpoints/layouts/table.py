@@ -191,6 +191,16 @@ _LOW_PRECISION = (
             float8_scales=True,
         ),
     ),
+    Layout(
+        "nvfp4_everywhere_compressed_tensors",
+        "compressed-tensors NVFP4 everywhere, a tensor scale for each matrix",
+        "llm-compressor",
+        partial(
+            experts.nvfp4_everywhere,
+            experts.nvfp4_compressed_tensors,
+            compressed_tensors(experts.CT_NVFP4_LINEAR),
+        ),
+    ),
 )
 
 

@@ -1,0 +1,93 @@
+"""NVFP4 with a tensor scale: one float32 beside the scales of each matrix, of each expert in a stack.
+
+MLX's layers have none, but for mlx-lm's experts from 0.32 on, which give it to ``gather_qmm``,
+which takes it on some GPUs only.  Here it multiplies what a matrix puts out, which every backend
+can.
+"""
+
+from collections.abc import Mapping
+from functools import cache
+from typing import Any
+
+import mlx.core as mx
+import mlx.nn as nn
+
+# A tensor scale is the largest magnitude its tensor can express: 6 (e2m1) times 448 (e4m3).
+NVFP4_LARGEST = 6.0 * 448.0
+
+
+def scale_shape(weight: tuple[int, ...]) -> tuple[int, ...]:
+    """The shape of the tensor scales of a weight: ``()`` of a matrix, ``(n,)`` of a stack of ``n``."""
+    return weight[:-2]
+
+
+def factor(global_scale: mx.array) -> mx.array:
+    """What the values of a matrix are multiplied by, float32."""
+    return global_scale.astype(mx.float32) / NVFP4_LARGEST
+
+
+def expect_scales(model: nn.Module, weights: Mapping[str, mx.array]) -> None:
+    """Prepare the layers that have a ``global_scale`` among ``weights`` to hold it.
+
+    They stay instances of the host's class, and take ``global_scale=True`` when quantized.
+    """
+    for path, module in model.named_modules():
+        if f"{path}.global_scale" in weights and hasattr(module, "to_quantized"):
+            module.__class__ = _taking_a_scale(type(module))  # type: ignore[arg-type]
+
+
+def hold_scale(quantized: nn.Module, global_scale: mx.array) -> nn.Module:
+    """A quantized layer, of a matrix or of a stack of experts, that multiplies by its tensor scale."""
+    scaled = _scaled_experts if quantized.weight.ndim > 2 else _scaled_linear
+    quantized.__class__ = scaled(type(quantized))  # type: ignore[arg-type]
+    quantized.global_scale = global_scale
+    # As its other parts, which cannot be trained.
+    quantized.freeze(recurse=False)
+    return quantized
+
+
+@cache
+def _taking_a_scale(linear: Any) -> Any:
+    def to_quantized(
+        self: Any, group_size: int = 64, bits: int = 4, mode: str = "affine", global_scale: bool = False
+    ) -> nn.Module:
+        quantized = linear.to_quantized(self, group_size, bits, mode)
+        return hold_scale(quantized, mx.ones(scale_shape(self.weight.shape))) if global_scale else quantized
+
+    return type(linear.__name__, (linear,), {"to_quantized": to_quantized})
+
+
+def _refuse(self: Any) -> None:
+    """Whoever reads this attribute is about to dequantize, and knows nothing of the tensor scale."""
+    raise NotImplementedError(
+        "NVFP4 with tensor scales cannot be dequantized, fused or trained with DoRA: the scales would be "
+        "lost; convert the checkpoint first, with `mlx-m3 convert`"
+    )
+
+
+@cache
+def _scaled_linear(quantized: Any) -> Any:
+    def __call__(self: Any, x: mx.array) -> mx.array:
+        y = quantized.__call__(self, x)
+        return (y * factor(self["global_scale"])).astype(y.dtype)
+
+    return type(quantized.__name__, (quantized,), {"__call__": __call__, "biases": property(_refuse)})
+
+
+@cache
+def _scaled_experts(quantized: Any) -> Any:
+    def __call__(self: Any, x: mx.array, indices: mx.array, sorted_indices: bool = False) -> mx.array:
+        y = mx.gather_qmm(
+            x,
+            self["weight"],
+            self["scales"],
+            rhs_indices=indices,
+            transpose=True,
+            group_size=self.group_size,
+            bits=self.bits,
+            mode=self.mode,
+            sorted_indices=sorted_indices,
+        )
+        return (y * factor(self["global_scale"][indices])[..., None, None]).astype(y.dtype)
+
+    return type(quantized.__name__, (quantized,), {"__call__": __call__, "biases": property(_refuse)})

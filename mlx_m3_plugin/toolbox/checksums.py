@@ -1,0 +1,101 @@
+"""``SHA256SUMS`` beside the shards, as ``sha256sum -c SHA256SUMS`` reads it, and shards compared with it."""
+
+import hashlib
+import re
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+
+from ..weights.headers import weight_files
+from .new_directory import replace_text
+
+SUMS = "SHA256SUMS"
+_LINE = re.compile(r"([0-9a-fA-F]{64}) [ *](.+)")
+_PIECE = 1 << 22
+
+# Called with the file, and how many more bytes of it were read.
+Progress = Callable[[Path, int], None]
+# Makes a progress bar from a title and how many bytes there are.
+Watch = Callable[[str, int], Progress]
+
+
+@dataclass
+class Verification:
+    """Files read whole and compared with their checksums.
+
+    Attributes:
+        files, bytes: how many were read.
+        problems: files that differ, are missing, cannot be read or have no checksum, one line each.
+    """
+
+    files: int = 0
+    bytes: int = 0
+    problems: list[str] = field(default_factory=list)
+
+
+def verify(directory: Path, watch: Watch) -> Verification:
+    """Read all shards in ``directory``, and compare them with their checksums.
+
+    A download in the Hugging Face cache has them in the names of its blobs.
+
+    Raises:
+        ValueError: there are no checksums, so nothing can be verified.
+    """
+    shards = {file.name: file for file in weight_files(directory)}
+    expected = {name: blob for name, file in shards.items() if (blob := _blob_sum(file))}
+    expected |= read_sums(directory)
+    if not expected:
+        raise ValueError(
+            f"{directory} has no {SUMS}, so nothing can be verified; "
+            "`mlx-m3 convert` writes one, and so does `sha256sum *.safetensors > SHA256SUMS` at the source"
+        )
+    found = Verification(problems=[f"{name}: has no checksum" for name in shards if name not in expected])
+    there = {name: directory / name for name in expected if (directory / name).is_file()}
+    found.problems += [f"{name}: is missing" for name in expected if name not in there]
+    progress = watch("verifying", sum(file.stat().st_size for file in there.values()))
+    for name, file in there.items():
+        found.files += 1
+        found.bytes += file.stat().st_size
+        try:
+            if sha256_of(file, progress) != expected[name]:
+                found.problems.append(f"{name}: its content is not what was written (SHA-256 differs)")
+        except OSError as error:
+            found.problems.append(f"{name}: cannot be read: {error.strerror or error}")
+    return found
+
+
+def sha256_of(file: Path, progress: Progress = lambda file, count: None) -> str:
+    """In hexadecimal digits, from one reading of the file."""
+    digest = hashlib.sha256()
+    with file.open("rb", buffering=0) as stream:
+        while piece := stream.read(_PIECE):
+            digest.update(piece)
+            progress(file, len(piece))
+    return digest.hexdigest()
+
+
+def read_sums(directory: Path) -> dict[str, str]:
+    """File name -> sum; none if there is no list.
+
+    Raises:
+        ValueError: a line of the list is not a sum and a name.
+    """
+    try:
+        lines = (directory / SUMS).read_text(encoding="utf-8").splitlines()
+    except FileNotFoundError:
+        return {}
+    matches = [(line, _LINE.fullmatch(line)) for line in lines if line.strip()]
+    wrong = next((line for line, match in matches if match is None), None)
+    if wrong is not None:
+        raise ValueError(f"{directory / SUMS}: not a SHA-256 sum and a file name: {wrong[:100]!r}")
+    return {match[2]: match[1].lower() for _, match in matches if match is not None}
+
+
+def write_sums(directory: Path, sums: Mapping[str, str]) -> None:
+    replace_text(directory / SUMS, "".join(f"{sums[name]}  {name}\n" for name in sorted(sums)))
+
+
+def _blob_sum(file: Path) -> str | None:
+    blob = file.resolve()
+    is_sum = file.is_symlink() and blob.parent.name == "blobs" and re.fullmatch("[0-9a-f]{64}", blob.name)
+    return blob.name if is_sum else None

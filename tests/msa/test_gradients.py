@@ -1,0 +1,67 @@
+"""Training past the block budget: the engine's gradients are those of the definition."""
+
+from collections.abc import Callable
+from functools import partial
+
+import mlx.core as mx
+import pytest
+
+from mlx_m3_plugin.msa import attend, reference, select_blocks
+from mlx_m3_plugin.msa.attend import PAIRS_FROM
+
+GROUPS, HEADS, DIMS, INDEX_DIMS, N_KEYS = 2, 4, 16, 12, 90
+CHOICE = {"block_size": 8, "topk_blocks": 4}
+Attention = Callable[..., mx.array]
+
+
+def arrays(length: int) -> list[mx.array]:
+    """Queries, keys, values, index queries, index keys, and what the outputs are multiplied by."""
+    keys = iter(mx.random.split(mx.random.key(length), 6))
+    shapes = [
+        (2, GROUPS * HEADS, length, DIMS),
+        (2, GROUPS, N_KEYS, DIMS),
+        (2, GROUPS, N_KEYS, DIMS),
+        (2, GROUPS, length, INDEX_DIMS),
+        (2, 1, N_KEYS, INDEX_DIMS),
+        (2, GROUPS * HEADS, length, DIMS),
+    ]
+    return [mx.random.normal(shape, key=next(keys)) for shape in shapes]
+
+
+def by_definition(queries, keys, values, index_queries, index_keys, *, padding) -> mx.array:
+    first = mx.array([N_KEYS - queries.shape[2]] * 2) - padding
+    query_at = first[:, None] + mx.arange(queries.shape[2])
+    key_at = mx.arange(N_KEYS) - padding[:, None]
+    ids = reference.select_blocks(index_queries, index_keys, query_at, key_at, **CHOICE)
+    return reference.attend(queries, keys, values, ids, query_at, key_at, block_size=8, scale=0.25)
+
+
+def by_the_engine(queries, keys, values, index_queries, index_keys, *, padding, budget) -> mx.array:
+    first = N_KEYS - queries.shape[2]
+    position = (first - padding, padding) if padding.any().item() else (first, None)
+    ids = select_blocks(index_queries, index_keys, *position, **CHOICE, memory_budget=budget)
+    return attend(queries, keys, values, ids, *position, block_size=8, scale=0.25, memory_budget=budget)
+
+
+def gradients(attention: Attention, inputs: list[mx.array], real: mx.array) -> list[mx.array]:
+    *inputs, weights = inputs
+
+    def loss(*inputs: mx.array) -> mx.array:
+        return (mx.where(real, attention(*inputs), 0) * weights).sum()
+
+    return mx.grad(loss, argnums=list(range(5)))(*inputs)
+
+
+@pytest.mark.parametrize("budget", [30_000, 1 << 26], ids=["tiles", "at once"])
+@pytest.mark.parametrize("padding", [[0, 0], [0, 7]], ids=["plain", "padded"])
+@pytest.mark.parametrize("length", [PAIRS_FROM - 1, N_KEYS], ids=["by query", "by pairs"])
+def test_gradients_are_those_of_the_definition(length: int, padding: list[int], budget: int) -> None:
+    inputs, paddings = arrays(length), mx.array(padding)
+    real = (mx.arange(N_KEYS - length, N_KEYS) >= paddings[:, None])[:, None, :, None]
+    expected = gradients(partial(by_definition, padding=paddings), inputs, real)
+    found = gradients(partial(by_the_engine, padding=paddings, budget=budget), inputs, real)
+    for ours, theirs in zip(found, expected, strict=True):
+        assert mx.abs(ours - theirs).max().item() <= 1e-5
+    assert all(mx.abs(gradient).max().item() > 1e-2 for gradient in found[:3])
+    # Which blocks are chosen has no derivative: nothing is learned by the indexer this way.
+    assert not any(mx.abs(gradient).max().item() for gradient in found[3:])

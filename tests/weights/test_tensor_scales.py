@@ -1,0 +1,138 @@
+"""NVFP4 with a tensor scale for every matrix, as llm-compressor's and ModelOpt's recipes make it."""
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import mlx.core as mx
+import mlx.nn as nn
+import pytest
+from mlx.utils import tree_flatten
+from mlx_lm.tuner.lora import LoRALinear, LoRASwitchLinear
+from mlx_lm.tuner.utils import linear_to_lora_layers
+from mlx_lm.utils import dequantize_model, load_model, save_config, save_model
+
+from mlx_m3_plugin.toolbox.checkpoint import open_checkpoint
+from mlx_m3_plugin.toolbox.inspect import inspect
+from mlx_m3_plugin.toolbox.inspect.parameters import expected_parameters
+from mlx_m3_plugin.weights.check import as_stored
+from mlx_m3_plugin.weights.shapes import text_shapes
+from tests.checkpoints.layouts import experts
+from tests.checkpoints.layouts.arrange import nested
+from tests.checkpoints.opens import load_language_model, logits_of, reference_logits
+from tests.checkpoints.tiny_layouts import LAYOUTS
+from tests.checkpoints.tiny_model import tiny
+
+# Three times the block budget of these models.
+TOKENS = mx.array([[(7 * i * i + 3 * i) % 90 for i in range(100)]])
+TOLERANCE = 1e-4
+MODELOPT = {"quant_method": "modelopt", "quant_algo": "NVFP4", "quantized_layers": {}}
+COMPRESSED = experts.compressed_tensors(experts.CT_NVFP4_LINEAR)
+WAYS = {
+    "compressed-tensors": (experts.nvfp4_compressed_tensors, COMPRESSED),
+    "modelopt": (experts.nvfp4_modelopt, MODELOPT),
+}
+
+Write = Callable[..., dict[str, mx.array]]
+
+
+def write(directory: Path, way: str, *more: str) -> dict[str, mx.array]:
+    """A checkpoint, with tensor scales for ``more`` modules as well; returns the values it stands for."""
+    encoder, quantization = WAYS[way]
+    made = experts.nvfp4_everywhere(encoder, quantization, source=tiny())
+    for module in more:
+        array = made.tensors.pop(nested(f"{module}.weight"))
+        tensors, made.values[f"{module}.weight"] = encoder(array, mx.abs(array).max())
+        made.tensors |= {nested(f"{module}.{part}"): a for part, a in tensors.items()}
+        made.float8 = [*made.float8, nested(f"{module}.weight_scale")]
+    return made.write(directory, tiny().files)
+
+
+@pytest.mark.parametrize("library", ["mlx_lm", "mlx_vlm"])
+@pytest.mark.parametrize("more", [(), ("lm_head",), ("model.layers.1.block_sparse_moe.gate",)], ids=str)
+@pytest.mark.parametrize("way", WAYS)
+def test_it_is_what_its_values_say(way: str, more: tuple[str, ...], library: str, tmp_path: Path) -> None:
+    pytest.importorskip(library)
+    reference = reference_logits(tmp_path, write(tmp_path, way, *more), TOKENS)
+    assert inspect(tmp_path).problems == []
+    model = load_language_model(library, tmp_path)
+    cache = model.make_cache()
+    parts = [model(part, cache=cache) for part in (TOKENS[:, :70], TOKENS[:, 70:71], TOKENS[:, 71:])]
+    for logits in (model(TOKENS), model(TOKENS, cache=model.make_cache())):
+        assert mx.abs(logits_of(logits) - reference).max().item() <= TOLERANCE
+    in_parts = mx.concatenate([logits_of(part) for part in parts], axis=1)
+    assert mx.abs(in_parts - reference).max().item() <= TOLERANCE
+    # Without the scales the answer is another one.
+    for module in model.modules():
+        if "global_scale" in module:
+            module.global_scale = 2 * module.global_scale
+    assert mx.abs(logits_of(model(TOKENS)) - reference).max().item() > 100 * TOLERANCE
+
+
+@pytest.mark.parametrize("name", LAYOUTS)
+def test_inspection_expects_the_parameters_of_the_loaded_model(name: str, tmp_path: Path) -> None:
+    """Names, shapes and kinds of dtype: from headers they are the same as from modules."""
+    LAYOUTS[name].write(tmp_path)
+    checkpoint = open_checkpoint(tmp_path)
+    shapes = text_shapes(checkpoint.text_config, indexers=checkpoint.indexers)
+    expected = expected_parameters(checkpoint.plan, shapes, checkpoint.quantized)
+    loaded = {
+        path.removeprefix("language_model."): as_stored(array)
+        for path, array in tree_flatten(load_model(tmp_path)[0].parameters())
+    }
+    assert expected == loaded
+
+
+def test_what_is_saved_opens_again(tmp_path: Path) -> None:
+    write(tmp_path / "m3", "compressed-tensors")
+    model, config = load_model(tmp_path / "m3")
+    save_model(tmp_path / "again", model)
+    save_config(config, tmp_path / "again" / "config.json")
+    again, _ = load_model(tmp_path / "again")
+    weights = dict(tree_flatten(again.parameters()))
+    assert weights["language_model.model.layers.0.self_attn.q_proj.global_scale"].shape == ()
+    assert all(mx.array_equal(array, weights[name]) for name, array in tree_flatten(model.parameters()))
+    assert mx.array_equal(again(TOKENS), model(TOKENS))
+
+
+def test_a_tensor_scale_of_embeddings_is_refused_by_name(tmp_path: Path) -> None:
+    write(tmp_path, "compressed-tensors", "model.embed_tokens")
+    refusal = r"no tensor scale for embeddings.*language_model\.model\.embed_tokens\.weight_global_scale"
+    with pytest.raises(ValueError, match=refusal):
+        load_model(tmp_path)
+    found = inspect(tmp_path)
+    assert any("no tensor scale for embeddings" in problem for problem in found.problems)
+    assert not any(reader.with_plugin.opens for reader in found.readers)
+
+
+# --- tools that would lose the scales ---
+
+
+@pytest.fixture(scope="module")
+def model(tmp_path_factory: pytest.TempPathFactory) -> Any:
+    directory = tmp_path_factory.mktemp("m3")
+    write(directory, "compressed-tensors")
+    return load_model(directory)[0]
+
+
+def test_dequantizing_is_refused(model: Any) -> None:
+    with pytest.raises(NotImplementedError, match="tensor scales cannot be dequantized"):
+        dequantize_model(model)
+
+
+@pytest.mark.parametrize("dequantize", [False, True])
+def test_adapters_train_and_are_not_fused(model: Any, dequantize: bool, tmp_path: Path) -> None:
+    write(tmp_path, "compressed-tensors")
+    adapted, _ = load_model(tmp_path)
+    adapted.freeze()
+    linear_to_lora_layers(adapted, 3, {"rank": 2, "scale": 1.0, "dropout": 0.0})
+    assert all("lora" in name for name, _ in tree_flatten(adapted.trainable_parameters()))
+    assert mx.array_equal(adapted(TOKENS), model(TOKENS))
+    gradients = nn.value_and_grad(adapted, lambda m: mx.square(m(TOKENS)).mean())(adapted)[1]
+    assert any(mx.abs(gradient).max().item() > 0 for _, gradient in tree_flatten(gradients))
+    layers = [m for m in adapted.modules() if isinstance(m, (LoRALinear, LoRASwitchLinear))]
+    scaled = [layer for layer in layers if "global_scale" in layer.linear]
+    assert {type(layer) for layer in scaled} == {LoRALinear, LoRASwitchLinear}
+    for layer in scaled:
+        with pytest.raises(NotImplementedError, match="the scales would be lost"):
+            layer.fuse(dequantize=dequantize)
