@@ -6,8 +6,9 @@ from functools import partial
 import mlx.core as mx
 import pytest
 
-from mlx_m3_plugin.msa import attend, reference, select_blocks
+from mlx_m3_plugin.msa import attend, select_blocks
 from mlx_m3_plugin.msa.attend import PAIRS_FROM
+from tests.msa import reference
 
 GROUPS, HEADS, DIMS, INDEX_DIMS, N_KEYS = 2, 4, 16, 12, 90
 CHOICE = {"block_size": 8, "topk_blocks": 4}

@@ -12,14 +12,13 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from test_convert_faults import start
 
 from mlx_m3_plugin.toolbox import new_directory as module
 from mlx_m3_plugin.toolbox.convert import convert
-from mlx_m3_plugin.toolbox.nano import write_nano
+from mlx_m3_plugin.toolbox.demo import write_nano
 from mlx_m3_plugin.toolbox.new_directory import LOCK, STATE, locked, new_directory
 from tests.checkpoints.conversions import MEMORY, Written, converted, digest, planned
-from tests.checkpoints.random_model import write_random_model
+from tests.toolbox.test_convert_faults import start
 
 SOURCE = "published_float"
 
@@ -68,15 +67,12 @@ def test_a_second_conversion_does_not_spoil_the_first(
     ]
 
 
-@pytest.mark.parametrize("write", [write_random_model, write_nano])
-def test_a_demo_is_not_written_where_a_conversion_is(
-    tiny: Written, tmp_path: Path, write: Callable[[Path], Any]
-) -> None:
+def test_a_demo_is_not_written_where_a_conversion_is(tiny: Written, tmp_path: Path) -> None:
     refused = []
 
     def begin_a_demo() -> None:
         try:
-            write(tmp_path / "made")
+            write_nano(tmp_path / "made")
         except OSError as error:
             refused.append(str(error))
 
@@ -124,7 +120,7 @@ def test_a_refused_target_keeps_its_empty_directory(tiny: Written, tmp_path: Pat
     (tmp_path / "made").mkdir()
     (tmp_path / "made.unfinished").mkdir()
     (tmp_path / "made.unfinished" / "thesis.tex").write_text("x")
-    for write in (lambda path: converted(tiny(SOURCE), "4bit", path), write_random_model):
+    for write in (lambda path: converted(tiny(SOURCE), "4bit", path), write_nano):
         with pytest.raises((ValueError, OSError), match="delete"):
             write(tmp_path / "made")
     assert [file.name for file in (tmp_path / "made.unfinished").iterdir()] == ["thesis.tex"]
@@ -147,7 +143,7 @@ def test_what_a_killed_demo_leaves_is_in_nobodys_way(tiny: Written, tmp_path: Pa
     done = subprocess.run([sys.executable, "-c", KILLED, str(made)])
     assert done.returncode == -signal.SIGKILL
     assert [file.name for file in tmp_path.iterdir()] == ["made.unfinished"]
-    write_random_model(made) if command == "demo" else converted(tiny(SOURCE), "4bit", made)
+    write_nano(made) if command == "demo" else converted(tiny(SOURCE), "4bit", made)
     assert [file.name for file in tmp_path.iterdir()] == ["made"]
     assert not {LOCK, STATE} & {file.name for file in made.iterdir()}
 
