@@ -119,7 +119,7 @@ def _add_fit_arguments(fit: argparse.ArgumentParser) -> None:
         "--memory",
         type=_sizes,
         metavar="SIZE[,SIZE...]",
-        help="of the machine (default: of this one); several for a pipeline, by rank",
+        help="of the machine, such as 256GB (default: of this one); several for a pipeline, by rank",
     )
     fit.add_argument("--context", type=_tokens, metavar="N", help="tokens to plan for (default: what fits)")
     fit.add_argument("--kv-bits", type=int, metavar="B", help="4 or 8, as in mlx_lm.generate")
@@ -135,7 +135,7 @@ def _add_memory(command: argparse.ArgumentParser) -> None:
         "--memory",
         type=_size,
         metavar="SIZE",
-        help="that the work may take (default: a quarter of the machine)",
+        help="that the work may take, such as 8GB (default: a quarter of the machine)",
     )
 
 
@@ -144,9 +144,9 @@ def _sizes(text: str) -> list[int]:
 
 
 def _size(text: str) -> int:
-    from .toolbox.sizes import parse_size
+    from .toolbox.sizes import parse_memory
 
-    return _argument(parse_size, text)
+    return _argument(parse_memory, text)
 
 
 def _tokens(text: str) -> int:
