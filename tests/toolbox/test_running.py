@@ -3,6 +3,7 @@
 import importlib.util
 import re
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 
@@ -41,7 +42,7 @@ def test_an_unknown_machine_is_not_judged(monkeypatch):
     def unknown(_: str) -> int:
         raise ValueError
 
-    monkeypatch.setattr(machine.os, "sysconf", unknown)
+    monkeypatch.setattr(machine, "os", SimpleNamespace(sysconf=unknown))
     assert machine.machine_memory() is None
     assert len(running.memory_lines(running.memory_for(REAL, 225 * GIB, 57, None))) == 1
 
