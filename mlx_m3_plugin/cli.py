@@ -10,6 +10,9 @@ from typing import Any
 
 from . import __version__
 
+_HERE = "a directory, or a repository (its name or address) in the Hugging Face cache"
+_ANYWHERE = "a directory, or a repository (its name or address) in the Hugging Face cache or on the Hub"
+
 
 def main(arguments: Sequence[str] | None = None) -> int:
     parser = _parser()
@@ -46,7 +49,7 @@ def _parser() -> argparse.ArgumentParser:
     inspect = commands.add_parser(
         "inspect", help="say what a checkpoint is, what is wrong with it, how to run it"
     )
-    inspect.add_argument("checkpoint", metavar="PATH_OR_REPO", help="a directory, or a repository on the Hub")
+    inspect.add_argument("checkpoint", metavar="PATH_OR_REPO", help=_ANYWHERE)
     inspect.set_defaults(command=_inspect)
 
     convert = commands.add_parser("convert", help="make a quantized checkpoint by a recipe, in little memory")
@@ -78,7 +81,7 @@ def _add_demo_arguments(demo: argparse.ArgumentParser) -> None:
 
 
 def _add_convert_arguments(convert: argparse.ArgumentParser) -> None:
-    convert.add_argument("source", metavar="SRC", help="a checkpoint's directory")
+    convert.add_argument("source", metavar="SRC", help=_HERE)
     convert.add_argument("destination", metavar="DST", nargs="?", help="where to write; must not exist")
     convert.add_argument(
         "--recipe", metavar="R", help="a recipe's name, or a TOML file; `--list-recipes` tells them"
@@ -99,7 +102,7 @@ def _add_convert_arguments(convert: argparse.ArgumentParser) -> None:
 
 
 def _add_evaluate_arguments(evaluate: argparse.ArgumentParser) -> None:
-    evaluate.add_argument("checkpoint", metavar="PATH", help="a checkpoint's directory")
+    evaluate.add_argument("checkpoint", metavar="PATH_OR_REPO", help=_HERE)
     evaluate.add_argument("--reference", metavar="SRC", help="the checkpoint that it was made from")
     evaluate.add_argument("--text", metavar="FILE", help="what to read (default: a built-in sample)")
     evaluate.add_argument("--tokens", type=_tokens, metavar="N", help="how much of it (default: all)")
@@ -114,7 +117,7 @@ def _add_evaluate_arguments(evaluate: argparse.ArgumentParser) -> None:
 
 
 def _add_fit_arguments(fit: argparse.ArgumentParser) -> None:
-    fit.add_argument("checkpoint", metavar="PATH_OR_REPO", help="a directory, or a repository on the Hub")
+    fit.add_argument("checkpoint", metavar="PATH_OR_REPO", help=_ANYWHERE)
     fit.add_argument(
         "--memory",
         type=_sizes,

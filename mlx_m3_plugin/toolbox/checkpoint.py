@@ -15,6 +15,7 @@ from ..weights.names import is_vision
 from ..weights.shapes import text_shapes, vision_shapes
 from ..weights.tensor import Tensor
 from .inspect.parameters import Precision, differences, quantized_modules
+from .locate import locate_weights
 from .precision import How
 
 
@@ -23,12 +24,16 @@ class Checkpoint:
     """What is to be converted, evaluated or measured.
 
     Attributes:
+        name: the directory as it was given, or ``owner/name`` of a repository in the cache.
+        title: the same without the path of a directory.
         config: ``config.json``.  text_config: what the model is computed with.
         plan: published parameter names, without a prefix -> how they are made from stored tensors.
         quantized: module -> how it is stored, for those in one of MLX's modes.
         indexers: whether the checkpoint has weights for them.
     """
 
+    name: str
+    title: str
     directory: Path
     config: dict[str, Any]
     text_config: TextConfig
@@ -55,14 +60,17 @@ class Checkpoint:
         return self.plan[f"{module}.scales"].dtype if how.mode == "affine" else str(mx.bfloat16)
 
 
-def open_checkpoint(directory: str | Path) -> Checkpoint:
+def open_checkpoint(path_or_repository: str | Path) -> Checkpoint:
     """Read headers and settings, and see that every weight of the model is there.
 
     Raises:
-        OSError: there is no checkpoint in ``directory``.
+        OSError: there is no checkpoint in the directory, or the repository is not in the cache.
         ValueError: it is no MiniMax-M3, or not all of one; says what is missing or wrong.
     """
-    directory = Path(directory).expanduser()
+    place = locate_weights(path_or_repository)
+    assert place.directory is not None
+    directory = place.directory
+    title = place.repository or directory.name
     config = _read_config(directory)
     text_config = text_config_of(config, environ={})
     headers = read_headers(directory)
@@ -75,14 +83,10 @@ def open_checkpoint(directory: str | Path) -> Checkpoint:
         shapes |= vision_shapes(config)
     quantized, problems = quantized_modules(plan, shapes)
     _refuse(directory, problems or differences(plan, shapes, quantized))
-    return Checkpoint(directory, config, text_config, headers, plan, quantized, indexers)
+    return Checkpoint(place.name, title, directory, config, text_config, headers, plan, quantized, indexers)
 
 
 def _read_config(directory: Path) -> dict[str, Any]:
-    if not directory.is_dir():
-        raise FileNotFoundError(
-            f"{directory} is no directory; download a checkpoint with `hf download REPO --local-dir DIR`"
-        )
     file = directory / "config.json"
     try:
         config = json.loads(file.read_text(encoding="utf-8"))

@@ -152,7 +152,7 @@ def test_a_dry_run_reads_headers_and_writes_nothing(
 @pytest.mark.parametrize(
     ("arguments", "complaint"),
     [
-        (["nowhere", "made", "--recipe", "4bit"], "nowhere is no directory; download a checkpoint with"),
+        (["nowhere", "made", "--recipe", "4bit"], "nowhere is neither a directory nor a repository id"),
         (["{m3}", "made", "--recipe", "5bit"], "5bit is no recipe"),
         (["{m3}", "made"], "convert needs a DST and a --recipe"),
         (["{m3}", "--recipe", "4bit"], "convert needs a DST and a --recipe"),

@@ -3,6 +3,7 @@
 from pathlib import Path
 from typing import Any
 
+from ..locate import locate_weights
 from ..machine import default_memory
 from ..progress import layers_bar
 from .evaluation import evaluate
@@ -28,11 +29,12 @@ def evaluate_command(
     """
     if plot is not None and reference is None:
         raise ValueError("--plot compares layers; it needs --reference")
-    path = Path(checkpoint).expanduser()
+    path = locate_weights(checkpoint).directory
+    assert path is not None
     text = built_in_text() if text_file is None else _read(text_file)
     texts = read_texts(path, text, tokens, context)
     found = evaluate(
-        path,
+        checkpoint,
         texts,
         reference=reference,
         cache=None if cache is None else Path(cache).expanduser(),

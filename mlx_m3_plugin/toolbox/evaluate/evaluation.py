@@ -95,7 +95,7 @@ def _measured(checkpoint: Checkpoint, walked: Walk, texts: Texts) -> Evaluation:
     with _head(checkpoint) as head:
         value = perplexity(walked.states(), head, texts)
     return Evaluation(
-        str(checkpoint.directory),
+        checkpoint.name,
         len(texts.tokens),
         len(texts.windows),
         max(map(len, texts.windows)),
@@ -115,7 +115,7 @@ def _compare(
             found.distributions = compare_distributions(
                 (our_walk.states(), our_head), (their_walk.states(), their_head), texts
             )
-    found.reference = str(theirs.directory)
+    found.reference = theirs.name
     found.reference_perplexity = json.loads(kept.read_text(encoding="utf-8"))
     found.layers = list(compare_layers(our_walk, their_walk))
 
@@ -132,8 +132,7 @@ def _check_alike(ours: Checkpoint, theirs: Checkpoint) -> None:
         mine, other = getattr(ours.text_config, name), getattr(theirs.text_config, name)
         if mine != other:
             raise ValueError(
-                f"{theirs.directory} is no reference for {ours.directory}: "
-                f"{name} is {other} there and {mine} here"
+                f"{theirs.name} is no reference for {ours.name}: {name} is {other} there and {mine} here"
             )
 
 
@@ -147,7 +146,7 @@ def _check_tokens(checkpoint: Checkpoint, texts: Texts) -> None:
 def _progress(watch: Watch | None, checkpoint: Checkpoint) -> Progress:
     if watch is None:
         return lambda layer, count: None
-    return watch(checkpoint.directory.name, checkpoint.text_config.num_hidden_layers)  # type: ignore[no-any-return]
+    return watch(checkpoint.title, checkpoint.text_config.num_hidden_layers)  # type: ignore[no-any-return]
 
 
 @contextmanager

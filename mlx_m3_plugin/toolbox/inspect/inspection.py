@@ -83,7 +83,7 @@ def inspect(path_or_repository: str | Path) -> Inspection:
     """Look at a checkpoint on disk, or at one on the Hub without downloading its weights.
 
     Raises:
-        OSError: it is neither a directory nor a repository that can be read.
+        OSError: it is neither a directory, nor a repository in the cache or on the Hub.
         ValueError: it is no MiniMax-M3 checkpoint.
     """
     return inspect_source(open_source(path_or_repository))
@@ -109,9 +109,12 @@ def inspect_source(source: Source) -> Inspection:
     found.problems += source.problems + _tokenizer_problems(source)
     found.readers = who_opens(source.config["model_type"], features)
     opens = {r.library: r.with_plugin.opens or r.without_plugin.opens for r in found.readers}
-    found.commands = running.commands(
-        source.name, mlx_lm=opens["mlx-lm"], mlx_vlm=opens["mlx-vlm"] and found.vision
-    )
+    if source.model is None:
+        found.notes.append("the stock commands take a directory of it: the one that `hf download` prints")
+    else:
+        found.commands = running.commands(
+            source.model, mlx_lm=opens["mlx-lm"], mlx_vlm=opens["mlx-vlm"] and found.vision
+        )
     return found
 
 
