@@ -13,7 +13,7 @@ import subprocess
 import sys
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
+from typing import Any, TextIO
 
 import conversations
 import vocabulary
@@ -56,7 +56,7 @@ def main() -> None:
     for name, recipe in recipes(made).items():
         target = made / name
         if not target.exists():
-            run("-m", "mlx_m3_plugin.cli", "convert", str(whole), str(target), "--recipe", recipe)
+            run("-m", "mlx_m3_plugin", "convert", str(whole), str(target), "--recipe", recipe)
         rows[name] = measured(target, whole, text, made / f"{name}.json", arguments.cases)
     write_page("quality.md", page(rows, arguments.cases))
     draw(rows)
@@ -96,8 +96,9 @@ def measured(model: Path, reference: Path, text: Path, kept: Path, cases: int) -
     if not kept.exists():
         evaluation, scores = kept.with_suffix(".evaluation"), kept.with_suffix(".scores")
         against = [] if model == reference else ["--reference", str(reference)]
-        options = ["--text", str(text), "--context", str(WINDOW), "--json", str(evaluation)]
-        run("-m", "mlx_m3_plugin.cli", "evaluate", str(model), *against, *options)
+        options = ["--text", str(text), "--context", str(WINDOW), "--json"]
+        with evaluation.open("w") as output:
+            run("-m", "mlx_m3_plugin", "evaluate", str(model), *against, *options, output=output)
         options = ["--text-by", "mlx_lm_in_batches", "--cases", str(cases), "--json", str(scores)]
         run(str(HERE / "score.py"), str(model), *options)
         found = {"evaluation": json.loads(evaluation.read_text()), "scores": json.loads(scores.read_text())}
@@ -105,8 +106,8 @@ def measured(model: Path, reference: Path, text: Path, kept: Path, cases: int) -
     return json.loads(kept.read_text())
 
 
-def run(*arguments: str) -> None:
-    subprocess.run([sys.executable, *arguments], check=True)
+def run(*arguments: str, output: TextIO | None = None) -> None:
+    subprocess.run([sys.executable, *arguments], check=True, stdout=output)
 
 
 def page(rows: dict[str, dict[str, Any]], cases: int) -> Iterator[str]:

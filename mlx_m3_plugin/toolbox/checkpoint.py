@@ -1,6 +1,5 @@
 """A checkpoint opened for tools that read its weights: every weight of the model, and how it is stored."""
 
-import json
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -17,6 +16,7 @@ from ..weights.tensor import Tensor
 from .inspect.parameters import Precision, differences, quantized_modules
 from .locate import locate_weights
 from .precision import How
+from .text_files import read_json_object
 
 
 @dataclass(frozen=True)
@@ -72,7 +72,10 @@ def open_checkpoint(path_or_repository: str | Path) -> Checkpoint:
     directory = place.directory
     title = place.repository or directory.name
     config = _read_config(directory)
-    text_config = text_config_of(config, environ={})
+    try:
+        text_config = text_config_of(config, environ={})
+    except ValueError as error:
+        raise ValueError(f"{directory / 'config.json'}: {str(error).removeprefix('config: ')}") from None
     headers = read_headers(directory)
     _refuse(directory, headers.problems)
     plan = plan_layout(headers.tensors, text_config, "", vision=True)
@@ -87,14 +90,11 @@ def open_checkpoint(path_or_repository: str | Path) -> Checkpoint:
 
 
 def _read_config(directory: Path) -> dict[str, Any]:
-    file = directory / "config.json"
     try:
-        config = json.loads(file.read_text(encoding="utf-8"))
+        config = read_json_object(directory / "config.json")
     except FileNotFoundError:
         raise FileNotFoundError(f"{directory} holds no config.json") from None
-    except ValueError as error:
-        raise ValueError(f"{file} is not JSON ({error})") from None
-    if not isinstance(config, dict) or config.get("model_type") not in MODEL_TYPES:
+    if config.get("model_type") not in MODEL_TYPES:
         raise ValueError(f"{directory} is no MiniMax-M3: see its config.json")
     return config
 

@@ -9,8 +9,8 @@ from typing import Any
 
 from ..model.config import TextConfig, text_config_of
 from ..weights.shapes import OTHER
-from .inspect.inspection import inspect_source
-from .inspect.source import open_source
+from .inspect.inspection import Inspection, inspect_source
+from .inspect.source import Source, open_source
 from .machine import is_mac
 from .memory import (
     PREFILL_STEP,
@@ -98,10 +98,9 @@ def fit(
     """
     check_kv_bits(kv_bits)
     _check_bandwidth(bandwidth)
-    source = open_source(path_or_repository)
-    found = inspect_source(source)
-    if found.components is None or found.attention is None:
-        raise ValueError("\n  ".join([f"{source.name} cannot be planned for:", *found.problems]))
+    source, found = open_whole(path_or_repository)
+    assert found.components is not None
+    assert found.attention is not None
     assert found.memory is not None
     config = text_config_of(source.config, environ={})
     parts = {component.name: component.bytes for component in found.components}
@@ -138,6 +137,21 @@ def fit(
         ceilings=_ceilings(touched, bandwidth),
         wired_limit_mb=wired_limit(memory, total),
     )
+
+
+def open_whole(path_or_repository: str | Path) -> tuple[Source, Inspection]:
+    """A checkpoint of which every part can be counted.
+
+    Raises:
+        OSError: there is no checkpoint.  ValueError: it is not one, its formats are not known, or
+            shards are missing or damaged: they would count as nothing, and fit anywhere.
+    """
+    source = open_source(path_or_repository)
+    found = inspect_source(source)
+    problems = found.problems if found.components is None else source.headers.problems
+    if problems:
+        raise ValueError("\n  ".join([f"{source.name} cannot be planned for:", *problems[:10]]))
+    return source, found
 
 
 def check_kv_bits(kv_bits: int | None) -> None:

@@ -11,8 +11,8 @@ from ..model.pipeline import SPLIT_VARIABLE
 from ..weights import lacks_indexers, plan_layout
 from ..weights.names import layer_of
 from ..weights.writing import STORED_DTYPES
-from .fit import check_kv_bits
-from .inspect.source import Source, open_source
+from .fit import check_kv_bits, open_whole
+from .inspect.source import Source
 from .memory import PREFILL_STEP, bytes_per_token, largest_context, reserve_of, transient_bytes, wired_limit
 from .sizes import size_in_words, tokens_in_words
 
@@ -95,7 +95,7 @@ def fit_pipeline(
         OSError: there is no checkpoint.  ValueError: it is not one, or its formats are not known.
     """
     check_kv_bits(kv_bits)
-    source = open_source(path_or_repository)
+    source, _ = open_whole(path_or_repository)
     costs = _Costs.of(source, kv_bits, prefill_step)
     if len(memories) > len(costs.weights):
         raise ValueError(

@@ -3,7 +3,7 @@
 import json
 import sys
 from pathlib import Path
-from typing import Any
+from typing import Any, TextIO
 
 import answers
 import context
@@ -107,15 +107,19 @@ def test_quality_measures_every_recipe(monkeypatch: pytest.MonkeyPatch, tmp_path
     whole.symlink_to(CHECKPOINT)
     commands: list[list[str]] = []
 
-    def run_script(*arguments: str) -> None:
+    def run_script(*arguments: str, output: TextIO | None = None) -> None:
         commands.append(list(arguments))
         if "convert" in arguments:
             Path(arguments[4]).mkdir()
             return
         against = {"kl_mean": 0.01 * len(commands), "top_1": 0.5} if "--reference" in arguments else None
         evaluation = {"bytes": 1 << 20, "perplexity": 1.5, "distributions": against}
-        found = evaluation if "evaluate" in arguments else {"facts": 1.0, "sums": 0.5}
-        Path(arguments[arguments.index("--json") + 1]).write_text(json.dumps(found))
+        if output is not None:
+            assert arguments[2] == "evaluate"
+            json.dump(evaluation, output)
+        else:
+            scores = {"facts": 1.0, "sums": 0.5}
+            Path(arguments[arguments.index("--json") + 1]).write_text(json.dumps(scores))
 
     monkeypatch.setattr(quality, "run", run_script)
     run(monkeypatch, quality, tmp_path, "--cases", 3)

@@ -8,6 +8,7 @@ from ...weights.files import MODEL_TYPES
 from ..evaluate.evaluation import default_cache
 from ..machine import default_memory
 from ..progress import bytes_bar, layers_bar
+from ..text_files import read_text
 from .plan import Plan
 from .prepare import prepare
 from .recipe import load_recipe, recipe_names
@@ -15,12 +16,12 @@ from .run import check_destination, convert
 from .text import plan_lines, report_lines
 
 
-def list_recipes() -> list[str]:
+def list_recipes() -> dict[str, str]:
+    """The summary of each recipe by its name."""
     from ...model.config import TextConfig
 
     config = TextConfig()
-    width = max(map(len, recipe_names()))
-    return [f"{name.ljust(width)}  {load_recipe(name, config).summary}" for name in recipe_names()]
+    return {name: load_recipe(name, config).summary for name in recipe_names()}
 
 
 def convert_command(
@@ -39,7 +40,7 @@ def convert_command(
         OSError, ValueError: see :func:`.prepare.prepare` and :func:`.run.convert`.
     """
     memory = memory or default_memory()
-    text = None if text_file is None else Path(text_file).expanduser().read_text(encoding="utf-8")
+    text = None if text_file is None else read_text(Path(text_file).expanduser())
     prepared = prepare(
         source,
         recipe,

@@ -3,9 +3,10 @@
 from pathlib import Path
 from typing import Any
 
-from ..locate import locate_weights
+from ..checkpoint import open_checkpoint
 from ..machine import default_memory
 from ..progress import layers_bar
+from ..text_files import read_text
 from .evaluation import evaluate
 from .report import draw, report_lines
 from .texts import built_in_text, read_texts
@@ -29,8 +30,7 @@ def evaluate_command(
     """
     if plot is not None and reference is None:
         raise ValueError("--plot compares layers; it needs --reference")
-    path = locate_weights(checkpoint).directory
-    assert path is not None
+    path = open_checkpoint(checkpoint).directory
     text = built_in_text() if text_file is None else _read(text_file)
     texts = read_texts(path, text, tokens, context)
     found = evaluate(
@@ -47,4 +47,4 @@ def evaluate_command(
 
 
 def _read(file: str) -> str:
-    return Path(file).expanduser().read_text(encoding="utf-8")
+    return read_text(Path(file).expanduser())

@@ -123,7 +123,7 @@ def _read_text_config(config: Mapping[str, Any]) -> tuple[TextConfig | None, lis
         # Of the checkpoint, not of the environment.
         return text_config_of(config, environ={}), []
     except ValueError as error:
-        return None, [str(error)]
+        return None, [f"config.json: {str(error).removeprefix('config: ')}"]
 
 
 def _look_inside(found: Inspection, source: Source, config: TextConfig) -> Features:

@@ -9,6 +9,7 @@ from typing import Any
 from ...weights import Headers, StoredTensor, read_headers
 from ...weights.files import MODEL_TYPES
 from ..locate import Place, incomplete, locate
+from ..text_files import UnreadableText, parse_json_object, read_text
 
 # Seconds to wait for the Hub's first answer.
 _PATIENCE = 20
@@ -51,11 +52,11 @@ def open_source(path_or_repository: str | Path) -> Source:
     directory = place.directory
     if directory is None or place.missing:
         return _from_hub(place)
-    read_text: ReadText = lambda file: _read_file(directory / file)
+    read_file: ReadText = lambda file: _read_file(directory / file)
     # The config first: of another model there is nothing more to say.
-    config = _read_config(place.name, read_text)
+    config = _read_config(place.name, read_file)
     model = place.name if place.revision is None else str(directory)
-    return _with_settings(Source(place.name, model, read_headers(directory), config), read_text)
+    return _with_settings(Source(place.name, model, read_headers(directory), config), read_file)
 
 
 def _from_hub(place: Place) -> Source:
@@ -67,15 +68,15 @@ def _from_hub(place: Place) -> Source:
         info = huggingface_hub.model_info(repository, revision=place.revision, timeout=_PATIENCE)
         files = {file.rfilename for file in info.siblings or ()}
 
-        def read_text(file: str) -> str | None:
+        def read_file(file: str) -> str | None:
             if file not in files:
                 return None
             return _read_file(Path(huggingface_hub.hf_hub_download(repository, file, revision=info.sha)))
 
-        config = _read_config(repository, read_text)
+        config = _read_config(repository, read_file)
         metadata = huggingface_hub.get_safetensors_metadata(repository, revision=info.sha)
-        return _with_settings(Source(repository, model, _hub_headers(metadata), config), read_text)
-    except _BadCheckpoint:
+        return _with_settings(Source(repository, model, _hub_headers(metadata), config), read_file)
+    except (_BadCheckpoint, UnreadableText):
         raise
     # The Hub's client, its HTTP library and proxies each have exceptions of their own.
     except Exception as error:
@@ -114,11 +115,11 @@ class _BadCheckpoint(ValueError):
     """The settings were read, and are not those of a MiniMax-M3."""
 
 
-def _read_config(name: str, read_text: ReadText) -> dict[str, Any]:
-    text = read_text("config.json")
+def _read_config(name: str, read_file: ReadText) -> dict[str, Any]:
+    text = read_file("config.json")
     if text is None:
         raise FileNotFoundError(f"{name} holds no config.json")
-    config = _parse_object(text, f"{name}: config.json")
+    config = parse_json_object(text, f"{name}: config.json")
     if config.get("model_type") not in MODEL_TYPES:
         raise _BadCheckpoint(
             f"{name} is no MiniMax-M3: its config.json has model_type {config.get('model_type')!r}"
@@ -126,21 +127,23 @@ def _read_config(name: str, read_text: ReadText) -> dict[str, Any]:
     return config
 
 
-def _with_settings(source: Source, read_text: ReadText) -> Source:
-    text = read_text("tokenizer_config.json")
-    if text is not None:
-        try:
-            source.tokenizer_config = _parse_object(text, "tokenizer_config.json")
-        except ValueError as error:
-            source.problems.append(str(error))
-            source.tokenizer_config = {}
-    source.chat_template = _chat_template(source.tokenizer_config or {}, read_text)
+def _with_settings(source: Source, read_file: ReadText) -> Source:
+    try:
+        text = read_file("tokenizer_config.json")
+        source.tokenizer_config = None if text is None else parse_json_object(text, "tokenizer_config.json")
+    except UnreadableText as error:
+        source.problems.append(str(error))
+        source.tokenizer_config = {}
+    try:
+        source.chat_template = _chat_template(source.tokenizer_config or {}, read_file)
+    except UnreadableText as error:
+        source.problems.append(str(error))
     return source
 
 
-def _chat_template(tokenizer_config: dict[str, Any], read_text: ReadText) -> str | None:
+def _chat_template(tokenizer_config: dict[str, Any], read_file: ReadText) -> str | None:
     for file in CHAT_TEMPLATE_FILES:
-        text = read_text(file)
+        text = read_file(file)
         if text is not None:
             return text
     kept = tokenizer_config.get("chat_template")
@@ -148,18 +151,8 @@ def _chat_template(tokenizer_config: dict[str, Any], read_text: ReadText) -> str
     return kept if isinstance(kept, str) or kept is None else json.dumps(kept, ensure_ascii=False)
 
 
-def _parse_object(text: str, what: str) -> dict[str, Any]:
-    try:
-        content = json.loads(text)
-    except (ValueError, RecursionError) as error:
-        raise _BadCheckpoint(f"{what} is not JSON ({error})") from None
-    if not isinstance(content, dict):
-        raise _BadCheckpoint(f"{what} is not a JSON object")
-    return content
-
-
 def _read_file(file: Path) -> str | None:
     try:
-        return file.read_text(encoding="utf-8")
+        return read_text(file)
     except FileNotFoundError:
         return None
