@@ -244,11 +244,15 @@ def test_a_real_ctrl_c(tmp_path: Path) -> None:
     os.mkfifo(tmp_path / "text")
     command = [sys.executable, "-m", "mlx_m3_plugin", "evaluate", "m3", "--text", "text"]
     child = subprocess.Popen(command, stderr=subprocess.PIPE, text=True, cwd=tmp_path)
-    # Opening the other end waits until the command has opened the pipe.
-    with (tmp_path / "text").open("w"):
-        time.sleep(0.1)
-        child.send_signal(signal.SIGINT)
-        assert child.wait(60) == 130
+    writer = None
+    while writer is None and child.poll() is None:
+        try:
+            # Refused until the command has opened the pipe.
+            writer = os.open(tmp_path / "text", os.O_WRONLY | os.O_NONBLOCK)
+        except OSError:
+            time.sleep(0.05)
+    child.send_signal(signal.SIGINT)
+    assert child.wait(60) == 130
     assert child.stderr is not None
     assert child.stderr.read() == "mlx-m3: interrupted\n"
 
