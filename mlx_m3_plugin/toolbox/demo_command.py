@@ -10,8 +10,9 @@ from .demo_vision import PICTURE
 from .layouts import LAYOUTS
 
 
-def list_layouts() -> list[str]:
-    return list(nano.layout_lines())
+def list_layouts() -> dict[str, str]:
+    """The title of each layout by its name."""
+    return {name: layout.title for name, layout in LAYOUTS.items()}
 
 
 def demo_command(

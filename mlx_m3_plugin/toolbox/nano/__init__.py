@@ -6,7 +6,6 @@ budget of 64 tokens, and names coloured figures.  ``examples/nano`` has its trai
 """
 
 import shutil
-from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -15,6 +14,7 @@ from ..convert import convert, parse_recipe, plan_conversion
 from ..layouts import LAYOUTS
 from ..layouts.reading import source_of
 from ..new_directory import new_directory
+from ..suggestions import did_you_mean
 
 CHECKPOINT = Path(__file__).with_name("checkpoint")
 BITS = (2, 3, 4, 5, 6, 8)
@@ -45,7 +45,8 @@ def write_nano(directory: str | Path, bits: int = STORED_BITS, layout: str | Non
     if bits not in BITS:
         raise ValueError(f"{bits} bits? there are {', '.join(map(str, BITS))}")
     if layout is not None and layout not in LAYOUTS:
-        raise ValueError(f"there is no layout {layout}; there are\n" + "\n".join(layout_lines()))
+        meant = did_you_mean(layout, LAYOUTS)
+        raise ValueError(f"there is no layout {layout}{meant}; `mlx-m3 demo --list-layouts` names them all")
     directory = Path(directory)
     with new_directory(directory, "demo") as unfinished:
         if layout is not None:
@@ -56,11 +57,6 @@ def write_nano(directory: str | Path, bits: int = STORED_BITS, layout: str | Non
             _convert(unfinished, bits)
         written = sum(file.stat().st_size for file in unfinished.glob("*.safetensors"))
     return NanoReport(str(directory), written, layout or f"{bits} bits")
-
-
-def layout_lines() -> Iterator[str]:
-    width = max(map(len, LAYOUTS))
-    return (f"  {name.ljust(width)}  {layout.title}" for name, layout in LAYOUTS.items())
 
 
 def _convert(directory: Path, bits: int) -> None:
