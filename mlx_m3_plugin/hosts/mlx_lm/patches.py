@@ -84,8 +84,8 @@ def generate(module: ModuleType, load_entry_points: Loader) -> list[str]:
     A reply that needs no reasoning begins with the closing marker.  One that ``max_tokens`` cuts
     off may end between the two tokens of the marker before tool calls.
     """
-    is_old = hasattr(module, "SequenceStateMachine") and not hasattr(module, "TextStateMachine")
-    return each(module, _on_tokens if is_old else _on_text)
+    takes_text = any(hasattr(module, name) for name in ("TextStateMachine", "make_text_state_machine"))
+    return each(module, _on_text if takes_text else _on_tokens)
 
 
 def _on_text(module: Any) -> str:
