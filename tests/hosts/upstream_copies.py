@@ -81,7 +81,11 @@ class _Renamer(ast.NodeTransformer):
         return node
 
     def visit_FunctionDef(self, node: ast.FunctionDef) -> Any:
-        is_it = not self.is_attribute and node.name == self.name and self._classes[-1:] == [self.owner] * bool(self.owner)
+        is_it = (
+            not self.is_attribute
+            and node.name == self.name
+            and self._classes[-1:] == [self.owner] * bool(self.owner)
+        )
         if is_it and not self.parameter:
             node.name, self.found = self.name + RENAMED, True
         self._inside = self._inside or bool(is_it and self.parameter)

@@ -101,7 +101,7 @@ def _on_text(module: Any) -> str:
     example = machine()
     state = example.make_state()
     if len(state) != 4 or not isinstance(state[2], dict) or getattr(example, "_states", None) is not state[2]:
-        raise UpstreamChangedError(f"the states of {module.__name__}.TextStateMachine are not as they were")
+        raise UpstreamChangedError(f"{module.__name__}.TextStateMachine has no _states as they were")
 
     def make_for_m3(given: Arguments) -> Any:
         made = call(make, given)
@@ -209,7 +209,7 @@ def _sharded_load(module: Any) -> str:
     original = find(module, "sharded_load", *options)
     # What ours needs, which is imported when the first M3 comes.
     find(module, "_download", "allow_patterns")
-    find(module, "_get_classes", "config")
+    find(module, "_get_classes")
     find(module, "load_config")
     find(module, "load_model", "lazy", "get_model_classes")
     find(module, "load_tokenizer", "eos_token_ids")
