@@ -18,7 +18,7 @@ EACH_FIRST = """
 import importlib, json, os, sys, traceback
 sys.modules["torch"] = None  # transformers would import it, for seconds
 
-for name in ("numpy", "safetensors", "tokenizers", "transformers", "fastapi", "PIL.Image", "requests", "tqdm"):
+for name in ("numpy", "safetensors", "tokenizers", "transformers", "fastapi", "PIL.Image", "requests"):
     try:
         importlib.import_module(name)
     except ModuleNotFoundError:

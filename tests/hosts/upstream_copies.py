@@ -1,4 +1,4 @@
-"""Copies of upstream's modules to patch, some with a name changed, and objects that write down what is read."""
+"""Copies of upstream's modules to patch, some with a name changed, and objects that record reads."""
 
 import ast
 import sys

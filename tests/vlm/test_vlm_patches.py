@@ -93,8 +93,8 @@ def use_endpoints(module: ModuleType, directory: Path) -> Any:
     router = APIRouter()
     get(module, "register_routes")(router, deps)
     build = module._build_gen_args
-    processor, request = Recorder(config=None), module.ChatRequest(model="m", messages=[])
-    made = build(request, processor)
+    processor = Recorder(config=None)
+    made = build(SimpleNamespace(), processor)
     count = module._count_thinking_tag_tokens("<think></think>", None, None)
     return len(router.routes), type(made).__name__, vars(made), count, reads(deps, processor)
 
@@ -111,9 +111,7 @@ def use_generation(module: ModuleType, directory: Path) -> Any:
         _preprocess_request=lambda *args, **kwargs: {"input_ids": mx.array([[1, 2]])},
         _make_thinking_budget_criteria=lambda *args: None,
     )
-    kind = (
-        module.ResponseGenerator if hasattr(module, "ResponseGenerator") else get(module, "ResponseGenerator")
-    )
+    kind = get(module, "ResponseGenerator")
     context, tokens = get(kind, "generate")(generator, "hello")
     asked = Recorder(enable_thinking=False)
     is_open = get(kind, "_prompt_has_open_thinking")(generator, asked, mx.array([[1]]))
@@ -149,11 +147,13 @@ USES: dict[str, Callable[[ModuleType, Path], Any]] = {
     "mlx_vlm.tools.registry": use_registry,
     "mlx_vlm.tool_parsers": use_registry,
     "mlx_vlm.server.openai": use_endpoints,
+    "mlx_vlm.server.anthropic": use_endpoints,
     "mlx_vlm.server.generation": use_generation,
     "mlx_vlm.server.responses_state": use_responses_state,
     "mlx_vlm.tools.streaming": use_streaming,
 }
 # All that our patches use of upstream.
+PARSERS = "_infer_tool_parser_from_processor _infer_tool_parser_from_processor(processor)"
 NAMES = {
     "mlx_vlm.utils": """
         load_model load_model(model_path) load_model(lazy) sharded_load load_processor
@@ -168,9 +168,10 @@ NAMES = {
         apply_chat_template(prompt) get_chat_template get_chat_template(processor)
         get_chat_template(messages)
     """,
-    "mlx_vlm.tools.registry": "_infer_tool_parser_from_processor _infer_tool_parser_from_processor(processor)",
-    "mlx_vlm.tool_parsers": "_infer_tool_parser_from_processor _infer_tool_parser_from_processor(processor)",
+    "mlx_vlm.tools.registry": PARSERS,
+    "mlx_vlm.tool_parsers": PARSERS,
     "mlx_vlm.server.openai": "register_routes",
+    "mlx_vlm.server.anthropic": "register_routes",
     "mlx_vlm.server.generation": """
         ResponseGenerator ResponseGenerator.generate ResponseGenerator.generate(prompt)
         ResponseGenerator._prompt_has_open_thinking ResponseGenerator._prompt_has_open_thinking(args)
