@@ -37,11 +37,20 @@ def find(module: ModuleType, name: str, *parameters: str) -> Any:
         found = getattr(found, part, None)
         if found is None:
             raise UpstreamChangedError(f"{module.__name__} has no {name}")
-    taken = _signature(found).parameters
+    check_takes(found, *parameters)
+    return found
+
+
+def check_takes(function: Any, *parameters: str) -> None:
+    """Check that ``function`` has parameters with these names.
+
+    Raises:
+        UpstreamChangedError: names the first one that it has not.
+    """
+    taken = _signature(function).parameters
     for parameter in parameters:
         if parameter not in taken:
-            raise UpstreamChangedError(f"{module.__name__}.{name} takes no {parameter}")
-    return found
+            raise UpstreamChangedError(f"{_full_name(function)} takes no {parameter}")
 
 
 def check_uses(function: Any, *names: str) -> None:
@@ -54,8 +63,7 @@ def check_uses(function: Any, *names: str) -> None:
     used = code.co_names if code else ()
     for name in names:
         if name not in used:
-            where = f"{function.__module__}.{function.__qualname__}"
-            raise UpstreamChangedError(f"{where} uses no {name}")
+            raise UpstreamChangedError(f"{_full_name(function)} uses no {name}")
 
 
 def each(module: ModuleType, *patches: Callable[[ModuleType], str]) -> list[str]:
@@ -111,6 +119,11 @@ def call(function: Callable[..., Any], given: Arguments) -> Any:
 def named(values: Iterable[Any], kind: type) -> Any:
     """The first of ``values`` that is of this type, whatever its position; None without one."""
     return next((value for value in values if isinstance(value, kind)), None)
+
+
+def _full_name(function: Any) -> str:
+    name = getattr(function, "__qualname__", type(function).__qualname__)
+    return f"{getattr(function, '__module__', '?')}.{name}"
 
 
 def _signature(function: Any) -> inspect.Signature:

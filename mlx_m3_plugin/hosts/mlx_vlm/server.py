@@ -6,6 +6,7 @@ the opening marker, which others leave to be guessed.
 
 import dataclasses
 import json
+import logging
 from collections.abc import Callable, Iterator, Mapping
 from functools import cache, wraps
 from types import ModuleType
@@ -18,7 +19,21 @@ from mlx_m3_plugin.chat.rewriting import ReplyRewriter
 from mlx_m3_plugin.chat.tool_calls import tool_call_start
 from mlx_m3_plugin.hosts.mlx_vlm.identity import is_m3
 from mlx_m3_plugin.hosts.mlx_vlm.prompts import PARSER_NAME, knows_open_prompts
-from mlx_m3_plugin.hosts.patching import Arguments, Loader, call, check_uses, each, find, for_m3, named
+from mlx_m3_plugin.hosts.patching import (
+    Arguments,
+    Loader,
+    UpstreamChangedError,
+    call,
+    check_takes,
+    check_uses,
+    each,
+    find,
+    for_m3,
+    named,
+)
+
+log = logging.getLogger("mlx_m3_plugin")
+
 
 # --- what requests ask for ---
 
@@ -48,7 +63,13 @@ class _Dependencies:
 
     def __getattr__(self, name: str) -> Any:
         given = getattr(self._deps, name)
-        return _OURS[name](given) if name in _OURS else given
+        if name not in _OURS:
+            return given
+        try:
+            return _OURS[name](given)
+        except UpstreamChangedError as error:
+            log.warning("mlx-m3-plugin: %s; requests to MiniMax-M3 are read as those to other models", error)
+            return given
 
 
 def _with_m3_arguments(build_gen_args: Callable[..., Any]) -> Callable[..., Any]:
@@ -59,7 +80,8 @@ def _with_m3_arguments(build_gen_args: Callable[..., Any]) -> Callable[..., Any]
         except ValueError as error:
             raise _refusal(str(error)) from error
 
-    return for_m3(build_gen_args, lambda given: is_m3(given.get("processor")), build)
+    check_takes(build_gen_args, "request", "processor")
+    return for_m3(build_gen_args, lambda given: is_m3(given["processor"]), build)
 
 
 def _refusal(why: str) -> Exception:
@@ -75,7 +97,8 @@ def _refusal(why: str) -> Exception:
 
 def _with_no_m3_tags(count: Callable[..., int]) -> Callable[..., int]:
     """All that M3 has generated is counted: the prompt may have opened the reasoning."""
-    return for_m3(count, lambda given: _is_m3_marker(given.get("thinking_start_token")), lambda given: 0)
+    check_takes(count, "thinking_start_token")
+    return for_m3(count, lambda given: _is_m3_marker(given["thinking_start_token"]), lambda given: 0)
 
 
 _OURS = {"build_gen_args": _with_m3_arguments, "count_thinking_tag_tokens": _with_no_m3_tags}
