@@ -219,6 +219,17 @@ def test_a_name_that_is_gone_breaks_no_other_model(module: str, name: str, other
     assert any(lost in report and RENAMED not in report for report in reported)
 
 
+def test_endpoints_that_are_given_other_functions_keep_them(caplog: pytest.LogCaptureFixture) -> None:
+    from mlx_m3_plugin.hosts.mlx_vlm.server import _Dependencies
+
+    deps = _Dependencies(SimpleNamespace(build_gen_args=lambda asked, processor: asked, other=1))
+    assert deps.build_gen_args("a request", None) == "a request"
+    assert deps.other == 1
+    assert "takes no request" in caplog.text
+    with pytest.raises(AttributeError, match="count_thinking_tag_tokens"):
+        _ = deps.count_thinking_tag_tokens
+
+
 # --- what is saved ---
 
 
