@@ -12,6 +12,9 @@ from mlx.utils import tree_flatten
 from mlx_lm.models import llama
 from upstream_copies import RENAMED, Recorder, copy_of, get, has, patched, reads
 
+from mlx_m3_plugin.chat.vocabulary import is_m3
+from mlx_m3_plugin.weights.files import is_m3 as is_m3_checkpoint
+
 LLAMA = {
     "model_type": "llama",
     "hidden_size": 32,
@@ -138,3 +141,15 @@ def test_a_name_that_is_gone_breaks_no_other_model(module: str, name: str, llama
     assert USES[module](ours, llama_directory) == USES[module](stock, llama_directory)
     lost = name.rstrip(")").replace("(", ".").rpartition(".")[2]
     assert any(lost in report and RENAMED not in report for report in reported)
+
+
+def test_a_tokenizer_that_refuses_to_list_its_vocabulary_is_not_m3s() -> None:
+    def refuse() -> dict[str, int]:
+        raise NotImplementedError
+
+    assert not is_m3(Recorder(get_vocab=refuse))
+    assert not is_m3(Recorder())
+
+
+def test_what_is_no_path_is_no_m3_checkpoint(tmp_path: Path) -> None:
+    assert not any(map(is_m3_checkpoint, (Recorder(), None, 3, b"m3", tmp_path, "\0")))

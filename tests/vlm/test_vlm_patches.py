@@ -15,6 +15,8 @@ import vlm_runs  # noqa: F401
 from mlx.utils import tree_flatten
 from upstream_copies import RENAMED, Recorder, copy_of, get, has, patched, reads
 
+from mlx_m3_plugin.hosts.mlx_vlm import identity
+
 QWEN2 = {
     "model_type": "qwen2",
     "hidden_size": 32,
@@ -260,3 +262,30 @@ def test_each_config_describes_the_weights_beside_it(tmp_path: Path) -> None:
     assert saved("four")["quantization"]["bits"] == 4
     # It is said once: other weights may lie there by then.
     assert "quantization" not in saved("eight")
+
+
+# --- who is M3 ---
+
+
+def test_processors_are_known_by_identity() -> None:
+    class Equal:
+        """Equal to everything, and refuses to list a vocabulary."""
+
+        __hash__ = None  # type: ignore[assignment]
+
+        def __eq__(self, other: object) -> bool:
+            return True
+
+        def get_vocab(self) -> dict[str, int]:
+            raise NotImplementedError
+
+    processor, another = Equal(), Equal()
+    processor.tokenizer = Equal()  # type: ignore[attr-defined]
+    identity.remember(processor)
+    identity.remember(None)
+    assert identity.is_m3(processor)
+    assert identity.is_m3(processor.tokenizer)  # type: ignore[attr-defined]
+    assert not any(map(identity.is_m3, (another, None, 3, "minimax_m3_vl")))
+    known = len(identity._known)
+    del processor
+    assert len(identity._known) == known - 2
