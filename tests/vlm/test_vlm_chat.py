@@ -21,7 +21,8 @@ from tool_replies import MARKERS, sample
 from mlx_m3_plugin.chat import tool_calls
 from mlx_m3_plugin.chat.reasoning import THINK_END, THINK_START
 from mlx_m3_plugin.hosts.mlx_vlm.prompts import _InTheirOrder, knows_open_prompts
-from mlx_m3_plugin.hosts.mlx_vlm.server import _rewriter, _RewrittenTokens, arguments_of
+from mlx_m3_plugin.hosts.mlx_vlm.requests import arguments_of
+from mlx_m3_plugin.hosts.mlx_vlm.server import _rewriter, _RewrittenTokens
 from mlx_m3_plugin.toolbox.demo import write_demo
 
 HAS_BUDGETS = knows_open_prompts(ThinkingBudgetCriteria)
