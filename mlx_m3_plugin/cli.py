@@ -3,43 +3,131 @@
 import argparse
 import json
 import os
+import re
 import sys
-from collections.abc import Callable, Sequence
-from pathlib import Path
-from typing import Any
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any, NoReturn
 
 from . import __version__
 
+_HERE = "a directory, or a repository (its name or address) in the Hugging Face cache"
+_ANYWHERE = "a directory, or a repository (its name or address) in the Hugging Face cache or on the Hub"
+_EXIT_CODES = """exit codes:
+  0    done, and the answer is yes
+  1    done, and the answer is no: not active, not sound, does not fit
+  2    not done: wrong arguments, or files that are not there, not whole or not readable
+  130  interrupted
+
+With --json every answer, list and error is one JSON value on stdout; an error is
+{"error": {"kind": "usage" | "input" | "interrupted" | "internal", "message": ..., "exit_code": ...}}."""
+
+
+class UsageError(Exception):
+    """Arguments that make no command, and how they are to be."""
+
+    def __init__(self, message: str, parser: argparse.ArgumentParser) -> None:
+        super().__init__(message)
+        self.usage = f"{parser.format_usage()}{parser.prog}: error: {message}"
+
+
+class _Parser(argparse.ArgumentParser):
+    """Raises what argparse prints before it exits."""
+
+    def error(self, message: str) -> NoReturn:
+        raise UsageError(message, self)
+
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    parser = _parser()
-    args = parser.parse_args(arguments)
+    """Run a command, print its result, and return the exit code; see ``_EXIT_CODES``."""
     try:
-        code = args.command(args)
+        code = _main(sys.argv[1:] if arguments is None else list(arguments))
         sys.stdout.flush()
         return code
     except BrokenPipeError:
         # The reader, `head` perhaps, has seen enough.  Python would complain once more at its exit.
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 0
+
+
+def _main(arguments: Sequence[str]) -> int:
+    def failed(kind: str, message: str, code: int = 2, in_words: str | None = None) -> int:
+        if "--json" in arguments:
+            _print_json({"error": {"kind": kind, "message": message, "exit_code": code}})
+        else:
+            print(in_words or f"mlx-m3: {message}", file=sys.stderr)
+        return code
+
+    try:
+        args = _parse(arguments)
+        return args.command(args)
+    except UsageError as error:
+        return failed("usage", str(error), in_words=error.usage)
+    except BrokenPipeError:
+        raise
     except KeyboardInterrupt as interruption:
-        print("; ".join(["mlx-m3: interrupted", *map(str, interruption.args)]), file=sys.stderr)
-        return 130
-    except ImportError as error:
+        return failed("interrupted", "; ".join(["interrupted", *map(str, interruption.args)]), 130)
+    except (OSError, ValueError) as error:
+        return failed("input", str(error))
+    except MemoryError as error:
+        return failed("input", f"out of memory {error}".rstrip())
+    except Exception as error:
         from .toolbox.missing import what_to_install
 
-        if (message := what_to_install(error)) is None:
+        if isinstance(error, ImportError) and (to_install := what_to_install(error)):
+            return failed("missing", to_install)
+        if sys.flags.dev_mode:
             raise
-        print(f"mlx-m3: {message}", file=sys.stderr)
-        return 2
-    except (OSError, ValueError) as error:
-        print(f"mlx-m3: {error}", file=sys.stderr)
-        return 2
+        where = "`python -X dev -m mlx_m3_plugin ...` shows where"
+        return failed("internal", f"{type(error).__name__}: {error} ({where})")
 
 
-def _parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(
-        prog="mlx-m3", description="Tools for MiniMax-M3 on stock mlx-lm and mlx-vlm."
+def _parse(arguments: Sequence[str]) -> argparse.Namespace:
+    parser, commands = _parser()
+    if not arguments:
+        arguments = ["--help"]
+    name = next((argument for argument in arguments if not argument.startswith("-")), None)
+    if name is not None and name not in commands:
+        from .toolbox.suggestions import did_you_mean
+
+        parser.error(f"there is no command {name}{did_you_mean(name, commands)}: see mlx-m3 --help")
+    try:
+        args, rest = parser.parse_known_args(arguments)
+    except UsageError as error:
+        if "--json" in str(error):
+            commands[name or ""].error(f"{error}; {_JSON_IS_A_FLAG}")
+        raise
+    # Before Python 3.12 argparse does not take what comes after an option for these.
+    for positional in ("source", "destination", "directory"):
+        if rest and not rest[0].startswith("-") and getattr(args, positional, "") is None:
+            setattr(args, positional, rest.pop(0))
+    if rest:
+        commands[name or ""].error(_unrecognized(rest, args, commands[name or ""]))
+    return args
+
+
+_JSON_IS_A_FLAG = "--json takes no value: it prints to stdout, so write --json > FILE"
+
+
+def _unrecognized(rest: list[str], args: argparse.Namespace, command: argparse.ArgumentParser) -> str:
+    from .toolbox.suggestions import did_you_mean
+
+    message = f"unrecognized arguments: {' '.join(rest)}"
+    options = re.findall(r"--[a-z-]+", command.format_help())
+    for word in rest:
+        if word.startswith("--"):
+            message += did_you_mean(word.partition("=")[0], options)
+        elif args.json:
+            return f"{message}; {_JSON_IS_A_FLAG}"
+    return message
+
+
+def _parser() -> tuple[_Parser, Mapping[str, argparse.ArgumentParser]]:
+    """And that of each command, by its name."""
+    parser = _Parser(
+        prog="mlx-m3",
+        description="Tools for MiniMax-M3 on stock mlx-lm and mlx-vlm.",
+        epilog=_EXIT_CODES,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     parser.add_argument("--version", action="version", version=f"mlx-m3-plugin {__version__}")
     commands = parser.add_subparsers(metavar="command", required=True)
@@ -53,7 +141,7 @@ def _parser() -> argparse.ArgumentParser:
     inspect = commands.add_parser(
         "inspect", help="say what a checkpoint is, what is wrong with it, how to run it"
     )
-    inspect.add_argument("checkpoint", metavar="PATH_OR_REPO", help="a directory, or a repository on the Hub")
+    inspect.add_argument("checkpoint", metavar="PATH_OR_REPO", help=_ANYWHERE)
     inspect.add_argument(
         "--verify", action="store_true", help="read all shards, and compare them with their checksums"
     )
@@ -69,9 +157,9 @@ def _parser() -> argparse.ArgumentParser:
     fit = commands.add_parser("fit", help="say whether a checkpoint fits a machine, and at what context")
     _add_fit_arguments(fit)
 
-    for command in (demo, doctor, inspect, convert, fit):
-        command.add_argument("--json", action="store_true", help="print the result as JSON")
-    return parser
+    for command in commands.choices.values():
+        command.add_argument("--json", action="store_true", help="print the result, or the error, as JSON")
+    return parser, commands.choices
 
 
 def _add_demo_arguments(demo: argparse.ArgumentParser) -> None:
@@ -81,7 +169,7 @@ def _add_demo_arguments(demo: argparse.ArgumentParser) -> None:
 
 
 def _add_convert_arguments(convert: argparse.ArgumentParser) -> None:
-    convert.add_argument("source", metavar="SRC", help="a checkpoint's directory")
+    convert.add_argument("source", metavar="SRC", nargs="?", help=_HERE)
     convert.add_argument("destination", metavar="DST", nargs="?", help="where to write; must not exist")
     convert.add_argument(
         "--recipe", metavar="R", help="a recipe's name, or a TOML file; `--list-recipes` tells them"
@@ -102,14 +190,13 @@ def _add_convert_arguments(convert: argparse.ArgumentParser) -> None:
 
 
 def _add_evaluate_arguments(evaluate: argparse.ArgumentParser) -> None:
-    evaluate.add_argument("checkpoint", metavar="PATH", help="a checkpoint's directory")
+    evaluate.add_argument("checkpoint", metavar="PATH_OR_REPO", help=_HERE)
     evaluate.add_argument("--reference", metavar="SRC", help="the checkpoint that it was made from")
     evaluate.add_argument("--text", metavar="FILE", help="what to read (default: a built-in sample)")
     evaluate.add_argument("--tokens", type=_tokens, metavar="N", help="how much of it (default: all)")
     evaluate.add_argument(
         "--context", type=_tokens, default=4096, metavar="N", help="tokens in a window (default: 4096)"
     )
-    evaluate.add_argument("--json", metavar="OUT", help="write everything as JSON; - is the terminal")
     evaluate.add_argument("--plot", metavar="PNG", help="draw errors and choices by layer")
     evaluate.add_argument("--cache", metavar="DIR", help="where walks are kept (default: ~/.cache/mlx-m3)")
     _add_memory(evaluate)
@@ -117,12 +204,12 @@ def _add_evaluate_arguments(evaluate: argparse.ArgumentParser) -> None:
 
 
 def _add_fit_arguments(fit: argparse.ArgumentParser) -> None:
-    fit.add_argument("checkpoint", metavar="PATH_OR_REPO", help="a directory, or a repository on the Hub")
+    fit.add_argument("checkpoint", metavar="PATH_OR_REPO", help=_ANYWHERE)
     fit.add_argument(
         "--memory",
         type=_sizes,
         metavar="SIZE[,SIZE...]",
-        help="of the machine (default: of this one); several for a pipeline, by rank",
+        help="of the machine, such as 256GB (default: of this one); several for a pipeline, by rank",
     )
     fit.add_argument("--context", type=_tokens, metavar="N", help="tokens to plan for (default: what fits)")
     fit.add_argument("--kv-bits", type=int, metavar="B", help="4 or 8, as in mlx_lm.generate")
@@ -138,7 +225,7 @@ def _add_memory(command: argparse.ArgumentParser) -> None:
         "--memory",
         type=_size,
         metavar="SIZE",
-        help="that the work may take (default: a quarter of the machine)",
+        help="that the work may take, such as 8GB (default: a quarter of the machine)",
     )
 
 
@@ -147,9 +234,9 @@ def _sizes(text: str) -> list[int]:
 
 
 def _size(text: str) -> int:
-    from .toolbox.sizes import parse_size
+    from .toolbox.sizes import parse_memory
 
-    return _argument(parse_size, text)
+    return _argument(parse_memory, text)
 
 
 def _tokens(text: str) -> int:
@@ -184,11 +271,14 @@ def _doctor(args: argparse.Namespace) -> int:
 def _inspect(args: argparse.Namespace) -> int:
     from .toolbox.inspect import inspect
     from .toolbox.inspect.text import lines_of
+    from .toolbox.locate import locate_weights
     from .toolbox.progress import bytes_bar
 
     found = inspect(args.checkpoint)
     if args.verify:
-        found.verify(bytes_bar)
+        directory = locate_weights(args.checkpoint).directory
+        assert directory is not None
+        found.verify(directory, bytes_bar)
     if args.json:
         _print_json(found.as_dict())
     else:
@@ -200,10 +290,9 @@ def _convert(args: argparse.Namespace) -> int:
     from .toolbox.convert.command import convert_command, list_recipes
 
     if args.list_recipes:
-        print("\n".join(list_recipes()))
-        return 0
-    if args.recipe is None or (args.destination is None and not args.dry_run):
-        raise ValueError("convert needs a DST and a --recipe; `mlx-m3 convert SRC --list-recipes` tells them")
+        return _print_list(list_recipes(), "summary", args.json)
+    if args.source is None or args.recipe is None or (args.destination is None and not args.dry_run):
+        raise ValueError("convert needs SRC, DST and --recipe; `mlx-m3 convert --list-recipes` tells recipes")
     content, lines = convert_command(
         args.source,
         args.destination,
@@ -219,10 +308,7 @@ def _convert(args: argparse.Namespace) -> int:
 
 def _evaluate(args: argparse.Namespace) -> int:
     from .toolbox.evaluate.command import evaluate_command
-    from .toolbox.new_directory import check_can_write
 
-    if args.json not in (None, "-"):
-        check_can_write(Path(args.json))
     found, lines = evaluate_command(
         args.checkpoint,
         args.reference,
@@ -233,12 +319,7 @@ def _evaluate(args: argparse.Namespace) -> int:
         memory=args.memory,
         plot=args.plot,
     )
-    if args.json == "-":
-        _print_json(found)
-        return 0
-    if args.json:
-        Path(args.json).write_text(json.dumps(found, indent=2) + "\n", encoding="utf-8")
-    print("\n".join(lines))
+    _print_json(found) if args.json else print("\n".join(lines))
     return 0
 
 
@@ -260,6 +341,16 @@ def _fit(args: argparse.Namespace) -> int:
     found = fit(args.checkpoint, memories[0], bandwidth=args.bandwidth, **options)
     _print_json(found.as_dict()) if args.json else print("\n".join(fit_lines(found)))
     return 0 if found.fits else 1
+
+
+def _print_list(content: Mapping[str, str], what: str, as_json: bool) -> int:
+    """Names, and of each its ``what``."""
+    if as_json:
+        _print_json([{"name": name, what: text} for name, text in content.items()])
+    else:
+        width = max(map(len, content))
+        print("\n".join(f"{name.ljust(width)}  {text}" for name, text in content.items()))
+    return 0
 
 
 def _print_json(content: Any) -> None:

@@ -1,8 +1,12 @@
 """How much of the random tests to run: a share by default, the full counts with ``--full``."""
 
 import os
+import pkgutil
 import random
+import sys
 from collections.abc import Callable
+from types import ModuleType
+from typing import Any
 
 import pytest
 
@@ -39,3 +43,29 @@ def fresh_seed(record_property: Callable[[str, object], None]) -> int:
     seed = int(os.environ.get("M3_SEED", random.SystemRandom().randrange(2**31)))
     record_property("seed", seed)
     return seed
+
+
+# What a process is told at its start.  Only who reads it is affected.
+_OF_THE_PROCESS = {("sys", name) for name in ("argv", "stdin", "stdout", "stderr")}
+_replace = pytest.MonkeyPatch.setattr
+
+
+def _replace_our_own(patch: pytest.MonkeyPatch, target: Any, name: Any, *rest: Any, **options: Any) -> None:
+    """No test replaces a function of the standard library: other code of this process calls it, too.
+
+    What else runs depends on the machine (matplotlib starts processes to build its font cache, once per
+    home directory), so that such a test fails on a new machine only.  Replace a name of our own.
+    """
+    if isinstance(target, str):
+        # ("package.module.name", value): the name is in the first.
+        path, _, attribute = target.rpartition(".")
+        owner = pkgutil.resolve_name(path)
+    else:
+        owner, attribute = target, name
+    module = owner.__name__ if isinstance(owner, ModuleType) else ""
+    if module.partition(".")[0] in sys.stdlib_module_names and (module, attribute) not in _OF_THE_PROCESS:
+        raise AssertionError(f"{module}.{attribute} is the whole process's; replace a name of our own")
+    _replace(patch, target, name, *rest, **options)
+
+
+pytest.MonkeyPatch.setattr = _replace_our_own  # type: ignore[method-assign]

@@ -47,9 +47,13 @@ def recall(model: Path, cases: int, by: str, environment: dict[str, str]) -> dic
     with tempfile.NamedTemporaryFile(suffix=".json") as file:
         command = [sys.executable, str(HERE / "score.py"), str(model), "--by", by, "--tasks", "needles"]
         command += ["--lengths", *map(str, LENGTHS), "--cases", str(cases), "--json", file.name]
-        subprocess.run(command, check=True, env=os.environ | environment)
+        run(command, environment)
         scores = json.loads(Path(file.name).read_text())
     return {int(task.split()[1].removesuffix("x")): score for task, score in scores.items()}
+
+
+def run(command: list[str], environment: dict[str, str]) -> None:
+    subprocess.run(command, check=True, env=os.environ | environment)
 
 
 def page(found: dict[str, dict[int, float]], cases: int) -> Iterator[str]:

@@ -1,6 +1,5 @@
 """A checkpoint opened for tools that read its weights: every weight of the model, and how it is stored."""
 
-import json
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -15,7 +14,9 @@ from ..weights.names import is_vision
 from ..weights.shapes import text_shapes, vision_shapes
 from ..weights.tensor import Tensor
 from .inspect.parameters import Precision, differences, quantized_modules
+from .locate import locate_weights
 from .precision import How
+from .text_files import read_json_object
 
 
 @dataclass(frozen=True)
@@ -23,12 +24,16 @@ class Checkpoint:
     """What is to be converted, evaluated or measured.
 
     Attributes:
+        name: the directory as it was given, or ``owner/name`` of a repository in the cache.
+        title: the same without the path of a directory.
         config: ``config.json``.  text_config: what the model is computed with.
         plan: published parameter names, without a prefix -> how they are made from stored tensors.
         quantized: module -> how it is stored, for those in one of MLX's modes.
         indexers: whether the checkpoint has weights for them.
     """
 
+    name: str
+    title: str
     directory: Path
     config: dict[str, Any]
     text_config: TextConfig
@@ -55,16 +60,22 @@ class Checkpoint:
         return self.plan[f"{module}.scales"].dtype if how.mode == "affine" else str(mx.bfloat16)
 
 
-def open_checkpoint(directory: str | Path) -> Checkpoint:
+def open_checkpoint(path_or_repository: str | Path) -> Checkpoint:
     """Read headers and settings, and see that every weight of the model is there.
 
     Raises:
-        OSError: there is no checkpoint in ``directory``.
+        OSError: there is no checkpoint in the directory, or the repository is not in the cache.
         ValueError: it is no MiniMax-M3, or not all of one; says what is missing or wrong.
     """
-    directory = Path(directory).expanduser()
+    place = locate_weights(path_or_repository)
+    assert place.directory is not None
+    directory = place.directory
+    title = place.repository or directory.name
     config = _read_config(directory)
-    text_config = text_config_of(config)
+    try:
+        text_config = text_config_of(config)
+    except ValueError as error:
+        raise ValueError(f"{directory / 'config.json'}: {str(error).removeprefix('config: ')}") from None
     headers = read_headers(directory)
     _refuse(directory, headers.problems)
     plan = plan_layout(headers.tensors, text_config, "", vision=True)
@@ -75,22 +86,15 @@ def open_checkpoint(directory: str | Path) -> Checkpoint:
         shapes |= vision_shapes(config)
     quantized, problems = quantized_modules(plan, shapes)
     _refuse(directory, problems or differences(plan, shapes, quantized))
-    return Checkpoint(directory, config, text_config, headers, plan, quantized, indexers)
+    return Checkpoint(place.name, title, directory, config, text_config, headers, plan, quantized, indexers)
 
 
 def _read_config(directory: Path) -> dict[str, Any]:
-    if not directory.is_dir():
-        raise FileNotFoundError(
-            f"{directory} is no directory; download a checkpoint with `hf download REPO --local-dir DIR`"
-        )
-    file = directory / "config.json"
     try:
-        config = json.loads(file.read_text(encoding="utf-8"))
+        config = read_json_object(directory / "config.json")
     except FileNotFoundError:
         raise FileNotFoundError(f"{directory} holds no config.json") from None
-    except ValueError as error:
-        raise ValueError(f"{file} is not JSON ({error})") from None
-    if not isinstance(config, dict) or config.get("model_type") not in MODEL_TYPES:
+    if config.get("model_type") not in MODEL_TYPES:
         raise ValueError(f"{directory} is no MiniMax-M3: see its config.json")
     return config
 

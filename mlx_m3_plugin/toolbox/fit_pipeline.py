@@ -11,10 +11,10 @@ from ..startup.settings import PIPELINE_SPLIT
 from ..weights import lacks_indexers, plan_layout
 from ..weights.names import layer_of
 from ..weights.writing import STORED_DTYPES
-from .fit import checked_kv_bits, largest_context, reserve_of, transient_bytes, wired_limit
-from .inspect.running import bytes_per_token
-from .inspect.source import Source, open_source
-from .sizes import size_in_words
+from .fit import check_kv_bits, open_whole
+from .inspect.source import Source
+from .memory import PREFILL_STEP, bytes_per_token, largest_context, reserve_of, transient_bytes, wired_limit
+from .sizes import size_in_words, tokens_in_words
 
 
 @dataclass(frozen=True)
@@ -49,18 +49,25 @@ class PipelineFit:
     """A split that fits, or none.
 
     Attributes:
-        context: tokens that it is planned for.  largest_context: that fit with any split.
+        context: tokens planned for: those asked for, at most as many as the model knows; without a
+            question ``largest_context``, or 1 if none fits.
+        asked_context: tokens asked for, if any were.  model_context: tokens that the model knows.
+        largest_context: that fit with any split.
         stages: by rank, of which 0 holds the last layers; empty if nothing fits.
+        missing: bytes that each machine would need more, if nothing fits.
     """
 
     name: str
     context: int
+    asked_context: int | None
+    model_context: int
     largest_context: int
     stages: tuple[Stage, ...]
+    missing: int
 
     @property
     def fits(self) -> bool:
-        return bool(self.stages)
+        return bool(self.stages) and self.asked_context in (None, self.context)
 
     @property
     def split(self) -> list[int]:
@@ -76,7 +83,7 @@ def fit_pipeline(
     *,
     context: int | None = None,
     kv_bits: int | None = None,
-    prefill_step: int = 2048,
+    prefill_step: int = PREFILL_STEP,
 ) -> PipelineFit:
     """Split a checkpoint's layers over machines so that the fullest has the most memory left.
 
@@ -87,13 +94,20 @@ def fit_pipeline(
     Raises:
         OSError: there is no checkpoint.  ValueError: it is not one, or its formats are not known.
     """
-    source = open_source(path_or_repository)
-    costs = _Costs.of(source, checked_kv_bits(kv_bits), prefill_step)
+    check_kv_bits(kv_bits)
+    source, _ = open_whole(path_or_repository)
+    costs = _Costs.of(source, kv_bits, prefill_step)
+    if len(memories) > len(costs.weights):
+        raise ValueError(
+            f"{source.name} has {len(costs.weights)} layers, fewer than {len(memories)} machines"
+        )
+    known = costs.config.max_position_embeddings
     largest = largest_context(costs.config, lambda tokens: _assigned(costs, memories, tokens, 0) is not None)
-    planned = largest if context is None else context
-    counts = _balanced(costs, memories, planned) if planned else None
+    planned = min((largest or 1) if context is None else context, known)
+    counts = _balanced(costs, memories, planned)
     stages = () if counts is None else tuple(_stages(costs, memories, planned, counts))
-    return PipelineFit(source.name, planned, largest, stages)
+    missing = 0 if stages else _missing(costs, memories, planned)
+    return PipelineFit(source.name, planned, context, known, largest, stages, missing)
 
 
 @dataclass(frozen=True)
@@ -160,6 +174,16 @@ def _balanced(costs: _Costs, memories: Sequence[int], context: int) -> list[int]
     return _assigned(costs, memories, context, low)
 
 
+def _missing(costs: _Costs, memories: Sequence[int], context: int) -> int:
+    """Bytes, to a MiB, that each machine needs more for the layers to be assigned."""
+    low, high = 0, max(map(reserve_of, memories)) + sum(costs.weights) + costs.beside_layers(context)
+    high += context * sum(costs.per_token)
+    while high - low > 1 << 20:
+        middle = (low + high) // 2
+        low, high = (low, middle) if _assigned(costs, memories, context, -middle) else (middle, high)
+    return high
+
+
 def _stages(costs: _Costs, memories: Sequence[int], context: int, counts: list[int]) -> list[Stage]:
     stages = []
     for rank, memory in enumerate(memories):
@@ -181,9 +205,13 @@ def _stages(costs: _Costs, memories: Sequence[int], context: int, counts: list[i
 
 
 def pipeline_lines(found: PipelineFit) -> list[str]:
-    if not found.fits:
-        most = f"at most {found.largest_context:,} tokens fit" if found.largest_context else "no context fits"
-        return [found.name, f"does NOT fit with a context of {found.context:,} tokens; {most}."]
+    most = f"at most {found.largest_context:,} tokens fit" if found.largest_context else "no context fits"
+    if not found.stages:
+        missing = f"each machine needs {size_in_words(found.missing)} more"
+        return [
+            found.name,
+            f"does NOT fit with a context of {tokens_in_words(found.context)}: {missing}; {most}.",
+        ]
     lines = [f"{found.name}, {found.context:,} tokens of context"]
     lines.append("rank   memory      layers      weights      context   a chunk    left besides")
     for stage in found.stages:
@@ -195,9 +223,14 @@ def pipeline_lines(found: PipelineFit) -> list[str]:
             f"{stage.rank:>4} {size_in_words(stage.memory):>8} {held:>9} {weights:>14} {cache:>12} "
             f"{transient:>9} {spare:>15}"
         )
-    lines.append(f"The largest context that fits is {found.largest_context:,} tokens.")
+    if not found.fits:
+        lines.append(
+            f"The model knows {found.model_context:,} tokens of context, fewer than asked for; {most}."
+        )
+    else:
+        lines.append(f"The largest context that fits is {found.largest_context:,} tokens.")
     for stage in found.stages:
-        limit = wired_limit(stage.memory, stage.reserve, stage.total)
+        limit = wired_limit(stage.memory, stage.total)
         if limit is not None:
             lines.append(f"For the GPU of rank {stage.rank}'s Mac: sudo sysctl iogpu.wired_limit_mb={limit}")
     split = ",".join(map(str, found.split))

@@ -1,6 +1,7 @@
 """The machine that this runs on."""
 
 import os
+import sys
 
 _LEAST_TO_WORK_WITH = 1 << 30
 
@@ -11,6 +12,10 @@ def machine_memory() -> int | None:
         return os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
     except (ValueError, OSError, AttributeError):
         return None
+
+
+def is_mac() -> bool:
+    return sys.platform == "darwin"
 
 
 def default_memory() -> int:

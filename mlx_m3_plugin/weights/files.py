@@ -1,14 +1,11 @@
 """A checkpoint's directory, as a loader finds it."""
 
-import functools
-import inspect
 import json
 import tempfile
-from collections.abc import Callable, Container, Iterator, Mapping, Sequence
+from collections.abc import Container, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from contextvars import ContextVar
+from os import PathLike
 from pathlib import Path
-from typing import Any
 
 from ..model.config import TextConfig
 from .headers import INDEX, read_headers, weight_files
@@ -17,21 +14,23 @@ from .names import is_vision, layer_of, published_name
 TEXT_ONLY = "minimax_m3"
 MODEL_TYPES = ("minimax_m3_vl", TEXT_ONLY)
 _PROBLEMS_TOLD = 10
-_STRICT: ContextVar[bool] = ContextVar("strict", default=False)
 
 
-def is_m3(directory: str | Path) -> bool:
-    """Whether ``config.json`` in ``directory`` says so.  What cannot be read is not M3's."""
+def is_m3(directory: object) -> bool:
+    """Whether ``config.json`` in ``directory`` says so.  What is no path, or cannot be read, is not M3's."""
     return model_type_of(directory) in MODEL_TYPES
 
 
-def model_type_of(directory: str | Path) -> Any:
+def model_type_of(directory: object) -> str | None:
     """The ``model_type`` of ``config.json`` in ``directory``; None where there is none to read."""
+    if not isinstance(directory, (str, PathLike)):
+        return None
     try:
         config = json.loads((Path(directory) / "config.json").read_text(encoding="utf-8"))
-        return config.get("model_type")
-    except (OSError, ValueError, AttributeError, RecursionError):
+        model_type = config.get("model_type")
+    except (OSError, ValueError, AttributeError, RecursionError, TypeError):
         return None
+    return model_type if isinstance(model_type, str) else None
 
 
 def check_files(directory: str | Path) -> None:
@@ -50,36 +49,6 @@ def check_files(directory: str | Path) -> None:
         raise ValueError("\n  ".join([f"{directory} is not a whole checkpoint (mlx-m3-plugin):", *told]))
 
 
-def with_checks(load_model: Callable[..., Any]) -> Callable[..., Any]:
-    """A host's ``load_model(path, lazy=False, ...)`` that looks at an M3 checkpoint's files before,
-    and at its values after.
-
-    MLX opens shards that are cut off or absent, and lets the second of two tensors of one name
-    win.  Other checkpoints go straight through.
-    """
-
-    @functools.wraps(load_model)
-    def checked(model_path: Any, *args: Any, **kwargs: Any) -> Any:
-        if not is_m3(model_path):
-            return load_model(model_path, *args, **kwargs)
-        if _STRICT.get():
-            kwargs["strict"] = True
-        asked = inspect.signature(load_model).bind(model_path, *args, **kwargs)
-        asked.apply_defaults()
-        options = {**asked.kwargs, **asked.arguments}
-        # Who does not want it strict has said so.
-        if options.get("strict", True):
-            check_files(model_path)
-        loaded = load_model(model_path, *args, **kwargs)
-        model = loaded[0] if isinstance(loaded, tuple) else loaded
-        # Reads scales, which a lazy load is to leave alone.
-        if not options.get("lazy") and hasattr(model, "check_values"):
-            model.check_values()
-        return loaded
-
-    return checked
-
-
 def shards_with(directory: Path, config: TextConfig, layers: Container[int]) -> list[str] | None:
     """Names of the shards that hold any of these layers, or what the text model has besides layers;
     None where no index tells.
@@ -95,23 +64,6 @@ def shards_with(directory: Path, config: TextConfig, layers: Container[int]) -> 
         if not is_vision(name) and (layer is None or layer in layers):
             wanted.add(file)
     return sorted(wanted)
-
-
-def strictly(load: Callable[..., Any]) -> Callable[..., Any]:
-    """A host's function that loads M3 checkpoints with no weight missing, whatever it asks for.
-
-    What a checkpoint lacks would stay random.
-    """
-
-    @functools.wraps(load)
-    def strict(*args: Any, **kwargs: Any) -> Any:
-        token = _STRICT.set(True)
-        try:
-            return load(*args, **kwargs)
-        finally:
-            _STRICT.reset(token)
-
-    return strict
 
 
 @contextmanager

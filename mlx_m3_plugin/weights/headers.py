@@ -194,7 +194,7 @@ def _weight_map(directory: Path) -> dict[str, str]:
         weight_map = json.loads((directory / INDEX).read_text(encoding="utf-8"))["weight_map"]
     except FileNotFoundError:
         return {}
-    except (ValueError, KeyError, TypeError):
+    except (ValueError, KeyError, TypeError, RecursionError):
         raise ValueError(f"{directory / INDEX} is not an index of safetensors files") from None
     if not isinstance(weight_map, dict) or not all(isinstance(file, str) for file in weight_map.values()):
         raise ValueError(f"{directory / INDEX}: its weight_map is not a map of names to files")

@@ -1,10 +1,16 @@
 """Guest manners: models and tokenizers that are not M3 do not notice that we are there."""
 
 import json
+import re
+import subprocess
+import sys
+from pathlib import Path
 
 import pytest
 
 from tests.end_to_end.environments import Environment
+from tests.end_to_end.server_process import server_process
+from tests.end_to_end.vlm_server import Server
 
 # A dense and a mixture-of-experts architecture, saved, loaded and run by stock mlx-lm.
 RUN = """
@@ -79,3 +85,82 @@ def test_logits_are_bit_identical(guest: Environment, stock: Environment, config
 def test_a_tokenizer_without_both_markers_keeps_its_own(guest: Environment, stock: Environment) -> None:
     assert guest.run("-c", TOKENIZER).stdout == stock.run("-c", TOKENIZER).stdout
     assert guest.run("-c", TOKENIZER).stdout.startswith("<think> </think>")
+
+
+# --- upstream has renamed what we use ---
+
+# All names with an underscore that our patches use, in all of upstream's files.
+RENAME = r"""
+import importlib.machinery, re, sys
+sys.modules["torch"] = None
+NAMES = "_infer_tool_parser _infer_tool_parser_from_processor _download _get_classes _states _tokenizer "
+NAMES += "_think_start _think_end _think_start_tokens _think_end_tokens _tool_parser _tool_call_start "
+NAMES += "_tool_call_end _tool_call_start_tokens _tool_call_end_tokens _split_thinking _update "
+NAMES += "_build_open_close_markers _prompt_has_open_thinking _prompt_thinking_already_closed "
+NAMES += "TextStateMachine SequenceStateMachine ThinkingStreamState ResponseGenerator build_gen_args"
+RENAMED = re.compile(rf"\b({'|'.join(NAMES.split())})\b")
+get_code = importlib.machinery.SourceFileLoader.get_code
+
+def renamed(self, name):
+    if not name.startswith(("mlx_lm", "mlx_vlm")) or "mlx_m3_plugin" in self.path:
+        return get_code(self, name)
+    source = self.get_data(self.path).decode()
+    return compile(RENAMED.sub(r"\1_renamed", source), self.path, "exec")
+
+importlib.machinery.SourceFileLoader.get_code = renamed
+"""
+MISSING = {
+    "mlx_lm.server": ("_download", "_tokenizer"),
+    "mlx_vlm.server": ("build_gen_args", "_split_thinking"),
+}
+
+
+@pytest.fixture(scope="module")
+def other(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A checkpoint of a Qwen2 that both libraries open, with a tokenizer and a template."""
+    directory = tmp_path_factory.mktemp("other")
+    config = json.dumps({"model_type": "qwen2", **COMMON})
+    subprocess.run([sys.executable, "-c", WRITE, str(directory), config], check=True)
+    return directory
+
+
+WRITE = """
+import json, sys
+from pathlib import Path
+import mlx.core as mx
+from mlx.utils import tree_flatten
+from mlx_lm.models import qwen2
+from tokenizers import Tokenizer, models, pre_tokenizers
+from transformers import PreTrainedTokenizerFast
+
+directory = Path(sys.argv[1])
+config = json.loads(sys.argv[2])
+mx.random.seed(3)
+model = qwen2.Model(qwen2.ModelArgs.from_dict(config))
+mx.save_safetensors(str(directory / "model.safetensors"), dict(tree_flatten(model.parameters())))
+(directory / "config.json").write_text(json.dumps(config))
+words = {chr(97 + n) * k: 20 * k + n for k in (1, 2, 3) for n in range(20)} | {"</s>": 0, "[UNK]": 1}
+bare = Tokenizer(models.WordLevel(words, unk_token="[UNK]"))
+bare.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
+tokenizer = PreTrainedTokenizerFast(tokenizer_object=bare, eos_token="</s>", unk_token="[UNK]")
+tokenizer.chat_template = "{% for m in messages %}{{ m.content }} {% endfor %}"
+tokenizer.save_pretrained(directory)
+"""
+
+
+@pytest.mark.parametrize("script", MISSING)
+def test_they_are_served_where_upstream_has_renamed_what_we_use(
+    script: str, guest: Environment, stock: Environment, other: Path, tmp_path: Path
+) -> None:
+    (tmp_path / "sitecustomize.py").write_text(RENAME)
+    answers, logs = [], []
+    for environment in (guest, stock):
+        log = tmp_path / f"{len(logs)}.log"
+        with server_process(environment, script, other, log, env={"PYTHONPATH": str(tmp_path)}) as address:
+            answers.append(Server(address, other).ask("aa b cc", max_tokens=8))
+        logs.append(log.read_text())
+    assert answers[0]["message"] == answers[1]["message"]
+    assert answers[0]["message"]["content"]
+    for name in MISSING[script]:
+        assert re.search(rf"mlx-m3-plugin: cannot extend .* {name}\b", logs[0])
+    assert "mlx-m3-plugin" not in logs[1]

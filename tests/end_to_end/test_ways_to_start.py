@@ -440,8 +440,8 @@ class TestBreakdowns:
     def test_a_patch_that_fails(self, own_guest: Environment, stock_stderr: list[str]):
         edit(
             own_guest.plugin / "hosts" / "mlx_lm" / "patches.py",
-            "    wrapper = module.TokenizerWrapper\n",
-            "    wrapper = module.RenamedByUpstream\n",
+            'find(module, "TokenizerWrapper.__init__"',
+            'find(module, "RenamedByUpstream.__init__"',
         )
         child = own_guest.run("-c", PROBE)
 

@@ -3,7 +3,7 @@
 import json
 import sys
 from pathlib import Path
-from typing import Any
+from typing import Any, TextIO
 
 import answers
 import context
@@ -17,9 +17,13 @@ import tools
 from case import Case, says, user
 from tokenizers import Tokenizer
 
-from mlx_m3_plugin.toolbox.checkpoint import open_checkpoint
+from mlx_m3_plugin.toolbox.checkpoint import Checkpoint, open_checkpoint
 from mlx_m3_plugin.toolbox.convert import load_recipe
+from mlx_m3_plugin.toolbox.convert.budget import work_out
+from mlx_m3_plugin.toolbox.convert.plan import Plan, plan_conversion
+from mlx_m3_plugin.toolbox.convert.sensitivity import scores_by_position
 from mlx_m3_plugin.toolbox.demo import NANO
+from mlx_m3_plugin.toolbox.precision import How
 from tests.hosts.native_mlx_lm import needs_native
 
 PNG = b"\x89PNG"
@@ -69,14 +73,13 @@ def test_recall_asks_each_way_in_its_environment(
 ) -> None:
     asked: list[tuple[str, Any]] = []
 
-    def run_script(command: list[str], check: bool, env: dict[str, str]) -> None:
-        assert check
+    def run_script(command: list[str], env: dict[str, str]) -> None:
         plugin = env.get("MLX_M3_PLUGIN", "on"), env.get("MLX_M3_PLUGIN_ATTENTION", "sparse")
         asked.append((command[command.index("--by") + 1], plugin))
         found = {f"needles {times}x": len(asked) / 10 for times in recall.LENGTHS}
         Path(command[command.index("--json") + 1]).write_text(json.dumps(found))
 
-    monkeypatch.setattr(recall.subprocess, "run", run_script)
+    monkeypatch.setattr(recall, "run", run_script)
     run(monkeypatch, recall, tmp_path, "--cases", 7)
     assert asked == [
         ("transformers", ("on", "sparse")),
@@ -104,15 +107,19 @@ def test_quality_measures_every_recipe(monkeypatch: pytest.MonkeyPatch, tmp_path
     whole.symlink_to(NANO)
     commands: list[list[str]] = []
 
-    def run_script(*arguments: str) -> None:
+    def run_script(*arguments: str, output: TextIO | None = None) -> None:
         commands.append(list(arguments))
         if "convert" in arguments:
             Path(arguments[4]).mkdir()
             return
         against = {"kl_mean": 0.01 * len(commands), "top_1": 0.5} if "--reference" in arguments else None
         evaluation = {"bytes": 1 << 20, "perplexity": 1.5, "distributions": against}
-        found = evaluation if "evaluate" in arguments else {"facts": 1.0, "sums": 0.5}
-        Path(arguments[arguments.index("--json") + 1]).write_text(json.dumps(found))
+        if output is not None:
+            assert arguments[2] == "evaluate"
+            json.dump(evaluation, output)
+        else:
+            scores = {"facts": 1.0, "sums": 0.5}
+            Path(arguments[arguments.index("--json") + 1]).write_text(json.dumps(scores))
 
     monkeypatch.setattr(quality, "run", run_script)
     run(monkeypatch, quality, tmp_path, "--cases", 3)
@@ -120,6 +127,7 @@ def test_quality_measures_every_recipe(monkeypatch: pytest.MonkeyPatch, tmp_path
     page = (output / "quality.md").read_text()
     assert "| float32 | 1.00 | 1.5000 | - | - | 75.0% | 100% | 50% |" in page
     assert all(f"| {name} | " in page for name in names)
+    assert "`config-i` is an 8-bit recipe here" in page
     assert (output / "quality.png").read_bytes().startswith(PNG)
     assert len(commands) == 2 + 3 * len(names)
     # What is finished is kept.
@@ -130,6 +138,35 @@ def test_quality_measures_every_recipe(monkeypatch: pytest.MonkeyPatch, tmp_path
         recipe = load_recipe(file, config)
         if name.startswith("plain"):
             assert f"{recipe.default.bits}" == name.removeprefix("plain-")
+
+
+def test_what_the_page_says_of_recipes_that_nano_cannot_tell_apart() -> None:
+    nano = open_checkpoint(NANO)
+    precisions = {name: precisions_of(nano, name) for name in quality.recipe_names()}
+    assert precisions["oq2"] == precisions["oq2.5"] == precisions["oq2.7"]
+    assert precisions["oq3"] == precisions["oq3.5"]
+    different = {path for path, how in precisions["config-i"].items() if how != precisions["8bit"][path]}
+    assert {path.rpartition(".")[2] for path in different} == {"gate", "index_q_proj", "index_k_proj"}
+    assert {how.bits for how in precisions["config-i"].values()} == {8, None}
+    for bits in (2, 3, 4, 5, 6):
+        raised = {path for path, how in precisions[f"oq{bits}"].items() if how.bits not in (bits, None)}
+        # What its rules protect, whatever the budget.
+        assert raised, bits
+        assert all("shared_expert" in path or "index_" in path for path in raised), bits
+    assert f"{plan_of(nano, 'oq2').bits_per_weight:.1f} bits" == "6.4 bits"
+    page = (Path(__file__).parents[2] / "docs" / "nano" / "quality.md").read_text()
+    assert quality.WHAT_FOUR_LAYERS_HIDE in page
+
+
+def plan_of(checkpoint: Checkpoint, recipe: str) -> Plan:
+    wanted = load_recipe(recipe, checkpoint.text_config)
+    layers = checkpoint.text_config.num_hidden_layers
+    hows = work_out(checkpoint, wanted, scores_by_position(layers)) if wanted.plan else None
+    return plan_conversion(checkpoint, wanted, hows)
+
+
+def precisions_of(checkpoint: Checkpoint, recipe: str) -> dict[str, How]:
+    return dict(plan_of(checkpoint, recipe).hows)
 
 
 def test_each_window_of_the_held_out_text_begins_a_conversation() -> None:

@@ -31,7 +31,7 @@ def hub(monkeypatch: pytest.MonkeyPatch, checkpoint: Path) -> Path:
         files[name] = SimpleNamespace(tensors={n: SimpleNamespace(**entry) for n, entry in header.items()})
     metadata = SimpleNamespace(weight_map=index["weight_map"], files_metadata=files)
 
-    def model_info(repository: str, timeout: float) -> Any:
+    def model_info(repository: str, revision: str | None, timeout: float) -> Any:
         if repository != "someone/m3":
             raise huggingface_hub.errors.RepositoryNotFoundError(
                 "401: no such repository", response=NO_RESPONSE

@@ -169,10 +169,10 @@ def test_a_dry_run_reads_headers_and_writes_nothing(
 @pytest.mark.parametrize(
     ("arguments", "complaint"),
     [
-        (["nowhere", "made", "--recipe", "4bit"], "nowhere is no directory; download a checkpoint with"),
+        (["nowhere", "made", "--recipe", "4bit"], "nowhere is neither a directory nor a repository id"),
         (["{m3}", "made", "--recipe", "5bit"], "5bit is no recipe"),
-        (["{m3}", "made"], "convert needs a DST and a --recipe"),
-        (["{m3}", "--recipe", "4bit"], "convert needs a DST and a --recipe"),
+        (["{m3}", "made"], "convert needs SRC, DST and --recipe"),
+        (["{m3}", "--recipe", "4bit"], "convert needs SRC, DST and --recipe"),
         (["{m3}", "there", "--recipe", "4bit"], "there exists already, and nothing is written over"),
         (["{m3}", "{m3}", "--recipe", "4bit"], "exists already"),
         (["{m3}", "made", "--recipe", "4bit", "--sensitivity", "position"], "4bit has fixed bits"),

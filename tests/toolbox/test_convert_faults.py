@@ -10,6 +10,7 @@ import sys
 import time
 from collections.abc import Callable
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -121,7 +122,8 @@ def test_too_little_disk_is_told_before_anything_is_written(
     tiny: Written, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     usage = shutil.disk_usage(tmp_path)
-    monkeypatch.setattr(shutil, "disk_usage", lambda path: usage._replace(free=1000))
+    full = SimpleNamespace(disk_usage=lambda path: usage._replace(free=1000))
+    monkeypatch.setattr("mlx_m3_plugin.toolbox.convert.run.shutil", full)
     assert main(["convert", str(tiny("published_float")), str(tmp_path / "made"), "--recipe", "4bit"]) == 2
     assert "GB free, and 0.1 GB are to be written" in capsys.readouterr().err
     assert not list(tmp_path.rglob("*.safetensors*"))
@@ -157,7 +159,8 @@ def test_a_file_that_cannot_be_read(
         raise OSError(errno.EIO, os.strerror(errno.EIO))
 
     with monkeypatch.context() as patch:
-        patch.setattr(os, "pread", broken)
+        broken_os = SimpleNamespace(**vars(os) | {"pread": broken})
+        patch.setattr("mlx_m3_plugin.weights.disk.os", broken_os)
         arguments = ["convert", str(tiny("published_float")), str(tmp_path / "made"), "--recipe", "4bit"]
         assert main(arguments) == 2
     said = capsys.readouterr().err

@@ -1,6 +1,8 @@
 """What fits: counted for the real M3, and a forecast held against what the attention layer takes."""
 
 import json
+import re
+from collections.abc import Callable
 from pathlib import Path
 
 import mlx.core as mx
@@ -13,9 +15,11 @@ from mlx_m3_plugin.hosts.mlx_lm.host import MLX_LM
 from mlx_m3_plugin.model.attention import Attention
 from mlx_m3_plugin.model.config import text_config_of
 from mlx_m3_plugin.msa.tiling import default_memory_budget
-from mlx_m3_plugin.toolbox.fit import attention_transient, fit, stock_transients
+from mlx_m3_plugin.toolbox.fit import fit
 from mlx_m3_plugin.toolbox.fit_pipeline import fit_pipeline
-from mlx_m3_plugin.toolbox.sizes import parse_count, parse_size, size_in_words
+from mlx_m3_plugin.toolbox.inspect import inspect, inspection
+from mlx_m3_plugin.toolbox.memory import attention_transient, stock_transients, wired_limit
+from mlx_m3_plugin.toolbox.sizes import parse_count, parse_memory, size_in_words
 from tests.checkpoints import real_size
 from tests.checkpoints.tiny_layouts import LAYOUTS
 
@@ -56,6 +60,67 @@ def test_what_does_not_fit(four_bits: Path, capsys: pytest.CaptureFixture[str]) 
     assert "No context fits: the weights alone are too much." in capsys.readouterr().out
     assert main(["fit", str(four_bits), "--memory", "256GB", "--context", "1M"]) == 1
     assert "does NOT fit" in capsys.readouterr().out
+
+
+def test_how_much_is_missing(four_bits: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    found = fit(four_bits, 256 * GIB, context=1 << 20)
+    assert found.missing == found.total - 240 * GIB > 0
+    assert fit(four_bits, 256 * GIB + found.missing * 16 // 15 + 16, context=1 << 20).fits
+    main(["fit", str(four_bits), "--memory", "256", "--context", "1M"])
+    assert f"left to the rest: {size_in_words(found.missing)} are missing" in capsys.readouterr().out
+    main(["fit", str(four_bits), "--memory", "128GB"])
+    assert "103.3 GiB are missing" in capsys.readouterr().out
+
+
+def test_inspect_and_fit_tell_the_same_context(four_bits: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    for size in (256, 288, 512):
+        monkeypatch.setattr(inspection, "machine_memory", lambda size=size: size * GIB)
+        told = inspect(four_bits).memory
+        assert told is not None
+        for told_context, kv_bits in ((told.context, None), (told.context_kv_8, 8)):
+            found = fit(four_bits, size * GIB, kv_bits=kv_bits)
+            assert told_context == found.largest_context > 0
+        assert (told.weights, told.reserve) == (found.weights, found.reserve)
+        assert told.wired_limit_mb == fit(four_bits, size * GIB).wired_limit_mb
+
+
+@pytest.mark.parametrize("memory", ["1TB", "1TB,1TB"])
+def test_more_context_than_the_model_knows(
+    four_bits: Path, memory: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """What the model cannot do does not fit, however much memory there is."""
+    assert main(["fit", str(four_bits), "--memory", memory, "--context", "1M"]) == 0
+    assert main(["fit", str(four_bits), "--memory", memory, "--context", "2M"]) == 1
+    out = capsys.readouterr().out
+    assert "The model knows 1,048,576 tokens of context, fewer than asked for" in out
+    assert "2,097,152" not in out
+
+
+@pytest.mark.parametrize("size", [1, 8, 16, 32])
+def test_no_limit_is_advised_that_does_not_help(tiny: Callable[[str], Path], size: int) -> None:
+    """A wired limit is to be above macOS's own three quarters, or it only takes memory away."""
+    for context in (None, 1 << 10, 1 << 17):
+        limit = fit(tiny("published_float"), size * GIB, context=context).wired_limit_mb
+        assert limit is None or limit << 20 > 0.75 * size * GIB
+    assert wired_limit(8 * GIB, 7 * GIB) is None
+    assert wired_limit(256 * GIB, 192 * GIB) is None
+    assert wired_limit(256 * GIB, 193 * GIB) == 240 * 1024
+    # Nothing helps what does not fit.
+    assert wired_limit(256 * GIB, 241 * GIB) is None
+
+
+@pytest.mark.parametrize("bandwidth", ["0", "-5", "nan", "inf", "0.5", "1e6"])
+def test_no_bandwidth(four_bits: Path, bandwidth: str, capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["fit", str(four_bits), "--memory", "256GB", f"--bandwidth={bandwidth}"]) == 2
+    assert "--bandwidth is in GB/s, between 1 and 100,000, not" in capsys.readouterr().err
+
+
+def test_numbers_have_no_exponents(tiny: Callable[[str], Path], capsys: pytest.CaptureFixture[str]) -> None:
+    arguments = ["fit", str(tiny("published_float")), "--memory", "64GB", "--context", "16"]
+    for bandwidth in ([], ["--bandwidth", "100000"], ["--bandwidth", "1"]):
+        main([*arguments, *bandwidth])
+        assert re.search(r"\d[eE][+-]?\d", (out := capsys.readouterr().out).partition("\n")[2]) is None
+        assert re.search(r"at most \d", out)
 
 
 def test_a_token_reads_what_is_active(four_bits: Path) -> None:
@@ -124,27 +189,35 @@ def test_the_command_as_json(four_bits: Path, capsys: pytest.CaptureFixture[str]
 @pytest.mark.parametrize(
     ("text", "size"),
     [
-        ("1", 1),
-        ("1kB", 1024),
+        ("1", GIB),
+        ("256", 256 * GIB),
+        ("1048576kB", GIB),
         ("256GB", 256 * GIB),
+        ("16TB", 16 * 1024 * GIB),
         ("1.5GiB", 3 * GIB // 2),
         ("64G", 64 * GIB),
         (" 2 TB ", 2048 * GIB),
     ],
 )
 def test_sizes(text: str, size: int) -> None:
-    assert parse_size(text) == size
+    assert parse_memory(text) == size
 
 
 @pytest.mark.parametrize("text", ["", "GB", "-1GB", "1XB", "1.2.3", "many", "1e9"])
 def test_no_sizes(text: str) -> None:
     with pytest.raises(ValueError, match="is no size; write 256GB"):
-        parse_size(text)
+        parse_memory(text)
+
+
+@pytest.mark.parametrize("text", ["0", "0.5", "256B", "100MB", "17TB", "1000000"])
+def test_no_machine_has_so_much_or_so_little(text: str) -> None:
+    with pytest.raises(ValueError, match="must be between 1GB and 16TB"):
+        parse_memory(text)
 
 
 def test_counts_and_words() -> None:
     assert [parse_count(text) for text in ("5", "128K", "1m")] == [5, 131_072, 1 << 20]
-    for text in ("0", "1G", "x"):
+    for text in ("0", "0.5", "1G", "x"):
         with pytest.raises(ValueError, match="is no number of tokens"):
             parse_count(text)
     assert [size_in_words(n) for n in (5, 3 << 20, 5 << 29)] == ["5 bytes", "3.0 MiB", "2.5 GiB"]
@@ -190,3 +263,21 @@ def test_several_machines_on_the_command_line(four_bits: Path, capsys: pytest.Ca
     assert "MLX_M3_PLUGIN_PIPELINE_SPLIT=43,17" in capsys.readouterr().out
     assert main(["fit", str(four_bits), "--memory", "96GB,96GB", "--json"]) == 1
     assert json.loads(capsys.readouterr().out)["split"] == []
+
+
+def test_how_much_each_of_several_machines_lacks(four_bits: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    memories = [96 * GIB, 96 * GIB]
+    found = fit_pipeline(four_bits, memories, context=1 << 17)
+    assert found.stages == ()
+    # A sixteenth of what is added is left to the system.
+    more = found.missing * 16 // 15 + 16
+    assert fit_pipeline(four_bits, [memory + more for memory in memories], context=1 << 17).fits
+    less = found.missing - (2 << 20)
+    assert not fit_pipeline(four_bits, [memory + less for memory in memories], context=1 << 17).fits
+    main(["fit", str(four_bits), "--memory", "96,96", "--context", "128K"])
+    assert f"each machine needs {size_in_words(found.missing)} more" in capsys.readouterr().out
+
+
+def test_more_machines_than_layers(tiny: Callable[[str], Path]) -> None:
+    with pytest.raises(ValueError, match="has 3 layers, fewer than 5 machines"):
+        fit_pipeline(tiny("published_float"), [64 * GIB] * 5)

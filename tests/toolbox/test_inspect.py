@@ -192,7 +192,7 @@ def test_what_cannot_be_represented_is_a_problem(name, tiny):
 def test_a_broken_config_leaves_what_headers_say(checkpoint, capsys):
     edit_json(checkpoint / "config.json", lambda config: config["text_config"].pop("swiglu_alpha"))
     found = inspect(checkpoint)
-    assert found.problems == ["config: swiglu_alpha is missing"]
+    assert found.problems == ["config.json: swiglu_alpha is missing"]
     assert found.components is None
     assert found.tensors == len(stored_names(checkpoint))
     assert found.commands == []

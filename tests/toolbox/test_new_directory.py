@@ -9,6 +9,7 @@ import sys
 from collections.abc import Callable
 from contextlib import suppress
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -184,7 +185,7 @@ def test_a_lock_on_a_file_that_is_gone_keeps_nobody_out_and_is_not_taken(
         locks.append(os.fstat(descriptor).st_ino)
         flock(descriptor, operation)
 
-    monkeypatch.setattr(fcntl, "flock", finish_first)
+    monkeypatch.setattr(module, "fcntl", SimpleNamespace(**vars(fcntl) | {"flock": finish_first}))
     with locked(file, "it", "nothing") as descriptor:
         assert len(locks) == 2
         assert os.path.samestat(os.fstat(descriptor), file.stat())
@@ -209,7 +210,7 @@ def test_a_disk_without_locks_is_warned_of(tmp_path: Path, monkeypatch: pytest.M
     def unsupported(descriptor: int, operation: int) -> None:
         raise OSError(errno.ENOTSUP, os.strerror(errno.ENOTSUP))
 
-    monkeypatch.setattr(fcntl, "flock", unsupported)
+    monkeypatch.setattr(module, "fcntl", SimpleNamespace(**vars(fcntl) | {"flock": unsupported}))
     with pytest.warns(UserWarning, match="lock cannot be locked here"), locked(tmp_path / "lock", "it", "no"):
         pass
 

@@ -41,7 +41,7 @@ class Server:
     def arguments(self, kind: str, room: Path) -> list[str]:
         source, target = str(self.source), str(room / "made")
         evaluate = ["--text", str(self.text), "--tokens", "200", "--context", "100"]
-        evaluate += ["--cache", str(room / "walks"), "--json", "-"]
+        evaluate += ["--cache", str(room / "walks"), "--json"]
         return {
             "convert": ["convert", source, target, "--recipe", "4bit"],
             "convert otherwise": ["convert", source, target, "--recipe", "selector-safe"],

@@ -13,7 +13,7 @@ from typing import Any
 
 import pytest
 
-from mlx_m3_plugin.toolbox.inspect import Inspection, inspect
+from mlx_m3_plugin.toolbox.inspect import Inspection, inspect, readers
 from mlx_m3_plugin.toolbox.inspect.readers import NEWEST_KNOWN
 from mlx_m3_plugin.toolbox.inspect.text import lines_of
 from tests.checkpoints import opens
@@ -108,6 +108,9 @@ def name_shards_otherwise(checkpoint: Path) -> None:
         file.rename(checkpoint / file.name.replace("model-", "experts-"))
 
 
+NOTHING_INSTALLED = SimpleNamespace(util=SimpleNamespace(find_spec=lambda _: None))
+
+
 def forget_quantization(checkpoint: Path) -> None:
     def forget(config: dict[str, Any]) -> None:
         del config["quantization"], config["quantization_config"]
@@ -124,7 +127,7 @@ def forget_quantization(checkpoint: Path) -> None:
 )
 def test_what_only_the_plugin_opens(name, damage, reason, tmp_path, monkeypatch):
     # As if nothing were installed: the newest versions known are meant.
-    monkeypatch.setattr(importlib.util, "find_spec", lambda _: None)
+    monkeypatch.setattr(readers, "importlib", NOTHING_INSTALLED)
     LAYOUTS[name].write(tmp_path)
     assert inspect(tmp_path).readers[0].without_plugin.opens
     damage(tmp_path)
@@ -145,7 +148,7 @@ def test_what_only_the_plugin_opens(name, damage, reason, tmp_path, monkeypatch)
     ],
 )
 def test_the_reasons(name, mlx_lm, mlx_vlm, tiny, monkeypatch):
-    monkeypatch.setattr(importlib.util, "find_spec", lambda _: None)
+    monkeypatch.setattr(readers, "importlib", NOTHING_INSTALLED)
     for reader, reason in zip(inspect(tiny(name)).readers, (mlx_lm, mlx_vlm), strict=True):
         assert reader.without_plugin.opens == (reason is None)
         assert reason is None or reason in reader.without_plugin.reason

@@ -100,7 +100,7 @@ def test_the_last_rule_that_fits_decides() -> None:
         ('[default]\nmode = "mxfp4"\ngroup_size = 64\n', "mxfp4 has groups of 32, not 64"),
         ('[default]\ndtype = "int8"\n', "dtype stands alone and is one of bfloat16"),
         ('[default]\ndtype = "keep"\nbits = 4\n', "dtype stands alone"),
-        ("[default]\nbit = 4\n", "bit is no word of a recipe; these are: bits, dtype"),
+        ("[default]\nbit = 4\n", r"bit is no word of a recipe \(did you mean bits\?\); these are: bits"),
         (DEFAULT + "[rules]\n", "rules is no word of a recipe"),
         (DEFAULT + "[rule]\nbits = 4\n", r"rules are written as \[\[rule\]\]"),
         (DEFAULT + "[[rule]]\nbits = 4\n", "rule 1 names no parts"),

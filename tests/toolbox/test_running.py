@@ -1,10 +1,9 @@
 """Commands that exist as they are printed, and the context that fits."""
 
 import importlib.util
-import os
 import re
-import sys
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 
@@ -23,9 +22,11 @@ def test_the_context_that_fits():
     assert memory.per_token == 60 * 2 * 4 * 128 * 2 + 57 * 128 * 2
     assert memory.per_token_kv_8 == 60 * 2 * 4 * 128 * 8.5 / 8 + 57 * 128 * 2
     assert memory.reserve == 16 * GIB
-    assert memory.context == 15 * GIB // 137_472
-    assert memory.context_kv_8 == 15 * GIB // 79_872
-    assert f"{15 * GIB // 137_472:,} tokens fit" in running.memory_lines(memory)[-1]
+    # Besides them a chunk of a prompt is computed: 2,048 tokens of 4 experts, 16 bits.
+    free = 15 * GIB - 2048 * 4 * (2 * (3 * 6144 + 3 * 3072) + 4 * 6144)
+    assert memory.context == free // 137_472
+    assert memory.context_kv_8 == free // 79_872
+    assert f"{free // 137_472:,} tokens fit" in running.memory_lines(memory)[-1]
     # As much as the model knows, and no more.
     assert running.memory_for(REAL, weights, 57, 512 * GIB).context == 1048576
 
@@ -41,17 +42,19 @@ def test_an_unknown_machine_is_not_judged(monkeypatch):
     def unknown(_: str) -> int:
         raise ValueError
 
-    monkeypatch.setattr(os, "sysconf", unknown)
+    monkeypatch.setattr(machine, "os", SimpleNamespace(sysconf=unknown))
     assert machine.machine_memory() is None
     assert len(running.memory_lines(running.memory_for(REAL, 225 * GIB, 57, None))) == 1
 
 
 def test_macos_is_told_of_its_limit(monkeypatch):
     memory = running.memory_for(REAL, 200 * GIB, 57, 256 * GIB)
+    monkeypatch.setattr(running, "is_mac", lambda: False)
     assert not any("iogpu" in line for line in running.memory_lines(memory))
-    monkeypatch.setattr(sys, "platform", "darwin")
+    monkeypatch.setattr(running, "is_mac", lambda: True)
     assert f"iogpu.wired_limit_mb={240 * 1024}" in running.memory_lines(memory)[-1]
-    small = running.memory_for(REAL, 150 * GIB, 57, 256 * GIB)
+    # With a million tokens 155 GiB.
+    small = running.memory_for(REAL, 20 * GIB, 57, 256 * GIB)
     assert not any("iogpu" in line for line in running.memory_lines(small))
 
 

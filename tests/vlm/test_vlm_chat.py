@@ -19,7 +19,8 @@ from mlx_vlm.utils import ThinkingBudgetCriteria
 from mlx_m3_plugin.chat import tool_calls
 from mlx_m3_plugin.chat.reasoning import THINK_END, THINK_START
 from mlx_m3_plugin.hosts.mlx_vlm.prompts import _InTheirOrder, knows_open_prompts
-from mlx_m3_plugin.hosts.mlx_vlm.server import _rewriter, _RewrittenTokens, arguments_of
+from mlx_m3_plugin.hosts.mlx_vlm.requests import arguments_of
+from mlx_m3_plugin.hosts.mlx_vlm.server import _rewriter, _RewrittenTokens
 from tests.chat.tool_replies import MARKERS, sample
 from tests.checkpoints.random_model import write_random_model
 from tests.end_to_end.environments import clean_variables
@@ -331,7 +332,7 @@ messages = [
     {"role": "assistant", "tool_calls": [call]},
 ][: int(sys.argv[2])]
 for kwargs in ({}, {"enable_thinking": True}, {"tools": tools}, {"thinking_mode": "enabled"}):
-    seen.append(prompt_utils.apply_chat_template(processor, {"model_type": "qwen2_vl"}, messages, **kwargs))
+    seen.append(prompt_utils.apply_chat_template(processor, {"model_type": sys.argv[3]}, messages, **kwargs))
 request = openai.ChatRequest(model="m", messages=messages[:1], chat_template_kwargs={"x": 1})
 request.thinking_mode = "enabled"
 arguments = openai._build_gen_args(request, processor)
@@ -345,9 +346,9 @@ print(json.dumps(seen, default=str))
 """
 
 
-def seen(checkpoint: Path, messages: int = 3, **environ: str) -> Any:
+def seen(checkpoint: Path, messages: int = 3, model_type: str = "qwen2_vl", **environ: str) -> Any:
     done = subprocess.run(
-        [sys.executable, "-c", OTHERS, str(checkpoint), str(messages)],
+        [sys.executable, "-c", OTHERS, str(checkpoint), str(messages), model_type],
         env=clean_variables() | environ,
         capture_output=True,
         text=True,
@@ -371,4 +372,4 @@ def test_other_models_are_served_as_without_us(demo: Path, tmp_path: Path) -> No
 
 
 def test_what_is_compared_of_other_models_would_show_us(demo: Path) -> None:
-    assert seen(demo, 2) != seen(demo, 2, MLX_M3_PLUGIN="off")
+    assert seen(demo, 2, "minimax_m3_vl") != seen(demo, 2, "minimax_m3_vl", MLX_M3_PLUGIN="off")

@@ -4,6 +4,7 @@ import errno
 import os
 from collections.abc import Callable
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import mlx.core as mx
@@ -39,10 +40,11 @@ def small_limit(monkeypatch: pytest.MonkeyPatch) -> None:
 
         return call
 
-    monkeypatch.setattr(os, "pread", limited("pread", int))
-    monkeypatch.setattr(os, "pwrite", limited("pwrite", len))
-    for name in names[2:]:
-        monkeypatch.setattr(os, name, limited(name, lambda buffers: sum(map(len, buffers))))
+    sizes: dict[str, Callable[[Any], int]] = {"pread": int, "pwrite": len}
+    replaced = {
+        name: limited(name, sizes.get(name, lambda buffers: sum(map(len, buffers)))) for name in names
+    }
+    monkeypatch.setattr(disk, "os", SimpleNamespace(**vars(os) | replaced))
     monkeypatch.setattr(disk, "LARGEST_PIECE", LIMIT)
 
 

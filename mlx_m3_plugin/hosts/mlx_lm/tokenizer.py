@@ -1,10 +1,26 @@
 """mlx-lm's ``TokenizerWrapper`` for M3: markers, tool parser, thinking modes, template."""
 
+from functools import cache
 from typing import Any
 
 from mlx_m3_plugin.chat.history import prepared
 from mlx_m3_plugin.chat.reasoning import THINK_END, THINK_START, thinking_mode
 from mlx_m3_plugin.chat.template import CHAT_TEMPLATE
+
+# What ``TokenizerWrapper.__init__`` sets and :func:`become_m3` sets anew.
+ATTRIBUTES = (
+    "_tokenizer",
+    "_think_start",
+    "_think_end",
+    "_think_start_tokens",
+    "_think_end_tokens",
+    "_tool_parser",
+    "_tool_call_start",
+    "_tool_call_end",
+    "_tool_call_start_tokens",
+    "_tool_call_end_tokens",
+    "has_chat_template",
+)
 
 
 class SwallowedTokens(tuple):  # type: ignore[type-arg]
@@ -32,16 +48,18 @@ def become_m3(wrapper: Any, tool_parser: Any) -> None:
     if not wrapper.has_chat_template:
         tokenizer.chat_template = CHAT_TEMPLATE
         wrapper.has_chat_template = True
-    wrapper.__class__ = _m3_class(type(wrapper))
+    base: Any = type(wrapper)
+    wrapper.__class__ = _m3_class(base)
 
 
-_classes: dict[type, type] = {}
+def is_m3_wrapper(tokenizer: Any) -> bool:
+    """Whether :func:`become_m3` has had it.  Reads nothing of it but its type."""
+    return issubclass(type(tokenizer), _M3Behaviour)
 
 
+@cache
 def _m3_class(base: Any) -> Any:
-    if base not in _classes:
-        _classes[base] = type(base.__name__, (_M3Behaviour, base), {"__module__": base.__module__})
-    return _classes[base]
+    return type(base.__name__, (_M3Behaviour, base), {"__module__": base.__module__})
 
 
 class _M3Behaviour:

@@ -9,10 +9,13 @@ from typing import Any
 
 import mlx.core as mx
 from mlx_vlm.models.cache import KVCache, QuantizedKVCache
-from mlx_vlm.models.minimax_m3_vl import language as upstream
 
 from mlx_m3_plugin.hosts.kv_bits import check_same_bits
 from mlx_m3_plugin.model.host import KeysValues, Quantized
+
+from . import parts
+
+upstream: Any = parts.upstream("language")
 
 
 class MiniMaxM3KVCache(upstream.MiniMaxM3KVCache):

@@ -3,9 +3,11 @@
 from dataclasses import dataclass, field
 from typing import Any
 
-from mlx_vlm.models.minimax_m3_vl import config as upstream
-
 from mlx_m3_plugin.hosts.loading import text_config_as_set
+
+from . import parts
+
+upstream: Any = parts.upstream("config")
 
 
 class VisionConfig(upstream.VisionConfig):

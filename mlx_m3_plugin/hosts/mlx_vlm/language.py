@@ -5,12 +5,12 @@ from typing import Any
 
 import mlx.core as mx
 from mlx_vlm.models.base import LanguageModelOutput
-from mlx_vlm.models.minimax_m3_vl import language as upstream
 
 from mlx_m3_plugin.model import decoder
 from mlx_m3_plugin.model.config import TextConfig
 from mlx_m3_plugin.model.sharding import shard_layers
 
+from . import parts
 from .cache import make_layer_cache
 from .host import MLX_VLM
 from .padding import add_padding, cache_for_padding
@@ -26,6 +26,8 @@ _NOT_TAKEN = (
     "input_embeddings",
     "per_layer_inputs",
 )
+
+upstream: Any = parts.upstream("language")
 
 
 class TextModel(decoder.TextModel):

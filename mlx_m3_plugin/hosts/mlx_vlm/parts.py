@@ -1,11 +1,14 @@
 """Upstream's parts that ours are built from, and whether the installed mlx-vlm has them.
 
-The vision tower, the projectors, the processors and the caches are mlx-vlm's own.  Imports here
-are of sub-modules, which stay upstream's while we serve the package around them.
+The vision tower, the projectors, the processors and the caches are mlx-vlm's own, in sub-modules
+that stay upstream's while we serve the package around them.  :func:`upstream` loads one.
 """
 
+import importlib.machinery
 import inspect
+import sys
 from importlib import import_module
+from types import ModuleType
 from typing import Any
 
 _M3 = "mlx_vlm.models.minimax_m3_vl"
@@ -43,6 +46,34 @@ class PartsDoNotFitError(ImportError):
     fall_back_to_native = True
 
 
+def upstream(name: str) -> ModuleType:
+    """Upstream's own sub-module ``name`` of ``mlx_vlm.models.minimax_m3_vl``.
+
+    Importing it would import the package first.  Where that is ours, it needs the very modules that
+    ask here, so an empty package stands in for it while the sub-module is loaded.
+    """
+    if _M3 in sys.modules:
+        return _bound(name)
+    models = import_module("mlx_vlm.models")
+    found = importlib.machinery.PathFinder.find_spec(_M3, models.__path__)
+    if found is None or found.submodule_search_locations is None:
+        raise _misfit(_M3)
+    package = ModuleType(_M3)
+    package.__path__ = list(found.submodule_search_locations)
+    sys.modules[_M3] = package
+    try:
+        return _bound(name)
+    finally:
+        del sys.modules[_M3]
+
+
+def _bound(name: str) -> ModuleType:
+    module = import_module(f"{_M3}.{name}")
+    # The import system does this only for the package that was there at the first import.
+    setattr(sys.modules[_M3], name, module)
+    return module
+
+
 def check_parts() -> None:
     """Look for all of upstream's parts.
 
@@ -60,8 +91,9 @@ def check_parts() -> None:
 
 
 def _find(module: str, name: str) -> Any:
+    package, _, leaf = module.rpartition(".")
     try:
-        return getattr(import_module(module), name)
+        return getattr(upstream(leaf) if package == _M3 else import_module(module), name)
     except (ImportError, AttributeError) as error:
         raise _misfit(f"{module}.{name}") from error
 

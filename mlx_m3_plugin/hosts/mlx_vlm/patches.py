@@ -1,64 +1,50 @@
 """Extensions of mlx-vlm modules that it does not look up by name."""
 
-from collections.abc import Callable
-from functools import wraps
-from inspect import signature
+from os import PathLike
+from pathlib import Path
+from types import ModuleType
 from typing import Any
 
 from mlx_m3_plugin.chat.reasoning import THINK_END, THINK_START
-from mlx_m3_plugin.chat.vocabulary import is_m3
-from mlx_m3_plugin.hosts.mlx_vlm.prompts import knows_open_prompts, with_template, with_tokenizers
+from mlx_m3_plugin.hosts.checks import strictly, with_checks
+from mlx_m3_plugin.hosts.mlx_vlm.identity import is_m3
+from mlx_m3_plugin.hosts.mlx_vlm.prompts import auto_processor, knows_open_prompts, load_processor
+from mlx_m3_plugin.hosts.patching import Arguments, Loader, call, each, find, for_m3
 from mlx_m3_plugin.weights import with_quantization
-from mlx_m3_plugin.weights.files import strictly, with_checks
+from mlx_m3_plugin.weights.files import MODEL_TYPES
 
 
-def utils(module: Any, load_entry_points: Callable[[str], list[Any]]) -> list[str]:
+def utils(module: ModuleType, load_entry_points: Loader) -> list[str]:
     """Check the files of M3 checkpoints when they are loaded, and save models in mlx-vlm's own layout."""
-    module.load_model = with_checks(module.load_model)
-    module.sharded_load = strictly(module.sharded_load)
-    module.load_processor = with_template(module.load_processor)
-    if hasattr(module, "AutoProcessor"):
-        module.AutoProcessor = with_tokenizers(module.AutoProcessor)
-    if knows_open_prompts(module.ThinkingBudgetCriteria):
-        _count_m3_thinking(module.ThinkingBudgetCriteria)
-    save_weights, save_config = module.save_weights, module.save_config
-    # What save_config has to say of the weights that save_weights has just written.
-    described: list[dict[str, Any]] = []
-
-    @wraps(save_weights)
-    def save_weights_as_stored(save_path: Any, model: Any, **kwargs: Any) -> None:
-        if hasattr(model, "as_stored"):
-            model, description = model.as_stored()
-            described[:] = [description]
-        save_weights(save_path, model, **kwargs)
-
-    @wraps(save_config)
-    def save_described_config(config: dict[str, Any], config_path: Any) -> None:
-        if described and config.get("model_type") in ("minimax_m3_vl", "minimax_m3"):
-            config = describe(config, described.pop())
-        save_config(config, config_path)
-
-    module.save_weights, module.save_config = save_weights_as_stored, save_described_config
-    return [
-        "load_model checks the files of M3 checkpoints, sharded_load is strict about them",
-        "save_weights writes mlx-vlm's own M3 layout",
-        "thinking budgets",
-    ]
+    return each(
+        module, _load_model, _sharded_load, load_processor, auto_processor, _thinking_budgets, _saving
+    )
 
 
-def _count_m3_thinking(criteria: Any) -> None:
+def _load_model(module: Any) -> str:
+    module.load_model = with_checks(find(module, "load_model", "model_path", "lazy"))
+    return "load_model checks the files of M3 checkpoints"
+
+
+def _sharded_load(module: Any) -> str:
+    module.sharded_load = strictly(find(module, "sharded_load"))
+    return "sharded_load is strict about M3 checkpoints"
+
+
+def _thinking_budgets(module: Any) -> str:
     """``--thinking-budget`` for M3, where nobody has named the markers.
 
     Those of other models are in M3's vocabulary as well, and never come.  mlx-vlm then takes the
     prompt for one that opens no reasoning; ``enable_thinking`` has M3's open it.
     """
-    init = criteria.__init__
+    criteria = find(module, "ThinkingBudgetCriteria")
+    parameters = ("tokenizer", "thinking_start_token", "thinking_end_token", "enable_thinking")
+    init = find(module, "ThinkingBudgetCriteria.__init__", *parameters)
+    if not knows_open_prompts(criteria):
+        return "no thinking budgets: this mlx-vlm does not know whether a prompt opens reasoning"
 
-    @wraps(init)
-    def __init__(self: Any, tokenizer: Any, *args: Any, **kwargs: Any) -> None:
-        given = signature(init).bind(self, tokenizer, *args, **kwargs)
-        given.apply_defaults()
-        if is_m3(tokenizer) and given.arguments["thinking_start_token"] in (None, "<think>"):
+    def init_for_m3(given: Arguments) -> None:
+        if given.arguments["thinking_start_token"] in (None, "<think>"):
             opened = bool(given.arguments["enable_thinking"])
             given.arguments.update(
                 thinking_start_token=THINK_START,
@@ -66,9 +52,48 @@ def _count_m3_thinking(criteria: Any) -> None:
                 prompt_preopens_thinking=opened,
                 enable_thinking=True,
             )
-        init(*given.args, **given.kwargs)
+        call(init, given)
 
-    criteria.__init__ = __init__
+    criteria.__init__ = for_m3(init, lambda given: is_m3(given["tokenizer"]), init_for_m3)
+    return "thinking budgets"
+
+
+def _saving(module: Any) -> str:
+    """Have ``save_weights`` write mlx-vlm's own layout, and ``save_config`` describe it."""
+    save_weights = find(module, "save_weights", "save_path", "model")
+    save_config = find(module, "save_config", "config", "config_path")
+    # What save_config has to say of the weights that save_weights has written: by directory.
+    described: dict[Path | None, dict[str, Any]] = {}
+
+    def save_m3(given: Arguments) -> None:
+        given.arguments["model"], description = given.arguments["model"].as_stored()
+        call(save_weights, given)
+        described[_real(given.arguments["save_path"])] = description
+
+    def is_described(given: Any) -> bool:
+        directory = _real(given["config_path"], parent=True) if described else None
+        config = given["config"]
+        return directory in described and isinstance(config, dict) and config.get("model_type") in MODEL_TYPES
+
+    def save_described(given: Arguments) -> None:
+        description = described.pop(_real(given.arguments["config_path"], parent=True))
+        given.arguments["config"] = describe(given.arguments["config"], description)
+        call(save_config, given)
+
+    # Only our classes have the method.
+    module.save_weights = for_m3(
+        save_weights, lambda given: hasattr(type(given["model"]), "as_stored"), save_m3
+    )
+    module.save_config = for_m3(save_config, is_described, save_described)
+    return "save_weights writes mlx-vlm's own M3 layout"
+
+
+def _real(path: Any, parent: bool = False) -> Path | None:
+    """The path, or the directory it is in, without links; None for what is no path."""
+    if not isinstance(path, (str, PathLike)):
+        return None
+    real = Path(path).resolve()
+    return real.parent if parent else real
 
 
 def describe(config: dict[str, Any], description: dict[str, Any]) -> dict[str, Any]:

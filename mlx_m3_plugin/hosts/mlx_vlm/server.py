@@ -1,56 +1,87 @@
 """``mlx_vlm.server`` for M3: what requests ask for, and replies taken apart by M3's markers.
 
-The server's own functions find out that a model is M3 by its opening marker, which
-:func:`arguments_of` sets where others leave it to be guessed.
+A request is M3's if its processor is; from then on :func:`arguments_of` says it, by its class and by
+the opening marker, which others leave to be guessed.
 """
 
 import dataclasses
 import json
+import logging
 from collections.abc import Callable, Iterator, Mapping
 from functools import cache, wraps
-from types import SimpleNamespace
+from types import ModuleType
 from typing import Any
 
-from mlx_m3_plugin.chat.history import prepared
-from mlx_m3_plugin.chat.reasoning import THINK_END, THINK_START, thinking_mode
+from mlx_m3_plugin.chat.reasoning import THINK_END, THINK_START
 from mlx_m3_plugin.chat.reply import ReplyParser, ReplySplitter
 from mlx_m3_plugin.chat.rewriting import ReplyRewriter
 from mlx_m3_plugin.chat.tool_calls import tool_call_start
-from mlx_m3_plugin.hosts.mlx_vlm.prompts import is_m3_processor, knows_open_prompts
+from mlx_m3_plugin.hosts.mlx_vlm.identity import is_m3
+from mlx_m3_plugin.hosts.mlx_vlm.prompts import PARSER_NAME
+from mlx_m3_plugin.hosts.mlx_vlm.requests import M3Arguments, arguments_of
+from mlx_m3_plugin.hosts.patching import (
+    Arguments,
+    Loader,
+    UpstreamChangedError,
+    call,
+    check_takes,
+    check_uses,
+    each,
+    find,
+    for_m3,
+    named,
+)
 
-Loader = Callable[[str], list[Any]]
+log = logging.getLogger("mlx_m3_plugin")
 
 
 # --- what requests ask for ---
 
 
-def endpoints(module: Any, load_entry_points: Loader) -> list[str]:
+def endpoints(module: ModuleType, load_entry_points: Loader) -> list[str]:
     """``mlx_vlm.server.openai`` and ``.anthropic``, which are given what they call when they start."""
-    register = module.register_routes
+    return each(module, _register_routes)
+
+
+def _register_routes(module: Any) -> str:
+    register = find(module, "register_routes", "app", "deps")
+    check_uses(register, *_OURS)
 
     @wraps(register)
-    def register_routes(app: Any, deps: Any) -> Any:
-        given = SimpleNamespace(**vars(deps))
-        given.build_gen_args = _with_m3_arguments(deps.build_gen_args)
-        given.count_thinking_tag_tokens = _with_no_m3_tags(deps.count_thinking_tag_tokens)
-        return register(app, given)
+    def register_routes(app: Any, deps: Any, *args: Any, **kwargs: Any) -> Any:
+        return register(app, _Dependencies(deps), *args, **kwargs)
 
     module.register_routes = register_routes
-    return ["thinking modes and template arguments of requests"]
+    return "thinking modes and template arguments of requests"
+
+
+class _Dependencies:
+    """What the endpoints are given, with ours in the place of some of it, as they ask for it."""
+
+    def __init__(self, deps: Any) -> None:
+        self._deps = deps
+
+    def __getattr__(self, name: str) -> Any:
+        given = getattr(self._deps, name)
+        if name not in _OURS:
+            return given
+        try:
+            return _OURS[name](given)
+        except UpstreamChangedError as error:
+            log.warning("mlx-m3-plugin: %s; requests to MiniMax-M3 are read as those to other models", error)
+            return given
 
 
 def _with_m3_arguments(build_gen_args: Callable[..., Any]) -> Callable[..., Any]:
-    @wraps(build_gen_args)
-    def build(request: Any, processor: Any = None, *args: Any, **kwargs: Any) -> Any:
-        made = build_gen_args(request, processor, *args, **kwargs)
-        if not is_m3_processor(processor):
-            return made
+    def build(given: Arguments) -> Any:
+        made = call(build_gen_args, given)
         try:
-            return arguments_of(made, request)
+            return arguments_of(made, given.arguments["request"])
         except ValueError as error:
             raise _refusal(str(error)) from error
 
-    return build
+    check_takes(build_gen_args, "request", "processor")
+    return for_m3(build_gen_args, lambda given: is_m3(given["processor"]), build)
 
 
 def _refusal(why: str) -> Exception:
@@ -66,142 +97,52 @@ def _refusal(why: str) -> Exception:
 
 def _with_no_m3_tags(count: Callable[..., int]) -> Callable[..., int]:
     """All that M3 has generated is counted: the prompt may have opened the reasoning."""
-
-    @wraps(count)
-    def counted(text: str, start: Any = None, end: Any = None) -> int:
-        return 0 if start == THINK_START else count(text, start, end)
-
-    return counted
+    check_takes(count, "thinking_start_token")
+    return for_m3(count, lambda given: _is_m3_marker(given["thinking_start_token"]), lambda given: 0)
 
 
-def arguments_of(made: Any, request: Any) -> Any:
-    """``GenerationArguments`` for M3, from upstream's and the request.
-
-    Raises:
-        ValueError: an unknown thinking mode, or a history with arguments that are no JSON object.
-    """
-    _check_history(request)
-    template = dict(getattr(request, "chat_template_kwargs", None) or {})
-    mode = _mode_of(request, template, made)
-    template.pop("enable_thinking", None)
-    arguments = {f.name: getattr(made, f.name) for f in dataclasses.fields(made)}
-    arguments |= {
-        "enable_thinking": _may_think(mode, made),
-        "thinking_start_token": THINK_START,
-        "thinking_end_token": THINK_END,
-        # The markers may be special tokens, and have to be seen.
-        "skip_special_tokens": False,
-        "template_arguments": template | ({"thinking_mode": mode} if mode else {}),
-        "tools": _offered_tools(request),
-    }
-    base: Any = type(made)
-    return _arguments_class(base)(**arguments)
+_OURS = {"build_gen_args": _with_m3_arguments, "count_thinking_tag_tokens": _with_no_m3_tags}
 
 
-def _mode_of(request: Any, template: dict[str, Any], made: Any) -> str | None:
-    """M3's own name goes first, then what the request says otherwise, then the command line."""
-    asked = [
-        {"thinking_mode": getattr(request, "thinking_mode", None)},
-        {"thinking_mode": template.get("thinking_mode")},
-        {"thinking_mode": "adaptive" if _field(request, "thinking", "type") == "adaptive" else None},
-        {"enable_thinking": _said(request, "enable_thinking")},
-        {"enable_thinking": template.get("enable_thinking")},
-        # Upstream's reading of ``reasoning`` and ``reasoning_effort``; None if there was none.
-        {"enable_thinking": getattr(made, "reasoning", None)},
-        {"enable_thinking": made.enable_thinking or None},
-    ]
-    return next(filter(None, map(thinking_mode, asked)), None)
-
-
-def _may_think(mode: str | None, made: Any) -> bool:
-    """Upstream's ``enable_thinking``: whether reasoning is shown, limited, and waited for."""
-    if mode == "enabled" or mode == "disabled":
-        return mode == "enabled"
-    from mlx_vlm.utils import ThinkingBudgetCriteria
-
-    has_budget = made.thinking_budget is not None and knows_open_prompts(ThinkingBudgetCriteria)
-    # A grammar would wait for the end of a reasoning that may never begin.
-    return made.logits_processors is None and (made.enable_thinking or has_budget)
-
-
-def _said(request: Any, name: str) -> Any:
-    """A field's value if the client has sent it, and not if it is a default."""
-    return getattr(request, name, None) if name in getattr(request, "model_fields_set", ()) else None
-
-
-def _field(request: Any, name: str, key: str) -> Any:
-    value = _plain(getattr(request, name, None))
-    return value.get(key) if isinstance(value, Mapping) else None
-
-
-def _plain(value: Any) -> Any:
-    return value.model_dump() if hasattr(value, "model_dump") else value
-
-
-def _check_history(request: Any) -> None:
-    """Upstream takes arguments that cannot be read for none."""
-    messages = list(map(_plain, getattr(request, "messages", None) or ()))
-    items = getattr(request, "input", None)
-    for item in items if isinstance(items, list) else ():
-        if isinstance(item, Mapping) and item.get("type") == "function_call":
-            messages.append({"role": "assistant", "tool_calls": [item]})
-    prepared(messages)
-
-
-def _offered_tools(request: Any) -> list[Any]:
-    """In the form of chat completions, whichever of three forms they have come in."""
-    if getattr(request, "tool_choice", None) == "none":
-        return []
-    offered = []
-    for tool in map(_plain, getattr(request, "tools", None) or ()):
-        if isinstance(tool, Mapping) and "function" not in tool:
-            parameters = tool.get("parameters", tool.get("input_schema"))
-            tool = {"function": {"name": tool.get("name"), "parameters": parameters}}
-        offered.append(tool)
-    return offered
-
-
-class _M3Arguments:
-    """What M3's generation arguments do differently."""
-
-    def to_template_kwargs(self) -> dict[str, Any]:
-        return super().to_template_kwargs() | self.template_arguments  # type: ignore[misc,attr-defined]
-
-
-@cache
-def _arguments_class(base: Any) -> Any:
-    fields = [
-        (name, kind, dataclasses.field(default_factory=kind))
-        for name, kind in (("template_arguments", dict), ("tools", list))
-    ]
-    return dataclasses.make_dataclass(base.__name__, fields, bases=(_M3Arguments, base))
+def _is_m3_marker(token: Any) -> bool:
+    return isinstance(token, str) and token == THINK_START
 
 
 # --- replies ---
 
 
-def generation(module: Any, load_entry_points: Loader) -> list[str]:
+def generation(module: ModuleType, load_entry_points: Loader) -> list[str]:
     """``mlx_vlm.server.generation``: every reply of M3 comes through here."""
-    generator = module.ResponseGenerator
-    generate, has_open, is_closed = (
-        getattr(generator, name, None)
-        for name in ("generate", "_prompt_has_open_thinking", "_prompt_thinking_already_closed")
-    )
+    return each(module, _generate, _open_thinking)
 
-    @wraps(generate)  # type: ignore[arg-type]
-    def generate_rewritten(self: Any, prompt: Any, *args: Any, **kwargs: Any) -> Any:
-        context, tokens = generate(self, prompt, *args, **kwargs)  # type: ignore[misc]
-        if not is_m3_processor(self.processor):
-            return context, tokens
-        asked = kwargs.get("args", args[2] if len(args) > 2 else None)
-        return context, _RewrittenTokens(tokens, _rewriter(prompt, asked))
 
-    generator.generate = generate_rewritten
-    if has_open and is_closed:
-        # M3's instructions, and what users write, hold both markers: only the prompt's end counts.
-        generator._prompt_has_open_thinking = _at_prompt_end(has_open, THINK_START)
-        generator._prompt_thinking_already_closed = _at_prompt_end(is_closed, THINK_END)
-    return ["replies whose markers come whole"]
+def _generate(module: Any) -> str:
+    generate = find(module, "ResponseGenerator.generate", "prompt")
+
+    def given_arguments(given: Mapping[str, Any]) -> Any:
+        return named(given.values(), M3Arguments)
+
+    def generate_rewritten(given: Arguments) -> Any:
+        context, tokens = call(generate, given)
+        rewriter = _rewriter(given.arguments["prompt"], given_arguments(given.arguments))
+        return context, _RewrittenTokens(tokens, rewriter)
+
+    ours = for_m3(generate, lambda given: given_arguments(given) is not None, generate_rewritten)
+    module.ResponseGenerator.generate = ours
+    return "replies whose markers come whole"
+
+
+def _open_thinking(module: Any) -> str:
+    """M3's instructions, and what users write, hold both markers: only the prompt's end counts."""
+    generator = find(module, "ResponseGenerator")
+    markers = {"_prompt_has_open_thinking": THINK_START}
+    # Not there before mlx-vlm 0.7.
+    if hasattr(generator, "_prompt_thinking_already_closed"):
+        markers["_prompt_thinking_already_closed"] = THINK_END
+    asks = {name: find(module, f"ResponseGenerator.{name}", "args", "input_ids") for name in markers}
+    for name, marker in markers.items():
+        setattr(generator, name, _at_prompt_end(asks[name], marker))
+    return "reasoning that the end of a prompt opens"
 
 
 def _rewriter(prompt: Any, arguments: Any) -> ReplyRewriter:
@@ -211,14 +152,13 @@ def _rewriter(prompt: Any, arguments: Any) -> ReplyRewriter:
 
 
 def _at_prompt_end(asks: Callable[..., bool], marker: str) -> Callable[..., bool]:
-    @wraps(asks)
-    def answer(self: Any, arguments: Any, input_ids: Any, *args: Any, **kwargs: Any) -> bool:
-        if arguments.thinking_start_token != THINK_START:
-            return asks(self, arguments, input_ids, *args, **kwargs)
+    def answer(given: Arguments) -> bool:
+        generator, arguments, input_ids = (given.arguments[name] for name in ("self", "args", "input_ids"))
         tokens = input_ids.flatten().tolist() if input_ids is not None else []
-        return arguments.enable_thinking and tokens[-1:] == [self.tokenizer.convert_tokens_to_ids(marker)]
+        end = [generator.tokenizer.convert_tokens_to_ids(marker)]
+        return arguments.enable_thinking and tokens[-1:] == end
 
-    return answer
+    return for_m3(asks, lambda given: isinstance(given["args"], M3Arguments), answer)
 
 
 class _RewrittenTokens:
@@ -249,43 +189,64 @@ class _RewrittenTokens:
             yield dataclasses.replace(token, text=rest, token_count=0)
 
 
-def responses_state(module: Any, load_entry_points: Loader) -> list[str]:
+def responses_state(module: ModuleType, load_entry_points: Loader) -> list[str]:
     """``mlx_vlm.server.responses_state``: what takes replies apart, given M3's opening marker."""
-    state, delta, split = module.ThinkingStreamState, module.ThinkingStreamDelta, module._split_thinking
-    pairs_of, feed = state._build_open_close_markers.__func__, state.feed
+    return each(module, _thinking_stream, _split_thinking, _text_after_calls)
 
-    @classmethod  # type: ignore[misc]
-    @wraps(pairs_of)
-    def _build_open_close_markers(cls: Any, start: Any, end: Any) -> Any:
+
+def _thinking_stream(module: Any) -> str:
+    state = find(module, "ThinkingStreamState")
+    start, end = "thinking_start_token", "thinking_end_token"
+    init = find(module, "ThinkingStreamState.__init__", start, end)
+    pairs_of = find(module, "ThinkingStreamState._build_open_close_markers", start, end).__func__
+    find(module, "ThinkingStreamState.feed", "text")
+    find(module, "ThinkingStreamDelta", "reasoning", "content", "thinking_closed")
+
+    def starts_with_m3(given: Mapping[str, Any]) -> bool:
+        return _is_m3_marker(given[start])
+
+    def become_m3(given: Arguments) -> None:
+        call(init, given)
+        made = given.arguments["self"]
+        base: Any = type(made)
+        made.__class__ = _m3_stream(base, module.ThinkingStreamDelta)
+
+    def pairs_of_m3(given: Arguments) -> Any:
         # ``<think>`` in a reply of M3 is text.
-        return ((start, end),) if start == THINK_START else pairs_of(cls, start, end)
+        return ((given.arguments[start], given.arguments[end]),)
 
-    @wraps(feed)
-    def feed_m3(self: Any, text: Any, *args: Any, **kwargs: Any) -> Any:
-        if self.open_close_markers[0][0] != THINK_START:
-            return feed(self, text, *args, **kwargs)
-        splitter = getattr(self, "_m3_splitter", None)
-        if splitter is None:
-            # The text itself says whether it begins in reasoning.
-            splitter = self._m3_splitter = ReplySplitter()
-        was_in_reasoning = splitter.in_reasoning
-        reasoning, content = _split(splitter, text or "")
-        closed = was_in_reasoning and not splitter.in_reasoning
-        return delta(reasoning=reasoning or None, content=content or None, thinking_closed=closed)
+    state.__init__ = for_m3(init, starts_with_m3, become_m3)
+    state._build_open_close_markers = classmethod(for_m3(pairs_of, starts_with_m3, pairs_of_m3))
+    return f"{THINK_START} in replies that stream"
 
-    @wraps(split)
-    def _split_thinking(text: Any, start: Any = None, *args: Any, **kwargs: Any) -> Any:
-        if not text or start != THINK_START:
-            return split(text, start, *args, **kwargs)
-        reasoning, content = _split(ReplySplitter(), text)
+
+@cache
+def _m3_stream(base: Any, delta: Any) -> Any:
+    class M3Stream(base):  # type: ignore[misc]
+        """The text itself says whether it begins in reasoning."""
+
+        def feed(self, text: Any, *args: Any, **kwargs: Any) -> Any:
+            splitter = self.__dict__.setdefault("_m3_splitter", ReplySplitter())
+            was_in_reasoning = splitter.in_reasoning
+            reasoning, content = _split(splitter, text or "")
+            closed = was_in_reasoning and not splitter.in_reasoning
+            return delta(reasoning=reasoning or None, content=content or None, thinking_closed=closed)
+
+    return M3Stream
+
+
+def _split_thinking(module: Any) -> str:
+    split = find(module, "_split_thinking", "text", "thinking_start_token")
+
+    def split_m3(given: Arguments) -> Any:
+        reasoning, content = _split(ReplySplitter(), given.arguments["text"])
         return reasoning or None, content
 
-    state._build_open_close_markers = _build_open_close_markers
-    state.feed = feed_m3
-    module._split_thinking = _split_thinking
-    if hasattr(module, "suppress_tool_call_content"):
-        _show_text_after_calls(module)
-    return [f"{THINK_START}, and several reasonings in one reply"]
+    def is_m3_text(given: Mapping[str, Any]) -> bool:
+        return _is_m3_marker(given["thinking_start_token"]) and bool(given["text"])
+
+    module._split_thinking = for_m3(split, is_m3_text, split_m3)
+    return "several reasonings in one reply"
 
 
 def _split(splitter: ReplySplitter, text: str) -> tuple[str, str]:
@@ -298,36 +259,49 @@ def _split(splitter: ReplySplitter, text: str) -> tuple[str, str]:
     return said["reasoning"], said["content"]
 
 
-def _show_text_after_calls(module: Any) -> None:
+def _text_after_calls(module: Any) -> str:
     """mlx-vlm 0.6 shows nothing more of a reply once a call has begun."""
-    suppress = module.suppress_tool_call_content
+    if not hasattr(module, "suppress_tool_call_content"):
+        return "text after calls, as mlx-vlm shows it"
+    suppress = find(module, "suppress_tool_call_content", "tc_start", "delta_content")
 
-    @wraps(suppress)
-    def suppress_tool_call_content(full_output: str, in_call: bool, start: Any, content: Any) -> Any:
-        if start != tool_call_start or not content:
-            return suppress(full_output, in_call, start, content)
+    def show(given: Arguments) -> Any:
         parser = ReplyParser()
-        events = parser.feed(content) + parser.finish()
+        events = parser.feed(given.arguments["delta_content"]) + parser.finish()
         return False, "".join(event.text for event in events if event.kind == "content") or None
 
-    module.suppress_tool_call_content = suppress_tool_call_content
+    def is_m3_content(given: Mapping[str, Any]) -> bool:
+        start = given["tc_start"]
+        return isinstance(start, str) and start == tool_call_start and bool(given["delta_content"])
+
+    module.suppress_tool_call_content = for_m3(suppress, is_m3_content, show)
+    return "text after calls"
 
 
-def tool_streaming(module: Any, load_entry_points: Loader) -> list[str]:
-    """``mlx_vlm.tools.streaming``: a call of M3 is told when it is complete, not when all is."""
-    state = module.ToolCallDeltaState
-    feed = state.feed
+def tool_streaming(module: ModuleType, load_entry_points: Loader) -> list[str]:
+    """``mlx_vlm.tools.streaming``: a call of M3 is sent when it is complete, not when all are."""
+    return each(module, _tool_deltas)
 
-    @wraps(feed)
-    def feed_m3(self: Any, text: Any) -> Any:
-        if not self.tools or getattr(self.module, "tool_call_start", None) != tool_call_start:
-            return feed(self, text)
-        parser = ReplyParser(self.tools)
+
+def _tool_deltas(module: Any) -> str:
+    feed = find(module, "ToolCallDeltaState.feed", "text")
+    check_uses(feed, "tools", "parser_name")
+    find(module, "ToolCallDeltaState._update", "index", "name", "arguments")
+    check_uses(find(module, "ToolCallDeltaState.__init__"), "calls")
+
+    def reads_m3(given: Mapping[str, Any]) -> bool:
+        # In upstream's own order; what is not there is not read.
+        state = given["self"]
+        return bool(getattr(state, "tools", None)) and getattr(state, "parser_name", None) == PARSER_NAME
+
+    def feed_m3(given: Arguments) -> Any:
+        state, text = given.arguments["self"], given.arguments["text"]
+        parser = ReplyParser(state.tools)
         calls = [event.call for event in parser.feed(text or "") + parser.finish() if event.call]
         return [
-            self._update(len(self.calls), call.name.strip(), json.dumps(call.arguments, ensure_ascii=False))
+            state._update(len(state.calls), call.name.strip(), json.dumps(call.arguments, ensure_ascii=False))
             for call in calls
         ]
 
-    state.feed = feed_m3
-    return ["calls as they are completed"]
+    module.ToolCallDeltaState.feed = for_m3(feed, reads_m3, feed_m3)
+    return "calls as they are completed"

@@ -72,7 +72,7 @@ def model_card(plan: Plan) -> str:
         pipeline="image-text-to-text" if plan.source.vision else "text-generation",
         recipe=plan.recipe.name,
         summary=plan.recipe.summary.rstrip("."),
-        source=plan.source.directory.name,
+        source=plan.source.title,
         version=__version__,
         size=size_in_words(plan.nbytes),
         bits=plan.bits_per_weight,

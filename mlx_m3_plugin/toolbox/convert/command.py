@@ -12,18 +12,19 @@ from ..evaluate.evaluation import default_cache
 from ..machine import default_memory
 from ..new_directory import STATE, new_directory, unfinished_of
 from ..progress import bytes_bar, layers_bar
+from ..text_files import read_text
 from .prepare import Prepared, prepare
 from .recipe import load_recipe, recipe_names
 from .run import Space, check_unfinished, report, space_for, write
 from .text import plan_lines, report_lines
 
 
-def list_recipes() -> list[str]:
+def list_recipes() -> dict[str, str]:
+    """The summary of each recipe by its name."""
     from ...model.config import TextConfig
 
     config = TextConfig()
-    width = max(map(len, recipe_names()))
-    return [f"{name.ljust(width)}  {load_recipe(name, config).summary}" for name in recipe_names()]
+    return {name: load_recipe(name, config).summary for name in recipe_names()}
 
 
 def convert_command(
@@ -47,7 +48,7 @@ def convert_command(
         source,
         recipe,
         sensitivity=sensitivity,
-        text=None if text_file is None else Path(text_file).expanduser().read_text(encoding="utf-8"),
+        text=None if text_file is None else read_text(Path(text_file).expanduser()),
         cache=default_cache(),
         memory=memory // 2,
         watch=layers_bar,

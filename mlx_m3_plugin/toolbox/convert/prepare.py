@@ -76,7 +76,7 @@ def prepare(
         ids = read_texts(checkpoint.directory, text or built_in_text(), None, _WINDOW)
         texts = type(ids)(ids.windows[: _TOKENS // _WINDOW])
         base = How(int(wanted.plan.get("base_bits", 4)), wanted.default.group_size)
-        progress = watch(f"sensitivity of {checkpoint.directory.name}", layers)
+        progress = watch(f"sensitivity of {checkpoint.title}", layers)
         scores = measure_sensitivity(
             checkpoint, texts, base, cache, memory=memory, step=_STEP, progress=progress
         )

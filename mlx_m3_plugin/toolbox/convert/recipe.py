@@ -23,6 +23,8 @@ from typing import Any
 
 from ...model.config import TextConfig
 from ..precision import How
+from ..suggestions import did_you_mean
+from ..text_files import read_text
 from .matrices import PARTS, Matrix
 
 if sys.version_info >= (3, 11):
@@ -98,32 +100,35 @@ def load_recipe(name_or_path: str, config: TextConfig) -> Recipe:
         return parse_recipe(name_or_path, text, config)
     path = Path(name_or_path).expanduser()
     if not path.is_file():
+        meant = did_you_mean(name_or_path, recipe_names())
         raise RecipeError(
-            f"{name_or_path} is no recipe: neither a file nor one of {', '.join(recipe_names())}"
+            f"{name_or_path} is no recipe{meant}: neither a file nor one of {', '.join(recipe_names())}"
         )
-    return parse_recipe(path.stem, path.read_text(encoding="utf-8"), config)
+    return parse_recipe(path.stem, read_text(path), config, file=path)
 
 
-def parse_recipe(name: str, text: str, config: TextConfig) -> Recipe:
+def parse_recipe(name: str, text: str, config: TextConfig, file: Path | None = None) -> Recipe:
+    """``file``: where ``text`` is from, for errors to name."""
+    where = name if file is None else str(file)
     try:
         content = tomllib.loads(text)
     except tomllib.TOMLDecodeError as error:
-        raise RecipeError(f"{name}: not TOML ({error})") from None
-    _check_keys(name, content, {"summary", "default", "rule", "plan"})
+        raise RecipeError(f"{where}: not TOML ({error})") from None
+    _check_keys(where, content, {"summary", "default", "rule", "plan"})
     if not isinstance(content.get("default"), dict):
-        raise RecipeError(f"{name}: there is no [default] to say how most matrices are stored")
+        raise RecipeError(f"{where}: there is no [default] to say how most matrices are stored")
     rules = content.get("rule", [])
     if not isinstance(rules, list) or not all(isinstance(rule, dict) for rule in rules):
-        raise RecipeError(f"{name}: rules are written as [[rule]]")
+        raise RecipeError(f"{where}: rules are written as [[rule]]")
     plan = content.get("plan", {})
     if not isinstance(plan, dict):
-        raise RecipeError(f"{name}: a plan is written as [plan]")
-    _check_keys(f"{name}: [plan]", plan, _PLAN_KEYS)
+        raise RecipeError(f"{where}: a plan is written as [plan]")
+    _check_keys(f"{where}: [plan]", plan, _PLAN_KEYS)
     return Recipe(
         name,
         str(content.get("summary", "")),
-        _how(f"{name}: [default]", content["default"]),
-        tuple(_rule(f"{name}: rule {n}", rule, config) for n, rule in enumerate(rules, 1)),
+        _how(f"{where}: [default]", content["default"]),
+        tuple(_rule(f"{where}: rule {n}", rule, config) for n, rule in enumerate(rules, 1)),
         plan,
         text,
     )
@@ -135,9 +140,8 @@ def _rule(where: str, content: dict[str, Any], config: TextConfig) -> Rule:
         raise RecipeError(f'{where} names no parts, such as parts = ["attention", "experts.down_proj"]')
     unknown = [part for part in parts if part not in PARTS]
     if unknown:
-        raise RecipeError(
-            f"{where}: M3 has no {', '.join(map(str, unknown))}; its parts are {', '.join(PARTS)}"
-        )
+        words = ", ".join(map(str, unknown)) + did_you_mean(str(unknown[0]), PARTS)
+        raise RecipeError(f"{where}: M3 has no {words}; its parts are {', '.join(PARTS)}")
     layers = content.pop("layers", None)
     how = _how(where, content)
     if how.bits is not None and any(part.startswith("vision") for part in parts):
@@ -188,5 +192,6 @@ def _check_keys(where: str, content: Mapping[str, Any], known: set[str]) -> None
     unknown = sorted(content.keys() - known)
     if unknown:
         raise RecipeError(
-            f"{where}: {', '.join(unknown)} is no word of a recipe; these are: {', '.join(sorted(known))}"
+            f"{where}: {', '.join(unknown)} is no word of a recipe{did_you_mean(unknown[0], known)}; "
+            f"these are: {', '.join(sorted(known))}"
         )

@@ -25,6 +25,7 @@ from ..evaluate.walk import (
 from ..new_directory import LOCK, locked, replace_text
 from ..precision import How
 from ..streaming import States, StreamedLayer
+from ..text_files import read_json_object
 
 Scores = Mapping[int, float]
 
@@ -121,7 +122,7 @@ def read_scores(file: Path) -> dict[int, float]:
         ValueError: it is none.
     """
     try:
-        content = json.loads(file.read_text(encoding="utf-8"))
+        content = read_json_object(file)
         return {int(layer): float(score) for layer, score in content["scores"].items()}
     except (ValueError, KeyError, TypeError, AttributeError):
         raise ValueError(f'{file} is no map of sensitivity: {{"scores": {{"0": 0.01, ...}}}}') from None

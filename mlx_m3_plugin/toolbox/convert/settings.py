@@ -11,6 +11,7 @@ from ...weights.headers import INDEX
 from ..checksums import SUMS
 from ..inspect.source import CHAT_TEMPLATE_FILES
 from ..new_directory import LOCK, STATE
+from ..text_files import read_json_object
 from .card import model_card
 from .plan import Plan
 
@@ -92,7 +93,7 @@ def _around(flat: dict[str, Any], packed: dict[str, bool]) -> dict[str, Any]:
 def _forget_wrong_parser(file: Path) -> None:
     """An older mlx-lm has written ``json_tools``, with which calls are dropped, into its conversions."""
     try:
-        settings = json.loads(file.read_text(encoding="utf-8"))
+        settings = read_json_object(file)
     except FileNotFoundError:
         return
     if settings.pop("tool_parser_type", None) is not None:
@@ -103,7 +104,7 @@ def _has_template(directory: Path) -> bool:
     if any((directory / name).exists() for name in CHAT_TEMPLATE_FILES):
         return True
     file = directory / "tokenizer_config.json"
-    return file.exists() and bool(json.loads(file.read_text(encoding="utf-8")).get("chat_template"))
+    return file.exists() and bool(read_json_object(file).get("chat_template"))
 
 
 def _write_json(file: Path, content: dict[str, Any]) -> None:

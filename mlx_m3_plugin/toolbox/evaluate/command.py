@@ -3,8 +3,10 @@
 from pathlib import Path
 from typing import Any
 
+from ..checkpoint import open_checkpoint
 from ..machine import default_memory
 from ..progress import layers_bar
+from ..text_files import read_text
 from .evaluation import evaluate
 from .report import check_can_draw, draw, report_lines
 from .texts import built_in_text, read_texts
@@ -30,11 +32,11 @@ def evaluate_command(
         raise ValueError("--plot compares layers; it needs --reference")
     if plot is not None:
         check_can_draw(Path(plot).expanduser())
-    path = Path(checkpoint).expanduser()
+    path = open_checkpoint(checkpoint).directory
     text = built_in_text() if text_file is None else _read(text_file)
     texts = read_texts(path, text, tokens, context)
     found = evaluate(
-        path,
+        checkpoint,
         texts,
         reference=reference,
         cache=None if cache is None else Path(cache).expanduser(),
@@ -47,4 +49,4 @@ def evaluate_command(
 
 
 def _read(file: str) -> str:
-    return Path(file).expanduser().read_text(encoding="utf-8")
+    return read_text(Path(file).expanduser())

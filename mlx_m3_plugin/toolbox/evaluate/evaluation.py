@@ -91,7 +91,7 @@ def evaluate(
         our_walk = walk_through(ours, our_directory)
     found = _measured(ours, our_walk, texts)
     if theirs is not None:
-        found.reference, found.reference_perplexity = str(theirs.directory), reference_perplexity
+        found.reference, found.reference_perplexity = theirs.name, reference_perplexity
         _compare(found, ours, our_walk, theirs, their_walk, texts)
     return found
 
@@ -105,7 +105,7 @@ def _measured(checkpoint: Checkpoint, walked: Walk, texts: Texts) -> Evaluation:
     with _head(checkpoint) as head:
         value = perplexity(walked.states(), head, texts)
     return Evaluation(
-        str(checkpoint.directory),
+        checkpoint.name,
         len(texts.tokens),
         len(texts.windows),
         max(map(len, texts.windows)),
@@ -145,8 +145,7 @@ def _check_alike(ours: Checkpoint, theirs: Checkpoint) -> None:
         mine, other = getattr(ours.text_config, name), getattr(theirs.text_config, name)
         if mine != other:
             raise ValueError(
-                f"{theirs.directory} is no reference for {ours.directory}: "
-                f"{name} is {other} there and {mine} here"
+                f"{theirs.name} is no reference for {ours.name}: {name} is {other} there and {mine} here"
             )
 
 
@@ -160,7 +159,7 @@ def _check_tokens(checkpoint: Checkpoint, texts: Texts) -> None:
 def _progress(watch: Watch | None, checkpoint: Checkpoint) -> Progress:
     if watch is None:
         return lambda layer, count: None
-    return watch(checkpoint.directory.name, checkpoint.text_config.num_hidden_layers)  # type: ignore[no-any-return]
+    return watch(checkpoint.title, checkpoint.text_config.num_hidden_layers)  # type: ignore[no-any-return]
 
 
 def _locked(directory: Path, checkpoint: Checkpoint) -> AbstractContextManager[int]:

@@ -56,7 +56,8 @@ def read_texts(checkpoint: Path, text: str, tokens: int | None, context: int) ->
 
     try:
         tokenizer = AutoTokenizer.from_pretrained(checkpoint)
-    except (OSError, ValueError) as error:
+    # The readers of its files have exceptions of all kinds.
+    except Exception as error:
         raise ValueError(f"{checkpoint} has no tokenizer that can be read: {error}") from error
     # Not verbose: it would warn that the text is longer than the model's context, which it is cut for.
     return cut(tokenizer.encode(text, add_special_tokens=False, verbose=False), tokens, context)

@@ -81,15 +81,12 @@ class Inspection:
     def as_dict(self) -> dict[str, Any]:
         return {**asdict(self), "is_sound": self.is_sound}
 
-    def verify(self, watch: Watch) -> None:
-        """Read all shards, compare them with their checksums, and add what differs to the problems.
+    def verify(self, directory: Path, watch: Watch) -> None:
+        """Read all shards in ``directory``, and add those that differ from their checksums to the problems.
 
         Raises:
-            ValueError: it is not in a directory here, or has no checksums.
+            ValueError: there are no checksums.
         """
-        directory = Path(self.name).expanduser()
-        if not directory.is_dir():
-            raise ValueError(f"{self.name} is not on this disk; --verify reads a directory's files")
         self.verified = verify(directory, watch)
         self.problems += self.verified.problems
 
@@ -98,7 +95,7 @@ def inspect(path_or_repository: str | Path) -> Inspection:
     """Look at a checkpoint on disk, or at one on the Hub without downloading its weights.
 
     Raises:
-        OSError: it is neither a directory nor a repository that can be read.
+        OSError: it is neither a directory, nor a repository in the cache or on the Hub.
         ValueError: it is no MiniMax-M3 checkpoint.
     """
     return inspect_source(open_source(path_or_repository))
@@ -124,9 +121,12 @@ def inspect_source(source: Source) -> Inspection:
     found.problems += source.problems + _tokenizer_problems(source)
     found.readers = who_opens(source.config["model_type"], features)
     opens = {r.library: r.with_plugin.opens or r.without_plugin.opens for r in found.readers}
-    found.commands = running.commands(
-        source.name, mlx_lm=opens["mlx-lm"], mlx_vlm=opens["mlx-vlm"] and found.vision
-    )
+    if source.model is None:
+        found.notes.append("the stock commands take a directory of it: the one that `hf download` prints")
+    else:
+        found.commands = running.commands(
+            source.model, mlx_lm=opens["mlx-lm"], mlx_vlm=opens["mlx-vlm"] and found.vision
+        )
     return found
 
 
@@ -135,7 +135,7 @@ def _read_text_config(config: Mapping[str, Any]) -> tuple[TextConfig | None, lis
         # Of the checkpoint, not of the environment.
         return text_config_of(config), []
     except ValueError as error:
-        return None, [str(error)]
+        return None, [f"config.json: {str(error).removeprefix('config: ')}"]
 
 
 def _look_inside(found: Inspection, source: Source, config: TextConfig) -> Features:

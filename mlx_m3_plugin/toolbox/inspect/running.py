@@ -1,19 +1,21 @@
 """How to run a checkpoint with the stock commands, and how much context fits into memory."""
 
 import shlex
-import sys
 from dataclasses import dataclass
 from importlib.metadata import PackageNotFoundError, version
 
 from ...model.config import TextConfig
+from ..machine import is_mac
+from ..memory import (
+    PREFILL_STEP,
+    bytes_per_token,
+    context_that_fits,
+    kv_group_size,
+    reserve_of,
+    transient_bytes,
+    wired_limit,
+)
 from ..sizes import size_in_words
-
-_GIB = 1 << 30
-# For the system and for the working memory of a prompt's chunk.
-_LEAST_RESERVE = 8 * _GIB
-_RESERVED_SHARE = 1 / 16
-# What macOS lets the GPU keep in memory, unless it is told otherwise.
-_WIRED_SHARE = 0.75
 
 WHY_SAMPLING = "greedy decoding, their default, can make low-bit weights think in circles"
 _SAMPLING = "--temp 1.0 --top-p 0.95"
@@ -32,6 +34,8 @@ class Memory:
         reserve: bytes left to everything else.
         context, context_kv_8: tokens that fit, at most as many as the model knows; 0 when the
             weights alone do not fit.
+        wired_limit_mb: what ``iogpu.wired_limit_mb`` has to be on a Mac for ``context`` tokens, if
+            macOS's own limit is too low.
     """
 
     weights: int
@@ -42,33 +46,29 @@ class Memory:
     reserve: int
     context: int
     context_kv_8: int
+    wired_limit_mb: int | None
 
 
 def memory_for(config: TextConfig, weights: int, sparse_layers: int, machine: int | None) -> Memory:
     """``sparse_layers``: how many layers keep index keys beside K and V."""
     kv_16, kv_8 = bytes_per_token(config, sparse_layers), bytes_per_token(config, sparse_layers, 8)
-    group_size = kv_group_size(config)
-    reserve = max(_LEAST_RESERVE, int((machine or 0) * _RESERVED_SHARE))
-    free = max(0, (machine or 0) - weights - reserve)
-    most = config.max_position_embeddings
-    return Memory(
-        weights, kv_16, kv_8, group_size, machine, reserve, min(most, free // kv_16), min(most, free // kv_8)
+    memory = machine or 0
+    reserve = reserve_of(memory)
+    context, context_kv_8 = (
+        context_that_fits(config, kv, memory - reserve - weights) for kv in (kv_16, kv_8)
     )
-
-
-def bytes_per_token(config: TextConfig, sparse_layers: int, kv_bits: int | None = None) -> int:
-    """What a token of context takes in the cache; ``kv_bits`` None is 16 bits."""
-    keys_values = config.num_hidden_layers * 2 * config.num_key_value_heads * config.head_dim
-    # Never quantized.
-    index_keys = 2 * sparse_layers * config.index_head_dim
-    if kv_bits is None:
-        return 2 * keys_values + index_keys
-    # A scale and a bias of 16 bits for each group.
-    return keys_values * kv_bits // 8 + keys_values // kv_group_size(config) * 4 + index_keys
-
-
-def kv_group_size(config: TextConfig) -> int:
-    return 64 if config.head_dim % 64 == 0 else 32
+    total = weights + kv_16 * context + transient_bytes(config, PREFILL_STEP, context)
+    return Memory(
+        weights=weights,
+        per_token=kv_16,
+        per_token_kv_8=kv_8,
+        kv_group_size=kv_group_size(config),
+        machine=machine,
+        reserve=reserve,
+        context=context,
+        context_kv_8=context_kv_8,
+        wired_limit_mb=wired_limit(memory, total) if context else None,
+    )
 
 
 def commands(name: str, *, mlx_lm: bool, mlx_vlm: bool) -> list[str]:
@@ -117,9 +117,10 @@ def memory_lines(memory: Memory) -> list[str]:
         f"{here}, {size_in_words(memory.reserve)} of it left to the rest: "
         f"{memory.context:,} tokens fit, {memory.context_kv_8:,} with {_kv_bits(memory)}"
     )
-    if sys.platform == "darwin" and memory.weights > _WIRED_SHARE * memory.machine:
-        megabytes = (memory.machine - memory.reserve) >> 20
-        lines.append(f"for the GPU to keep it all: sudo sysctl iogpu.wired_limit_mb={megabytes}")
+    if is_mac() and memory.wired_limit_mb is not None:
+        lines.append(
+            f"for the GPU to keep all that: sudo sysctl iogpu.wired_limit_mb={memory.wired_limit_mb}"
+        )
     return lines
 
 

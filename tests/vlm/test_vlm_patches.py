@@ -1,0 +1,291 @@
+"""Our patches of mlx-vlm: other models notice nothing of them, also where upstream has changed."""
+
+import json
+from collections.abc import Callable
+from contextlib import suppress
+from importlib import import_module
+from pathlib import Path
+from types import ModuleType, SimpleNamespace
+from typing import Any
+
+import mlx.core as mx
+import mlx.nn as nn
+import pytest
+from mlx.utils import tree_flatten
+
+from mlx_m3_plugin.hosts.mlx_vlm import identity
+from tests.hosts.upstream_copies import RENAMED, Recorder, copy_of, get, has, patched, reads
+from tests.vlm import vlm_runs  # noqa: F401
+
+QWEN2 = {
+    "model_type": "qwen2",
+    "hidden_size": 32,
+    "num_hidden_layers": 2,
+    "intermediate_size": 48,
+    "num_attention_heads": 2,
+    "num_key_value_heads": 2,
+    "rms_norm_eps": 1e-5,
+    "vocab_size": 16,
+    "max_position_embeddings": 64,
+    "tie_word_embeddings": False,
+}
+
+
+@pytest.fixture(scope="module")
+def other(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A checkpoint of another model, with a tokenizer."""
+    from tokenizers import Tokenizer, models
+    from transformers import PreTrainedTokenizerFast
+
+    directory = tmp_path_factory.mktemp("other")
+    (directory / "config.json").write_text(json.dumps(QWEN2))
+    module = import_module("mlx_vlm.models.qwen2")
+    mx.random.seed(3)
+    model = module.Model(module.ModelConfig.from_dict(QWEN2))
+    mx.save_safetensors(str(directory / "model.safetensors"), dict(tree_flatten(model.parameters())))
+    bare = Tokenizer(models.WordLevel({"a": 0, "[UNK]": 1, "</s>": 2}, unk_token="[UNK]"))
+    PreTrainedTokenizerFast(tokenizer_object=bare, eos_token="</s>").save_pretrained(directory)
+    return directory
+
+
+# What another model does with a module.  Each returns what came out, and what was read of stand-ins
+# that have no more than stock reads.
+
+
+def use_utils(module: ModuleType, directory: Path) -> Any:
+    model = get(module, "load_model")(directory)
+    logits = model.language_model(mx.array([[1, 2, 3]])).logits.tolist()
+    processor = get(module, "load_processor")(directory, add_detokenizer=False)
+    tokenizer = Recorder(encode=lambda text, add_special_tokens: [len(text)])
+    criteria = get(module, "ThinkingBudgetCriteria")(tokenizer, 1, "</think>", "<think>", True)
+    forced = [criteria(token) for token in (7, 3, 3, 3)]
+    saved = directory / "saved"
+    weights = Recorder(parameters=lambda: {"a": mx.zeros(2)})
+    get(module, "save_weights")(saved, weights)
+    get(module, "save_config")({"model_type": "qwen2", "b": 1}, saved / "config.json")
+    files = sorted(file.name for file in saved.iterdir()), (saved / "config.json").read_text()
+    return logits, type(processor).__name__, forced, files, reads(tokenizer, weights)
+
+
+def use_prompt_utils(module: ModuleType, directory: Path) -> Any:
+    class Processor(Recorder):
+        def apply_chat_template(self, messages: Any, **kwargs: Any) -> str:
+            return repr((messages, kwargs))
+
+    processors = Processor(chat_template="t"), Processor(chat_template="t")
+    messages = [{"role": "user", "content": "q"}, {"role": "assistant", "content": "b", "reasoning": "a"}]
+    tools = [{"type": "function", "function": {"name": "f", "b": 1, "a": 2}}]
+    config = SimpleNamespace(model_type="qwen2_vl")
+    prompt = get(module, "apply_chat_template")(processors[0], config, messages)
+    made = get(module, "get_chat_template")(processors[1], messages, True, tools=tools)
+    return prompt, made, reads(*processors)
+
+
+def use_registry(module: ModuleType, directory: Path) -> Any:
+    tokenizer = Recorder(chat_template="<tool_call>{{ tool_call.name }}")
+    processor = Recorder(tokenizer=tokenizer)
+    return get(module, "_infer_tool_parser_from_processor")(processor), reads(tokenizer, processor)
+
+
+def use_endpoints(module: ModuleType, directory: Path) -> Any:
+    from fastapi import APIRouter
+
+    app = import_module("mlx_vlm.server.app")
+    deps = Recorder(**vars(app._protocol_deps))
+    router = APIRouter()
+    get(module, "register_routes")(router, deps)
+    build = module._build_gen_args
+    processor = Recorder(config=None)
+    made = build(SimpleNamespace(), processor)
+    count = module._count_thinking_tag_tokens("<think></think>", None, None)
+    return len(router.routes), type(made).__name__, vars(made), count, reads(deps, processor)
+
+
+def use_generation(module: ModuleType, directory: Path) -> Any:
+    def put(item: Any) -> None:
+        item.rqueue.put(SimpleNamespace(uid="one"))
+
+    generator = Recorder(
+        wait_until_ready=lambda: None,
+        draft_model=None,
+        requests=SimpleNamespace(put=put),
+        _cancel=None,
+        _preprocess_request=lambda *args, **kwargs: {"input_ids": mx.array([[1, 2]])},
+        _make_thinking_budget_criteria=lambda *args: None,
+    )
+    kind = get(module, "ResponseGenerator")
+    context, tokens = get(kind, "generate")(generator, "hello")
+    asked = Recorder(enable_thinking=False)
+    is_open = get(kind, "_prompt_has_open_thinking")(generator, asked, mx.array([[1]]))
+    return context.uid, type(tokens).__name__, is_open, reads(generator, asked)
+
+
+def use_responses_state(module: ModuleType, directory: Path) -> Any:
+    state, seen = get(module, "ThinkingStreamState")(True, "<think>", "</think>"), []
+    for text in ("a</thi", "nk>b<mm:think>", "]<]minimax[>[<tool_call>"):
+        seen.append(vars(get(state, "feed")(text)))
+    seen.append(get(module, "_split_thinking")("<mm:think>a</mm:think>b"))
+    # The whole text is M3's marker, and the model is another.
+    seen.append(get(module, "_split_thinking")("<mm:think>"))
+    if has("mlx_vlm.server.responses_state", "suppress_tool_call_content"):
+        seen.append(get(module, "suppress_tool_call_content")("<tool_call>", False, "<tool_call>", "a"))
+    return type(state).__name__, seen
+
+
+def use_streaming(module: ModuleType, directory: Path) -> Any:
+    parser = Recorder(__name__="a.json_tools", tool_call_start="<c>", tool_call_end="</c>")
+    parser.parse_tool_call = lambda text, tools: json.loads(text)
+    state = get(module, "ToolCallDeltaState")(parser, [1])
+    deltas = get(state, "feed")('<c>{"name": "f", "arguments": {"a": 1}}</c>')
+    fields = {"tools": [1], "parser_name": "another"}
+    bare = Recorder(**fields, **{name + RENAMED: value for name, value in fields.items()})
+    get(get(module, "ToolCallDeltaState"), "feed")(bare, "text")
+    return [delta["function"] for delta in deltas], reads(parser, bare)
+
+
+USES: dict[str, Callable[[ModuleType, Path], Any]] = {
+    "mlx_vlm.utils": use_utils,
+    "mlx_vlm.prompt_utils": use_prompt_utils,
+    "mlx_vlm.tools.registry": use_registry,
+    "mlx_vlm.tool_parsers": use_registry,
+    "mlx_vlm.server.openai": use_endpoints,
+    "mlx_vlm.server.anthropic": use_endpoints,
+    "mlx_vlm.server.generation": use_generation,
+    "mlx_vlm.server.responses_state": use_responses_state,
+    "mlx_vlm.tools.streaming": use_streaming,
+}
+# All that our patches use of upstream.
+PARSERS = "_infer_tool_parser_from_processor _infer_tool_parser_from_processor(processor)"
+NAMES = {
+    "mlx_vlm.utils": """
+        load_model load_model(model_path) load_model(lazy) sharded_load load_processor
+        load_processor(model_path) ThinkingBudgetCriteria ThinkingBudgetCriteria.__init__(tokenizer)
+        ThinkingBudgetCriteria.__init__(thinking_start_token)
+        ThinkingBudgetCriteria.__init__(thinking_end_token)
+        ThinkingBudgetCriteria.__init__(enable_thinking) save_weights save_weights(save_path)
+        save_weights(model) save_config save_config(config) save_config(config_path)
+    """,
+    "mlx_vlm.prompt_utils": """
+        apply_chat_template apply_chat_template(processor) apply_chat_template(config)
+        apply_chat_template(prompt) get_chat_template get_chat_template(processor)
+        get_chat_template(messages)
+    """,
+    "mlx_vlm.tools.registry": PARSERS,
+    "mlx_vlm.tool_parsers": PARSERS,
+    "mlx_vlm.server.openai": "register_routes",
+    "mlx_vlm.server.anthropic": "register_routes",
+    "mlx_vlm.server.generation": """
+        ResponseGenerator ResponseGenerator.generate ResponseGenerator.generate(prompt)
+        ResponseGenerator._prompt_has_open_thinking ResponseGenerator._prompt_has_open_thinking(args)
+        ResponseGenerator._prompt_has_open_thinking(input_ids)
+    """,
+    "mlx_vlm.server.responses_state": """
+        ThinkingStreamState ThinkingStreamState.__init__(thinking_start_token)
+        ThinkingStreamState.__init__(thinking_end_token) ThinkingStreamState._build_open_close_markers
+        ThinkingStreamState._build_open_close_markers(thinking_start_token) ThinkingStreamState.feed
+        ThinkingStreamState.feed(text) ThinkingStreamDelta _split_thinking _split_thinking(text)
+        _split_thinking(thinking_start_token)
+    """,
+    "mlx_vlm.tools.streaming": """
+        ToolCallDeltaState ToolCallDeltaState.feed ToolCallDeltaState.feed(text)
+        ToolCallDeltaState._update ToolCallDeltaState._update(name) .calls .tools .parser_name
+    """,
+}
+
+
+def is_there(module: str) -> bool:
+    with suppress(ModuleNotFoundError):
+        return bool(import_module(module))
+    return False
+
+
+MODULES = [module for module in USES if is_there(module)]
+CASES = [(module, name) for module in MODULES for name in NAMES[module].split() if has(module, name)]
+
+
+@pytest.mark.parametrize("module", MODULES)
+def test_other_models_notice_nothing(module: str, other: Path) -> None:
+    """The same results, and nothing read that stock does not read."""
+    stock, ours = copy_of(module), copy_of(module)
+    assert patched(ours) == []
+    assert USES[module](ours, other) == USES[module](stock, other)
+
+
+@pytest.mark.parametrize(("module", "name"), CASES)
+def test_a_name_that_is_gone_breaks_no_other_model(module: str, name: str, other: Path) -> None:
+    """And what keeps M3 from working is named."""
+    stock, ours = copy_of(module, name), copy_of(module, name)
+    reported = patched(ours)
+    assert USES[module](ours, other) == USES[module](stock, other)
+    lost = name.rstrip(")").replace("(", ".").rpartition(".")[2]
+    assert any(lost in report and RENAMED not in report for report in reported)
+
+
+def test_endpoints_that_are_given_other_functions_keep_them(caplog: pytest.LogCaptureFixture) -> None:
+    from mlx_m3_plugin.hosts.mlx_vlm.server import _Dependencies
+
+    deps = _Dependencies(SimpleNamespace(build_gen_args=lambda asked, processor: asked, other=1))
+    assert deps.build_gen_args("a request", None) == "a request"
+    assert deps.other == 1
+    assert "takes no request" in caplog.text
+    with pytest.raises(AttributeError, match="count_thinking_tag_tokens"):
+        _ = deps.count_thinking_tag_tokens
+
+
+# --- what is saved ---
+
+
+class Savable(nn.Module):
+    """As our models are, for ``save_weights``."""
+
+    def __init__(self, bits: int) -> None:
+        super().__init__()
+        self.description = {"quantization": {"group_size": 32, "bits": bits}, "pack_shared_expert": True}
+
+    def as_stored(self) -> Any:
+        return SimpleNamespace(parameters=lambda: {"a": mx.zeros(2)}), self.description
+
+
+def test_each_config_describes_the_weights_beside_it(tmp_path: Path) -> None:
+    utils = copy_of("mlx_vlm.utils")
+    assert patched(utils) == []
+
+    def saved(name: str) -> Any:
+        utils.save_config({"model_type": "minimax_m3_vl", "text_config": {}}, tmp_path / name / "config.json")
+        return json.loads((tmp_path / name / "config.json").read_text())
+
+    (tmp_path / "floats").mkdir()
+    utils.save_weights(tmp_path / "eight", Savable(8))
+    utils.save_weights(str(tmp_path / "x" / ".." / "four"), Savable(4))
+    assert "quantization" not in saved("floats")
+    assert saved("eight")["quantization"]["bits"] == 8
+    assert saved("four")["quantization"]["bits"] == 4
+    # It is said once: other weights may lie there by then.
+    assert "quantization" not in saved("eight")
+
+
+# --- who is M3 ---
+
+
+def test_processors_are_known_by_identity() -> None:
+    class Equal:
+        """Equal to everything, and refuses to list a vocabulary."""
+
+        __hash__ = None  # type: ignore[assignment]
+
+        def __eq__(self, other: object) -> bool:
+            return True
+
+        def get_vocab(self) -> dict[str, int]:
+            raise NotImplementedError
+
+    processor, another = Equal(), Equal()
+    processor.tokenizer = Equal()  # type: ignore[attr-defined]
+    identity.remember(processor)
+    identity.remember(None)
+    assert identity.is_m3(processor)
+    assert identity.is_m3(processor.tokenizer)  # type: ignore[attr-defined]
+    assert not any(map(identity.is_m3, (another, None, 3, "minimax_m3_vl")))
+    known = len(identity._known)
+    del processor
+    assert len(identity._known) == known - 2
