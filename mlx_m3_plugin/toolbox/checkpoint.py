@@ -11,11 +11,10 @@ from ..model.config import TextConfig, text_config_of
 from ..weights import Headers, lacks_indexers, plan_layout, read_headers
 from ..weights.files import MODEL_TYPES
 from ..weights.names import is_vision
-from ..weights.shapes import text_shapes, vision_shapes
 from ..weights.tensor import Tensor
-from .inspect.parameters import Precision, differences, quantized_modules
 from .locate import locate_weights
-from .precision import How
+from .parameters import Precision, differences, quantized_modules, text_shapes, vision_shapes
+from .precision import Quantization
 from .text_files import read_json_object
 
 
@@ -47,17 +46,19 @@ class Checkpoint:
         """The names of the vision tower's parameters, and the projectors'."""
         return [name for name in self.plan if is_vision(name)]
 
-    def how(self, module: str) -> How:
+    def spec(self, module: str) -> Quantization:
         """How a module's weight is stored."""
         found = self.quantized.get(module)
-        return How() if found is None else How(found.bits, found.group_size or 0, found.mode)
+        return (
+            Quantization() if found is None else Quantization(found.bits, found.group_size or 0, found.mode)
+        )
 
     def float_dtype(self, module: str) -> str:
         """The dtype of a module's weight, or of what it is dequantized to."""
-        how = self.quantized.get(module)
-        if how is None:
+        spec = self.quantized.get(module)
+        if spec is None:
             return self.plan[f"{module}.weight"].dtype
-        return self.plan[f"{module}.scales"].dtype if how.mode == "affine" else str(mx.bfloat16)
+        return self.plan[f"{module}.scales"].dtype if spec.mode == "affine" else str(mx.bfloat16)
 
 
 def open_checkpoint(path_or_repository: str | Path) -> Checkpoint:

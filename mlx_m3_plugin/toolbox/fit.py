@@ -8,7 +8,6 @@ from pathlib import Path
 from typing import Any
 
 from ..model.config import TextConfig, text_config_of
-from ..weights.shapes import OTHER
 from .inspect.inspection import Inspection, inspect_source
 from .inspect.source import Source, open_source
 from .machine import is_mac
@@ -21,6 +20,7 @@ from .memory import (
     transient_bytes,
     wired_limit,
 )
+from .parameters import OTHER
 from .sizes import size_in_words, tokens_in_words
 
 # Components that no token reads, or (embeddings, routed experts) reads only a part of.

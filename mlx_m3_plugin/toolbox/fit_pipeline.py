@@ -10,10 +10,10 @@ from ..model.config import TextConfig, text_config_of
 from ..startup.settings import PIPELINE_SPLIT
 from ..weights import lacks_indexers, plan_layout
 from ..weights.names import layer_of
-from ..weights.writing import STORED_DTYPES
 from .fit import check_kv_bits, open_whole
 from .inspect.source import Source
 from .memory import PREFILL_STEP, bytes_per_token, largest_context, reserve_of, transient_bytes, wired_limit
+from .shards import STORED_DTYPES
 from .sizes import size_in_words, tokens_in_words
 
 

@@ -10,7 +10,7 @@ from ..model.tensor_scales import factor
 
 
 @dataclass(frozen=True)
-class How:
+class Quantization:
     """How a matrix is stored: quantized by MLX, or in a float dtype.
 
     Attributes:
@@ -40,16 +40,18 @@ class How:
         return f"{self.bits}-bit g{self.group_size}" if self.mode == "affine" else self.mode
 
 
-def converted(stored: Mapping[str, mx.array], source: How, how: How) -> dict[str, mx.array]:
-    """Lazy rows of a matrix as ``how`` has them, from the parts that ``source`` describes."""
+def converted(
+    stored: Mapping[str, mx.array], source: Quantization, spec: Quantization
+) -> dict[str, mx.array]:
+    """Lazy rows of a matrix as ``spec`` has them, from the parts that ``source`` describes."""
     values = dequantized(stored, source)
-    if how.bits is None:
-        return {"weight": values if how.dtype == "keep" else values.astype(getattr(mx, how.dtype))}
-    made = mx.quantize(values, group_size=how.group_size, bits=how.bits, mode=how.mode)
+    if spec.bits is None:
+        return {"weight": values if spec.dtype == "keep" else values.astype(getattr(mx, spec.dtype))}
+    made = mx.quantize(values, group_size=spec.group_size, bits=spec.bits, mode=spec.mode)
     return dict(zip(("weight", "scales", "biases"), made, strict=False))
 
 
-def dequantized(stored: Mapping[str, mx.array], source: How) -> mx.array:
+def dequantized(stored: Mapping[str, mx.array], source: Quantization) -> mx.array:
     """The values of a stored matrix, or of a stack of them."""
     if source.bits is None:
         return stored["weight"]
@@ -68,7 +70,7 @@ def computes_in_float32() -> bool:
     return bool(mx.default_device() == mx.cpu)
 
 
-def float32_values(stored: Mapping[str, mx.array], source: How) -> mx.array:
+def float32_values(stored: Mapping[str, mx.array], source: Quantization) -> mx.array:
     """:func:`dequantized` without any rounding to 16 bits."""
     if source.bits is None:
         return stored["weight"].astype(mx.float32)
@@ -81,7 +83,7 @@ def float32_values(stored: Mapping[str, mx.array], source: How) -> mx.array:
     return values * _scale_of_each(stored) if "global_scale" in stored else values
 
 
-def _unpacked(stored: Mapping[str, mx.array], source: How) -> mx.array:
+def _unpacked(stored: Mapping[str, mx.array], source: Quantization) -> mx.array:
     return mx.dequantize(
         stored["weight"],
         stored["scales"],

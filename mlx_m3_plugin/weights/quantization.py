@@ -45,9 +45,9 @@ def infer_quantization(
             modules[path] = _infer(path, weights, parameters[f"{path}.weight"].shape[-1])
     if not modules:
         return None
-    most_common = Counter(tuple(how.items()) for how in modules.values()).most_common(1)[0][0]
+    most_common = Counter(tuple(spec.items()) for spec in modules.values()).most_common(1)[0][0]
     default = {key: value for key, value in most_common if key != "global_scale"}
-    return {**default, **{path: how for path, how in modules.items() if how != default}}
+    return {**default, **{path: spec for path, spec in modules.items() if spec != default}}
 
 
 def with_quantization(config: Mapping[str, Any], quantization: dict[str, Any] | None) -> dict[str, Any]:
@@ -60,7 +60,7 @@ def _infer(path: str, weights: Mapping[str, HasShape], width: int) -> dict[str, 
     weight, scales = weights[f"{path}.weight"], weights[f"{path}.scales"]
     bits, bits_rest = divmod(weight.shape[-1] * 32, width)
     group_size, group_rest = divmod(width, scales.shape[-1] or width + 1)
-    how: dict[str, Any] = {"group_size": group_size, "bits": bits}
+    spec: dict[str, Any] = {"group_size": group_size, "bits": bits}
     if str(scales.dtype) == str(mx.uint8):
         known = _MODES.get((bits, group_size))
     else:
@@ -70,7 +70,7 @@ def _infer(path: str, weights: Mapping[str, HasShape], width: int) -> dict[str, 
             f"{path}: a weight of shape {tuple(weight.shape)} with scales of shape {tuple(scales.shape)} "
             f"and dtype {scales.dtype} is no quantization of {width} inputs that MLX knows"
         )
-    how["mode"] = known
+    spec["mode"] = known
     if f"{path}.global_scale" in weights:
-        how["global_scale"] = True
-    return how
+        spec["global_scale"] = True
+    return spec

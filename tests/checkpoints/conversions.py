@@ -18,7 +18,7 @@ from mlx_m3_plugin.toolbox.convert import (
 )
 from mlx_m3_plugin.toolbox.convert.budget import work_out
 from mlx_m3_plugin.toolbox.convert.sensitivity import scores_by_position
-from mlx_m3_plugin.toolbox.precision import How
+from mlx_m3_plugin.toolbox.precision import Quantization
 from mlx_m3_plugin.weights import map_weights
 from mlx_m3_plugin.weights.headers import weight_files
 
@@ -40,11 +40,11 @@ def planned(source: Path, recipe: str) -> Plan:
     """With a budget spent by position, where the recipe has one."""
     checkpoint = open_checkpoint(source)
     loaded = load_recipe(recipe, checkpoint.text_config)
-    hows = None
+    specs = None
     if loaded.plan:
         layers = checkpoint.text_config.num_hidden_layers
-        hows = work_out(checkpoint, loaded, scores_by_position(layers))
-    return plan_conversion(checkpoint, loaded, hows)
+        specs = work_out(checkpoint, loaded, scores_by_position(layers))
+    return plan_conversion(checkpoint, loaded, specs)
 
 
 def converted(source: Path, recipe: str, destination: Path, memory: int = MEMORY) -> Plan:
@@ -60,10 +60,10 @@ def parameters(directory: Path) -> dict[str, mx.array]:
     return map_weights(weights, config, "", vision=True)
 
 
-def dequantized(found: dict[str, mx.array], module: str, how: How) -> mx.array:
-    if how.bits is None:
+def dequantized(found: dict[str, mx.array], module: str, spec: Quantization) -> mx.array:
+    if spec.bits is None:
         return found[f"{module}.weight"]
-    words = how.as_quantization()
+    words = spec.as_quantization()
     made = mx.dequantize(
         found[f"{module}.weight"], found[f"{module}.scales"], found.get(f"{module}.biases"), **words
     )
@@ -81,8 +81,8 @@ def text_values(directory: Path, plan: Plan) -> dict[str, mx.array]:
         name: array.astype(mx.float32) if mx.issubdtype(array.dtype, mx.floating) else array
         for name, array in parameters(directory).items()
     }
-    made = {f"{module}.weight": dequantized(found, module, how) for module, how in plan.hows.items()}
-    others = {name: a for name, a in found.items() if name.rpartition(".")[0] not in plan.hows}
+    made = {f"{module}.weight": dequantized(found, module, spec) for module, spec in plan.specs.items()}
+    others = {name: a for name, a in found.items() if name.rpartition(".")[0] not in plan.specs}
     texts = {n: a for n, a in (others | made).items() if n.startswith(("model.", "lm_head."))}
     return {name: array.astype(mx.float32) for name, array in texts.items()}
 

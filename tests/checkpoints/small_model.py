@@ -87,10 +87,10 @@ def parameters() -> Weights:
     return weights
 
 
-def quantized(weights: Weights, **how) -> Weights:
+def quantized(weights: Weights, **spec) -> Weights:
     """All linear layers quantized, the experts row by row."""
     kept = ["norm", "e_score_correction_bias", "embed_tokens", "lm_head"]
-    if how.get("mode") == "mxfp8":
+    if spec.get("mode") == "mxfp8":
         # As in the official checkpoint.
         kept.append("block_sparse_moe.gate.")
     out = {}
@@ -98,7 +98,7 @@ def quantized(weights: Weights, **how) -> Weights:
         if any(part in name for part in kept):
             out[name] = array
         else:
-            parts = mx.quantize(array, **how)
+            parts = mx.quantize(array, **spec)
             for part, values in zip(("weight", "scales", "biases"), parts, strict=False):
                 out[name.removesuffix("weight") + part] = values
     return out

@@ -23,7 +23,7 @@ from mlx_m3_plugin.toolbox.convert.budget import work_out
 from mlx_m3_plugin.toolbox.convert.plan import Plan, plan_conversion
 from mlx_m3_plugin.toolbox.convert.sensitivity import scores_by_position
 from mlx_m3_plugin.toolbox.demo import NANO
-from mlx_m3_plugin.toolbox.precision import How
+from mlx_m3_plugin.toolbox.precision import Quantization
 from tests.hosts.native_mlx_lm import needs_native
 
 PNG = b"\x89PNG"
@@ -145,11 +145,11 @@ def test_what_the_page_says_of_recipes_that_nano_cannot_tell_apart() -> None:
     precisions = {name: precisions_of(nano, name) for name in quality.recipe_names()}
     assert precisions["oq2"] == precisions["oq2.5"] == precisions["oq2.7"]
     assert precisions["oq3"] == precisions["oq3.5"]
-    different = {path for path, how in precisions["config-i"].items() if how != precisions["8bit"][path]}
+    different = {path for path, spec in precisions["config-i"].items() if spec != precisions["8bit"][path]}
     assert {path.rpartition(".")[2] for path in different} == {"gate", "index_q_proj", "index_k_proj"}
-    assert {how.bits for how in precisions["config-i"].values()} == {8, None}
+    assert {spec.bits for spec in precisions["config-i"].values()} == {8, None}
     for bits in (2, 3, 4, 5, 6):
-        raised = {path for path, how in precisions[f"oq{bits}"].items() if how.bits not in (bits, None)}
+        raised = {path for path, spec in precisions[f"oq{bits}"].items() if spec.bits not in (bits, None)}
         # What its rules protect, whatever the budget.
         assert raised, bits
         assert all("shared_expert" in path or "index_" in path for path in raised), bits
@@ -161,12 +161,12 @@ def test_what_the_page_says_of_recipes_that_nano_cannot_tell_apart() -> None:
 def plan_of(checkpoint: Checkpoint, recipe: str) -> Plan:
     wanted = load_recipe(recipe, checkpoint.text_config)
     layers = checkpoint.text_config.num_hidden_layers
-    hows = work_out(checkpoint, wanted, scores_by_position(layers)) if wanted.plan else None
-    return plan_conversion(checkpoint, wanted, hows)
+    specs = work_out(checkpoint, wanted, scores_by_position(layers)) if wanted.plan else None
+    return plan_conversion(checkpoint, wanted, specs)
 
 
-def precisions_of(checkpoint: Checkpoint, recipe: str) -> dict[str, How]:
-    return dict(plan_of(checkpoint, recipe).hows)
+def precisions_of(checkpoint: Checkpoint, recipe: str) -> dict[str, Quantization]:
+    return dict(plan_of(checkpoint, recipe).specs)
 
 
 def test_each_window_of_the_held_out_text_begins_a_conversation() -> None:

@@ -13,7 +13,7 @@ from mlx_m3_plugin.toolbox.convert import open_checkpoint, recipe_names
 from mlx_m3_plugin.toolbox.convert import plan as planning
 from mlx_m3_plugin.toolbox.convert.matrices import matrices_of
 from mlx_m3_plugin.toolbox.inspect import inspect
-from mlx_m3_plugin.toolbox.precision import How
+from mlx_m3_plugin.toolbox.precision import Quantization
 from tests.checkpoints.conversions import (
     SOURCES,
     Written,
@@ -43,24 +43,24 @@ def check_tensors(source: Path, recipe: str, made: Path) -> None:
     plan = converted(source, recipe, made)
     before, after = parameters(source), parameters(made)
     checkpoint = open_checkpoint(source)
-    for module, how in plan.hows.items():
-        stored = checkpoint.how(module)
-        if how == stored and f"{module}.global_scale" not in before:
+    for module, spec in plan.specs.items():
+        stored = checkpoint.spec(module)
+        if spec == stored and f"{module}.global_scale" not in before:
             expected = {part: before.get(f"{module}.{part}") for part in ("weight", "scales", "biases")}
         else:
             values = dequantized(before, module, stored)
-            if how.bits is None:
-                kept = values if how.dtype == "keep" else values.astype(getattr(mx, how.dtype))
+            if spec.bits is None:
+                kept = values if spec.dtype == "keep" else values.astype(getattr(mx, spec.dtype))
                 expected = {"weight": kept}
             else:
-                parts = mx.quantize(values, **how.as_quantization())
+                parts = mx.quantize(values, **spec.as_quantization())
                 expected = dict(zip(("weight", "scales", "biases"), parts, strict=False))
         for part, array in expected.items():
             found = after.get(f"{module}.{part}")
             assert (found is None and array is None) or same(found, array), f"{module}.{part}"
     # Norms, biases and vision are as they were, or in the dtype that the recipe names.
-    others = {n: a for n, a in before.items() if n.rpartition(".")[0] not in plan.hows}
-    assert others.keys() == {n for n in after if n.rpartition(".")[0] not in plan.hows}
+    others = {n: a for n, a in before.items() if n.rpartition(".")[0] not in plan.specs}
+    assert others.keys() == {n for n in after if n.rpartition(".")[0] not in plan.specs}
     for name, array in others.items():
         found = after[name]
         assert same(found, array) or same(found, array.astype(mx.bfloat16)), name
@@ -73,12 +73,12 @@ def test_inspect_reports_the_recipes_bits(tiny: Written, tmp_path: Path, recipe:
     written = open_checkpoint(tmp_path / "made")
     floats = {"mlx.core.float16": "float16", "mlx.core.bfloat16": "bfloat16", "mlx.core.float32": "float32"}
     for matrix in matrices_of(written.text_config):
-        how = plan.hows[matrix.module]
-        if how.bits is not None:
-            assert written.how(matrix.module) == How(how.bits, how.group_size, how.mode)
+        spec = plan.specs[matrix.module]
+        if spec.bits is not None:
+            assert written.spec(matrix.module) == Quantization(spec.bits, spec.group_size, spec.mode)
         else:
             dtype = floats[written.plan[f"{matrix.module}.weight"].dtype]
-            assert how.dtype in (dtype, "keep")
+            assert spec.dtype in (dtype, "keep")
 
 
 def test_what_cannot_be_packed_is_told_to_mlx_vlm(tiny: Written, tmp_path: Path) -> None:

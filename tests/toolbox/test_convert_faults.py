@@ -160,7 +160,7 @@ def test_a_file_that_cannot_be_read(
 
     with monkeypatch.context() as patch:
         broken_os = SimpleNamespace(**vars(os) | {"pread": broken})
-        patch.setattr("mlx_m3_plugin.weights.disk.os", broken_os)
+        patch.setattr("mlx_m3_plugin.toolbox.shards.os", broken_os)
         arguments = ["convert", str(tiny("published_float")), str(tmp_path / "made"), "--recipe", "4bit"]
         assert main(arguments) == 2
     said = capsys.readouterr().err

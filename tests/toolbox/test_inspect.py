@@ -15,7 +15,7 @@ from mlx_lm.models.minimax_m3_vl import Model, ModelArgs
 from mlx_m3_plugin.cli import main
 from mlx_m3_plugin.model.config import TextConfig
 from mlx_m3_plugin.toolbox.inspect import inspect
-from mlx_m3_plugin.weights.shapes import text_shapes
+from mlx_m3_plugin.toolbox.parameters import text_shapes
 from tests.checkpoints.edits import edit_header, edit_json, stored_names
 from tests.checkpoints.random_model import write_random_model
 from tests.checkpoints.real_size import REAL_LAYOUTS

@@ -13,7 +13,7 @@ from mlx_m3_plugin.model.config import text_config_of
 from mlx_m3_plugin.toolbox.convert import RecipeError, load_recipe, parse_recipe, recipe_names
 from mlx_m3_plugin.toolbox.convert.matrices import PARTS, matrices_of
 from mlx_m3_plugin.toolbox.convert.recipe import Recipe
-from mlx_m3_plugin.toolbox.precision import How
+from mlx_m3_plugin.toolbox.precision import Quantization
 from tests.checkpoints import real_size
 
 REAL = text_config_of(real_size.CONFIG)
@@ -24,9 +24,9 @@ def recipe(text: str) -> Recipe:
     return parse_recipe("mine", text, REAL)
 
 
-def hows(name: str) -> dict[str, How]:
+def specs(name: str) -> dict[str, Quantization]:
     loaded = load_recipe(name, REAL)
-    return {matrix.module: loaded.how(matrix) for matrix in matrices_of(REAL)}
+    return {matrix.module: loaded.spec(matrix) for matrix in matrices_of(REAL)}
 
 
 def layer(number: int, path: str) -> str:
@@ -44,35 +44,35 @@ def test_every_matrix_of_m3_has_a_word() -> None:
 def test_recipes_that_come_with_the_package_fit_m3(name: str) -> None:
     loaded = load_recipe(name, REAL)
     assert loaded.summary
-    assert len(hows(name)) == len(matrices_of(REAL))
+    assert len(specs(name)) == len(matrices_of(REAL))
     # An explanation at the top, for who copies it.
     assert loaded.text.startswith("# ")
 
 
 def test_config_i_is_what_it_was_published_as() -> None:
-    found = hows("config-i")
+    found = specs("config-i")
     for number in (0, 1, 58, 59):
-        assert found[layer(number, "self_attn.o_proj")] == How(8)
-    assert found[layer(58, "block_sparse_moe.switch_mlp.down_proj")] == How(8)
+        assert found[layer(number, "self_attn.o_proj")] == Quantization(8)
+    assert found[layer(58, "block_sparse_moe.switch_mlp.down_proj")] == Quantization(8)
     for number in (3, 30, 57):
         moe = layer(number, "block_sparse_moe")
-        assert found[f"{moe}.switch_mlp.gate_proj"] == found[f"{moe}.switch_mlp.up_proj"] == How(2)
-        assert found[f"{moe}.switch_mlp.down_proj"] == How(3)
-        assert found[layer(number, "self_attn.q_proj")] == How(4)
-        assert found[f"{moe}.gate"] == How(dtype="float16")
-        assert found[layer(number, "self_attn.index_q_proj")] == How(dtype="bfloat16")
-    assert found["model.embed_tokens"] == found["lm_head"] == How(8)
+        assert found[f"{moe}.switch_mlp.gate_proj"] == found[f"{moe}.switch_mlp.up_proj"] == Quantization(2)
+        assert found[f"{moe}.switch_mlp.down_proj"] == Quantization(3)
+        assert found[layer(number, "self_attn.q_proj")] == Quantization(4)
+        assert found[f"{moe}.gate"] == Quantization(dtype="float16")
+        assert found[layer(number, "self_attn.index_q_proj")] == Quantization(dtype="bfloat16")
+    assert found["model.embed_tokens"] == found["lm_head"] == Quantization(8)
 
 
 def test_selector_safe_leaves_alone_what_chooses() -> None:
-    found = hows("selector-safe")
-    for path, how in found.items():
+    found = specs("selector-safe")
+    for path, spec in found.items():
         if path.endswith(("block_sparse_moe.gate", "index_q_proj", "index_k_proj")):
-            assert how == How(dtype="keep")
+            assert spec == Quantization(dtype="keep")
         elif ".switch_mlp." in path:
-            assert how == How(4)
+            assert spec == Quantization(4)
         else:
-            assert (how.bits or 16) >= 6
+            assert (spec.bits or 16) >= 6
 
 
 def test_the_last_rule_that_fits_decides() -> None:
@@ -81,11 +81,11 @@ def test_the_last_rule_that_fits_decides() -> None:
         + '[[rule]]\nparts = ["attention"]\nbits = 8\n'
         + '[[rule]]\nparts = ["attention.o_proj"]\nlayers = ["1-2", -1]\nbits = 3\n'
     )
-    by_path = {matrix.module: found.how(matrix) for matrix in matrices_of(REAL)}
-    assert by_path[layer(0, "self_attn.o_proj")] == How(8)
+    by_path = {matrix.module: found.spec(matrix) for matrix in matrices_of(REAL)}
+    assert by_path[layer(0, "self_attn.o_proj")] == Quantization(8)
     assert [by_path[layer(n, "self_attn.o_proj")].bits for n in (1, 2, 3, 58, 59)] == [3, 3, 8, 8, 3]
-    assert by_path[layer(1, "self_attn.q_proj")] == How(8)
-    assert by_path["lm_head"] == How(4)
+    assert by_path[layer(1, "self_attn.q_proj")] == Quantization(8)
+    assert by_path["lm_head"] == Quantization(4)
 
 
 @pytest.mark.parametrize(
@@ -127,7 +127,7 @@ def test_groups_have_to_divide_the_inputs() -> None:
     narrow = replace(REAL, hidden_size=96)
     loaded = parse_recipe("mine", DEFAULT, narrow)
     with pytest.raises(RecipeError, match=r"has 96 inputs, which do not divide into groups of 64"):
-        [loaded.how(matrix) for matrix in matrices_of(narrow)]
+        [loaded.spec(matrix) for matrix in matrices_of(narrow)]
 
 
 @settings(max_examples=1000, deadline=None)
@@ -148,8 +148,8 @@ def test_whatever_a_file_holds_the_answer_is_a_recipe_or_its_error(content: Any)
 
 
 def test_sizes_of_precisions() -> None:
-    assert How(4).bytes_of(6400) == 3200 + 100 * 4
-    assert How(4, 32, "mxfp4").bytes_of(6400) == 3200 + 200
-    assert How(4, 16, "nvfp4").bytes_of(6400) == 3200 + 400
-    assert How().bytes_of(100) == 200
-    assert How(dtype="float32").bytes_of(100) == 400
+    assert Quantization(4).bytes_of(6400) == 3200 + 100 * 4
+    assert Quantization(4, 32, "mxfp4").bytes_of(6400) == 3200 + 200
+    assert Quantization(4, 16, "nvfp4").bytes_of(6400) == 3200 + 400
+    assert Quantization().bytes_of(100) == 200
+    assert Quantization(dtype="float32").bytes_of(100) == 400

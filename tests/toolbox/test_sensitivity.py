@@ -20,11 +20,11 @@ from mlx_m3_plugin.toolbox.convert.sensitivity import (
     write_scores,
 )
 from mlx_m3_plugin.toolbox.evaluate import Texts, cut
-from mlx_m3_plugin.toolbox.precision import How
+from mlx_m3_plugin.toolbox.precision import Quantization
 from tests.checkpoints import real_size
 from tests.checkpoints.conversions import Written
 
-BASE = How(3)
+BASE = Quantization(3)
 CHOOSERS = ("block_sparse_moe.gate", "index_q_proj", "index_k_proj")
 
 
@@ -159,7 +159,9 @@ def real(tmp_path_factory: pytest.TempPathFactory) -> Checkpoint:
 LEVELS = ["oq2", "oq2.5", "oq2.7", "oq3", "oq3.5", "oq4", "oq5", "oq6"]
 
 
-def spent(real: Checkpoint, level: str, scores: Callable[[int], float] | None = None) -> dict[str, How]:
+def spent(
+    real: Checkpoint, level: str, scores: Callable[[int], float] | None = None
+) -> dict[str, Quantization]:
     recipe = load_recipe(level, real.text_config)
     given = {n: scores(n) for n in range(60)} if scores else scores_by_position(60)
     return work_out(real, recipe, given)
@@ -168,20 +170,20 @@ def spent(real: Checkpoint, level: str, scores: Callable[[int], float] | None = 
 @pytest.mark.parametrize("level", LEVELS)
 def test_a_level_keeps_to_its_budget(real: Checkpoint, level: str) -> None:
     recipe = load_recipe(level, real.text_config)
-    hows = spent(real, level)
-    plan = plan_conversion(real, recipe, hows)
+    specs = spent(real, level)
+    plan = plan_conversion(real, recipe, specs)
     assert plan.bits_per_weight <= recipe.plan["cap_bpw"]
     base = recipe.plan["base_bits"]
     for matrix in matrices_of(real.text_config):
-        how = hows[matrix.module]
+        spec = specs[matrix.module]
         if matrix.part == "router":
-            assert how.dtype == "float16"
+            assert spec.dtype == "float16"
         elif matrix.part in ("indexer", "shared_expert", "lm_head", "embeddings"):
-            assert how.bits == 8
+            assert spec.bits == 8
         elif matrix.part == "experts":
-            assert base <= (how.bits or 0) <= base + 1
+            assert base <= (spec.bits or 0) <= base + 1
         else:
-            assert (how.bits or 0) >= max(4, base)
+            assert (spec.bits or 0) >= max(4, base)
 
 
 def test_oq4_is_as_large_as_the_published_one(real: Checkpoint) -> None:
@@ -196,8 +198,8 @@ def test_config_i_is_as_large_as_the_published_one(real: Checkpoint) -> None:
 
 
 def test_the_most_sensitive_layers_get_the_most(real: Checkpoint) -> None:
-    hows = spent(real, "oq4", lambda layer: 1.0 if layer in (20, 21) else 0.3 if layer == 40 else 0.01)
-    bits = {n: hows[f"model.layers.{n}.self_attn.q_proj"].bits for n in (20, 21, 40, 50)}
+    specs = spent(real, "oq4", lambda layer: 1.0 if layer in (20, 21) else 0.3 if layer == 40 else 0.01)
+    bits = {n: specs[f"model.layers.{n}.self_attn.q_proj"].bits for n in (20, 21, 40, 50)}
     assert bits[20] == bits[21] == 8
     assert (bits[40] or 0) >= 6
     assert (bits[50] or 0) < 8

@@ -7,9 +7,9 @@ import pytest
 from mlx_lm.utils import load_model
 
 from mlx_m3_plugin.toolbox.checkpoint import open_checkpoint
-from mlx_m3_plugin.toolbox.precision import How
+from mlx_m3_plugin.toolbox.precision import Quantization
+from mlx_m3_plugin.toolbox.shards import TensorReader
 from mlx_m3_plugin.toolbox.streaming import Embedding, Head, StreamedLayer
-from mlx_m3_plugin.weights.reading import TensorReader
 from tests.checkpoints.conversions import Written
 
 # Three times the block budget.
@@ -63,7 +63,7 @@ def test_other_bits_are_tried_without_being_written(tiny: Written) -> None:
         h = Embedding(checkpoint, reader)(TOKENS)
         plain, coarse = (
             StreamedLayer(checkpoint, reader, 1, change).feed_forward(h)
-            for change in (lambda path, how: how, lambda path, how: How(2))
+            for change in (lambda path, spec: spec, lambda path, spec: Quantization(2))
         )
     error = (mx.square(plain - coarse).mean() / mx.square(plain).mean()).item()
     assert 1e-4 < error < 1

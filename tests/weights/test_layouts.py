@@ -39,8 +39,8 @@ PRECISIONS = {
 
 @pytest.fixture(scope="module", params=PRECISIONS)
 def truth(request: pytest.FixtureRequest) -> Weights:
-    how = PRECISIONS[request.param]
-    return parameters() if how is None else quantized(parameters(), **how)
+    spec = PRECISIONS[request.param]
+    return parameters() if spec is None else quantized(parameters(), **spec)
 
 
 @pytest.fixture(scope="module")
@@ -143,17 +143,17 @@ def test_mxfp8_from_a_file_with_float8_tensors(tmp_path):
 
 def test_a_fused_4_bit_checkpoint_is_split_exactly():
     """Splitting packed rows is quantizing the halves: no value is unpacked on the way."""
-    how = PRECISIONS["4-bit"]
+    spec = PRECISIONS["4-bit"]
     apart = parameters()
     whole = arrange.fused_shared_as_last_expert(apart)
     gate_up = whole[f"{MOE}.switch_mlp.gate_up_proj.weight"]
-    packed = dict(zip(("weight", "scales", "biases"), mx.quantize(gate_up, **how), strict=True))
+    packed = dict(zip(("weight", "scales", "biases"), mx.quantize(gate_up, **spec), strict=True))
     stored = {f"{MOE}.switch_mlp.gate_up_proj.{part}": array for part, array in packed.items()}
     made = map_weights(stored, CONFIG, "")
     assert len(made) == 12
     for owner in ("switch_mlp", "shared_experts"):
         for projection in ("gate_proj", "up_proj"):
-            expected = mx.quantize(apart[f"{MOE}.{owner}.{projection}.weight"], **how)
+            expected = mx.quantize(apart[f"{MOE}.{owner}.{projection}.weight"], **spec)
             for part, array in zip(("weight", "scales", "biases"), expected, strict=True):
                 assert mx.array_equal(made[f"{MOE}.{owner}.{projection}.{part}"], array)
 

@@ -14,9 +14,8 @@ from mlx_lm.utils import dequantize_model, load_model, save_config, save_model
 
 from mlx_m3_plugin.toolbox.checkpoint import open_checkpoint
 from mlx_m3_plugin.toolbox.inspect import inspect
-from mlx_m3_plugin.toolbox.inspect.parameters import expected_parameters
+from mlx_m3_plugin.toolbox.parameters import expected_parameters, text_shapes
 from mlx_m3_plugin.weights.check import as_stored
-from mlx_m3_plugin.weights.shapes import text_shapes
 from tests.checkpoints.layouts import experts
 from tests.checkpoints.layouts.arrange import nested
 from tests.checkpoints.opens import load_language_model, logits_of, reference_logits

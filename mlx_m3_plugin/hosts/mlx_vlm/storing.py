@@ -52,13 +52,13 @@ def _quantization(model: nn.Module, stored: dict[str, mx.array]) -> dict[str, An
     for path, module in model.named_modules():
         if getattr(module, "bits", None) is None or "scales" not in module:
             continue
-        how = {"group_size": module.group_size, "bits": module.bits, "mode": module.mode}
+        spec = {"group_size": module.group_size, "bits": module.bits, "mode": module.mode}
         # Half of one that is stored whole.
         for name in (path, path.replace(".switch_mlp.gate_proj", ".switch_mlp.gate_up_proj")):
             if f"{name}.scales" in stored:
-                modules[name] = how
+                modules[name] = spec
     if not modules:
         return None
     every = list(modules.values())
     default = max(every, key=every.count)
-    return {**default, **{path: how for path, how in modules.items() if how != default}}
+    return {**default, **{path: spec for path, spec in modules.items() if spec != default}}

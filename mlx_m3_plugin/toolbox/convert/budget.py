@@ -7,7 +7,7 @@ the rest of what is no expert, the most sensitive layers first, each step only i
 from collections.abc import Iterable, Sequence
 
 from ..checkpoint import Checkpoint
-from ..precision import How
+from ..precision import Quantization
 from .matrices import Matrix, matrices_of
 from .plan import plan_conversion
 from .recipe import Recipe, RecipeError
@@ -20,7 +20,7 @@ _LEAST_BITS = 4
 _RAISED = ("attention", "dense_mlp")
 
 
-def work_out(checkpoint: Checkpoint, recipe: Recipe, scores: Scores) -> dict[str, How]:
+def work_out(checkpoint: Checkpoint, recipe: Recipe, scores: Scores) -> dict[str, Quantization]:
     """How each matrix is stored so that the whole takes the recipe's bits per weight.
 
     Raises:
@@ -44,7 +44,7 @@ class _Budget:
         self._plan = recipe.plan
         self._scores = scores
         self._matrices = matrices_of(checkpoint.text_config, indexers=checkpoint.indexers)
-        self._hows = {matrix.module: recipe.how(matrix) for matrix in self._matrices}
+        self._specs = {matrix.module: recipe.spec(matrix) for matrix in self._matrices}
         plan = plan_conversion(checkpoint, recipe)
         self._parameters, self._bytes = plan.parameters, plan.nbytes
         # Of scales: as many bytes as a float of the source has.
@@ -52,7 +52,7 @@ class _Budget:
             m.module: 4 if checkpoint.float_dtype(m.module).endswith("float32") else 2 for m in self._matrices
         }
 
-    def spend(self) -> dict[str, How]:
+    def spend(self) -> dict[str, Quantization]:
         target, cap = float(self._plan["target_bpw"]), float(self._plan["cap_bpw"])
         for part in ("lm_head", "embeddings"):
             self._raise(self._of([part]), 8, cap)
@@ -64,7 +64,7 @@ class _Budget:
             self._raise_by_sensitivity(matrix, target)
         self._raise_experts(target)
         self._raise_toward_eight(target)
-        return self._hows
+        return self._specs
 
     def _raise_by_sensitivity(self, matrix: Matrix, most: float) -> None:
         share = self._score(matrix) / (max(self._scores.values()) or 1)
@@ -91,20 +91,20 @@ class _Budget:
     def _raise(self, matrices: Sequence[Matrix], bits: int, most: float) -> bool:
         """Give them more bits, if all of that fits into ``most`` bits per weight."""
         lower = [matrix for matrix in matrices if self._bits(matrix) < bits]
-        raised = {m.module: How(bits, self._hows[m.module].group_size) for m in lower}
-        cost = sum(self._price(m, raised[m.module]) - self._price(m, self._hows[m.module]) for m in lower)
+        raised = {m.module: Quantization(bits, self._specs[m.module].group_size) for m in lower}
+        cost = sum(self._price(m, raised[m.module]) - self._price(m, self._specs[m.module]) for m in lower)
         if 8 * (self._bytes + cost) > most * self._parameters:
             return False
         self._bytes += cost
-        self._hows |= raised
+        self._specs |= raised
         return True
 
-    def _price(self, matrix: Matrix, how: How) -> int:
-        return how.bytes_of(matrix.size, self._itemsize[matrix.module])
+    def _price(self, matrix: Matrix, spec: Quantization) -> int:
+        return spec.bytes_of(matrix.size, self._itemsize[matrix.module])
 
     def _bits(self, matrix: Matrix) -> int:
         # What is in floats has more than any.
-        return self._hows[matrix.module].bits or 16
+        return self._specs[matrix.module].bits or 16
 
     def _score(self, matrix: Matrix) -> float:
         return 0.0 if matrix.layer is None else self._scores[matrix.layer]

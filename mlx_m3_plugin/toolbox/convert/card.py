@@ -5,7 +5,7 @@ from importlib.metadata import PackageNotFoundError, version
 from typing import NamedTuple
 
 from ... import __version__
-from ...weights.shapes import component_of
+from ..parameters import component_of
 from ..sizes import size_in_words
 from .plan import Plan
 
@@ -78,7 +78,7 @@ def model_card(plan: Plan) -> str:
         bits=plan.bits_per_weight,
         parameters=plan.parameters,
         packages=packages,
-        rows="\n".join(f"| {name} | {count:,} | {how} |" for name, count, _, how in components(plan)),
+        rows="\n".join(f"| {name} | {count:,} | {spec} |" for name, count, _, spec in components(plan)),
         name="path/to/this",
         # Until then it was not told apart whether the shared expert is packed.
         vlm="0.6.4" if plan.packed else "0.6.5",
@@ -92,25 +92,27 @@ class Component(NamedTuple):
     name: str
     parameters: int
     nbytes: int
-    hows: str
+    specs: str
 
 
 def components(plan: Plan) -> list[Component]:
     counts: dict[str, dict[str, int]] = defaultdict(lambda: defaultdict(int))
     sizes: dict[str, int] = defaultdict(int)
     for module in plan.modules:
-        how = str(module.how)
-        if module.how.bits is None:
-            how = next(iter(module.tensors.values())).dtype.removeprefix("mlx.core.")
+        spec = str(module.spec)
+        if module.spec.bits is None:
+            spec = next(iter(module.tensors.values())).dtype.removeprefix("mlx.core.")
         for piece in module.pieces:
             # A packed shared expert lies among the routed ones.
-            name = component_of(f"{piece.module}.weight") if piece.module in plan.hows else module.component
+            name = component_of(f"{piece.module}.weight") if piece.module in plan.specs else module.component
             size = piece.rows * piece.columns
-            counts[name][how] += size
+            counts[name][spec] += size
             sizes[name] += module.nbytes * size // module.parameters
     return [
-        Component(name, sum(hows.values()), sizes[name], ", ".join(sorted(hows, key=lambda how: -hows[how])))
-        for name, hows in counts.items()
+        Component(
+            name, sum(specs.values()), sizes[name], ", ".join(sorted(specs, key=lambda spec: -specs[spec]))
+        )
+        for name, specs in counts.items()
     ]
 
 

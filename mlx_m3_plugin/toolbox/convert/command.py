@@ -93,7 +93,7 @@ def _described(prepared: Prepared, space: Space | None) -> dict[str, Any]:
         "parameters": plan.parameters,
         "bits_per_weight": plan.bits_per_weight,
         "packed": plan.packed,
-        "modules": {path: str(how) for path, how in plan.hows.items()},
+        "modules": {path: str(spec) for path, spec in plan.specs.items()},
         "sensitivity": prepared.measured,
         "space": None if space is None else {**space._asdict(), "is_enough": space.is_enough},
     }

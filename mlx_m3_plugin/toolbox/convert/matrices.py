@@ -5,7 +5,7 @@ from dataclasses import dataclass
 
 from ...model.config import TextConfig
 from ...weights.names import layer_of
-from ...weights.shapes import component_of, text_shapes
+from ..parameters import component_of, text_shapes
 
 # A part's word in recipes -> its name in ``mlx-m3 inspect``, and the projections in it.
 _WORDS = {

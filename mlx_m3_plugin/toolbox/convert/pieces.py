@@ -4,8 +4,8 @@ from collections.abc import Iterator
 
 import mlx.core as mx
 
-from ...weights.reading import TensorReader
 from ..precision import converted
+from ..shards import TensorReader
 from .plan import Module, Piece
 
 # Quantizing takes some copies in float32 of what it works on.
@@ -43,8 +43,8 @@ def _made(
         for part, tensor in piece.parts.items()
     }
     stored = {part: reader.read(tensor) for part, tensor in parts.items()}
-    if module.how == piece.how and "global_scale" not in stored:
+    if module.spec == piece.spec and "global_scale" not in stored:
         return stored
-    made = converted(stored, piece.how, module.how)
+    made = converted(stored, piece.spec, module.spec)
     mx.eval(made)
     return made

@@ -10,11 +10,11 @@ from typing import Any
 
 import mlx.core as mx
 
-from ...weights.shapes import component_of, text_shapes
 from ...weights.tensor import Tensor
-from ...weights.writing import NewTensor
 from ..checkpoint import Checkpoint
-from ..precision import How
+from ..parameters import component_of, text_shapes
+from ..precision import Quantization
+from ..shards import NewTensor
 from .matrices import VISION, Matrix, matrices_of
 from .recipe import Recipe
 
@@ -29,7 +29,7 @@ class Piece:
     """One matrix to be stored: ``weight`` and its scales as the source has them, and how that is."""
 
     module: str
-    how: How
+    spec: Quantization
     parts: Mapping[str, Tensor]
     rows: int
     columns: int
@@ -47,7 +47,7 @@ class Module:
 
     path: str
     component: str
-    how: How
+    spec: Quantization
     pieces: tuple[Piece, ...]
     tensors: Mapping[str, NewTensor]
 
@@ -67,14 +67,14 @@ class Plan:
     Attributes:
         packed: gate and up are fused, and the shared expert is one more row of the experts.
         shards: modules by file.
-        hows: module path without a prefix -> how it is stored; for the card and for tests.
+        specs: module path without a prefix -> how it is stored; for the card and for tests.
     """
 
     source: Checkpoint
     recipe: Recipe
     packed: bool
     shards: list[list[Module]]
-    hows: Mapping[str, How] = field(default_factory=dict)
+    specs: Mapping[str, Quantization] = field(default_factory=dict)
 
     @property
     def modules(self) -> Iterator[Module]:
@@ -98,39 +98,41 @@ class Plan:
 
     def quantization(self) -> dict[str, Any] | None:
         """The ``quantization`` of the config to write."""
-        hows = {m.path: m.how.as_quantization() for m in self.modules if m.how.bits is not None}
-        if not hows:
+        specs = {m.path: m.spec.as_quantization() for m in self.modules if m.spec.bits is not None}
+        if not specs:
             return None
-        every = list(hows.values())
+        every = list(specs.values())
         default = max(every, key=every.count)
-        return {**default, **{path: how for path, how in hows.items() if how != default}}
+        return {**default, **{path: spec for path, spec in specs.items() if spec != default}}
 
 
-def plan_conversion(source: Checkpoint, recipe: Recipe, hows: Mapping[str, How] | None = None) -> Plan:
+def plan_conversion(
+    source: Checkpoint, recipe: Recipe, specs: Mapping[str, Quantization] | None = None
+) -> Plan:
     """Lay out what ``recipe`` makes of ``source``.
 
     Args:
-        hows: by module path, in place of the recipe's; what :mod:`.budget` has worked out.
+        specs: by module path, in place of the recipe's; what :mod:`.budget` has worked out.
 
     Raises:
         RecipeError: the recipe does not fit this model.
     """
     matrices = {m.module: m for m in matrices_of(source.text_config, indexers=source.indexers)}
-    wanted = {path: (hows or {}).get(path) or recipe.how(matrix) for path, matrix in matrices.items()}
-    chosen = {path: _resolved(source, matrices[path], how) for path, how in wanted.items()}
+    wanted = {path: (specs or {}).get(path) or recipe.spec(matrix) for path, matrix in matrices.items()}
+    chosen = {path: _resolved(source, matrices[path], spec) for path, spec in wanted.items()}
     packed = _can_pack(source, chosen)
     modules = [*_text_modules(source, matrices, chosen, packed), *_vision_modules(source, recipe)]
     return Plan(source, recipe, packed, _cut(modules), chosen)
 
 
-def _resolved(source: Checkpoint, matrix: Matrix, how: How) -> How:
+def _resolved(source: Checkpoint, matrix: Matrix, spec: Quantization) -> Quantization:
     """``keep`` of a matrix that is quantized already is its own precision."""
-    if how.bits is None and how.dtype == "keep":
-        return replace(source.how(matrix.module), dtype="keep")
-    return how
+    if spec.bits is None and spec.dtype == "keep":
+        return replace(source.spec(matrix.module), dtype="keep")
+    return spec
 
 
-def _can_pack(source: Checkpoint, hows: Mapping[str, How]) -> bool:
+def _can_pack(source: Checkpoint, specs: Mapping[str, Quantization]) -> bool:
     """Whether everything that mlx-vlm packs together by default has the same precision, in every layer."""
     config = source.text_config
     if config.shared_intermediate_size != config.intermediate_size:
@@ -144,9 +146,9 @@ def _can_pack(source: Checkpoint, hows: Mapping[str, How]) -> bool:
             ]
             together = [[*projections[0], *projections[1]], projections[2]]
             for paths in together:
-                precisions = {(hows[path], source.float_dtype(path)) for path in paths}
+                precisions = {(specs[path], source.float_dtype(path)) for path in paths}
                 # In floats a fused matrix would have more elements than MLX can count.
-                if len(precisions) > 1 or hows[paths[0]].bits is None:
+                if len(precisions) > 1 or specs[paths[0]].bits is None:
                     return False
     return any(config.is_moe(layer) for layer in range(config.num_hidden_layers))
 
@@ -155,7 +157,7 @@ def _can_pack(source: Checkpoint, hows: Mapping[str, How]) -> bool:
 
 
 def _text_modules(
-    source: Checkpoint, matrices: Mapping[str, Matrix], hows: Mapping[str, How], packed: bool
+    source: Checkpoint, matrices: Mapping[str, Matrix], specs: Mapping[str, Quantization], packed: bool
 ) -> Iterator[Module]:
     for name in text_shapes(source.text_config, indexers=source.indexers):
         path, _, part = name.rpartition(".")
@@ -164,13 +166,13 @@ def _text_modules(
             yield _as_it_is(source, name, PREFIX + name)
         elif packed and matrix.part in ("experts", "shared_expert"):
             if matrix.part == "experts" and matrix.projection != "up_proj":
-                yield _packed(source, matrices, hows, matrix)
+                yield _packed(source, matrices, specs, matrix)
         else:
-            yield _module(source, PREFIX + path, hows[path], list(_pieces(source, matrix)))
+            yield _module(source, PREFIX + path, specs[path], list(_pieces(source, matrix)))
 
 
 def _packed(
-    source: Checkpoint, matrices: Mapping[str, Matrix], hows: Mapping[str, How], matrix: Matrix
+    source: Checkpoint, matrices: Mapping[str, Matrix], specs: Mapping[str, Quantization], matrix: Matrix
 ) -> Module:
     """``gate_up_proj`` or ``down_proj`` of all experts, and of the shared one after them."""
     moe, _, projection = matrix.module.rpartition(".switch_mlp.")
@@ -182,7 +184,7 @@ def _packed(
     pieces = [piece for row in zip(*columns, strict=True) for piece in row]
     fused = "gate_up_proj" if len(names) == 2 else projection
     path = f"{PREFIX}{moe}.switch_mlp.{fused}"
-    return _module(source, path, hows[matrix.module], pieces, experts=len(columns[0]))
+    return _module(source, path, specs[matrix.module], pieces, experts=len(columns[0]))
 
 
 def _pieces(source: Checkpoint, matrix: Matrix) -> Iterator[Piece]:
@@ -191,54 +193,58 @@ def _pieces(source: Checkpoint, matrix: Matrix) -> Iterator[Piece]:
         for part in ("weight", "scales", "biases", "global_scale")
         if f"{matrix.module}.{part}" in source.plan
     }
-    how = source.how(matrix.module)
+    spec = source.spec(matrix.module)
     if not matrix.experts:
-        yield Piece(matrix.module, how, parts, matrix.rows, matrix.columns)
+        yield Piece(matrix.module, spec, parts, matrix.rows, matrix.columns)
     for number in range(matrix.experts):
         one = {part: tensor.expert(number) for part, tensor in parts.items()}
-        yield Piece(matrix.module, how, one, matrix.rows, matrix.columns)
+        yield Piece(matrix.module, spec, one, matrix.rows, matrix.columns)
 
 
-def _module(source: Checkpoint, path: str, how: How, pieces: list[Piece], experts: int = 0) -> Module:
+def _module(
+    source: Checkpoint, path: str, spec: Quantization, pieces: list[Piece], experts: int = 0
+) -> Module:
     first = pieces[0]
     experts = experts or (len(pieces) if len(source.plan[f"{first.module}.weight"].shape) == 3 else 0)
     rows = sum(piece.rows for piece in pieces) // max(experts, 1)
     leading = (experts, rows) if experts else (rows,)
-    tensors = _tensors(path, how, leading, first.columns, source.float_dtype(first.module))
-    return Module(path, component_of(first.module + ".weight"), how, tuple(pieces), tensors)
+    tensors = _tensors(path, spec, leading, first.columns, source.float_dtype(first.module))
+    return Module(path, component_of(first.module + ".weight"), spec, tuple(pieces), tensors)
 
 
-def _tensors(path: str, how: How, leading: tuple[int, ...], columns: int, dtype: str) -> dict[str, NewTensor]:
-    if how.bits is None:
-        kept = dtype if how.dtype == "keep" else f"mlx.core.{how.dtype}"
+def _tensors(
+    path: str, spec: Quantization, leading: tuple[int, ...], columns: int, dtype: str
+) -> dict[str, NewTensor]:
+    if spec.bits is None:
+        kept = dtype if spec.dtype == "keep" else f"mlx.core.{spec.dtype}"
         return {"weight": NewTensor(f"{path}.weight", (*leading, columns), kept)}
-    groups = (*leading, columns // how.group_size)
-    scales = dtype if how.mode == "affine" else str(mx.uint8)
+    groups = (*leading, columns // spec.group_size)
+    scales = dtype if spec.mode == "affine" else str(mx.uint8)
     made = {
-        "weight": NewTensor(f"{path}.weight", (*leading, columns * how.bits // 32), str(mx.uint32)),
+        "weight": NewTensor(f"{path}.weight", (*leading, columns * spec.bits // 32), str(mx.uint32)),
         "scales": NewTensor(f"{path}.scales", groups, scales),
     }
-    if how.mode == "affine":
+    if spec.mode == "affine":
         made["biases"] = NewTensor(f"{path}.biases", groups, scales)
     return made
 
 
 def _vision_modules(source: Checkpoint, recipe: Recipe) -> Iterator[Module]:
-    how = next((rule.how for rule in reversed(recipe.rules) if VISION in rule.parts), How())
+    spec = next((rule.spec for rule in reversed(recipe.rules) if VISION in rule.parts), Quantization())
     for name in source.vision:
-        yield _as_it_is(source, name, name, how)
+        yield _as_it_is(source, name, name, spec)
 
 
-def _as_it_is(source: Checkpoint, name: str, new_name: str, how: How | None = None) -> Module:
+def _as_it_is(source: Checkpoint, name: str, new_name: str, spec: Quantization | None = None) -> Module:
     """A norm, a bias, or a weight of the vision tower."""
-    how, tensor = how or How(), source.plan[name]
-    dtype = tensor.dtype if how.dtype == "keep" else f"mlx.core.{how.dtype}"
+    spec, tensor = spec or Quantization(), source.plan[name]
+    dtype = tensor.dtype if spec.dtype == "keep" else f"mlx.core.{spec.dtype}"
     path = new_name.rpartition(".")[0]
     width = tensor.shape[-1] if tensor.shape else 1
     rows = math.prod(tensor.shape) // max(width, 1)
-    piece = Piece(name, How(), {"weight": tensor.reshape(rows, width)}, rows, width)
+    piece = Piece(name, Quantization(), {"weight": tensor.reshape(rows, width)}, rows, width)
     component = component_of(name)
-    return Module(path, component, how, (piece,), {"weight": NewTensor(new_name, tensor.shape, dtype)})
+    return Module(path, component, spec, (piece,), {"weight": NewTensor(new_name, tensor.shape, dtype)})
 
 
 # --- files ---

@@ -7,7 +7,7 @@ from typing import Any
 
 from ..checkpoint import open_checkpoint
 from ..evaluate.texts import built_in_text, read_texts
-from ..precision import How
+from ..precision import Quantization
 from .budget import work_out
 from .plan import Plan, plan_conversion
 from .recipe import load_recipe
@@ -75,11 +75,11 @@ def prepare(
         check(plan_conversion(checkpoint, wanted, work_out(checkpoint, wanted, scores)))
         ids = read_texts(checkpoint.directory, text or built_in_text(), None, _WINDOW)
         texts = type(ids)(ids.windows[: _TOKENS // _WINDOW])
-        base = How(int(wanted.plan.get("base_bits", 4)), wanted.default.group_size)
+        base = Quantization(int(wanted.plan.get("base_bits", 4)), wanted.default.group_size)
         progress = watch(f"sensitivity of {checkpoint.title}", layers)
         scores = measure_sensitivity(
             checkpoint, texts, base, cache, memory=memory, step=_STEP, progress=progress
         )
         measured = f"measured at {base} on {len(texts.tokens):,} tokens"
-    hows = work_out(checkpoint, wanted, scores)
-    return Prepared(plan_conversion(checkpoint, wanted, hows), scores, measured)
+    specs = work_out(checkpoint, wanted, scores)
+    return Prepared(plan_conversion(checkpoint, wanted, specs), scores, measured)

@@ -22,7 +22,7 @@ from pathlib import Path
 from typing import Any
 
 from ...model.config import TextConfig
-from ..precision import How
+from ..precision import Quantization
 from ..suggestions import did_you_mean
 from ..text_files import read_text
 from .matrices import PARTS, Matrix
@@ -45,11 +45,11 @@ class RecipeError(ValueError):
 
 @dataclass(frozen=True)
 class Rule:
-    """``parts`` of the model, on some ``layers`` or (None) on all, are stored like ``how``."""
+    """``parts`` of the model, on some ``layers`` or (None) on all, are stored like ``spec``."""
 
     parts: tuple[str, ...]
     layers: frozenset[int] | None
-    how: How
+    spec: Quantization
 
     def fits(self, matrix: Matrix) -> bool:
         return matrix.is_one_of(self.parts) and (self.layers is None or matrix.layer in self.layers)
@@ -66,13 +66,13 @@ class Recipe:
 
     name: str
     summary: str
-    default: How
+    default: Quantization
     rules: tuple[Rule, ...] = ()
     plan: Mapping[str, Any] = field(default_factory=dict)
     text: str = ""
 
-    def how(self, matrix: Matrix) -> How:
-        chosen = next((rule.how for rule in reversed(self.rules) if rule.fits(matrix)), self.default)
+    def spec(self, matrix: Matrix) -> Quantization:
+        chosen = next((rule.spec for rule in reversed(self.rules) if rule.fits(matrix)), self.default)
         if chosen.bits is not None and matrix.columns % chosen.group_size:
             raise RecipeError(
                 f"{self.name}: {matrix.module} has {matrix.columns} inputs, which do not divide into groups "
@@ -127,7 +127,7 @@ def parse_recipe(name: str, text: str, config: TextConfig, file: Path | None = N
     return Recipe(
         name,
         str(content.get("summary", "")),
-        _how(f"{where}: [default]", content["default"]),
+        _spec(f"{where}: [default]", content["default"]),
         tuple(_rule(f"{where}: rule {n}", rule, config) for n, rule in enumerate(rules, 1)),
         plan,
         text,
@@ -143,10 +143,10 @@ def _rule(where: str, content: dict[str, Any], config: TextConfig) -> Rule:
         words = ", ".join(map(str, unknown)) + did_you_mean(str(unknown[0]), PARTS)
         raise RecipeError(f"{where}: M3 has no {words}; its parts are {', '.join(PARTS)}")
     layers = content.pop("layers", None)
-    how = _how(where, content)
-    if how.bits is not None and any(part.startswith("vision") for part in parts):
+    spec = _spec(where, content)
+    if spec.bits is not None and any(part.startswith("vision") for part in parts):
         raise RecipeError(f"{where}: the vision tower is not quantized; give it a dtype")
-    return Rule(tuple(parts), None if layers is None else _layers(where, layers, config), how)
+    return Rule(tuple(parts), None if layers is None else _layers(where, layers, config), spec)
 
 
 def _layers(where: str, entries: Any, config: TextConfig) -> frozenset[int]:
@@ -165,12 +165,12 @@ def _layers(where: str, entries: Any, config: TextConfig) -> frozenset[int]:
     return frozenset(chosen)
 
 
-def _how(where: str, content: dict[str, Any]) -> How:
+def _spec(where: str, content: dict[str, Any]) -> Quantization:
     _check_keys(where, content, {"bits", "group_size", "mode", "dtype"})
     if "dtype" in content:
         if content["dtype"] not in _DTYPES or len(content) > 1:
             raise RecipeError(f"{where}: dtype stands alone and is one of {', '.join(_DTYPES)}")
-        return How(dtype=content["dtype"])
+        return Quantization(dtype=content["dtype"])
     mode = content.get("mode", "affine")
     if not isinstance(mode, str) or mode not in _BITS:
         raise RecipeError(f"{where}: mode is one of {', '.join(_BITS)}, not {mode!r}")
@@ -181,7 +181,7 @@ def _how(where: str, content: dict[str, Any]) -> How:
     allowed = _AFFINE_GROUP_SIZES if mode == "affine" else (_GROUP_SIZES[mode],)
     if type(group_size) is not int or group_size not in allowed:
         raise RecipeError(f"{where}: {mode} has groups of {_or(allowed)}, not {group_size!r}")
-    return How(bits, group_size, mode)
+    return Quantization(bits, group_size, mode)
 
 
 def _or(numbers: Iterable[int]) -> str:

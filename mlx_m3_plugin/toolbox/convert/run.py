@@ -14,10 +14,9 @@ from typing import Any, NamedTuple
 
 from ... import __version__
 from ...weights.headers import INDEX, weight_files
-from ...weights.reading import TensorReader
-from ...weights.writing import ShardWriter
 from ..checksums import read_sums, sha256_of, write_sums
 from ..new_directory import STATE, contents, new_directory, replace_text
+from ..shards import ShardWriter, TensorReader
 from . import settings
 from .pieces import made_pieces
 from .plan import Module, Plan
@@ -158,13 +157,13 @@ def fingerprint(plan: Plan) -> dict[str, Any]:
     for file in weight_files(plan.source.directory):
         status = file.stat()
         files[file.name] = [status.st_size, status.st_mtime_ns]
-    hows = {path: str(how) for path, how in sorted(plan.hows.items())}
+    specs = {path: str(spec) for path, spec in sorted(plan.specs.items())}
     return {
         "version": __version__,
         "source": str(plan.source.directory.resolve()),
         "files": files,
         "recipe": plan.recipe.name,
-        "precisions": hashlib.sha256(json.dumps(hows).encode()).hexdigest(),
+        "precisions": hashlib.sha256(json.dumps(specs).encode()).hexdigest(),
         "bytes": plan.nbytes,
     }
 

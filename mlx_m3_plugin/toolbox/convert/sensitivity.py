@@ -10,7 +10,6 @@ from pathlib import Path
 
 import mlx.core as mx
 
-from ...weights.reading import TensorReader
 from ..checkpoint import Checkpoint
 from ..evaluate.texts import Texts
 from ..evaluate.walk import (
@@ -23,7 +22,8 @@ from ..evaluate.walk import (
     write_state,
 )
 from ..new_directory import LOCK, locked, replace_text
-from ..precision import How
+from ..precision import Quantization
+from ..shards import TensorReader
 from ..streaming import States, StreamedLayer
 from ..text_files import read_json_object
 
@@ -38,7 +38,7 @@ _ROWS = 1024
 def measure_sensitivity(
     checkpoint: Checkpoint,
     texts: Texts,
-    base: How,
+    base: Quantization,
     cache: Path,
     *,
     memory: int,
@@ -60,7 +60,7 @@ def measure_sensitivity(
 def _measure(
     checkpoint: Checkpoint,
     texts: Texts,
-    base: How,
+    base: Quantization,
     directory: Path,
     *,
     memory: int,
@@ -79,7 +79,9 @@ def _measure(
             before, after = (States(states_file(directory, n), width, dtype) for n in (number, number + 1))
             tried = States(directory / "tried.bin", width, dtype)
             run_layer(StreamedLayer(checkpoint, reader, number), before, after, texts, block, step)
-            trial = StreamedLayer(checkpoint, reader, number, lambda path, how: _fewer_bits(path, how, base))
+            trial = StreamedLayer(
+                checkpoint, reader, number, lambda path, spec: _fewer_bits(path, spec, base)
+            )
             run_layer(trial, before, tried, texts, block, step)
             after.sync()
             scores[number] = _error(after, tried, len(texts.tokens))
@@ -90,14 +92,14 @@ def _measure(
     return scores
 
 
-def _fewer_bits(path: str, how: How, base: How) -> How:
+def _fewer_bits(path: str, spec: Quantization, base: Quantization) -> Quantization:
     """``base``, or of what has no more bits than that already, the next width below."""
     if path.endswith(_CHOOSERS):
-        return how
-    if how.bits is None or how.bits > (base.bits or 0):
+        return spec
+    if spec.bits is None or spec.bits > (base.bits or 0):
         return base
-    below = [bits for bits in _WIDTHS if bits < how.bits]
-    return How(below[-1], base.group_size) if below else how
+    below = [bits for bits in _WIDTHS if bits < spec.bits]
+    return Quantization(below[-1], base.group_size) if below else spec
 
 
 def _error(states: States, tried: States, tokens: int) -> float:

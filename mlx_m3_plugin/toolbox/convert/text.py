@@ -11,15 +11,15 @@ def plan_lines(prepared: Prepared, space: Space | None = None) -> list[str]:
     """The plan as a table, and whether the disk has room for it."""
     plan = prepared.plan
     rows = [("Component", "parameters", "bytes", "bits/weight", "stored as")]
-    for name, parameters, size, how in components(plan):
-        rows.append((name, f"{parameters:,}", f"{size:,}", f"{8 * size / max(parameters, 1):.2f}", how))
+    for name, parameters, size, spec in components(plan):
+        rows.append((name, f"{parameters:,}", f"{size:,}", f"{8 * size / max(parameters, 1):.2f}", spec))
     total = f"{plan.bits_per_weight:.2f}"
     rows.append(("total", f"{plan.parameters:,}", f"{plan.nbytes:,}", total, ""))
     widths = [max(len(row[column]) for row in rows) for column in range(4)]
     lines = [f"{plan.recipe.name}: {plan.recipe.summary}", ""]
-    for name, *numbers, how in rows:
+    for name, *numbers, spec in rows:
         cells = [number.rjust(width) for number, width in zip(numbers, widths[1:], strict=True)]
-        lines.append("  ".join([name.ljust(widths[0]), *cells, how]).rstrip())
+        lines.append("  ".join([name.ljust(widths[0]), *cells, spec]).rstrip())
     lines += ["", f"{size_in_words(plan.nbytes)} in {len(plan.shards)} files; {_packing(plan)}"]
     if prepared.measured:
         lines.append(f"sensitivity of layers: {prepared.measured}")

@@ -8,9 +8,9 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
-from ...weights.reading import TensorReader
 from ..checkpoint import Checkpoint, open_checkpoint
 from ..new_directory import LOCK, locked, replace_text
+from ..shards import TensorReader
 from ..streaming import Head
 from .metrics import Distributions, LayerComparison, compare_distributions, compare_layers, perplexity
 from .texts import Texts

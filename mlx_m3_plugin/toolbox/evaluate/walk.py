@@ -17,9 +17,9 @@ import numpy as np
 
 from ... import __version__
 from ...weights.headers import weight_files
-from ...weights.reading import TensorReader
 from ..checkpoint import Checkpoint
 from ..new_directory import replace_text
+from ..shards import TensorReader
 from ..streaming import Embedding, States, StreamedLayer
 from .texts import Texts
 

@@ -11,9 +11,8 @@ import mlx.core as mx
 from ...model.config import TextConfig
 from ...weights import Headers, StoredTensor
 from ...weights.names import is_unused, is_vision
-from ...weights.shapes import OTHER, Shapes, component_of
 from ...weights.tensor import Tensor
-from .parameters import Precision, quantized_modules
+from ..parameters import OTHER, Precision, Shapes, component_of, quantized_modules
 
 PUBLISHED, AROUND, TRANSFORMERS, TEXT_ONLY = (
     "language_model.model.layers",
@@ -203,9 +202,9 @@ def measure(plan: Mapping[str, Tensor], shapes: Shapes, headers: Headers) -> Con
         module, _, part = name.rpartition(".")
         if part in _PARTS_OF_QUANTIZED and f"{module}.weight" in plan:
             continue
-        how = quantized.get(module) if part == "weight" else None
-        parameters = _count(tensor, how)
-        precision = how or _float_precision(tensor)
+        spec = quantized.get(module) if part == "weight" else None
+        parameters = _count(tensor, spec)
+        precision = spec or _float_precision(tensor)
         entry = precisions.setdefault(
             str(precision), Precision(precision.mode, precision.bits, precision.group_size)
         )
@@ -214,7 +213,7 @@ def measure(plan: Mapping[str, Tensor], shapes: Shapes, headers: Headers) -> Con
         component.parameters += parameters
         by_component[component.name][str(precision)] += parameters
     for name, stored_as in by_component.items():
-        components[name].stored_as = sorted(stored_as, key=lambda how: -stored_as[how])
+        components[name].stored_as = sorted(stored_as, key=lambda spec: -stored_as[spec])
     other = components[OTHER]
     # What a plan leaves out, such as heads for predicting several tokens.
     other.bytes += sum(t.nbytes for t in headers.tensors.values()) - sum(c.bytes for c in components.values())
@@ -233,9 +232,9 @@ def bits_per_weight(stored_bytes: int, parameters: int) -> float | None:
     return 8 * stored_bytes / parameters if parameters else None
 
 
-def _count(tensor: Tensor, how: Precision | None) -> int:
+def _count(tensor: Tensor, spec: Precision | None) -> int:
     stored = math.prod(tensor.shape)
-    return stored if how is None else stored * 32 // how.bits
+    return stored if spec is None else stored * 32 // spec.bits
 
 
 def _float_precision(tensor: Tensor) -> Precision:

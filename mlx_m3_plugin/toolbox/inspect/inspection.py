@@ -11,12 +11,11 @@ from typing import Any
 from ...model.config import TextConfig, text_config_of
 from ...weights import lacks_indexers, plan_layout
 from ...weights.names import is_vision
-from ...weights.shapes import OTHER, Shapes, text_shapes, vision_shapes
 from ..checksums import Verification, Watch, verify
 from ..machine import machine_memory
+from ..parameters import OTHER, Precision, Shapes, differences, text_shapes, vision_shapes
 from . import running
 from .describe import Component, Layout, StoredDtype, dtype_histogram, measure, recognise_layout
-from .parameters import Precision, differences
 from .readers import Features, Reader, packs_shared_expert, who_opens
 from .source import CHAT_TEMPLATE_FILES, Source, open_source
 

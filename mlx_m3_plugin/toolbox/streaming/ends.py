@@ -6,9 +6,9 @@ import mlx.core as mx
 import mlx.nn as nn
 
 from ...model.norm import make_norm
-from ...weights.reading import TensorReader
 from ..checkpoint import Checkpoint
 from ..precision import computes_in_float32, dequantized, float32_values
+from ..shards import TensorReader
 from .linear import parts_of, read_linear
 
 _EMBEDDING = "model.embed_tokens"
@@ -20,7 +20,7 @@ class Embedding:
     def __init__(self, source: Checkpoint, reader: TensorReader):
         self._reader = reader
         self._parts = parts_of(source.plan, _EMBEDDING)
-        self._how = source.how(_EMBEDDING)
+        self._spec = source.spec(_EMBEDDING)
         self._rows: dict[int, mx.array] = {}
 
     def __call__(self, tokens: Sequence[int]) -> mx.array:
@@ -28,7 +28,7 @@ class Embedding:
         values = float32_values if computes_in_float32() else dequantized
         for token in set(tokens) - self._rows.keys():
             stored = {p: self._reader.read(t.taken(token, token + 1)) for p, t in self._parts.items()}
-            self._rows[token] = values(stored, self._how)
+            self._rows[token] = values(stored, self._spec)
         return mx.concatenate([self._rows[token] for token in tokens])
 
 
@@ -40,7 +40,7 @@ class Head:
         self._norm = make_norm(config, config.hidden_size)
         self._norm.weight = reader.read(source.plan["model.norm.weight"])
         path = _EMBEDDING if config.tie_word_embeddings else "lm_head"
-        self._head: nn.Module = read_linear(reader, parts_of(source.plan, path), source.how(path), path)
+        self._head: nn.Module = read_linear(reader, parts_of(source.plan, path), source.spec(path), path)
 
     def __call__(self, states: mx.array) -> mx.array:
         """Hidden states ``[N, D]`` before the final norm -> logits ``[N, vocab_size]``."""

@@ -8,8 +8,8 @@ import mlx.nn as nn
 import numpy as np
 
 from ...model.moe import SwiGLUOAI
-from ...weights.reading import TensorReader
 from ..checkpoint import Checkpoint
+from ..shards import TensorReader
 from .linear import Change, keep, parts_of, read_linear
 
 _PROJECTIONS = ("gate_proj", "up_proj", "down_proj")
@@ -55,4 +55,4 @@ class StreamedExperts:
     def _read(self, name: str, number: int) -> nn.Module:
         parts = {part: tensor.expert(number) for part, tensor in self._parts[name].items()}
         path = f"{self.path}.{name}"
-        return read_linear(self.reader, parts, self.source.how(path), path, self.change)
+        return read_linear(self.reader, parts, self.source.spec(path), path, self.change)

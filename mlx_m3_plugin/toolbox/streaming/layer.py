@@ -10,8 +10,8 @@ from ...hosts.mlx_lm.cache import make_layer_cache
 from ...hosts.mlx_lm.host import MLX_LM
 from ...model.attention import Attention
 from ...model.decoder import DecoderLayer
-from ...weights.reading import TensorReader
 from ..checkpoint import Checkpoint
+from ..shards import TensorReader
 from .experts import StreamedExperts
 from .linear import Change, keep, parts_of, read_linear
 
@@ -72,7 +72,7 @@ class StreamedLayer:
                 continue
             owner, _, name = path.rpartition(".")
             if type(module).__name__ == "Linear":
-                linear = read_linear(reader, parts_of(source.plan, full), source.how(full), full, change)
+                linear = read_linear(reader, parts_of(source.plan, full), source.spec(full), full, change)
                 setattr(_at(layer, owner), name, linear)
                 continue
             for parameter in [key for key, value in module.items() if isinstance(value, mx.array)]:

@@ -7,18 +7,18 @@ import mlx.nn as nn
 import numpy as np
 
 from ...model.tensor_scales import hold_scale
-from ...weights.reading import TensorReader
 from ...weights.tensor import Tensor
-from ..precision import How, computes_in_float32, converted, float32_values
+from ..precision import Quantization, computes_in_float32, converted, float32_values
+from ..shards import TensorReader
 
 # Of a matrix's values in float32 at a time.
 _BYTES_OF_VALUES = 256 << 20
 # Given a module's path and how it is stored: how it is to be, for a trial of other bits.
-Change = Callable[[str, How], How]
+Change = Callable[[str, Quantization], Quantization]
 
 
-def keep(path: str, how: How) -> How:
-    return how
+def keep(path: str, spec: Quantization) -> Quantization:
+    return spec
 
 
 def parts_of(plan: Mapping[str, Tensor], path: str) -> dict[str, Tensor]:
@@ -28,13 +28,13 @@ def parts_of(plan: Mapping[str, Tensor], path: str) -> dict[str, Tensor]:
 
 
 def read_linear(
-    reader: TensorReader, parts: Mapping[str, Tensor], stored: How, path: str, change: Change = keep
+    reader: TensorReader, parts: Mapping[str, Tensor], stored: Quantization, path: str, change: Change = keep
 ) -> nn.Module:
     """``nn.Linear`` or ``nn.QuantizedLinear`` with the weights of one matrix, in memory."""
     arrays = {part: reader.read(tensor) for part, tensor in parts.items()}
-    how = change(path, stored)
-    if how != stored:
-        arrays, stored = converted(arrays, stored, how), how
+    spec = change(path, stored)
+    if spec != stored:
+        arrays, stored = converted(arrays, stored, spec), spec
     if computes_in_float32():
         return _InFloat32(arrays, stored)
     if stored.bits is None:
@@ -49,9 +49,9 @@ class _InFloat32(nn.Module):
     With numpy, whose BLAS is ten times and more as fast as the one in MLX's wheels.
     """
 
-    def __init__(self, stored: Mapping[str, mx.array], how: How):
+    def __init__(self, stored: Mapping[str, mx.array], spec: Quantization):
         super().__init__()
-        self._stored, self._how = stored, how
+        self._stored, self._spec = stored, spec
         mx.eval(stored)
 
     def __call__(self, x: mx.array) -> mx.array:
@@ -65,7 +65,7 @@ class _InFloat32(nn.Module):
                 name: array[start : start + step] if array.ndim == 2 else array
                 for name, array in self._stored.items()
             }
-            y[:, start : start + step] = rows @ np.asarray(float32_values(some, self._how)).T
+            y[:, start : start + step] = rows @ np.asarray(float32_values(some, self._spec)).T
         return mx.array(y).reshape(*x.shape[:-1], outputs).astype(x.dtype)
 
 
@@ -76,10 +76,10 @@ def _linear(weight: mx.array) -> nn.Module:
     return linear
 
 
-def _quantized_linear(arrays: Mapping[str, mx.array], how: How) -> nn.Module:
+def _quantized_linear(arrays: Mapping[str, mx.array], spec: Quantization) -> nn.Module:
     # Of any size: its arrays are replaced before they are made.
     linear = nn.QuantizedLinear(
-        128, 128, bias=False, group_size=how.group_size, bits=how.bits or 0, mode=how.mode
+        128, 128, bias=False, group_size=spec.group_size, bits=spec.bits or 0, mode=spec.mode
     )
     for part in ("weight", "scales", "biases"):
         setattr(linear, part, arrays.get(part))

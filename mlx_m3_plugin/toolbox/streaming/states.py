@@ -6,7 +6,7 @@ from pathlib import Path
 import mlx.core as mx
 import numpy as np
 
-from ...weights.disk import read_at, write_at
+from ..shards import read_at, write_at
 
 _NUMPY = {"float32": "<f4", "float16": "<f2", "bfloat16": "<u2"}
 

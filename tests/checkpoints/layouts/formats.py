@@ -86,14 +86,14 @@ class Encoded:
 
     stored: Weights
     values: Weights
-    how: dict[str, Json]
+    spec: dict[str, Json]
 
 
 def encode(weights: Weights, policy: Policy) -> Encoded:
     """Store each linear layer and embedding as ``policy`` says for its path."""
     stored: Weights = {}
     values: Weights = {}
-    how: dict[str, Json] = {}
+    spec: dict[str, Json] = {}
     for name, array in weights.items():
         module = name.removesuffix(".weight")
         linear = module != name and not module.endswith("norm")
@@ -102,11 +102,11 @@ def encode(weights: Weights, policy: Policy) -> Encoded:
             made = mx.quantize(array, **precision)
             stored |= {f"{module}.{p}": a for p, a in zip(("weight", "scales", "biases"), made, strict=False)}
             values[name] = mx.dequantize(*made, **precision, dtype=mx.float32)
-            how[module] = precision
+            spec[module] = precision
         else:
             stored[name] = array if precision is None else array.astype(precision)
             values[name] = stored[name].astype(mx.float32)
-    return Encoded(stored, values, how)
+    return Encoded(stored, values, spec)
 
 
 def mlx(
@@ -136,11 +136,11 @@ def mlx(
         tensors |= {rename(name): array for name, array in source.vision.items()}
     modules = [name.removesuffix(".scales") for name in arranged if name.endswith(".scales")]
     # Fused halves have the same precision.
-    how = {module: encoded.how[module.replace("gate_up_proj", "gate_proj")] for module in modules}
-    entries: Json = {rename(module): entry for module, entry in how.items() if entry != base}
+    spec = {module: encoded.spec[module.replace("gate_up_proj", "gate_proj")] for module in modules}
+    entries: Json = {rename(module): entry for module, entry in spec.items() if entry != base}
     if name_floats:
         floats = [n.removesuffix(".weight") for n in arranged if n.endswith((".gate.weight", "_proj.weight"))]
-        entries |= {rename(module): False for module in floats if module not in how}
+        entries |= {rename(module): False for module in floats if module not in spec}
     made = config(source.config)
     if pack_shared_expert is not None:
         made.get("text_config", made)["pack_shared_expert"] = pack_shared_expert

@@ -7,7 +7,7 @@ from pathlib import Path
 import mlx.core as mx
 import numpy as np
 
-from mlx_m3_plugin.weights.writing import STORED_DTYPES
+from mlx_m3_plugin.toolbox.shards import STORED_DTYPES
 
 from .source import Json, Weights
 

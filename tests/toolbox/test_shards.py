@@ -11,19 +11,19 @@ import mlx.core as mx
 import numpy as np
 import pytest
 
+from mlx_m3_plugin.toolbox import shards
+from mlx_m3_plugin.toolbox.shards import NewTensor, ShardWriter, TensorReader
 from mlx_m3_plugin.toolbox.streaming import States
-from mlx_m3_plugin.weights import disk, read_headers
+from mlx_m3_plugin.weights import read_headers
 from mlx_m3_plugin.weights.headers import weight_files
-from mlx_m3_plugin.weights.reading import TensorReader
 from mlx_m3_plugin.weights.tensor import Tensor
-from mlx_m3_plugin.weights.writing import NewTensor, ShardWriter
 from tests.checkpoints.tiny_layouts import LAYOUTS
 
 LIMIT = 1000
 
 
 def test_a_piece_is_less_than_macos_refuses() -> None:
-    assert disk.LARGEST_PIECE <= 1 << 30
+    assert shards.LARGEST_PIECE <= 1 << 30
 
 
 @pytest.fixture
@@ -44,8 +44,8 @@ def small_limit(monkeypatch: pytest.MonkeyPatch) -> None:
     replaced = {
         name: limited(name, sizes.get(name, lambda buffers: sum(map(len, buffers)))) for name in names
     }
-    monkeypatch.setattr(disk, "os", SimpleNamespace(**vars(os) | replaced))
-    monkeypatch.setattr(disk, "LARGEST_PIECE", LIMIT)
+    monkeypatch.setattr(shards, "os", SimpleNamespace(**vars(os) | replaced))
+    monkeypatch.setattr(shards, "LARGEST_PIECE", LIMIT)
 
 
 @pytest.mark.usefixtures("small_limit")

@@ -1,0 +1,275 @@
+"""Shards read and written by byte ranges: no more of a checkpoint in memory than one piece.
+
+``mx.load`` reads a stored tensor whole, of which one expert of 128 may be wanted.  A shard is written
+behind a header made from names, shapes and dtypes alone, in pieces that come in any order.
+"""
+
+import json
+import math
+import os
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from types import TracebackType
+
+import mlx.core as mx
+import numpy as np
+
+from ..weights.headers import StoredTensor
+from ..weights.tensor import Tensor, make_from
+
+# macOS refuses to read or write 2 GiB or more at once (EINVAL).  A piece is much smaller, for it is in
+# memory twice while it is read.
+LARGEST_PIECE = 1 << 26
+
+
+def read_at(descriptor: int, start: int, size: int) -> bytearray:
+    """``size`` bytes from ``start`` on.
+
+    Raises:
+        OSError: they cannot be read, or the file ends before.
+    """
+    data = bytearray(size)
+    view, done = memoryview(data), 0
+    while done < size:
+        piece = os.pread(descriptor, min(LARGEST_PIECE, size - done), start + done)
+        if not piece:
+            raise OSError(f"the file ends {size - done:,} bytes before the tensor does")
+        view[done : done + len(piece)] = piece
+        done += len(piece)
+    return data
+
+
+def write_at(descriptor: int, start: int, data: bytes) -> None:
+    """Put all of ``data`` at ``start``.
+
+    Raises:
+        OSError: it cannot be written.
+    """
+    view, done = memoryview(data), 0
+    while done < len(data):
+        done += os.pwrite(descriptor, view[done : done + LARGEST_PIECE], start + done)
+
+
+# --- reading ---
+
+# safetensors dtype -> how numpy reads it, and what MLX is to take the bytes for.
+_READ_AS: dict[str, tuple[str, mx.Dtype]] = {
+    "BOOL": ("?", mx.bool_),
+    "U8": ("<u1", mx.uint8),
+    "I8": ("<i1", mx.int8),
+    "U16": ("<u2", mx.uint16),
+    "I16": ("<i2", mx.int16),
+    "U32": ("<u4", mx.uint32),
+    "I32": ("<i4", mx.int32),
+    "U64": ("<u8", mx.uint64),
+    "I64": ("<i8", mx.int64),
+    "F8_E4M3": ("<u1", mx.uint8),
+    "F16": ("<f2", mx.float16),
+    "BF16": ("<u2", mx.bfloat16),
+    "F32": ("<f4", mx.float32),
+}
+
+
+@dataclass(frozen=True)
+class _Span:
+    """Consecutive elements of a stored tensor."""
+
+    name: str
+    first: int
+    shape: tuple[int, ...]
+
+
+class TensorReader:
+    """Reads planned tensors of one checkpoint.
+
+    Args:
+        directory: where the shards are.
+        tensors: their headers, as :func:`.headers.read_headers` has them.
+    """
+
+    def __init__(self, directory: Path, tensors: Mapping[str, StoredTensor]):
+        self._directory = directory
+        self._tensors = tensors
+        self._open: dict[str, int] = {}
+        self.bytes_read = 0
+
+    def read(self, tensor: Tensor) -> mx.array:
+        """The array, in memory.
+
+        Raises:
+            OSError: a shard is gone, cut off or cannot be read; names it and the tensor.
+        """
+        span = _span(tensor)
+        if span is not None:
+            return self._read_span(span)
+        array = make_from(tensor, [self.read(source) for source in tensor.sources])
+        mx.eval(array)
+        return array
+
+    def close(self) -> None:
+        for descriptor in self._open.values():
+            os.close(descriptor)
+        self._open.clear()
+
+    def __enter__(self) -> "TensorReader":
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self.close()
+
+    def _read_span(self, span: _Span) -> mx.array:
+        stored = self._tensors[span.name]
+        read_as, dtype = _READ_AS.get(stored.stored_dtype, (None, None))
+        if read_as is None or dtype is None:
+            raise ValueError(f"{span.name}: tensors of dtype {stored.stored_dtype} are not read here")
+        kind = np.dtype(read_as)
+        size = math.prod(span.shape) * kind.itemsize
+        data = self._read_bytes(span.name, stored, stored.start + span.first * kind.itemsize, size)
+        array = mx.array(np.frombuffer(data, kind).reshape(span.shape))
+        return array if array.dtype == dtype else array.view(dtype)
+
+    def _read_bytes(self, name: str, stored: StoredTensor, start: int, size: int) -> bytearray:
+        try:
+            data = read_at(self._descriptor(stored.file), start, size)
+        except OSError as error:
+            reason = error.strerror or str(error)
+            raise OSError(f"{self._directory / stored.file}: cannot read {name}: {reason}") from error
+        self.bytes_read += size
+        return data
+
+    def _descriptor(self, file: str) -> int:
+        if file not in self._open:
+            self._open[file] = os.open(self._directory / file, os.O_RDONLY)
+        return self._open[file]
+
+
+def _span(tensor: Tensor) -> _Span | None:
+    """Where a tensor lies, if it is a piece of a stored one."""
+    if tensor.operation == "stored":
+        return _Span(tensor.detail, 0, tensor.shape)
+    if tensor.operation == "reshape":
+        inner = _span(tensor.sources[0])
+        return None if inner is None else _Span(inner.name, inner.first, tensor.shape)
+    if tensor.operation == "rows":
+        inner, (axis, start, _) = _span(tensor.sources[0]), tensor.detail
+        if inner is None or math.prod(inner.shape[:axis]) != 1:
+            return None
+        return _Span(inner.name, inner.first + start * math.prod(inner.shape[axis + 1 :]), tensor.shape)
+    return None
+
+
+# --- writing ---
+
+# MLX's dtype -> safetensors' name of it, and the bytes of one element.
+STORED_DTYPES = {
+    "mlx.core.bool": ("BOOL", 1),
+    "mlx.core.uint8": ("U8", 1),
+    "mlx.core.int8": ("I8", 1),
+    "mlx.core.uint16": ("U16", 2),
+    "mlx.core.int16": ("I16", 2),
+    "mlx.core.uint32": ("U32", 4),
+    "mlx.core.int32": ("I32", 4),
+    "mlx.core.uint64": ("U64", 8),
+    "mlx.core.int64": ("I64", 8),
+    "mlx.core.float16": ("F16", 2),
+    "mlx.core.bfloat16": ("BF16", 2),
+    "mlx.core.float32": ("F32", 4),
+}
+
+
+@dataclass(frozen=True)
+class NewTensor:
+    """A tensor to be written; ``dtype`` is ``str`` of MLX's."""
+
+    name: str
+    shape: tuple[int, ...]
+    dtype: str
+
+    @property
+    def nbytes(self) -> int:
+        return math.prod(self.shape) * STORED_DTYPES[self.dtype][1]
+
+
+class ShardWriter:
+    """Writes one file, under another name until :meth:`finish`.
+
+    Args:
+        path: the finished file.  metadata: of the safetensors header.
+    """
+
+    def __init__(self, path: Path, tensors: list[NewTensor], metadata: Mapping[str, str]):
+        self._path = path
+        self._unfinished = path.with_name(path.name + ".unfinished")
+        header, self._places = _header(tensors, metadata)
+        # A new file: whoever has one of that name open already keeps writing to that one alone.
+        self._unfinished.unlink(missing_ok=True)
+        self._file = self._unfinished.open("xb", buffering=0)
+        self._begin = len(header)
+        self._missing = sum(tensor.nbytes for tensor in tensors)
+        write_at(self._file.fileno(), 0, header)
+
+    def write(self, name: str, row: int, piece: mx.array) -> None:
+        """Put ``piece``, some rows of the tensor ``name`` seen as ``[rows, last axis]``, in its place.
+
+        ``row`` is the first one.
+        """
+        tensor, offset = self._places[name]
+        if str(piece.dtype) != tensor.dtype:
+            raise TypeError(f"{name}: {piece.dtype} where {tensor.dtype} is to be written")
+        width = tensor.shape[-1] if tensor.shape else 1
+        itemsize = STORED_DTYPES[tensor.dtype][1]
+        start = row * width * itemsize
+        if start + piece.nbytes > tensor.nbytes:
+            raise ValueError(f"{name}: {piece.shape} from row {row} on is more than {tensor.shape}")
+        write_at(self._file.fileno(), self._begin + offset + start, _bytes_of(piece))
+        self._missing -= piece.nbytes
+
+    def finish(self) -> None:
+        """Give the file its name, once all of it is on the disk.
+
+        Raises:
+            OSError: another process has put a file in its place.
+            ValueError: not all tensors were written.
+        """
+        if self._missing:
+            raise ValueError(f"{self._path}: {self._missing:,} bytes of its tensors were not written")
+        os.fsync(self._file.fileno())
+        if not os.path.samestat(os.fstat(self._file.fileno()), os.stat(self._unfinished)):
+            raise OSError(f"{self._unfinished}: another process writes it, too")
+        self._file.close()
+        os.replace(self._unfinished, self._path)
+
+    def __enter__(self) -> "ShardWriter":
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self._file.close()
+
+
+def _header(
+    tensors: list[NewTensor], metadata: Mapping[str, str]
+) -> tuple[bytes, dict[str, tuple[NewTensor, int]]]:
+    """The file's beginning, and where each tensor's data lies after it."""
+    entries: dict[str, object] = {"__metadata__": dict(metadata)}
+    places: dict[str, tuple[NewTensor, int]] = {}
+    offset = 0
+    for tensor in tensors:
+        end = offset + tensor.nbytes
+        kind = STORED_DTYPES[tensor.dtype][0]
+        entries[tensor.name] = {"dtype": kind, "shape": list(tensor.shape), "data_offsets": [offset, end]}
+        places[tensor.name] = (tensor, offset)
+        offset = end
+    text = json.dumps(entries, separators=(",", ":")).encode()
+    text += b" " * (-len(text) % 8)
+    return len(text).to_bytes(8, "little") + text, places
+
+
+def _bytes_of(array: mx.array) -> bytes:
+    # numpy has no bfloat16.
+    raw = array.view(mx.uint16) if array.dtype == mx.bfloat16 else array
+    return np.ascontiguousarray(np.array(raw, copy=False)).tobytes()
