@@ -15,7 +15,7 @@ from mlx_lm.utils import dequantize_model, load_model, save_config, save_model
 from mlx_m3_plugin.toolbox.checkpoint import open_checkpoint
 from mlx_m3_plugin.toolbox.inspect import inspect
 from mlx_m3_plugin.toolbox.parameters import expected_parameters, text_shapes
-from mlx_m3_plugin.weights.check import as_stored
+from mlx_m3_plugin.weights.check import shape_and_kind
 from tests.checkpoints.layouts import experts
 from tests.checkpoints.layouts.arrange import nested
 from tests.checkpoints.opens import load_language_model, logits_of, reference_logits
@@ -76,7 +76,7 @@ def test_inspection_expects_the_parameters_of_the_loaded_model(name: str, tmp_pa
     shapes = text_shapes(checkpoint.text_config, indexers=checkpoint.indexers)
     expected = expected_parameters(checkpoint.plan, shapes, checkpoint.quantized)
     loaded = {
-        path.removeprefix("language_model."): as_stored(array)
+        path.removeprefix("language_model."): shape_and_kind(array)
         for path, array in tree_flatten(load_model(tmp_path)[0].parameters())
     }
     assert expected == loaded
