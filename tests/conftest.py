@@ -4,7 +4,7 @@ import os
 import pkgutil
 import random
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Generator
 from types import ModuleType
 from typing import Any
 
@@ -39,10 +39,22 @@ def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
 
 @pytest.fixture
 def fresh_seed(record_property: Callable[[str, object], None]) -> int:
-    """Another one each time; ``M3_SEED`` repeats a run.  A failing test shows it as an argument."""
+    """Another one each time; ``M3_SEED`` repeats a run."""
     seed = int(os.environ.get("M3_SEED", random.SystemRandom().randrange(2**31)))
     record_property("seed", seed)
     return seed
+
+
+@pytest.hookimpl(wrapper=True)
+def pytest_runtest_makereport(
+    item: pytest.Item, call: pytest.CallInfo[None]
+) -> Generator[None, pytest.TestReport, pytest.TestReport]:
+    """A failing random test says how to repeat it."""
+    report = yield
+    seed = dict(item.user_properties).get("seed")
+    if report.failed and seed is not None:
+        report.sections.append(("the same again", f"M3_SEED={seed}"))
+    return report
 
 
 # What a process is told at its start.  Only who reads it is affected.
