@@ -15,8 +15,6 @@ from pathlib import Path
 from zipfile import ZipFile
 
 import pytest
-from jupyter_client.kernelspec import KernelSpecManager
-from jupyter_client.manager import KernelManager
 
 from tests.end_to_end.environments import CHECKOUT, CommandError, Environment, clean_variables
 
@@ -274,6 +272,9 @@ class TestNotebookKernel:
 @contextmanager
 def kernel(environment: Environment) -> Iterator[Callable[[str], str]]:
     """A running kernel, as a function from a cell to what the cell prints."""
+    from jupyter_client.kernelspec import KernelSpecManager
+    from jupyter_client.manager import KernelManager
+
     directory = environment.path / "share" / "jupyter" / "kernels"
     (directory / "child").mkdir(parents=True)
     argv = [str(environment.python), "-m", "ipykernel_launcher", "-f", "{connection_file}"]
