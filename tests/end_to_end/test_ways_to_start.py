@@ -81,14 +81,6 @@ def stock_stderr(stock: Environment) -> list[str]:
     return stock.run("-c", PROBE).stderr.splitlines()
 
 
-@pytest.fixture
-def own_guest(new_environment: Callable[[], Environment], wheel: Path) -> Environment:
-    """An environment with the plugin that a test may break."""
-    environment = new_environment()
-    environment.install(wheel)
-    return environment
-
-
 class TestInterpreterFlags:
     def test_without_the_plugin_mlx_lm_serves_what_it_has(self, stock: Environment):
         """The control: the other tests would see it if the environment itself were not clean."""
