@@ -13,6 +13,7 @@ import time
 import urllib.error
 import urllib.request
 from collections.abc import Iterator
+from functools import cache
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
@@ -77,6 +78,11 @@ def generate(environment: Environment, model: Path, *options: str | Path, **run:
     return environment.run_script("mlx_lm.generate", "--model", model, *options, **run).stdout
 
 
+# The answer of one and the same command is asked for once.
+said = cache(generate)
+
+
+@cache
 def loss(environment: Environment, model: Path) -> tuple[str, float]:
     served_by, n_tokens, mean = environment.run("-c", LOSS, model, PROMPT).stdout.split()
     assert int(n_tokens) > 8 * 32
@@ -84,9 +90,9 @@ def loss(environment: Environment, model: Path) -> tuple[str, float]:
 
 
 def test_generate_past_the_block_budget(guest: Environment, native: Environment, demo: Path) -> None:
-    text = generate(guest, demo)
+    text = said(guest, demo)
     assert text.strip()
-    assert text == generate(native, demo)
+    assert text == said(native, demo)
 
 
 def test_generate_was_served_by_our_file(guest: Environment, demo: Path) -> None:
@@ -99,7 +105,7 @@ def test_generate_was_served_by_our_file(guest: Environment, demo: Path) -> None
 def test_switched_off_it_is_stock_byte_for_byte(guest: Environment, stock: Environment, demo: Path) -> None:
     off = generate(guest, demo, env={"MLX_M3_PLUGIN": "off"}, check=False) if HAS_NATIVE_CLASS else None
     if HAS_NATIVE_CLASS:
-        assert off == generate(stock, demo)
+        assert off == said(stock, demo)
         return
     runs = [
         environment.run_script("mlx_lm.generate", "--model", demo, "--prompt", "x", env=env, check=False)

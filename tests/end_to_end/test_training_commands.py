@@ -9,6 +9,7 @@ from pathlib import Path
 import mlx.core as mx
 import pytest
 
+from tests.checkpoints.random_model import write_random_model
 from tests.end_to_end.environments import Environment
 
 HAS_NATIVE_CLASS = tuple(int(n) for n in version("mlx-lm").split(".")[:3]) >= (0, 32, 2)
@@ -44,7 +45,7 @@ def moved(file: dict[str, mx.array], part: str) -> bool:
 
 def test_mlx_lm_lora(guest: Environment, stock: Environment, data: Path, tmp_path: Path) -> None:
     demo = tmp_path / "demo"
-    guest.run_script("mlx-m3", "demo", demo, "--random")
+    write_random_model(demo)
     options = ("--data", data, "--batch-size", "2", "--num-layers", "-1", "--val-batches", "1")
     steps = ("--iters", "2", "--max-seq-length", "160", "--optimizer", "sgd", "--learning-rate", "0.1")
     offline = {"HF_HUB_OFFLINE": "1", "HF_DATASETS_CACHE": str(tmp_path / "cache")}
@@ -69,7 +70,7 @@ def test_mlx_lm_lora(guest: Environment, stock: Environment, data: Path, tmp_pat
 )
 def test_mlx_vlm_train(guest: Environment, data: Path, tmp_path: Path) -> None:
     demo = tmp_path / "demo"
-    guest.run_script("mlx-m3", "demo", demo, "--random", "--vision")
+    write_random_model(demo, vision=True)
     options = ("--data", data, "--batch-size", "2", "--iters", "2", "--steps-per-report", "1")
     outputs = ("--max-seq-length", "160", "--output-path", tmp_path / "adapters", "--optimizer", "sgd")
     run = guest.run("-m", "mlx_vlm.train", "--model", demo, *options, *outputs, "--learning-rate", "0.1")

@@ -7,8 +7,9 @@ are held against each other and against mlx-lm.
 
 import json
 import re
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
+from functools import cache
 from importlib.metadata import version
 from importlib.util import find_spec
 from pathlib import Path
@@ -70,7 +71,22 @@ def quantized(guest: Environment, demo: Path, tmp_path_factory: pytest.TempPathF
     return convert(guest, demo, tmp_path_factory.mktemp("quantized") / "checkpoint", "-q")
 
 
+LogitsOf = Callable[[Environment, Path], Logits]
+
+
+@pytest.fixture(scope="module")
+def logits_of(media: Media, tmp_path_factory: pytest.TempPathFactory) -> LogitsOf:
+    """The logits of a checkpoint in an environment, computed once."""
+
+    @cache
+    def computed(environment: Environment, model: Path) -> Logits:
+        return vlm.logits(environment, model, media.picture, tmp_path_factory.mktemp("logits") / "file")
+
+    return computed
+
+
 class TestGenerate:
+    @pytest.mark.some(2)
     @pytest.mark.parametrize("shown", SHOWN)
     def test_the_command_says_what_the_python_interface_says(
         self, guest: Environment, demo: Path, media: Media, in_python: dict[str, Any], shown: str
@@ -112,29 +128,22 @@ class TestGenerate:
 
 class TestConvert:
     def test_quantized_it_opens_without_us(
-        self,
-        guest: Environment,
-        stock: Environment,
-        demo: Path,
-        media: Media,
-        quantized: Path,
-        tmp_path: Path,
+        self, guest: Environment, stock: Environment, demo: Path, quantized: Path, logits_of: LogitsOf
     ) -> None:
-        ours = vlm.logits(guest, quantized, media.picture, tmp_path / "ours")
-        native = vlm.logits(stock, quantized, media.picture, tmp_path / "native")
+        ours, native = logits_of(guest, quantized), logits_of(stock, quantized)
         assert (ours.served_by, native.served_by) == (OURS, NATIVE)
         assert_alike(ours, native)
         # Quantization costs something, so the two checkpoints were not mixed up.
-        whole = vlm.logits(guest, demo, media.picture, tmp_path / "whole")
+        whole = logits_of(guest, demo)
         assert abs(vlm.loss(whole.seen, whole.tokens) - vlm.loss(ours.seen, ours.tokens)) > TOLERANCE
 
     @NEEDS_MLX_LM
     def test_quantized_it_opens_in_mlx_lm_without_us(
-        self, guest: Environment, stock: Environment, media: Media, quantized: Path, tmp_path: Path
+        self, guest: Environment, stock: Environment, quantized: Path, logits_of: LogitsOf, tmp_path: Path
     ) -> None:
         if not at_least("mlx-lm", 0, 32):
             pytest.skip("mlx-lm before 0.32 has no M3 class of its own")
-        ours = vlm.logits(guest, quantized, media.picture, tmp_path / "ours")
+        ours = logits_of(guest, quantized)
         native = vlm.lm_logits(stock, quantized, ours.tokens, tmp_path / "native")
         np.testing.assert_allclose(native, ours.read, atol=TOLERANCE, rtol=0)
 
@@ -156,16 +165,16 @@ class TestConvert:
         assert all(text.strip() for text in texts)
 
     def test_unquantized_every_value_is_kept(
-        self, guest: Environment, stock: Environment, demo: Path, media: Media, tmp_path: Path
+        self, guest: Environment, stock: Environment, demo: Path, logits_of: LogitsOf, tmp_path: Path
     ) -> None:
         plain = convert(guest, demo, tmp_path / "plain")
-        before = vlm.logits(guest, demo, media.picture, tmp_path / "before")
-        after = vlm.logits(guest, plain, media.picture, tmp_path / "after")
+        before, after = logits_of(guest, demo), logits_of(guest, plain)
         assert np.array_equal(before.seen, after.seen)
-        native = vlm.logits(stock, plain, media.picture, tmp_path / "native")
+        native = logits_of(stock, plain)
         assert native.served_by == NATIVE
         assert_alike(after, native)
 
+    @pytest.mark.some(1)
     @pytest.mark.parametrize(
         ("name", "since"),
         [
@@ -179,7 +188,7 @@ class TestConvert:
         self,
         guest: Environment,
         stock: Environment,
-        media: Media,
+        logits_of: LogitsOf,
         tmp_path: Path,
         name: str,
         since: tuple[int, ...],
@@ -187,11 +196,10 @@ class TestConvert:
         LAYOUTS[name].write(tmp_path / "before")
         converted = convert(guest, tmp_path / "before", tmp_path / "after")
         assert vlm.quantized_bytes(converted) == vlm.quantized_bytes(tmp_path / "before") > 0
-        ours = vlm.logits(guest, tmp_path / "before", media.picture, tmp_path / "ours")
-        again = vlm.logits(guest, converted, media.picture, tmp_path / "again")
+        ours, again = logits_of(guest, tmp_path / "before"), logits_of(guest, converted)
         assert_alike(ours, again)
         if at_least("mlx-vlm", *since):
-            native = vlm.logits(stock, converted, media.picture, tmp_path / "native")
+            native = logits_of(stock, converted)
             assert native.served_by == NATIVE
             assert_alike(ours, native)
 
