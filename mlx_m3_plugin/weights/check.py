@@ -19,7 +19,7 @@ ShapeAndKind = tuple[tuple[int, ...], str]
 
 @dataclass(frozen=True)
 class Differences:
-    """Of tensors from what a model takes: names, and under ``wrong`` what is stored and what is wanted."""
+    """Between tensors and what a model takes: names; of ``wrong`` also what is stored and what is wanted."""
 
     missing: set[str]
     left_over: set[str]
@@ -72,10 +72,10 @@ def check_weights(weights: Mapping[str, mx.array], parameters: Mapping[str, mx.a
 
 
 def check_values(model: nn.Module) -> None:
-    """Look for values that are not numbers, where one of them spoils a whole row: in the scales
-    and biases of quantized weights, and in norms.
+    """Look for values that are not numbers where one of them spoils many outputs: in the scales and
+    biases of quantized weights, and in norms.
 
-    Reads them, so it is for weights that are to be in memory anyway, and one module at a time.
+    Reads them, one module at a time, so call it for weights that are going to be in memory anyway.
 
     Raises:
         ValueError: names the first tensors that hold such a value.

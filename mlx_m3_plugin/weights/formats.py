@@ -1,7 +1,7 @@
 """Quantized formats of other libraries, read as MLX's own without touching a value.
 
 MLX packs a quantized matrix as ``weight`` (uint32), ``scales`` and, for affine quantization,
-``biases``.  Microscaling formats agree with it byte for byte, whatever they call their parts:
+``biases``.  Microscaling formats have the same bytes under other names of parts:
 
 =============  ==========================  ======================  =====================
 MLX's mode     values                      scales                  tensor scale
@@ -11,7 +11,7 @@ MLX's mode     values                      scales                  tensor scale
 ``nvfp4``      e2m1, two per byte          e4m3 per 16 inputs      float32
 =============  ==========================  ======================  =====================
 
-``mx.load`` gives 8-bit floats as uint8, so the mode is told by how many bytes share a scale.
+``mx.load`` gives 8-bit floats as uint8, so the mode follows from how many bytes share a scale.
 
 compressed-tensors' integers are MLX's ``affine``: packed into an int32 in the same order, and
 ``(q - zero_point) * scale``, with half of their range as the zero point unless one is stored.
@@ -25,6 +25,7 @@ import mlx.core as mx
 
 from ..model.config import TextConfig
 from .dtypes import name_of
+from .names import EXPERT_PROJECTIONS
 from .quantization import MICROSCALING
 from .tensor import Tensor, TensorPlan
 
@@ -35,8 +36,13 @@ _NVFP4_LARGEST = 6.0 * 448.0
 
 _VALUES = ("weight", "weight_packed")
 _SCALES = ("weight_scale_inv", "weight_scale")
-# How activations would be quantized; weights are all that matters here.
+# For quantizing activations; here only weights are read.
 _FOR_ACTIVATIONS = ("input_scale", "input_global_scale")
+# Modules whose input is as wide as the hidden states.
+_TAKE_HIDDEN_STATES = (
+    *("q_proj", "k_proj", "v_proj", "index_q_proj", "index_k_proj"),
+    *("gate", "gate_proj", "up_proj", "gate_up_proj", "lm_head"),
+)
 _FOREIGN_PART = re.compile(
     r"\.(weight_scale_inv|weight_scale|weight_scale_2|weight_global_scale|weight_packed|weight_shape"
     r"|weight_zero_point|input_scale|input_global_scale|qweight|qzeros|g_idx)$"
@@ -67,7 +73,7 @@ def _read_module(plan: TensorPlan, module: str, parts: set[str], config: TextCon
             return
         if {"qweight", "qzeros", "g_idx", "weight_packed", "weight_zero_point"} & parts:
             _refuse(plan, module, parts)
-        # A part is missing: the check before loading names what is left.
+        # A part is missing; the check before loading will name it.
         return
     if values == "weight_packed" and plan[f"{module}.{values}"].dtype == mx.int32:
         bits = _integer_bits(plan[f"{module}.{values}"], plan[f"{module}.{scales}"], module, config)
@@ -96,7 +102,7 @@ def _mode(values: Tensor, scales: Tensor) -> str | None:
 
 
 def _integer_bits(values: Tensor, scales: Tensor, module: str, config: TextConfig) -> int | None:
-    """Bits of packed integers, in groups that MLX has; the input's width tells 4 from 8."""
+    """Bits of packed integers, from the width of the module's input; None if MLX has no such groups."""
     width = _input_width(module, config)
     if width is None or len(values.shape) != 2 or values.shape[:1] != scales.shape[:1]:
         return None
@@ -106,15 +112,15 @@ def _integer_bits(values: Tensor, scales: Tensor, module: str, config: TextConfi
 
 
 def _input_width(module: str, config: TextConfig) -> int | None:
-    projection = module.rpartition(".")[2]
-    if projection in ("w2", "down_proj"):
+    name = module.rpartition(".")[2]
+    projection = EXPERT_PROJECTIONS.get(name, name)
+    if projection == "down_proj":
         if ".shared_experts." in module:
             return config.shared_intermediate_size
         return config.intermediate_size if ".experts." in module else config.dense_intermediate_size
     if projection == "o_proj":
         return config.num_attention_heads * config.head_dim
-    known = ("w1", "w3", "gate_proj", "up_proj", "gate_up_proj", "q_proj", "k_proj", "v_proj", "lm_head")
-    return config.hidden_size if projection in (*known, "index_q_proj", "index_k_proj", "gate") else None
+    return config.hidden_size if projection in _TAKE_HIDDEN_STATES else None
 
 
 def _read_integers(plan: TensorPlan, module: str, bits: int) -> None:
@@ -142,7 +148,7 @@ def _read_tensor_scale(plan: TensorPlan, module: str) -> None:
 
 def _scalar(tensor: Tensor) -> Tensor:
     if any(n != 1 for n in tensor.shape) or tensor.dtype != mx.float32:
-        raise ValueError(f"a tensor scale must be one float32: {_describe(tensor)}")
+        raise ValueError(f"{_describe(tensor)}: a tensor scale must be one float32")
     return tensor.reshape()
 
 
@@ -151,7 +157,7 @@ def _refuse(plan: TensorPlan, module: str, parts: set[str]) -> NoReturn:
     tensors = ", ".join(_describe(plan[name]) for name in names if name in plan)
     raise ValueError(
         f"MLX has no quantization mode for {_format_name(plan, module, parts)}: {tensors}. "
-        "Take the published bf16 or MXFP8 checkpoint instead, or dequantize this one first"
+        "Use the published bf16 or MXFP8 checkpoint, or dequantize this one first"
     )
 
 

@@ -1,7 +1,7 @@
-"""What safetensors headers say of a checkpoint, and what is wrong with its files.
+"""A checkpoint's safetensors headers, and what is wrong with its files.
 
 Only headers are read, so a checkpoint of any size takes a moment.  MLX itself opens a file
-whose end is missing, and keeps one of two tensors of the same name; here both are told.
+whose end is missing, and keeps one of two tensors of the same name; here both are problems.
 """
 
 import json
@@ -70,7 +70,7 @@ def read_headers(directory: str | Path) -> Headers:
     directory = Path(directory)
     files = weight_files(directory)
     if not files and not (directory / INDEX).exists():
-        raise FileNotFoundError(f"{directory} holds no .safetensors file")
+        raise FileNotFoundError(f"{directory} has no .safetensors file")
     headers = Headers()
     for file in files:
         try:
@@ -101,20 +101,20 @@ def read_header(file: Path) -> dict[str, StoredTensor]:
     with file.open("rb") as stream:
         length = int.from_bytes(stream.read(8), "little")
         if size < 8 or length > min(size - 8, _LARGEST_HEADER):
-            raise ValueError(f"not a whole safetensors file: it says that its header has {length} bytes")
+            raise ValueError(f"not a whole safetensors file (a header of {length} bytes); download it again")
         text = stream.read(length)
     entries = _parse(text)
     entries.pop("__metadata__", None)
-    tensors, ends = {}, [0]
+    tensors, data_ends = {}, [0]
     for name, entry in entries.items():
         tensors[name] = _tensor(name, entry, file.name, 8 + length)
-        ends.append(entry["data_offsets"][1])
+        data_ends.append(entry["data_offsets"][1])
     data = size - 8 - length
-    if max(ends) > data:
+    if max(data_ends) > data:
         cut = [name for name, entry in entries.items() if entry["data_offsets"][1] > data]
         raise ValueError(
-            f"truncated: {max(ends) - data:,} bytes are missing, of {len(cut)} tensors ({cut[0]} is one); "
-            "download it again"
+            f"truncated: {max(data_ends) - data:,} bytes are missing, of {len(cut)} tensors "
+            f"({cut[0]} is one); download it again"
         )
     _check_no_overlap(entries)
     return tensors

@@ -36,21 +36,21 @@ def plan_layout(
     vision: bool = False,
     layers: Container[int] | None = None,
 ) -> TensorPlan:
-    """How the parameters of the model are made from the stored tensors.
+    """Plan how the model's parameters are made from the stored tensors.
 
     Args:
         weights: the stored tensors; only names, shapes and dtypes are looked at.
         config: the text config.
         prefix: what the model puts before ``model.layers`` and ``lm_head`` in its names.
         vision: keep the vision tower and the projectors, under their published names.
-        layers: numbers of those to look at, where a process runs some; the others may be incomplete.
+        layers: numbers of those to map, where a process runs some; the others may be incomplete.
 
     Returns:
-        ``{parameter name: Tensor}``.  What no step knows keeps its name, for the check of
-        missing and left-over tensors to name it.
+        ``{parameter name: Tensor}``.  What no step knows keeps its name: the check of missing
+        and left-over tensors reports it.
 
     Raises:
-        ValueError: a tensor is there twice, or in a format that MLX has no mode for.
+        ValueError: a tensor is stored twice, or in a format that MLX has no mode for.
     """
     used = [name for name in weights if not is_unused(name)]
     names = rename(used, lambda name: published_name(name, config))
@@ -59,7 +59,7 @@ def plan_layout(
         for name, new in names.items()
         if layers is None or (layer := layer_of(new)) is None or layer in layers
     }
-    seen = {name: plan.pop(name) for name in list(plan) if is_vision(name)}
+    in_vision = {name: plan.pop(name) for name in list(plan) if is_vision(name)}
     if config.tie_word_embeddings:
         for part in PARTS:
             plan.pop(f"lm_head.{part}", None)
@@ -77,7 +77,7 @@ def plan_layout(
         else:
             _split_gate_up(plan, f"{base}.mlp")
     text = {prefix + name: tensor for name, tensor in plan.items()}
-    return {**text, **seen} if vision else text
+    return {**text, **in_vision} if vision else text
 
 
 def lacks_indexers(plan: Mapping[str, object], config: TextConfig) -> bool:
@@ -90,16 +90,16 @@ def lacks_indexers(plan: Mapping[str, object], config: TextConfig) -> bool:
         if ".self_attn.index_" in name:
             return False
         layer = layer_of(name.removeprefix(TEXT_PREFIX))
-        # By the projection that stands beside them: some tools map a few tensors at a time.
+        # Known by the query projection beside it: some tools map a few tensors at a time.
         if layer is not None and ".self_attn.q_proj." in name and config.is_sparse_attention(layer):
             in_sparse_layer = True
     return in_sparse_layer
 
 
 def fuse_experts(plan: TensorPlan, config: TextConfig, prefix: str, *, pack_shared: bool) -> TensorPlan:
-    """The way back: gate and up in one ``gate_up_proj``, and the shared expert as one more row.
+    """The way back: gate and up in one ``gate_up_proj``, and the shared expert as one more expert.
 
-    mlx-vlm stores experts so by default.  Exact on quantized tensors: rows are never packed
+    mlx-vlm stores experts like this by default.  Exact on quantized tensors: rows are never packed
     together.  Modules whose gate and up, or whose shared and routed experts, differ in shape
     or dtype stay apart.
     """
@@ -117,7 +117,7 @@ def _stack_experts(plan: TensorPlan, moe: str, num_experts: int) -> None:
     for stored, projection in EXPERT_PROJECTIONS.items():
         for part in PARTS:
             names = [f"{moe}.experts.{expert}.{stored}.{part}" for expert in range(num_experts)]
-            # All or none: a missing expert is for the check to report.
+            # All or none: the check before loading reports a missing expert.
             if not all(name in plan for name in names):
                 continue
             tensors = [plan[name] for name in names]
@@ -128,7 +128,7 @@ def _stack_experts(plan: TensorPlan, moe: str, num_experts: int) -> None:
 
 
 def _take_out_shared_expert(plan: TensorPlan, moe: str, num_experts: int) -> None:
-    """Some conversions store the shared expert as one more row; the expert axis is never packed."""
+    """Some conversions store the shared expert as the last of the others; that axis is never packed."""
     for projection in ("gate_up_proj", "gate_proj", "up_proj", "down_proj"):
         for part in PARTS:
             name = f"{moe}.switch_mlp.{projection}.{part}"
@@ -149,20 +149,20 @@ def _put_in_shared_expert(plan: TensorPlan, moe: str) -> None:
                 return
             if routed and shared:
                 pairs[projection, part] = Tensor.concatenate([routed, shared.reshape(1, *shared.shape)])
-    for (projection, part), rows in pairs.items():
+    for (projection, part), experts in pairs.items():
         del plan[f"{moe}.shared_experts.{projection}.{part}"]
-        plan[f"{moe}.switch_mlp.{projection}.{part}"] = rows
+        plan[f"{moe}.switch_mlp.{projection}.{part}"] = experts
 
 
 def _split_gate_up(plan: TensorPlan, owner: str) -> None:
-    """Fused projections are concatenated: the first half of the output rows is the gate."""
+    """Fused projections are concatenated: the first half of the outputs is the gate."""
     for part in ("weight", "scales", "biases"):
         fused = plan.get(f"{owner}.gate_up_proj.{part}")
         if fused is not None and len(fused.shape) > 1:
             del plan[f"{owner}.gate_up_proj.{part}"]
-            rows = fused.shape[-2]
-            plan[f"{owner}.gate_proj.{part}"] = fused.slice(0, rows // 2, axis=-2)
-            plan[f"{owner}.up_proj.{part}"] = fused.slice(rows // 2, rows, axis=-2)
+            outputs = fused.shape[-2]
+            plan[f"{owner}.gate_proj.{part}"] = fused.slice(0, outputs // 2, axis=-2)
+            plan[f"{owner}.up_proj.{part}"] = fused.slice(outputs // 2, outputs, axis=-2)
 
 
 def _join_gate_up(plan: TensorPlan, owner: str) -> None:

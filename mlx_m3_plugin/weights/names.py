@@ -1,4 +1,4 @@
-"""Key names: every spelling in circulation, read into the published one.
+"""Names of tensors: every spelling in circulation is read into the published one.
 
 ``model.layers...``, ``model.embed_tokens``, ``model.norm`` and ``lm_head`` for the text model,
 ``vision_tower.vision_model...``, ``multi_modal_projector...`` and ``patch_merge_mlp...`` for
@@ -69,7 +69,7 @@ def _in_layer(name: str, config: TextConfig) -> str:
         rest = rest.replace("self_attn.indexer.", "self_attn.index_")
     elif rest.startswith(("mlp.", "block_sparse_moe.")):
         rest = rest.partition(".")[2]
-        # Either is stored under the other's name by someone.
+        # Some store a dense MLP under the name of the mixture, or the other way round.
         rest = f"block_sparse_moe.{_in_moe(rest)}" if config.is_moe(layer) else f"mlp.{rest}"
     return base + separator + rest
 
@@ -93,7 +93,9 @@ def rename(names: Iterable[str], new_name: Callable[[str], str]) -> dict[str, st
     for name in names:
         new = new_name(name)
         if new in origin:
-            raise ValueError(f"this checkpoint holds the same tensor twice: as {origin[new]} and as {name}")
+            raise ValueError(
+                f"this checkpoint has the same tensor twice, as {origin[new]} and as {name}; remove one"
+            )
         origin[new] = name
         renamed[name] = new
     return renamed

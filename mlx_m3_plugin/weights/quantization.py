@@ -60,7 +60,7 @@ def quantized_in(weights: Mapping[str, HasShape]) -> Iterator[str]:
 
 
 def infer_module(path: str, weights: Mapping[str, HasShape], shape: tuple[int, ...]) -> Spec:
-    """How one module is quantized; ``shape`` is that of its weight before.
+    """The quantization of one module; ``shape`` is its weight's before it was quantized.
 
     Raises:
         ValueError: shapes that no quantization of MLX makes; names the module.

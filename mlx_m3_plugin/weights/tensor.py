@@ -65,7 +65,7 @@ class Tensor:
 
     def minus_zero_points(self, packed: "Tensor", bits: int) -> "Tensor":
         """``-zero_point * self`` for scales ``[out, groups]``, with zero points packed along ``out``,
-        ``32 / bits`` rows to a word."""
+        ``32 / bits`` of them in a word."""
         return Tensor("zero points", (self, packed), bits, self.shape, self.dtype)
 
     @staticmethod
@@ -114,7 +114,7 @@ class Tensor:
         return one.sources[0] if one.operation == "stack" else one.reshape(*self.shape[1:])
 
     def _taken_of_slice(self, start: int, stop: int, axis: int) -> "Tensor":
-        """First along the first axis, so that what is left lies together in a stored tensor."""
+        """Cut the first axis first, so that what is left is contiguous in a stored tensor."""
         cuts, base = {axis: (start, stop)}, self
         while base.operation == "slice":
             of, begin, end = base.detail
@@ -171,8 +171,8 @@ def _slice(array: mx.array, axis: int, start: int, stop: int) -> mx.array:
 
 def _minus_zero_points(scales: mx.array, packed: mx.array, bits: int) -> mx.array:
     shifts = mx.arange(0, 32, bits, dtype=mx.uint32)[:, None]
-    rows = (packed.view(mx.uint32)[:, None, :] >> shifts) & (2**bits - 1)
-    return -rows.reshape(scales.shape).astype(scales.dtype) * scales
+    points = (packed.view(mx.uint32)[:, None, :] >> shifts) & (2**bits - 1)
+    return -points.reshape(scales.shape).astype(scales.dtype) * scales
 
 
 _MAKE = {
