@@ -13,8 +13,8 @@ from pathlib import Path
 from types import TracebackType
 
 import mlx.core as mx
-import numpy as np
 
+from ..weights.dtypes import STORED_NAMES, from_bytes, size_in_bytes, to_bytes
 from ..weights.headers import StoredTensor
 from ..weights.tensor import Tensor, make_from
 
@@ -53,22 +53,8 @@ def write_at(descriptor: int, start: int, data: bytes) -> None:
 
 # --- reading ---
 
-# safetensors dtype -> how numpy reads it, and what MLX is to take the bytes for.
-_READ_AS: dict[str, tuple[str, mx.Dtype]] = {
-    "BOOL": ("?", mx.bool_),
-    "U8": ("<u1", mx.uint8),
-    "I8": ("<i1", mx.int8),
-    "U16": ("<u2", mx.uint16),
-    "I16": ("<i2", mx.int16),
-    "U32": ("<u4", mx.uint32),
-    "I32": ("<i4", mx.int32),
-    "U64": ("<u8", mx.uint64),
-    "I64": ("<i8", mx.int64),
-    "F8_E4M3": ("<u1", mx.uint8),
-    "F16": ("<f2", mx.float16),
-    "BF16": ("<u2", mx.bfloat16),
-    "F32": ("<f4", mx.float32),
-}
+# MLX has no arrays of them that all devices take.
+_NOT_READ = ("F64", "C64")
 
 
 @dataclass(frozen=True)
@@ -122,14 +108,11 @@ class TensorReader:
 
     def _read_span(self, span: _Span) -> mx.array:
         stored = self._tensors[span.name]
-        read_as, dtype = _READ_AS.get(stored.stored_dtype, (None, None))
-        if read_as is None or dtype is None:
+        if stored.stored_dtype in _NOT_READ:
             raise ValueError(f"{span.name}: tensors of dtype {stored.stored_dtype} are not read here")
-        kind = np.dtype(read_as)
-        size = math.prod(span.shape) * kind.itemsize
-        data = self._read_bytes(span.name, stored, stored.start + span.first * kind.itemsize, size)
-        array = mx.array(np.frombuffer(data, kind).reshape(span.shape))
-        return array if array.dtype == dtype else array.view(dtype)
+        start = stored.start + span.first * stored.dtype.size
+        data = self._read_bytes(span.name, stored, start, size_in_bytes(span.shape, stored.dtype))
+        return from_bytes(data, span.shape, stored.dtype)
 
     def _read_bytes(self, name: str, stored: StoredTensor, start: int, size: int) -> bytearray:
         try:
@@ -153,7 +136,7 @@ def _span(tensor: Tensor) -> _Span | None:
     if tensor.operation == "reshape":
         inner = _span(tensor.sources[0])
         return None if inner is None else _Span(inner.name, inner.first, tensor.shape)
-    if tensor.operation == "rows":
+    if tensor.operation == "slice":
         inner, (axis, start, _) = _span(tensor.sources[0]), tensor.detail
         if inner is None or math.prod(inner.shape[:axis]) != 1:
             return None
@@ -163,34 +146,18 @@ def _span(tensor: Tensor) -> _Span | None:
 
 # --- writing ---
 
-# MLX's dtype -> safetensors' name of it, and the bytes of one element.
-STORED_DTYPES = {
-    "mlx.core.bool": ("BOOL", 1),
-    "mlx.core.uint8": ("U8", 1),
-    "mlx.core.int8": ("I8", 1),
-    "mlx.core.uint16": ("U16", 2),
-    "mlx.core.int16": ("I16", 2),
-    "mlx.core.uint32": ("U32", 4),
-    "mlx.core.int32": ("I32", 4),
-    "mlx.core.uint64": ("U64", 8),
-    "mlx.core.int64": ("I64", 8),
-    "mlx.core.float16": ("F16", 2),
-    "mlx.core.bfloat16": ("BF16", 2),
-    "mlx.core.float32": ("F32", 4),
-}
-
 
 @dataclass(frozen=True)
 class NewTensor:
-    """A tensor to be written; ``dtype`` is ``str`` of MLX's."""
+    """A tensor to be written."""
 
     name: str
     shape: tuple[int, ...]
-    dtype: str
+    dtype: mx.Dtype
 
     @property
     def nbytes(self) -> int:
-        return math.prod(self.shape) * STORED_DTYPES[self.dtype][1]
+        return size_in_bytes(self.shape, self.dtype)
 
 
 class ShardWriter:
@@ -217,14 +184,13 @@ class ShardWriter:
         ``row`` is the first one.
         """
         tensor, offset = self._places[name]
-        if str(piece.dtype) != tensor.dtype:
+        if piece.dtype != tensor.dtype:
             raise TypeError(f"{name}: {piece.dtype} where {tensor.dtype} is to be written")
         width = tensor.shape[-1] if tensor.shape else 1
-        itemsize = STORED_DTYPES[tensor.dtype][1]
-        start = row * width * itemsize
+        start = row * width * tensor.dtype.size
         if start + piece.nbytes > tensor.nbytes:
             raise ValueError(f"{name}: {piece.shape} from row {row} on is more than {tensor.shape}")
-        write_at(self._file.fileno(), self._begin + offset + start, _bytes_of(piece))
+        write_at(self._file.fileno(), self._begin + offset + start, to_bytes(piece))
         self._missing -= piece.nbytes
 
     def finish(self) -> None:
@@ -260,16 +226,10 @@ def _header(
     offset = 0
     for tensor in tensors:
         end = offset + tensor.nbytes
-        kind = STORED_DTYPES[tensor.dtype][0]
+        kind = STORED_NAMES[tensor.dtype]
         entries[tensor.name] = {"dtype": kind, "shape": list(tensor.shape), "data_offsets": [offset, end]}
         places[tensor.name] = (tensor, offset)
         offset = end
     text = json.dumps(entries, separators=(",", ":")).encode()
     text += b" " * (-len(text) % 8)
     return len(text).to_bytes(8, "little") + text, places
-
-
-def _bytes_of(array: mx.array) -> bytes:
-    # numpy has no bfloat16.
-    raw = array.view(mx.uint16) if array.dtype == mx.bfloat16 else array
-    return np.ascontiguousarray(np.array(raw, copy=False)).tobytes()

@@ -8,16 +8,16 @@ from os import PathLike
 from pathlib import Path
 
 from ..model.config import TextConfig
+from .check import shorten
 from .headers import INDEX, read_headers, weight_files
 from .names import is_vision, layer_of, published_name
 
 TEXT_ONLY = "minimax_m3"
 MODEL_TYPES = ("minimax_m3_vl", TEXT_ONLY)
-_PROBLEMS_TOLD = 10
 
 
 def is_m3(directory: object) -> bool:
-    """Whether ``config.json`` in ``directory`` says so.  What is no path, or cannot be read, is not M3's."""
+    """Whether ``config.json`` in ``directory`` is MiniMax-M3's; False where it cannot be read."""
     return model_type_of(directory) in MODEL_TYPES
 
 
@@ -34,24 +34,23 @@ def model_type_of(directory: object) -> str | None:
 
 
 def check_files(directory: str | Path) -> None:
-    """Look at every shard's header before anything is loaded.
+    """Read every shard's header before anything is loaded.
 
     Raises:
         ValueError: shards are absent, cut off or damaged, or a tensor is in two of them.
     """
     if not weight_files(Path(directory)):
-        # The loader has its own words for that.
+        # The loader has an error of its own for that.
         return
     problems = read_headers(directory).problems
     if problems:
-        more = len(problems) - _PROBLEMS_TOLD
-        told = problems[:_PROBLEMS_TOLD] + ([f"... and {more} more"] if more > 0 else [])
-        raise ValueError("\n  ".join([f"{directory} is not a whole checkpoint (mlx-m3-plugin):", *told]))
+        head = f"{directory} is not a whole checkpoint (mlx-m3-plugin):"
+        raise ValueError("\n  ".join([head, *shorten(problems)]))
 
 
 def shards_with(directory: Path, config: TextConfig, layers: Container[int]) -> list[str] | None:
     """Names of the shards that hold any of these layers, or what the text model has besides layers;
-    None where no index tells.
+    None where there is no index.
     """
     try:
         index = json.loads((directory / INDEX).read_text(encoding="utf-8"))

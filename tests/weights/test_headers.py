@@ -2,6 +2,7 @@
 
 import json
 
+import mlx.core as mx
 import pytest
 
 from mlx_m3_plugin.weights import read_headers
@@ -23,7 +24,7 @@ def test_a_sound_checkpoint_has_no_problems(checkpoint):
     assert headers.files == [FIRST, SECOND, THIRD]
     gate = headers.tensors["language_model.model.layers.0.mlp.gate_proj.weight"]
     assert gate.stored_dtype == "F8_E4M3"
-    assert gate.dtype == "mlx.core.uint8"
+    assert gate.dtype == mx.uint8
     assert gate.nbytes == gate.shape[0] * gate.shape[1]
 
 

@@ -10,7 +10,7 @@ import mlx.nn as nn
 from mlx.utils import tree_flatten, tree_map, tree_unflatten
 
 from mlx_m3_plugin.model.config import TextConfig
-from mlx_m3_plugin.weights import fuse_experts
+from mlx_m3_plugin.weights import fuse_experts, quantization_entry
 from mlx_m3_plugin.weights.tensor import Tensor
 
 
@@ -57,8 +57,4 @@ def _quantization(model: nn.Module, stored: dict[str, mx.array]) -> dict[str, An
         for name in (path, path.replace(".switch_mlp.gate_proj", ".switch_mlp.gate_up_proj")):
             if f"{name}.scales" in stored:
                 modules[name] = spec
-    if not modules:
-        return None
-    every = list(modules.values())
-    default = max(every, key=every.count)
-    return {**default, **{path: spec for path, spec in modules.items() if spec != default}}
+    return quantization_entry(modules)

@@ -6,6 +6,7 @@ the rest of what is no expert, the most sensitive layers first, each step only i
 
 from collections.abc import Iterable, Sequence
 
+from ...weights.quantization import AFFINE_BITS
 from ..checkpoint import Checkpoint
 from ..precision import Quantization
 from .matrices import Matrix, matrices_of
@@ -13,7 +14,6 @@ from .plan import plan_conversion
 from .recipe import Recipe, RecipeError
 from .sensitivity import Scores
 
-_WIDTHS = (2, 3, 4, 5, 6, 8)
 # Shares of the highest score from which a layer's matrices are raised by how much.
 _MOST_SENSITIVE, _SENSITIVE = 0.5, 0.2
 _LEAST_BITS = 4
@@ -48,9 +48,7 @@ class _Budget:
         plan = plan_conversion(checkpoint, recipe)
         self._parameters, self._bytes = plan.parameters, plan.nbytes
         # Of scales: as many bytes as a float of the source has.
-        self._itemsize = {
-            m.module: 4 if checkpoint.float_dtype(m.module).endswith("float32") else 2 for m in self._matrices
-        }
+        self._itemsize = {m.module: checkpoint.float_dtype(m.module).size for m in self._matrices}
 
     def spend(self) -> dict[str, Quantization]:
         target, cap = float(self._plan["target_bpw"]), float(self._plan["cap_bpw"])
@@ -70,7 +68,7 @@ class _Budget:
         share = self._score(matrix) / (max(self._scores.values()) or 1)
         bits = self._bits(matrix)
         wanted = 8 if share >= _MOST_SENSITIVE else bits + (2 if share >= _SENSITIVE else 1)
-        for width in reversed([w for w in _WIDTHS if bits < w <= _at_least(wanted)]):
+        for width in reversed([w for w in AFFINE_BITS if bits < w <= _at_least(wanted)]):
             if self._raise([matrix], width, most):
                 return
 
@@ -84,7 +82,7 @@ class _Budget:
                 self._raise(together, int(bits), most)
 
     def _raise_toward_eight(self, most: float) -> None:
-        for width in _WIDTHS:
+        for width in AFFINE_BITS:
             for matrix in self._by_score(self._of(_RAISED)):
                 self._raise([matrix], width, most)
 
@@ -119,4 +117,4 @@ class _Budget:
 
 def _at_least(bits: int) -> int:
     """The next width that there is."""
-    return next((width for width in _WIDTHS if width >= bits), 8)
+    return next((width for width in AFFINE_BITS if width >= bits), 8)

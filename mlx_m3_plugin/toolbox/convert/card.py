@@ -5,6 +5,7 @@ from importlib.metadata import PackageNotFoundError, version
 from typing import NamedTuple
 
 from ... import __version__
+from ...weights.dtypes import name_of
 from ..parameters import component_of
 from ..sizes import size_in_words
 from .plan import Plan
@@ -101,7 +102,7 @@ def components(plan: Plan) -> list[Component]:
     for module in plan.modules:
         spec = str(module.spec)
         if module.spec.bits is None:
-            spec = next(iter(module.tensors.values())).dtype.removeprefix("mlx.core.")
+            spec = name_of(next(iter(module.tensors.values())).dtype)
         for piece in module.pieces:
             # A packed shared expert lies among the routed ones.
             name = component_of(f"{piece.module}.weight") if piece.module in plan.specs else module.component

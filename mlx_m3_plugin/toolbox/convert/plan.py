@@ -10,6 +10,8 @@ from typing import Any
 
 import mlx.core as mx
 
+from ...weights.names import TEXT_PREFIX
+from ...weights.quantization import PARTS, quantization_entry
 from ...weights.tensor import Tensor
 from ..checkpoint import Checkpoint
 from ..parameters import component_of, text_shapes
@@ -20,8 +22,6 @@ from .recipe import Recipe
 
 # As mlx-lm and mlx-vlm cut their conversions.
 SHARD_BYTES = 5 << 30
-# Before the text model's names, as mlx-lm and mlx-vlm write them; a text-only model becomes one too.
-PREFIX = "language_model."
 
 
 @dataclass(frozen=True)
@@ -99,11 +99,7 @@ class Plan:
     def quantization(self) -> dict[str, Any] | None:
         """The ``quantization`` of the config to write."""
         specs = {m.path: m.spec.as_quantization() for m in self.modules if m.spec.bits is not None}
-        if not specs:
-            return None
-        every = list(specs.values())
-        default = max(every, key=every.count)
-        return {**default, **{path: spec for path, spec in specs.items() if spec != default}}
+        return quantization_entry(specs)
 
 
 def plan_conversion(
@@ -163,12 +159,12 @@ def _text_modules(
         path, _, part = name.rpartition(".")
         matrix = matrices.get(path)
         if matrix is None or part != "weight":
-            yield _as_it_is(source, name, PREFIX + name)
+            yield _as_it_is(source, name, TEXT_PREFIX + name)
         elif packed and matrix.part in ("experts", "shared_expert"):
             if matrix.part == "experts" and matrix.projection != "up_proj":
                 yield _packed(source, matrices, specs, matrix)
         else:
-            yield _module(source, PREFIX + path, specs[path], list(_pieces(source, matrix)))
+            yield _module(source, TEXT_PREFIX + path, specs[path], list(_pieces(source, matrix)))
 
 
 def _packed(
@@ -183,14 +179,14 @@ def _packed(
         columns.append([*_pieces(source, routed), *_pieces(source, shared)])
     pieces = [piece for row in zip(*columns, strict=True) for piece in row]
     fused = "gate_up_proj" if len(names) == 2 else projection
-    path = f"{PREFIX}{moe}.switch_mlp.{fused}"
+    path = f"{TEXT_PREFIX}{moe}.switch_mlp.{fused}"
     return _module(source, path, specs[matrix.module], pieces, experts=len(columns[0]))
 
 
 def _pieces(source: Checkpoint, matrix: Matrix) -> Iterator[Piece]:
     parts = {
         part: source.plan[f"{matrix.module}.{part}"]
-        for part in ("weight", "scales", "biases", "global_scale")
+        for part in PARTS
         if f"{matrix.module}.{part}" in source.plan
     }
     spec = source.spec(matrix.module)
@@ -213,15 +209,15 @@ def _module(
 
 
 def _tensors(
-    path: str, spec: Quantization, leading: tuple[int, ...], columns: int, dtype: str
+    path: str, spec: Quantization, leading: tuple[int, ...], columns: int, dtype: mx.Dtype
 ) -> dict[str, NewTensor]:
     if spec.bits is None:
-        kept = dtype if spec.dtype == "keep" else f"mlx.core.{spec.dtype}"
+        kept = dtype if spec.dtype == "keep" else getattr(mx, spec.dtype)
         return {"weight": NewTensor(f"{path}.weight", (*leading, columns), kept)}
     groups = (*leading, columns // spec.group_size)
-    scales = dtype if spec.mode == "affine" else str(mx.uint8)
+    scales = dtype if spec.mode == "affine" else mx.uint8
     made = {
-        "weight": NewTensor(f"{path}.weight", (*leading, columns * spec.bits // 32), str(mx.uint32)),
+        "weight": NewTensor(f"{path}.weight", (*leading, columns * spec.bits // 32), mx.uint32),
         "scales": NewTensor(f"{path}.scales", groups, scales),
     }
     if spec.mode == "affine":
@@ -238,7 +234,7 @@ def _vision_modules(source: Checkpoint, recipe: Recipe) -> Iterator[Module]:
 def _as_it_is(source: Checkpoint, name: str, new_name: str, spec: Quantization | None = None) -> Module:
     """A norm, a bias, or a weight of the vision tower."""
     spec, tensor = spec or Quantization(), source.plan[name]
-    dtype = tensor.dtype if spec.dtype == "keep" else f"mlx.core.{spec.dtype}"
+    dtype = tensor.dtype if spec.dtype == "keep" else getattr(mx, spec.dtype)
     path = new_name.rpartition(".")[0]
     width = tensor.shape[-1] if tensor.shape else 1
     rows = math.prod(tensor.shape) // max(width, 1)

@@ -22,6 +22,7 @@ from pathlib import Path
 from typing import Any
 
 from ...model.config import TextConfig
+from ...weights.quantization import AFFINE_BITS, AFFINE_GROUP_SIZES, MICROSCALING
 from ..precision import Quantization
 from ..suggestions import did_you_mean
 from ..text_files import read_text
@@ -32,9 +33,8 @@ if sys.version_info >= (3, 11):
 else:
     import tomli as tomllib
 
-_GROUP_SIZES = {"affine": 64, "mxfp8": 32, "mxfp4": 32, "nvfp4": 16}
-_BITS = {"affine": (2, 3, 4, 5, 6, 8), "mxfp8": (8,), "mxfp4": (4,), "nvfp4": (4,)}
-_AFFINE_GROUP_SIZES = (32, 64, 128)
+_GROUP_SIZES = {"affine": 64} | {mode: group_size for mode, (_, group_size) in MICROSCALING.items()}
+_BITS = {"affine": AFFINE_BITS} | {mode: (bits,) for mode, (bits, _) in MICROSCALING.items()}
 _DTYPES = ("bfloat16", "float16", "float32", "keep")
 _PLAN_KEYS = {"method", "base_bits", "target_bpw", "cap_bpw", "raise_down_proj", "raise_experts_to"}
 
@@ -178,7 +178,7 @@ def _spec(where: str, content: dict[str, Any]) -> Quantization:
     group_size = content.get("group_size", _GROUP_SIZES[mode])
     if type(bits) is not int or bits not in _BITS[mode]:
         raise RecipeError(f"{where}: {mode} has {_or(_BITS[mode])} bits, not {bits!r}")
-    allowed = _AFFINE_GROUP_SIZES if mode == "affine" else (_GROUP_SIZES[mode],)
+    allowed = AFFINE_GROUP_SIZES if mode == "affine" else (_GROUP_SIZES[mode],)
     if type(group_size) is not int or group_size not in allowed:
         raise RecipeError(f"{where}: {mode} has groups of {_or(allowed)}, not {group_size!r}")
     return Quantization(bits, group_size, mode)

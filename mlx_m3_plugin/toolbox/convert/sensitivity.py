@@ -10,6 +10,7 @@ from pathlib import Path
 
 import mlx.core as mx
 
+from ...weights.quantization import AFFINE_BITS
 from ..checkpoint import Checkpoint
 from ..evaluate.texts import Texts
 from ..evaluate.walk import (
@@ -29,7 +30,6 @@ from ..text_files import read_json_object
 
 Scores = Mapping[int, float]
 
-_WIDTHS = (2, 3, 4, 5, 6, 8)
 # What no level of oQ quantizes, so that it is not tried either.
 _CHOOSERS = (".block_sparse_moe.gate", ".index_q_proj", ".index_k_proj")
 _ROWS = 1024
@@ -98,7 +98,7 @@ def _fewer_bits(path: str, spec: Quantization, base: Quantization) -> Quantizati
         return spec
     if spec.bits is None or spec.bits > (base.bits or 0):
         return base
-    below = [bits for bits in _WIDTHS if bits < spec.bits]
+    below = [bits for bits in AFFINE_BITS if bits < spec.bits]
     return Quantization(below[-1], base.group_size) if below else spec
 
 

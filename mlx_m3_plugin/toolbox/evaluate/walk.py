@@ -16,6 +16,7 @@ import mlx.core as mx
 import numpy as np
 
 from ... import __version__
+from ...weights.dtypes import name_of
 from ...weights.headers import weight_files
 from ..checkpoint import Checkpoint
 from ..new_directory import replace_text
@@ -106,7 +107,7 @@ def begin(
         pass
     embed = Embedding(checkpoint, reader)
     first = embed(tokens[:1])
-    dtype = str(first.dtype).removeprefix("mlx.core.")
+    dtype = name_of(first.dtype)
     states = States(states_file(directory, 0), first.shape[1], dtype)
     for start in range(0, len(tokens), _SAMPLED):
         states.write(start, embed(tokens[start : start + _SAMPLED]))

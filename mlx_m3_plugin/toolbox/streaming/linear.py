@@ -7,6 +7,7 @@ import mlx.nn as nn
 import numpy as np
 
 from ...model.tensor_scales import hold_scale
+from ...weights.quantization import PARTS
 from ...weights.tensor import Tensor
 from ..precision import Quantization, computes_in_float32, converted, float32_values
 from ..shards import TensorReader
@@ -23,8 +24,7 @@ def keep(path: str, spec: Quantization) -> Quantization:
 
 def parts_of(plan: Mapping[str, Tensor], path: str) -> dict[str, Tensor]:
     """The planned tensors of a module: ``weight``, and what belongs to a quantized one."""
-    names = ("weight", "scales", "biases", "global_scale")
-    return {part: plan[f"{path}.{part}"] for part in names if f"{path}.{part}" in plan}
+    return {part: plan[f"{path}.{part}"] for part in PARTS if f"{path}.{part}" in plan}
 
 
 def read_linear(

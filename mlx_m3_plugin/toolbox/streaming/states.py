@@ -4,11 +4,9 @@ import os
 from pathlib import Path
 
 import mlx.core as mx
-import numpy as np
 
+from ...weights.dtypes import from_bytes, to_bytes
 from ..shards import read_at, write_at
-
-_NUMPY = {"float32": "<f4", "float16": "<f2", "bfloat16": "<u2"}
 
 
 class States:
@@ -19,23 +17,21 @@ class States:
     """
 
     def __init__(self, path: Path, width: int, dtype: str):
-        self._path, self._width, self._dtype = path, width, dtype
-        self._kind = np.dtype(_NUMPY[dtype])
+        self._path, self._width = path, width
+        self._dtype: mx.Dtype = getattr(mx, dtype)
 
     def write(self, first: int, rows: mx.array) -> None:
-        raw = rows.view(mx.uint16) if self._dtype == "bfloat16" else rows
-        data = np.ascontiguousarray(np.array(raw, copy=False), self._kind).tobytes()
+        data = to_bytes(rows.astype(self._dtype))
         mode = "r+b" if self._path.exists() else "wb"
         with self._path.open(mode) as file:
-            write_at(file.fileno(), first * self._width * self._kind.itemsize, data)
+            write_at(file.fileno(), first * self._width * self._dtype.size, data)
 
     def read(self, first: int, last: int) -> mx.array:
         """Rows ``[last - first, D]``."""
-        size = self._width * self._kind.itemsize
+        size = self._width * self._dtype.size
         with self._path.open("rb") as file:
             data = read_at(file.fileno(), first * size, (last - first) * size)
-        array = mx.array(np.frombuffer(data, self._kind).reshape(last - first, self._width))
-        return array.view(mx.bfloat16) if self._dtype == "bfloat16" else array
+        return from_bytes(data, (last - first, self._width), self._dtype)
 
     def sync(self) -> None:
         with self._path.open("r+b") as file:
