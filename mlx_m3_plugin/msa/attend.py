@@ -12,8 +12,7 @@ to 16 of n experts.  Two forms of the same sum:
 
 import mlx.core as mx
 
-from .keys_values import KeysValues, Quantized
-from .tiling import (
+from .common import (
     Position,
     default_memory_budget,
     in_sequence,
@@ -22,6 +21,7 @@ from .tiling import (
     rows_apart,
     transposed,
 )
+from .keys_values import KeysValues, Quantized
 
 # From this many queries on it pays to sort pairs; below, gathering is as fast and has fewer steps.
 PAIRS_FROM = 16
@@ -55,7 +55,7 @@ def attend(
         left_padding: ``[B]`` int32 cache slots before each row's first token, or None.
         block_size: keys per block.
         scale: factor of the dot products, ``D ** -0.5`` in M3.
-        memory_budget: bytes that the intermediate arrays of a tile may take; see ``tiling``.
+        memory_budget: bytes that the intermediate arrays of a tile may take; see ``common``.
 
     Returns:
         ``[B, H, L, Dv]`` in the dtype of ``queries``; the softmax is accumulated in float32.

@@ -8,7 +8,7 @@ from functools import partial
 
 import mlx.core as mx
 
-from .tiling import (
+from .common import (
     Position,
     default_memory_budget,
     in_sequence,
@@ -42,7 +42,7 @@ def select_blocks(
         topk_blocks: the most blocks a query may attend to.
         local_blocks: blocks up to and with the query's own that are always in.
         init_blocks: blocks at the start of the row that are always in.
-        memory_budget: bytes that the intermediate arrays of a tile may take; see ``tiling``.
+        memory_budget: bytes that the intermediate arrays of a tile may take; see ``common``.
 
     Returns:
         ``[B, G, L, k]`` int32 block ids in no particular order, with

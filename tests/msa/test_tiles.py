@@ -11,7 +11,7 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from mlx_m3_plugin.msa import Quantized, attend, select_blocks
-from mlx_m3_plugin.msa.tiling import in_sequence
+from mlx_m3_plugin.msa.common import in_sequence
 from tests.msa import reference
 
 TOLERANCE = 1e-5

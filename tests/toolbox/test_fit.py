@@ -14,7 +14,7 @@ from mlx_m3_plugin.hosts.mlx_lm.cache import make_layer_cache
 from mlx_m3_plugin.hosts.mlx_lm.host import MLX_LM
 from mlx_m3_plugin.model.attention import Attention
 from mlx_m3_plugin.model.config import text_config_of
-from mlx_m3_plugin.msa.tiling import default_memory_budget
+from mlx_m3_plugin.msa.common import default_memory_budget
 from mlx_m3_plugin.toolbox.fit import fit
 from mlx_m3_plugin.toolbox.fit_pipeline import fit_pipeline
 from mlx_m3_plugin.toolbox.inspect import inspect, inspection

@@ -12,7 +12,7 @@ import mlx.core as mx
 from mlx_lm.models import cache as upstream
 from mlx_lm.models.cache import KVCache, QuantizedKVCache
 
-from mlx_m3_plugin.hosts.kv_bits import check_same_bits
+from mlx_m3_plugin.hosts.kv_cache import check_same_bits
 from mlx_m3_plugin.model.host import KeysValues, Quantized
 
 # Upstream's M3 class gives the index cache values of width 0.  Before mlx-lm 0.32 (where caches

@@ -7,8 +7,8 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from mlx_m3_plugin.hosts.loading import text_config_as_set
-from mlx_m3_plugin.hosts.mlx_lm.base import MlxLmModel
 from mlx_m3_plugin.hosts.mlx_lm.host import MLX_LM
+from mlx_m3_plugin.hosts.mlx_lm.model import MlxLmModel
 from mlx_m3_plugin.model.config import TextConfig
 from mlx_m3_plugin.model.decoder import LanguageModel
 

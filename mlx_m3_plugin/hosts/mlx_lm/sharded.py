@@ -5,7 +5,8 @@ stage's files by the names of parameters, which only its own conversions have; a
 files are fetched it loads a model without weights, in which an M3 without an indexer is seen.
 """
 
-from collections.abc import Callable, Mapping
+import json
+from collections.abc import Callable, Container, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -14,7 +15,10 @@ import mlx.core as mx
 from mlx_m3_plugin.hosts.loading import AnyLayout, text_config_as_set
 from mlx_m3_plugin.model.config import TextConfig
 from mlx_m3_plugin.model.pipeline import split_layers
-from mlx_m3_plugin.weights.files import only_shards, shards_with
+from mlx_m3_plugin.weights.headers import INDEX
+from mlx_m3_plugin.weights.names import is_vision, layer_of, published_name
+
+from .links import only_shards
 
 # As mlx-lm fetches them first.
 _BESIDE_WEIGHTS = ["*.json", "*.py", "tokenizer.model", "*.tiktoken", "*.txt", "*.jsonl", "*.jinja"]
@@ -82,3 +86,20 @@ def _fetch_stage(
     if wanted is not None:
         module._download(repo, allow_patterns=wanted)
     return wanted
+
+
+def shards_with(directory: Path, config: TextConfig, layers: Container[int]) -> list[str] | None:
+    """Names of the shards that hold any of these layers, or what the text model has besides layers;
+    None where no index tells.
+    """
+    try:
+        index = json.loads((directory / INDEX).read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        return None
+    wanted = set()
+    for stored, file in index["weight_map"].items():
+        name = published_name(stored, config)
+        layer = layer_of(name)
+        if not is_vision(name) and (layer is None or layer in layers):
+            wanted.add(file)
+    return sorted(wanted)

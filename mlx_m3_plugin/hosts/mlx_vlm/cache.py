@@ -10,7 +10,7 @@ from typing import Any
 import mlx.core as mx
 from mlx_vlm.models.cache import KVCache, QuantizedKVCache
 
-from mlx_m3_plugin.hosts.kv_bits import check_same_bits
+from mlx_m3_plugin.hosts.kv_cache import check_same_bits
 from mlx_m3_plugin.model.host import KeysValues, Quantized
 
 from . import parts
