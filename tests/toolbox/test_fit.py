@@ -165,7 +165,7 @@ def transient_of_the_layer(queries: int, context: int) -> int:
     cache, held = make_layer_cache(True), context - queries
     for part in (held, queries):
         MLX_LM.append_index_keys(cache, mx.random.normal((1, 1, part, 128)))
-        MLX_LM.append_keys_values(cache, *(mx.random.normal((1, 4, part, 128)) for _ in range(2)))
+        MLX_LM.kv_cache(cache).update_and_fetch(*(mx.random.normal((1, 4, part, 128)) for _ in range(2)))
         mx.eval(cache.state)
     cache.trim(queries)
     x = mx.random.normal((1, queries, REAL.hidden_size))

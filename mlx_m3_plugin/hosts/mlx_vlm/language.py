@@ -90,8 +90,7 @@ class LanguageModel(decoder.LanguageModel):
     requires_uniform_batch_acceptance = True
 
     def __init__(self, args: TextConfig, config: Any = None):
-        super().__init__(args, MLX_VLM)
-        self.model = TextModel(args, MLX_VLM)
+        super().__init__(args, MLX_VLM, TextModel)
         self.args = args
         # Drafters read it: the whole model's config.
         self.config = config or args

@@ -5,6 +5,8 @@ from typing import Any
 import mlx.core as mx
 from mlx_vlm.models.cache import BatchKVCache, KVCache
 
+from mlx_m3_plugin.model import kv_cache
+
 from . import cache as caches
 
 
@@ -22,7 +24,8 @@ def add_padding(cache: list[Any], mask: mx.array, shape: tuple[int, ...]) -> Non
             cannot have: on the right, between tokens, or before tokens that it holds already.
     """
     batch, length = shape
-    padding, position = caches.left_padding(cache[0]), caches.offset(cache[0])
+    first = caches.kv_cache(cache[0])
+    padding, position = kv_cache.left_padding(first), kv_cache.offset(first)
     held = position if padding is None else int((position + padding).max().item())
     tokens = _tokens(mask, (batch, length), (batch, held + length))
     slots = mx.arange(held + length - mask.shape[1], held + length)
