@@ -43,24 +43,27 @@ def warn_dense(reason: str, config: TextConfig) -> None:
     )
 
 
-class AnyLayout(nn.Module):
-    """What a ``Model`` class needs to take the tensors of any checkpoint layout.
+class CheckpointMixin(nn.Module):
+    """For ``Model`` classes: loads, checks and converts checkpoints of any layout.
 
     Attributes:
         text_prefix: what stands before ``model.layers`` and ``lm_head`` in parameter names.
         takes_vision: whether the tensors of the vision tower and the projectors are kept.
-        held_layers: numbers of the layers that this process runs, where it runs some.
         loader_config: the dict that the host's loader made the model from, and reads again
             after :meth:`sanitize`.
     """
 
     text_prefix: str
     takes_vision = False
-    held_layers: Container[int] | None = None
 
     @property
     def loader_config(self) -> dict[str, Any]:
         raise NotImplementedError
+
+    @property
+    def held_layers(self) -> Container[int] | None:
+        """Numbers of the layers that this process runs; None for all."""
+        return None
 
     def sanitize(self, weights: dict[str, mx.array]) -> dict[str, mx.array]:
         """Map the tensors of any known checkpoint layout to this model's parameter names.

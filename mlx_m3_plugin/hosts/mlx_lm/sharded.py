@@ -12,7 +12,7 @@ from typing import Any
 
 import mlx.core as mx
 
-from mlx_m3_plugin.hosts.loading import AnyLayout, text_config_as_set
+from mlx_m3_plugin.hosts.loading import CheckpointMixin, text_config_as_set
 from mlx_m3_plugin.model.config import TextConfig
 from mlx_m3_plugin.model.pipeline import split_layers
 from mlx_m3_plugin.weights.headers import INDEX
@@ -27,7 +27,7 @@ _BESIDE_WEIGHTS = ["*.json", "*.py", "tokenizer.model", "*.tiktoken", "*.txt", "
 def is_ours(module: Any, config: dict[str, Any]) -> bool:
     """Whether ``mlx_lm.utils`` takes our class for this config; a native one may be preferred."""
     model_class, _ = module._get_classes(config)
-    return issubclass(model_class, AnyLayout)
+    return issubclass(model_class, CheckpointMixin)
 
 
 def load_shared(module: Any, options: Mapping[str, Any]) -> Any:
