@@ -11,7 +11,7 @@ tokens ``b * block_size`` to ``(b + 1) * block_size - 1``.
 """
 
 from .attend import attend
-from .keys_values import KeysValues, Quantized
+from .common import KeysValues, Quantized
 from .select import select_blocks
 
 __all__ = ["KeysValues", "Quantized", "attend", "select_blocks"]
