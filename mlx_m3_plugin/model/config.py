@@ -57,7 +57,7 @@ class TextConfig:
         mlp_layer_types: per layer ``"sparse"`` (mixture of experts) or ``"dense"``.
         rope_parameters: what ``initialize_rope`` of the host takes, e.g. ``{"rope_type":
             "yarn", ...}``; ``rope_theta`` and ``rotary_dims`` are already taken out of it.
-        rotary_dims: how many leading channels of a head are rotated.
+        rotary_dims: number of leading channels of a head that are rotated.
         index_n_heads: index query heads, one per KV group.
         index_block_size: keys per block, in tokens.
         index_topk_blocks: the block budget of a query.
@@ -190,7 +190,7 @@ def text_config_of(config: Mapping[str, Any], overrides: Mapping[str, Any] | Non
     override, chooses between dense and sparse.
 
     Args:
-        overrides: attributes that the user has set, whatever the config says.
+        overrides: attributes that the user has set; they win over the config.
 
     Raises:
         ValueError: a key is missing, has a wrong type, or a value that this model does not compute.

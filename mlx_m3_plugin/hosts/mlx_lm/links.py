@@ -29,7 +29,7 @@ def with_shards_named_as_expected(directory: str | Path) -> Iterator[Path]:
     """``directory``, or one of links to it whose shards have names that mlx-lm looks for.
 
     mlx-lm opens ``model*.safetensors``; ModelOpt's checkpoints name theirs otherwise.  The links
-    may go once the files are open.
+    are not needed once the files are open.
     """
     directory = Path(directory)
     shards = weight_files(directory)

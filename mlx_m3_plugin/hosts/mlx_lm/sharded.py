@@ -1,8 +1,8 @@
-"""``mlx_lm.utils.sharded_load`` for M3: every layout, any split, and no weight that was not loaded.
+"""``mlx_lm.utils.sharded_load`` for M3: every layout, any split, every weight loaded.
 
-mlx-lm's own loads without being strict, so what a checkpoint lacks stays random; 0.31 finds a
-stage's files by the names of parameters, which only its own conversions have; and before the
-files are fetched it loads a model without weights, in which an M3 without an indexer is seen.
+mlx-lm's own is not strict, so weights that a checkpoint lacks stay random.  0.31 finds a stage's
+files by the names of parameters, which only its own conversions have.  And it loads a model
+without weights before it fetches the files, which looks like an M3 without an indexer.
 """
 
 import json
@@ -20,7 +20,7 @@ from mlx_m3_plugin.weights.names import is_vision, layer_of, published_name
 
 from .links import only_shards
 
-# As mlx-lm fetches them first.
+# What mlx-lm fetches first.
 _BESIDE_WEIGHTS = ["*.json", "*.py", "tokenizer.model", "*.tiktoken", "*.txt", "*.jsonl", "*.jinja"]
 
 
@@ -37,7 +37,7 @@ def load_shared(module: Any, options: Mapping[str, Any]) -> Any:
         module: ``mlx_lm.utils``.  options: the arguments of its function, by name.
 
     Raises:
-        ValueError: a stage's weights are not whole, or heads or layers cannot be split so.
+        ValueError: a stage lacks weights, or heads or layers cannot be split like this.
     """
     pipeline_group, tensor_group = options["pipeline_group"], options["tensor_group"]
     if pipeline_group is None and tensor_group is None:
@@ -72,7 +72,7 @@ def load_shared(module: Any, options: Mapping[str, Any]) -> Any:
     )
     mx.eval(model.parameters())
     model.check_values()
-    # The first one ready would not wait for long in its first exchange.
+    # Wait for all processes: the first exchange of the model has a short timeout.
     mx.eval(mx.distributed.all_sum(mx.array(1.0), stream=mx.cpu))
     return (model, tokenizer, config) if options["return_config"] else (model, tokenizer)
 
@@ -80,7 +80,7 @@ def load_shared(module: Any, options: Mapping[str, Any]) -> Any:
 def _fetch_stage(
     module: Any, repo: str, path: Path, config: TextConfig, group: mx.distributed.Group
 ) -> list[str] | None:
-    """Fetch the shards of this process's layers; None where all are needed to know."""
+    """Fetch the shards of this process's layers and return their names; None without an index."""
     layers = range(*split_layers(config.num_hidden_layers, group, config.pipeline_split))
     wanted = shards_with(path, config, layers)
     if wanted is not None:
@@ -89,8 +89,8 @@ def _fetch_stage(
 
 
 def shards_with(directory: Path, config: TextConfig, layers: Container[int]) -> list[str] | None:
-    """Names of the shards that hold any of these layers, or what the text model has besides layers;
-    None where no index tells.
+    """Names of the shards with tensors of these layers, or of the text model outside its layers;
+    None without an index.
     """
     try:
         index = json.loads((directory / INDEX).read_text(encoding="utf-8"))

@@ -55,7 +55,7 @@ class Model(MlxVlmModel, UpstreamModel):
     def __init__(self, config: ModelConfig):
         nn.Module.__init__(self)
         if config.loader_config:
-            # The loader has put its own reading of the text config in the place of ours.
+            # The loader has replaced our text config with its own.
             config.text_config = text_config_as_set(config.loader_config)
         text, vision = config.text_config, config.vision_config
         layers = config.vision_feature_layer
@@ -92,10 +92,10 @@ class Model(MlxVlmModel, UpstreamModel):
         """Token ids ``[B, L]`` with pixel values to ``LanguageModelOutput``.
 
         Raises:
-            ValueError: pixels beside ``inputs_embeds``, which have the images in them already.
+            ValueError: both pixels and ``inputs_embeds``, which hold the images already.
         """
         if inputs_embeds is not None and pixel_values is not None:
-            raise ValueError("pixel_values are not taken beside inputs_embeds: give one of the two")
+            raise ValueError("give either pixel_values or inputs_embeds, not both")
         if inputs_embeds is None:
             made = self.get_input_embeddings(input_ids, pixel_values, **kwargs).to_dict()
             kwargs = {**kwargs, **made}
@@ -148,8 +148,8 @@ class Model(MlxVlmModel, UpstreamModel):
         kwargs["cached_image_features"] = features
 
     def encode_image(self, pixel_values: mx.array, image_grid_thw: mx.array | None = None) -> Any:
-        """Features ``[image tokens, D]``; None without the grid, which some callers do not pass on:
-        then the features are made with the embeddings."""
+        """Features ``[image tokens, D]``.  None without the grid, which some callers do not pass:
+        the features are then made with the embeddings."""
         return None if image_grid_thw is None else self._compute_visual_features(pixel_values, image_grid_thw)
 
     def encode_images(
@@ -161,5 +161,5 @@ class Model(MlxVlmModel, UpstreamModel):
         features = self._compute_visual_features(pixel_values, image_grid_thw)
         merge = self.config.vision_config.spatial_merge_size
         counts = image_grid_thw.prod(axis=1) // merge**2
-        ends: Any = mx.cumsum(counts).tolist()
-        return list(mx.split(features, ends[:-1], axis=0))
+        splits: Any = mx.cumsum(counts).tolist()
+        return list(mx.split(features, splits[:-1], axis=0))

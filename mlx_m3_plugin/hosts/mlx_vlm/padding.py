@@ -1,4 +1,4 @@
-"""Padding masks: in MiniMax-M3 the cache knows which slots are padding, so a mask becomes part of it."""
+"""Padding masks become part of the cache, which in MiniMax-M3 knows the slots that are padding."""
 
 from typing import Any
 
@@ -11,10 +11,10 @@ from . import cache as caches
 
 
 def add_padding(cache: list[Any], mask: mx.array, shape: tuple[int, ...]) -> None:
-    """Make a prompt cache know the padding of the tokens ``[B, L]`` to come.
+    """Give a prompt cache the padding of the next tokens ``[B, L]``.
 
     Args:
-        cache: an empty one is changed in place to that of a batch whose rows are padded on the left.
+        cache: an empty one becomes, in place, that of a batch whose rows are padded on the left.
         mask: ``[B, L]``, or ``[B, S + L]`` with the ``S`` slots that the cache holds; 1 for tokens,
             0 for padding.
         shape: ``(B, L)``.
@@ -45,7 +45,7 @@ def add_padding(cache: list[Any], mask: mx.array, shape: tuple[int, ...]) -> Non
 
 
 def cache_for_padding(empty: list[Any], mask: mx.array, shape: tuple[int, ...]) -> list[Any] | None:
-    """A cache to run tokens ``[B, L]`` with that nobody wants to keep; None where nothing sees padding.
+    """A cache for one run of tokens ``[B, L]``, to be dropped afterwards; None if nothing sees padding.
 
     Raises:
         ValueError: the mask is not ``[B, L]``, has other values than 1 for tokens and 0 for padding,
@@ -61,7 +61,7 @@ def cache_for_padding(empty: list[Any], mask: mx.array, shape: tuple[int, ...]) 
 
 
 def batch_caches(empty: list[Any], left_padding: Any) -> list[Any]:
-    """Empty entries for rows with ``left_padding``, a list of ints, in the place of these.
+    """Empty entries that replace these, for rows with ``left_padding``, a list of ints.
 
     Raises:
         ValueError: an entry has no form for batches, as quantized ones have none.
