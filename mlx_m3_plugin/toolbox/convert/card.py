@@ -5,8 +5,8 @@ from importlib.metadata import PackageNotFoundError, version
 from typing import NamedTuple
 
 from ... import __version__
+from ..common import size_in_words
 from ..parameters import component_of
-from ..sizes import size_in_words
 from .plan import Plan
 
 _PACKAGES = ("mlx", "mlx-lm", "mlx-vlm")

@@ -11,6 +11,7 @@ from pathlib import Path
 import mlx.core as mx
 
 from ..checkpoint import Checkpoint
+from ..common import read_json_object
 from ..evaluate.texts import Texts
 from ..evaluate.walk import (
     Progress,
@@ -25,7 +26,6 @@ from ..new_directory import LOCK, locked, replace_text
 from ..precision import Quantization
 from ..shards import TensorReader
 from ..streaming import States, StreamedLayer
-from ..text_files import read_json_object
 
 Scores = Mapping[int, float]
 
