@@ -1,6 +1,5 @@
 """``mlx-m3 <command>``: arguments and printing only.
 
-Each command has two functions: one adds its arguments, the other runs it and returns an :class:`Answer`.
 What a command needs is imported when it runs, so that ``--help`` works without mlx.
 """
 
@@ -13,9 +12,19 @@ from collections.abc import Callable, Mapping, Sequence
 from typing import Any, NamedTuple, NoReturn
 
 from . import __version__
+from .toolbox.common import did_you_mean, parse_count, parse_memory
 
 _ON_DISK = "a directory, or a repository (name or URL) in the Hugging Face cache"
 _ANYWHERE = "a directory, or a repository (name or URL) in the Hugging Face cache or on the Hub"
+_SENSITIVITY = (
+    "for recipes with a bit budget: a sensitivity map saved by an earlier conversion, or `position` "
+    "(default: measured layer by layer)"
+)
+_WORKING_MEMORY = "how much memory to use, such as 8GB (default: a quarter of the machine's)"
+_MACHINES = (
+    "memory of the machine, such as 256GB (default: of this one); several sizes for a pipeline, by rank"
+)
+_PREFILL_STEP = "prompt tokens computed at a time (default: 2048)"
 _EXIT_CODES = """exit codes:
   0    done, and the answer is yes
   1    done, and the answer is no: not active, not sound, does not fit
@@ -110,7 +119,7 @@ def _parse(arguments: Sequence[str]) -> argparse.Namespace:
         arguments = ["--help"]
     name = next((argument for argument in arguments if not argument.startswith("-")), "")
     if name and name not in commands:
-        parser.error(f"there is no command {name}{_did_you_mean(name, commands)}: see mlx-m3 --help")
+        parser.error(f"there is no command {name}{did_you_mean(name, commands)}: see mlx-m3 --help")
     try:
         args, rest = parser.parse_known_args(arguments)
     except UsageError as error:
@@ -131,16 +140,10 @@ def _unrecognized(rest: list[str], args: argparse.Namespace, command: argparse.A
     options = re.findall(r"--[a-z-]+", command.format_help())
     for word in rest:
         if word.startswith("--"):
-            message += _did_you_mean(word.partition("=")[0], options)
+            message += did_you_mean(word.partition("=")[0], options)
         elif args.json:
             return f"{message}; {_JSON_IS_A_FLAG}"
     return message
-
-
-def _did_you_mean(word: str, known: Mapping[str, Any] | Sequence[str]) -> str:
-    from .toolbox.common import did_you_mean
-
-    return did_you_mean(word, known)
 
 
 def _parser() -> tuple[_Parser, Mapping[str, argparse.ArgumentParser]]:
@@ -153,45 +156,68 @@ def _parser() -> tuple[_Parser, Mapping[str, argparse.ArgumentParser]]:
     )
     parser.add_argument("--version", action="version", version=f"mlx-m3-plugin {__version__}")
     commands = parser.add_subparsers(metavar="command", required=True)
-    table: list[tuple[str, str, Callable[[argparse.ArgumentParser], None], Callable[..., Answer]]] = [
-        ("demo", "write M3-nano, a tiny trained M3, to try everything with", _demo_arguments, _demo),
-        ("doctor", "check whether M3 checkpoints run correctly here", _doctor_arguments, _doctor),
-        (
-            "inspect",
-            "show what a checkpoint is, what is wrong with it, and how to run it",
-            _inspect_arguments,
-            _inspect,
-        ),
-        ("convert", "quantize a checkpoint by a recipe, in little memory", _convert_arguments, _convert),
-        (
-            "evaluate",
-            "measure the quality of a checkpoint, with one layer in memory at a time",
-            _evaluate_arguments,
-            _evaluate,
-        ),
-        ("fit", "check whether a checkpoint fits a machine, and how much context", _fit_arguments, _fit),
-    ]
-    for name, summary, add_arguments, run in table:
+
+    def add_command(name: str, run: Callable[..., Answer], summary: str) -> Callable[..., argparse.Action]:
         command = commands.add_parser(name, help=summary, description=f"{summary[0].upper()}{summary[1:]}.")
-        add_arguments(command)
-        command.add_argument("--json", action="store_true", help="print the result or the error as JSON")
         command.set_defaults(run=run)
+        return command.add_argument
+
+    add = add_command("demo", _demo, "write M3-nano, a tiny trained M3, to try everything with")
+    add("directory", metavar="DIR", help="where to write; must not exist or must be empty")
+    add("--bits", type=int, metavar="B", help="bits per weight: 2, 3, 4, 5, 6 or 8 (default: 8)")
+
+    add_command("doctor", _doctor, "check whether M3 checkpoints run correctly here")
+
+    add = add_command(
+        "inspect", _inspect, "show what a checkpoint is, what is wrong with it, and how to run it"
+    )
+    add("checkpoint", metavar="PATH_OR_REPO", help=_ANYWHERE)
+    add("--verify", action="store_true", help="read all shards and compare them with their checksums")
+
+    add = add_command("convert", _convert, "quantize a checkpoint by a recipe, in little memory")
+    add("source", metavar="SRC", nargs="?", help=_ON_DISK)
+    add("destination", metavar="DST", nargs="?", help="where to write; must not exist")
+    add("--recipe", metavar="R", help="name of a recipe (see --list-recipes), or a TOML file")
+    add("--list-recipes", action="store_true", help="list available recipes")
+    add("--dry-run", action="store_true", help="show what would be written, from headers alone")
+    add("--sensitivity", metavar="MAP", help=_SENSITIVITY)
+    add("--text", metavar="FILE", help="calibration text for the map (default: a built-in sample)")
+    add("--memory", type=_memory, metavar="SIZE", help=_WORKING_MEMORY)
+
+    add = add_command(
+        "evaluate", _evaluate, "measure the quality of a checkpoint, with one layer in memory at a time"
+    )
+    add("checkpoint", metavar="PATH_OR_REPO", help=_ON_DISK)
+    add("--reference", metavar="SRC", help="checkpoint to compare with: the one that it was made from")
+    add("--text", metavar="FILE", help="text to evaluate on (default: a built-in sample)")
+    add("--tokens", type=_tokens, metavar="N", help="tokens of it to use (default: all)")
+    add("--context", type=_tokens, default=4096, metavar="N", help="tokens per window (default: 4096)")
+    add("--plot", metavar="PNG", help="plot errors, and routers and indexers that agree, by layer")
+    add("--cache", metavar="DIR", help="where forward passes are kept (default: ~/.cache/mlx-m3)")
+    add("--memory", type=_memory, metavar="SIZE", help=_WORKING_MEMORY)
+
+    add = add_command("fit", _fit, "check whether a checkpoint fits a machine, and how much context")
+    add("checkpoint", metavar="PATH_OR_REPO", help=_ANYWHERE)
+    add("--memory", type=_memories, metavar="SIZE[,SIZE...]", help=_MACHINES)
+    add("--context", type=_tokens, metavar="N", help="tokens to plan for (default: the most that fit)")
+    add("--kv-bits", type=int, metavar="B", help="4 or 8, as in mlx_lm.generate")
+    add("--prefill-step", type=_tokens, default=2048, metavar="N", help=_PREFILL_STEP)
+    add("--bandwidth", type=float, metavar="GB/S", help="memory bandwidth of the machine")
+
+    for command in commands.choices.values():
+        command.add_argument("--json", action="store_true", help="print the result or the error as JSON")
     return parser, commands.choices
 
 
-def _size(text: str) -> int:
-    from .toolbox.common import parse_memory
-
+def _memory(text: str) -> int:
     return _checked(parse_memory, text)
 
 
-def _sizes(text: str) -> list[int]:
-    return [_size(part) for part in text.split(",")]
+def _memories(text: str) -> list[int]:
+    return [_memory(part) for part in text.split(",")]
 
 
 def _tokens(text: str) -> int:
-    from .toolbox.common import parse_count
-
     return _checked(parse_count, text)
 
 
@@ -199,27 +225,11 @@ def _checked(parse: Callable[[str], int], text: str) -> int:
     try:
         return parse(text)
     except ValueError as error:
-        # argparse prints the message of this one only.
+        # The only exception whose message argparse prints.
         raise argparse.ArgumentTypeError(str(error)) from None
 
 
-def _add_memory(command: argparse.ArgumentParser) -> None:
-    command.add_argument(
-        "--memory",
-        type=_size,
-        metavar="SIZE",
-        help="how much memory to use, such as 8GB (default: a quarter of the machine's)",
-    )
-
-
-# --- demo ---
-
-
-def _demo_arguments(demo: argparse.ArgumentParser) -> None:
-    demo.add_argument("directory", metavar="DIR", help="where to write; must not exist or must be empty")
-    demo.add_argument(
-        "--bits", type=int, metavar="B", help="bits per weight: 2, 3, 4, 5, 6 or 8 (default: 8)"
-    )
+# --- commands ---
 
 
 def _demo(args: argparse.Namespace) -> Answer:
@@ -228,28 +238,11 @@ def _demo(args: argparse.Namespace) -> Answer:
     return Answer(*demo_command(args.directory, args.bits))
 
 
-# --- doctor ---
-
-
-def _doctor_arguments(doctor: argparse.ArgumentParser) -> None:
-    pass
-
-
 def _doctor(args: argparse.Namespace) -> Answer:
     from .toolbox.doctor import diagnose, doctor_lines
 
     found = diagnose()
     return Answer(found.as_dict(), doctor_lines(found), found.ok)
-
-
-# --- inspect ---
-
-
-def _inspect_arguments(inspect: argparse.ArgumentParser) -> None:
-    inspect.add_argument("checkpoint", metavar="PATH_OR_REPO", help=_ANYWHERE)
-    inspect.add_argument(
-        "--verify", action="store_true", help="read all shards and compare them with their checksums"
-    )
 
 
 def _inspect(args: argparse.Namespace) -> Answer:
@@ -264,31 +257,6 @@ def _inspect(args: argparse.Namespace) -> Answer:
         assert directory is not None
         found.verify(directory, bytes_bar)
     return Answer(found.as_dict(), lines_of(found), found.is_sound)
-
-
-# --- convert ---
-
-
-def _convert_arguments(convert: argparse.ArgumentParser) -> None:
-    convert.add_argument("source", metavar="SRC", nargs="?", help=_ON_DISK)
-    convert.add_argument("destination", metavar="DST", nargs="?", help="where to write; must not exist")
-    convert.add_argument(
-        "--recipe", metavar="R", help="name of a recipe (see --list-recipes), or a TOML file"
-    )
-    convert.add_argument("--list-recipes", action="store_true", help="list available recipes")
-    convert.add_argument(
-        "--dry-run", action="store_true", help="show what would be written, from headers alone"
-    )
-    convert.add_argument(
-        "--sensitivity",
-        metavar="MAP",
-        help="for recipes with a bit budget: a sensitivity map saved by an earlier conversion, or "
-        "`position` (default: measured layer by layer)",
-    )
-    convert.add_argument(
-        "--text", metavar="FILE", help="calibration text for the sensitivity map (default: a built-in sample)"
-    )
-    _add_memory(convert)
 
 
 def _convert(args: argparse.Namespace) -> Answer:
@@ -318,28 +286,6 @@ def _convert(args: argparse.Namespace) -> Answer:
     )
 
 
-# --- evaluate ---
-
-
-def _evaluate_arguments(evaluate: argparse.ArgumentParser) -> None:
-    evaluate.add_argument("checkpoint", metavar="PATH_OR_REPO", help=_ON_DISK)
-    evaluate.add_argument(
-        "--reference", metavar="SRC", help="checkpoint to compare with, such as the one it was made from"
-    )
-    evaluate.add_argument("--text", metavar="FILE", help="text to evaluate on (default: a built-in sample)")
-    evaluate.add_argument("--tokens", type=_tokens, metavar="N", help="tokens of it to use (default: all)")
-    evaluate.add_argument(
-        "--context", type=_tokens, default=4096, metavar="N", help="tokens per window (default: 4096)"
-    )
-    evaluate.add_argument(
-        "--plot", metavar="PNG", help="plot errors and the agreement of routers and indexers by layer"
-    )
-    evaluate.add_argument(
-        "--cache", metavar="DIR", help="where the reference's results are kept (default: ~/.cache/mlx-m3)"
-    )
-    _add_memory(evaluate)
-
-
 def _evaluate(args: argparse.Namespace) -> Answer:
     from .toolbox.evaluate.command import evaluate_command
 
@@ -355,32 +301,6 @@ def _evaluate(args: argparse.Namespace) -> Answer:
             plot=args.plot,
         )
     )
-
-
-# --- fit ---
-
-
-def _fit_arguments(fit: argparse.ArgumentParser) -> None:
-    fit.add_argument("checkpoint", metavar="PATH_OR_REPO", help=_ANYWHERE)
-    fit.add_argument(
-        "--memory",
-        type=_sizes,
-        metavar="SIZE[,SIZE...]",
-        help="memory of the machine, such as 256GB (default: of this one); several sizes for a pipeline, "
-        "by rank",
-    )
-    fit.add_argument(
-        "--context", type=_tokens, metavar="N", help="tokens to plan for (default: the most that fit)"
-    )
-    fit.add_argument("--kv-bits", type=int, metavar="B", help="4 or 8, as in mlx_lm.generate")
-    fit.add_argument(
-        "--prefill-step",
-        type=_tokens,
-        default=2048,
-        metavar="N",
-        help="prompt tokens computed at a time (default: 2048)",
-    )
-    fit.add_argument("--bandwidth", type=float, metavar="GB/S", help="memory bandwidth of the machine")
 
 
 def _fit(args: argparse.Namespace) -> Answer:

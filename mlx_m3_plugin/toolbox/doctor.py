@@ -30,7 +30,7 @@ _PACKAGES = ("mlx-m3-plugin", "mlx", "mlx-lm", "mlx-vlm", "transformers")
 _LIBRARIES = {"mlx_lm": "mlx-lm", "mlx_vlm": "mlx-vlm"}
 _UPGRADE = "pip install --upgrade mlx-m3-plugin"
 
-# Runs in a new process, which loads the plugin only through its start-up file.
+# Runs in a new process, which loads the plugin only through its start-up file.  Arguments: the libraries.
 _PROBE = """
 import json, logging, sys
 logging.disable(logging.WARNING)
@@ -40,7 +40,7 @@ try:
     import mlx.core
 except Exception as error:
     answer["mlx_error"] = str(error)
-for library in ("mlx_lm", "mlx_vlm"):
+for library in sys.argv[1:]:
     try:
         __import__(library)
     except Exception as error:
@@ -114,9 +114,8 @@ class Diagnosis:
 
 def diagnose() -> Diagnosis:
     """Look at this interpreter's environment and at PATH, and see which modules a new process gets."""
-    probe = _probe()
-    for library in set(_LIBRARIES) - set(_installed_libraries()):
-        probe["import_errors"].pop(library, None)
+    libraries = [library for library, package in _LIBRARIES.items() if version_of(package) is not None]
+    probe = _probe(libraries)
     status = probe["status"] or {}
     found = Diagnosis(
         ok=False,
@@ -126,20 +125,20 @@ def diagnose() -> Diagnosis:
         versions={name: version_of(name) for name in _PACKAGES},
         settings=asdict(read_settings()),
         startup_files=find_startup_files(),
-        commands=[find_command(f"{library}.generate") for library in _installed_libraries()],
+        commands=[find_command(f"{library}.generate") for library in libraries],
         modules=probe["modules"],
         patches=status.get("patched", {}),
         errors=[*status.get("errors", []), *(f"{name}: {e}" for name, e in probe["import_errors"].items())],
     )
     found.problems = _crash(probe) or [
-        *_missing_packages(found, probe),
-        *_startup_problems(found, probe),
+        *_missing_packages(libraries, probe),
+        *_startup_problems(found.startup_files, probe),
         *_setting_problems(found.settings),
-        *_failures(found, probe),
+        *_failures(found, libraries, probe),
         *(problem for command in found.commands for problem in _command_problems(command)),
     ]
     found.ok = not found.problems
-    found.verdict = _verdict(found)
+    found.verdict = _verdict(found, libraries)
     found.notes = list(_notes(found.commands))
     return found
 
@@ -162,12 +161,12 @@ def doctor_lines(found: Diagnosis) -> list[str]:
     return report(found.verdict, sections).splitlines()
 
 
-def _verdict(found: Diagnosis) -> str:
+def _verdict(found: Diagnosis, libraries: list[str]) -> str:
     if found.problems:
         return f"No, MiniMax-M3 does not run correctly here: {found.problems[0].what}."
     sources = {module["name"]: module["source"] for module in found.modules}
     by_class: dict[str, list[str]] = {}
-    for library in _installed_libraries():
+    for library in libraries:
         if sources[f"{library}.models.minimax_m3_vl"] == "native":
             whose = "with upstream's own class, as MLX_M3_PLUGIN_PREFER=native asks"
         elif found.settings["prefer_native"]:
@@ -175,12 +174,8 @@ def _verdict(found: Diagnosis) -> str:
         else:
             whose = "with this plugin"
         by_class.setdefault(whose, []).append(library)
-    parts = [f"in {' and '.join(libraries)} {whose}" for whose, libraries in by_class.items()]
+    parts = [f"in {' and '.join(names)} {whose}" for whose, names in by_class.items()]
     return f"Yes, MiniMax-M3 runs here: {'; '.join(parts)}."
-
-
-def _installed_libraries() -> list[str]:
-    return [library for library, package in _LIBRARIES.items() if version_of(package) is not None]
 
 
 def _crash(probe: dict[str, Any]) -> list[Problem]:
@@ -192,10 +187,10 @@ def _crash(probe: dict[str, Any]) -> list[Problem]:
     return [Problem(what, f"see how far this gets: {ask}")]
 
 
-def _missing_packages(found: Diagnosis, probe: dict[str, Any]) -> Iterator[Problem]:
+def _missing_packages(libraries: list[str], probe: dict[str, Any]) -> Iterator[Problem]:
     if probe["mlx_error"]:
         yield Problem(f"mlx cannot be imported ({probe['mlx_error']})", FOR_MLX)
-    if not _installed_libraries():
+    if not libraries:
         yield Problem("neither mlx-lm nor mlx-vlm is installed", "pip install mlx-lm, or mlx-vlm, or both")
     # Without mlx they cannot be imported either.
     for library, error in probe["import_errors"].items() if not probe["mlx_error"] else ():
@@ -203,11 +198,11 @@ def _missing_packages(found: Diagnosis, probe: dict[str, Any]) -> Iterator[Probl
         yield Problem(f"{package} cannot be imported: {error}", f"pip install --upgrade {package}")
 
 
-def _startup_problems(found: Diagnosis, probe: dict[str, Any]) -> Iterator[Problem]:
+def _startup_problems(files: list[StartupFile], probe: dict[str, Any]) -> Iterator[Problem]:
     if probe["hooked"]:
         return
     # Python 3.15 runs a .start file, and the .pth of the same name only where there is none.
-    usable = [f for f in found.startup_files if f.path.endswith(".pth") or sys.version_info >= (3, 15)]
+    usable = [f for f in files if f.path.endswith(".pth") or sys.version_info >= (3, 15)]
     broken = [file for file in usable if file.problem]
     for file in broken:
         yield Problem(f"{file.path} is {file.problem}", file.cure or REINSTALL)
@@ -237,11 +232,11 @@ def _setting_problems(settings: dict[str, Any]) -> Iterator[Problem]:
         yield Problem(what, fix)
 
 
-def _failures(found: Diagnosis, probe: dict[str, Any]) -> Iterator[Problem]:
+def _failures(found: Diagnosis, libraries: list[str], probe: dict[str, Any]) -> Iterator[Problem]:
     """What is installed and switched on, but fails."""
     if probe["mlx_error"] or not probe["hooked"] or not found.settings["enabled"]:
         return
-    loadable = [library for library in _installed_libraries() if library not in probe["import_errors"]]
+    loadable = [library for library in libraries if library not in probe["import_errors"]]
     if loadable and not found.active:
         yield Problem(f"the plugin cannot be activated{_printed(probe)}", REINSTALL)
         return
@@ -293,14 +288,18 @@ def _notes(commands: list[Command]) -> Iterator[str]:
         )
 
 
-def _probe() -> dict[str, Any]:
+def _probe(libraries: list[str]) -> dict[str, Any]:
     # Not in the current directory: a checkout of the plugin there would be found without being installed.
     run = subprocess.run(
-        [sys.executable, "-c", _PROBE], capture_output=True, text=True, cwd=Path(sys.executable).parent
+        [sys.executable, "-c", _PROBE, *libraries],
+        capture_output=True,
+        text=True,
+        cwd=Path(sys.executable).parent,
     )
+    died = None
     try:
         answer: dict[str, Any] = json.loads(run.stdout.strip().splitlines()[-1])
     except (IndexError, json.JSONDecodeError):
         answer = {"hooked": False, "status": None, "modules": [], "mlx_error": None, "import_errors": {}}
-        return {**answer, "stderr": run.stderr, "died": run.returncode}
-    return {**answer, "stderr": run.stderr, "died": None}
+        died = run.returncode
+    return answer | {"stderr": run.stderr, "died": died}

@@ -17,6 +17,7 @@ from .common import size_in_words, tokens_in_words
 from .inspect import Inspection, inspect_source
 from .memory import (
     PREFILL_STEP,
+    bisect,
     bytes_per_token,
     context_that_fits,
     is_mac,
@@ -404,23 +405,15 @@ def _assigned(costs: _Costs, memories: Sequence[int], context: int, slack: int) 
 
 
 def _balanced(costs: _Costs, memories: Sequence[int], context: int) -> list[int] | None:
-    if _assigned(costs, memories, context, 0) is None:
-        return None
-    low, high = 0, max(memories)
-    while high - low > 1 << 20:
-        middle = (low + high) // 2
-        low, high = (middle, high) if _assigned(costs, memories, context, middle) else (low, middle)
-    return _assigned(costs, memories, context, low)
+    slack, _ = bisect(max(memories), lambda n: _assigned(costs, memories, context, n) is not None, 1 << 20)
+    return _assigned(costs, memories, context, slack)
 
 
 def _missing(costs: _Costs, memories: Sequence[int], context: int) -> int:
     """Bytes, to a MiB, that each machine needs in addition to hold its layers."""
-    low, high = 0, max(map(reserve_of, memories)) + sum(costs.weights) + costs.without_layers(context)
-    high += context * sum(costs.per_token)
-    while high - low > 1 << 20:
-        middle = (low + high) // 2
-        low, high = (low, middle) if _assigned(costs, memories, context, -middle) else (middle, high)
-    return high
+    most = max(map(reserve_of, memories)) + sum(costs.weights) + costs.without_layers(context)
+    most += context * sum(costs.per_token)
+    return bisect(most, lambda n: _assigned(costs, memories, context, -n) is None, 1 << 20)[1]
 
 
 def _stages(costs: _Costs, memories: Sequence[int], context: int, counts: list[int]) -> list[Stage]:

@@ -141,11 +141,19 @@ def context_that_fits(config: TextConfig, per_token: int, free: int, prefill_ste
 
 def largest_context(config: TextConfig, fits: Callable[[int], bool]) -> int:
     """The most tokens that fit, up to the model's own limit; if more tokens fit, fewer must fit as well."""
-    low, high = 0, config.max_position_embeddings
-    while low < high:
-        middle = (low + high + 1) // 2
-        low, high = (middle, high) if fits(middle) else (low, middle - 1)
-    return low
+    return bisect(config.max_position_embeddings + 1, fits)[0]
+
+
+def bisect(high: int, fits: Callable[[int], bool], step: int = 1) -> tuple[int, int]:
+    """The largest number that fits and the smallest that does not, at most ``step`` apart.
+
+    0 counts as fitting, ``high`` as not.
+    """
+    low = 0
+    while high - low > step:
+        middle = (low + high) // 2
+        low, high = (middle, high) if fits(middle) else (low, middle)
+    return low, high
 
 
 # --- computing a chunk of a prompt ---

@@ -15,7 +15,15 @@ from ...weights import lacks_indexers, plan_layout
 from ...weights.names import is_vision
 from ..checksums import Verification, Watch, verify
 from ..memory import Memory, machine_memory, memory_for
-from ..parameters import NOT_IN_THE_TEXT_MODEL, Precision, Shapes, differences, text_shapes, vision_shapes
+from ..parameters import (
+    NOT_IN_THE_TEXT_MODEL,
+    Precision,
+    Shapes,
+    differences,
+    quantized_modules,
+    text_shapes,
+    vision_shapes,
+)
 from ..source import CHAT_TEMPLATE_FILES, Source, open_source
 from .layout import Component, Layout, StoredDtype, dtype_histogram, measure, recognise_layout
 
@@ -153,28 +161,26 @@ def _inspect_tensors(found: Inspection, source: Source, config: TextConfig) -> N
         found.problems.append(str(error))
         return
     vision = _vision_shapes(found, source.config)
-    contents = measure(plan, text | vision, headers)
-    found.components, found.precisions = contents.components, contents.precisions
-    found.parameters = sum(component.parameters for component in contents.components)
+    quantized, problems = quantized_modules(plan, text | vision)
+    found.components, found.precisions = measure(plan, quantized, headers)
+    found.parameters = sum(component.parameters for component in found.components)
     found.attention = _attention(config, indexers)
     found.memory = memory_for(
         config,
-        sum(part.bytes for part in contents.components if part.name not in NOT_IN_THE_TEXT_MODEL),
+        sum(part.bytes for part in found.components if part.name not in NOT_IN_THE_TEXT_MODEL),
         len(found.attention.with_indexer),
         machine_memory(),
     )
     found.notes += _notes(found.attention, config)
-    found.problems += contents.problems
+    found.problems += problems
     if headers.problems:
         # Tensors of damaged files would only be reported twice.
         return
     prefix = "language_model." if source.config["model_type"] == "minimax_m3_vl" else ""
-    in_text = differences(
-        {n: t for n, t in plan.items() if not is_vision(n)}, text, contents.quantized, prefix
-    )
-    in_vision = differences({n: t for n, t in plan.items() if is_vision(n)}, vision, contents.quantized)
+    in_text = differences({n: t for n, t in plan.items() if not is_vision(n)}, text, quantized, prefix)
+    in_vision = differences({n: t for n, t in plan.items() if is_vision(n)}, vision, quantized)
     found.problems += in_text + in_vision
-    text_is_whole = not (in_text or contents.problems)
+    text_is_whole = not (in_text or problems)
     found.opens = {"mlx-lm": text_is_whole, "mlx-vlm": text_is_whole and not in_vision}
 
 
@@ -247,7 +253,7 @@ def stock_commands(name: str, *, mlx_lm: bool, mlx_vlm: bool) -> list[str]:
     if mlx_vlm:
         sampling = _SAMPLING.replace("--temp ", "--temperature ") + " --top-k 40"
         if _is_before("mlx-vlm", (0, 7)):
-            # It takes the others from generation_config.json only.
+            # mlx-vlm < 0.7 takes the others from generation_config.json only.
             sampling = "--temperature 1.0"
         question = '--image photo.jpg --prompt "What is this?"'
         lines.append(f"mlx_vlm.generate {model} {question} {_MAX_TOKENS} {sampling}")

@@ -12,7 +12,7 @@ from ...model.config import TextConfig
 from ...weights import Headers, StoredTensor
 from ...weights.names import is_unused, is_vision
 from ...weights.tensor import Tensor
-from ..parameters import COMPONENTS, OTHER, Precision, Shapes, component_of, quantized_modules
+from ..parameters import COMPONENTS, OTHER, Precision, component_of
 
 # How the layers' names begin.
 _NAMES_IN_WORDS = {
@@ -49,8 +49,6 @@ class Layout:
         dense_under_moe: dense layers' MLPs are named ``block_sparse_moe``.
         unused: number of tensors for multi-token prediction, which nothing reads.
         foreign_parts: suffixes of tensors that are quantized in another library's format.
-        tensor_scales: some quantized weights have one scale for the whole tensor.
-        quantized: some weights are quantized in MLX's own format.
     """
 
     names: str
@@ -63,8 +61,6 @@ class Layout:
     dense_under_moe: bool = False
     unused: int = 0
     foreign_parts: list[str] = field(default_factory=list)
-    tensor_scales: bool = False
-    quantized: bool = False
 
     def in_words(self) -> list[str]:
         words = [f"{_NAMES_IN_WORDS.get(self.names, 'unknown names')} ({self.names})"]
@@ -130,8 +126,6 @@ def recognise_layout(tensors: Mapping[str, StoredTensor], config: TextConfig | N
         dense_under_moe=any(re.search(r"\.block_sparse_moe\.(gate|up|down)_proj\.", kind) for kind in text),
         unused=sum(map(is_unused, tensors)),
         foreign_parts=sorted({match[1] for kind in text if (match := _FOREIGN.search(kind))}),
-        tensor_scales=any(kind.endswith(".global_scale") for kind in text),
-        quantized=any(kind.endswith(".scales") for kind in text),
     )
 
 
@@ -161,25 +155,16 @@ def dtype_histogram(headers: Headers) -> list[StoredDtype]:
     return sorted(found.values(), key=lambda entry: -entry.bytes)
 
 
-@dataclass
-class Contents:
-    """What a plan contains, and what is wrong with its quantized modules."""
-
-    components: list[Component]
-    precisions: list[Precision]
-    quantized: dict[str, Precision]
-    problems: list[str]
-
-
-def measure(plan: Mapping[str, Tensor], shapes: Shapes, headers: Headers) -> Contents:
-    """Count parameters and bytes.
+def measure(
+    plan: Mapping[str, Tensor], quantized: Mapping[str, Precision], headers: Headers
+) -> tuple[list[Component], list[Precision]]:
+    """Count parameters and bytes, by component and by precision.
 
     Args:
         plan: without a prefix, vision included.
-        shapes: of the model's parameters before quantization.
+        quantized: module -> its precision.
         headers: of all tensors, including those that are not in the plan.
     """
-    quantized, problems = quantized_modules(plan, shapes)
     components = {name: Component(name) for name in (*COMPONENTS, OTHER)}
     by_component: dict[str, dict[str, int]] = defaultdict(lambda: defaultdict(int))
     precisions: dict[str, Precision] = {}
@@ -207,11 +192,9 @@ def measure(plan: Mapping[str, Tensor], shapes: Shapes, headers: Headers) -> Con
     other.parameters += sum(math.prod(t.shape) for n, t in headers.tensors.items() if is_unused(n))
     for component in components.values():
         component.bits_per_weight = bits_per_weight(component.bytes, component.parameters)
-    return Contents(
+    return (
         [component for component in components.values() if component.bytes],
         sorted(precisions.values(), key=lambda entry: -entry.parameters),
-        quantized,
-        problems,
     )
 
 
