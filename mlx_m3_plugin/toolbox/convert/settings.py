@@ -5,7 +5,7 @@ import shutil
 from pathlib import Path
 from typing import Any
 
-from ...chat.template import CHAT_TEMPLATE
+from ...chat.prompt import CHAT_TEMPLATE
 from ...weights import with_quantization
 from ...weights.headers import INDEX
 from ..checksums import SUMS
