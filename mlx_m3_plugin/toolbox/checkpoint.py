@@ -12,10 +12,10 @@ from ..weights import Headers, lacks_indexers, plan_layout, read_headers, shorte
 from ..weights.files import MODEL_TYPES
 from ..weights.names import is_vision
 from ..weights.tensor import Tensor
-from .locate import locate_weights
+from .common import read_json_object
 from .parameters import Precision, differences, quantized_modules, text_shapes, vision_shapes
 from .precision import Quantization
-from .text_files import read_json_object
+from .source import locate_weights
 
 
 @dataclass(frozen=True)

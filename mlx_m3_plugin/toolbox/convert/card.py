@@ -6,8 +6,8 @@ from typing import NamedTuple
 
 from ... import __version__
 from ...weights.dtypes import name_of
+from ..common import size_in_words
 from ..parameters import component_of
-from ..sizes import size_in_words
 from .plan import Plan
 
 _PACKAGES = ("mlx", "mlx-lm", "mlx-vlm")

@@ -8,11 +8,10 @@ from pathlib import Path
 from typing import Any
 
 from ...weights.files import MODEL_TYPES
+from ..common import bytes_bar, layers_bar, read_text
 from ..evaluate.evaluation import default_cache
-from ..machine import default_memory
+from ..memory import default_memory
 from ..new_directory import STATE, new_directory, unfinished_of
-from ..progress import bytes_bar, layers_bar
-from ..text_files import read_text
 from .prepare import Prepared, prepare
 from .recipe import load_recipe, recipe_names
 from .run import Space, check_unfinished, report, space_for, write

@@ -23,9 +23,8 @@ from typing import Any
 
 from ...model.config import TextConfig
 from ...weights.quantization import AFFINE_BITS, AFFINE_GROUP_SIZES, MICROSCALING
+from ..common import did_you_mean, read_text
 from ..precision import Quantization
-from ..suggestions import did_you_mean
-from ..text_files import read_text
 from .matrices import PARTS, Matrix
 
 if sys.version_info >= (3, 11):

@@ -12,6 +12,7 @@ import mlx.core as mx
 
 from ...weights.quantization import AFFINE_BITS
 from ..checkpoint import Checkpoint
+from ..common import read_json_object
 from ..evaluate.texts import Texts
 from ..evaluate.walk import (
     Progress,
@@ -26,7 +27,6 @@ from ..new_directory import LOCK, locked, replace_text
 from ..precision import Quantization
 from ..shards import TensorReader
 from ..streaming import States, StreamedLayer
-from ..text_files import read_json_object
 
 Scores = Mapping[int, float]
 

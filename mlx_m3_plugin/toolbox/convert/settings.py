@@ -5,13 +5,13 @@ import shutil
 from pathlib import Path
 from typing import Any
 
-from ...chat.template import CHAT_TEMPLATE
+from ...chat.prompt import CHAT_TEMPLATE
 from ...weights import with_quantization
 from ...weights.headers import INDEX
 from ..checksums import SUMS
-from ..inspect.source import CHAT_TEMPLATE_FILES
+from ..common import read_json_object
 from ..new_directory import LOCK, STATE
-from ..text_files import read_json_object
+from ..source import CHAT_TEMPLATE_FILES
 from .card import model_card
 from .plan import Plan
 

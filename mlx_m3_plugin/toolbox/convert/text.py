@@ -1,6 +1,6 @@
 """What ``mlx-m3 convert`` prints."""
 
-from ..sizes import size_in_words
+from ..common import size_in_words
 from .card import components
 from .plan import Plan
 from .prepare import Prepared

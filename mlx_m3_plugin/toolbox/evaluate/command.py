@@ -4,9 +4,8 @@ from pathlib import Path
 from typing import Any
 
 from ..checkpoint import open_checkpoint
-from ..machine import default_memory
-from ..progress import layers_bar
-from ..text_files import read_text
+from ..common import layers_bar, read_text
+from ..memory import default_memory
 from .evaluation import evaluate
 from .report import check_can_draw, draw, report_lines
 from .texts import built_in_text, read_texts
