@@ -1,5 +1,6 @@
 """``docs/layouts.md`` says of each library what it opens alone.  Each word of it is tried."""
 
+import importlib.util
 import json
 import os
 import subprocess
@@ -34,11 +35,15 @@ def test_with_the_plugin_every_layout_opens():
         assert [row[column] for column in columns] == ["yes"] * len(columns)
 
 
-def test_what_mlx_lm_opens_alone():
-    column = f"mlx-lm {version('mlx-lm')} alone"
+@pytest.mark.parametrize("library", ["mlx_lm", "mlx_vlm"])
+def test_what_a_library_opens_alone(library):
+    if importlib.util.find_spec(library) is None:
+        pytest.skip(f"{library} is not installed")
+    package = library.replace("_", "-")
+    column = f"{package} {version(package)} alone"
     table = layouts_table.read_table()
-    answers = opened_alone("mlx_lm")
-    if version("mlx-lm").startswith("0.31."):
+    answers = opened_alone(library)
+    if package == "mlx-lm" and version("mlx-lm").startswith("0.31."):
         assert all("not supported" in answer for answer in answers.values())
     elif column not in next(iter(table.values())):
         pytest.skip(f"the table has no column '{column}'; make one with layouts_table.py")
