@@ -1,14 +1,10 @@
 """How much of the random tests to run: a share by default, the full counts with ``--full``."""
 
-import json
 import os
 import pkgutil
 import random
-import subprocess
 import sys
 from collections.abc import Callable, Generator
-from functools import cache
-from pathlib import Path
 from types import ModuleType
 from typing import Any
 
@@ -43,6 +39,12 @@ def sample_of_layouts(config: pytest.Config) -> list[str]:
     return list(LAYOUTS)[first::step]
 
 
+@pytest.fixture(scope="session")
+def sampled_layouts(pytestconfig: pytest.Config) -> list[str]:
+    """As many names of layouts as ``layout_name`` takes, for a test that tries all of them in one process."""
+    return sample_of_layouts(pytestconfig)
+
+
 def pytest_configure(config: pytest.Config) -> None:
     config.addinivalue_line("markers", "some(count): so many of a test's cases by chance, all with --full")
 
@@ -61,31 +63,6 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
         left_out |= set(rng.sample(of_one_test, max(0, len(of_one_test) - count)))
     config.hook.pytest_deselected(items=list(left_out))
     items[:] = [item for item in items if item not in left_out]
-
-
-@pytest.fixture(scope="session")
-def opened_alone(request: pytest.FixtureRequest) -> Callable[[str], dict[str, str | None]]:
-    """Of a sample of layouts, ``{layout: None or the error}`` of a library without the plugin.
-
-    A library is asked once, in a process of its own.
-    """
-    names = sample_of_layouts(request.config)
-
-    @cache
-    def ask(library: str) -> dict[str, str | None]:
-        script = Path(__file__).parent / "checkpoints" / "opens.py"
-        run = subprocess.run(
-            [sys.executable, script, library, *names],
-            env=os.environ | {"MLX_M3_PLUGIN": "off"},
-            capture_output=True,
-            text=True,
-        )
-        assert run.returncode == 0, run.stderr
-        answers: dict[str, str | None] = json.loads(run.stdout)
-        assert list(answers) == names
-        return answers
-
-    return ask
 
 
 @pytest.fixture

@@ -46,6 +46,11 @@ def test_alone_it_prints_help(capsys: pytest.CaptureFixture[str]) -> None:
     assert re.search(r"exit codes:\n +0 .*\n +1 .*\n +2 .*\n +130 +interrupted", help_text)
 
 
+def test_help_imports_no_mlx() -> None:
+    code = "import sys; from mlx_m3_plugin import cli; cli._parser(); sys.exit('mlx' in sys.modules)"
+    subprocess.run([sys.executable, "-c", code], check=True)
+
+
 def test_python_m_is_the_same_command() -> None:
     done = run("--help")
     assert done.returncode == 0
@@ -159,7 +164,7 @@ DAMAGED = {
         ["fit", "m3", "--memory", "256GB"],
         ["fit", "m3", "--memory", "256GB,64GB"],
         ["convert", "m3", "made", "--recipe", "4bit"],
-        ["evaluate", "m3", "--cache", "walks"],
+        ["evaluate", "m3", "--cache", "passes"],
     ],
     ids=lambda arguments: arguments[0],
 )
@@ -209,7 +214,7 @@ def test_a_text_that_is_not_one_is_named(m3: Path, capsys: pytest.CaptureFixture
 
 
 @pytest.mark.parametrize("error", [KeyError("x"), RuntimeError("x"), MemoryError(), RecursionError("x")])
-def test_no_traceback_whatever_happens(
+def test_an_exception_is_one_line(
     error: Exception, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     def fail(args: Any) -> int:

@@ -3,18 +3,19 @@
 import difflib
 import json
 import re
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
 # --- sizes ---
 
 LEAST_MEMORY, MOST_MEMORY = 1 << 30, 16 << 40
-_UNITS = {
+_MEMORY_UNITS = {
     "": 1 << 30,
     "B": 1,
     **{f"{prefix}{end}": 1024**power for power, prefix in enumerate("KMGT", 1) for end in ("", "B", "IB")},
 }
+_TOKEN_UNITS = {"": 1, "K": 1024, "M": 1024**2}
 _SIZE = re.compile(r"\s*([0-9]+(?:\.[0-9]*)?|\.[0-9]+)\s*([A-Za-z]*)\s*\Z")
 
 
@@ -26,11 +27,9 @@ def parse_memory(text: str) -> int:
     Raises:
         ValueError: not a size, or not one that a machine has.
     """
-    match = _SIZE.match(text)
-    unit = match[2].upper() if match else None
-    if match is None or unit not in _UNITS:
+    size = _parse(text, _MEMORY_UNITS)
+    if size is None:
         raise ValueError(f"invalid size {text!r}: use 256GB or 64GiB")
-    size = int(float(match[1]) * _UNITS[unit])
     if not LEAST_MEMORY <= size <= MOST_MEMORY:
         raise ValueError(f"invalid memory size {text!r}: must be between 1GB and 16TB")
     return size
@@ -42,12 +41,16 @@ def parse_count(text: str) -> int:
     Raises:
         ValueError: not a positive number.
     """
-    match = _SIZE.match(text)
-    factor = {"": 1, "K": 1024, "M": 1024**2}.get(match[2].upper()) if match else None
-    count = 0 if match is None or factor is None else int(float(match[1]) * factor)
+    count = _parse(text, _TOKEN_UNITS)
     if not count:
         raise ValueError(f"invalid number of tokens {text!r}: use 131072 or 128K")
     return count
+
+
+def _parse(text: str, units: Mapping[str, int]) -> int | None:
+    match = _SIZE.match(text)
+    factor = units.get(match[2].upper()) if match else None
+    return None if match is None or factor is None else int(float(match[1]) * factor)
 
 
 def size_in_words(count: int) -> str:

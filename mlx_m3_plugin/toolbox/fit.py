@@ -335,104 +335,97 @@ def fit_pipeline(
     """
     _check_kv_bits(kv_bits)
     source, _ = _open_whole(path_or_repository)
-    costs = _Costs.of(source, kv_bits, prefill_step)
-    if len(memories) > len(costs.weights):
+    layers = _Layers(source, memories, kv_bits, prefill_step)
+    if len(memories) > len(layers.weights):
         raise ValueError(
-            f"{source.name} has {len(costs.weights)} layers, fewer than {len(memories)} machines"
+            f"{source.name} has {len(layers.weights)} layers, fewer than {len(memories)} machines"
         )
-    known = costs.config.max_position_embeddings
-    largest = largest_context(costs.config, lambda tokens: _assigned(costs, memories, tokens, 0) is not None)
+    known = layers.config.max_position_embeddings
+    largest = largest_context(layers.config, layers.fit)
     planned = min((largest or 1) if context is None else context, known)
-    counts = _balanced(costs, memories, planned)
-    stages = () if counts is None else tuple(_stages(costs, memories, planned, counts))
-    missing = 0 if stages else _missing(costs, memories, planned)
+    stages = layers.stages(planned)
+    missing = 0 if stages else layers.missing(planned)
     return PipelineFit(source.name, planned, context, known, largest, stages, missing)
 
 
-@dataclass(frozen=True)
-class _Costs:
-    """Bytes of each layer: ``weights``, and ``per_token`` of context; ``shared`` are on every machine."""
+class _Layers:
+    """A checkpoint's layers, to be split over machines with these ``memories``.
 
-    config: TextConfig
-    step: int
-    shared: int
-    weights: list[int]
-    per_token: list[int]
+    In bytes, each layer has ``weights``, and takes ``per_token`` of context; every machine has the
+    ``shared`` weights.
+    """
 
-    @classmethod
-    def of(cls, source: Source, kv_bits: int | None, step: int) -> "_Costs":
-        config = text_config_of(source.config)
-        shared, weights = 0, [0] * config.num_hidden_layers
+    def __init__(self, source: Source, memories: Sequence[int], kv_bits: int | None, step: int):
+        self.memories, self.step = memories, step
+        self.config = config = text_config_of(source.config)
+        self.shared, self.weights = 0, [0] * config.num_hidden_layers
         plan = plan_layout(source.headers.tensors, config, "")
         for name, tensor in plan.items():
             size = size_in_bytes(tensor.shape, tensor.dtype)
             layer = layer_of(name)
             if layer is None:
-                shared += size
-            elif layer < len(weights):
-                weights[layer] += size
+                self.shared += size
+            elif layer < len(self.weights):
+                self.weights[layer] += size
         keys_values = bytes_per_token(config, 0, kv_bits) // config.num_hidden_layers
         index = 0 if lacks_indexers(plan, config) else 2 * config.index_head_dim
         layers = range(config.num_hidden_layers)
-        per_token = [keys_values + index * config.is_sparse_attention(layer) for layer in layers]
-        return cls(config, step, shared, weights, per_token)
+        self.per_token = [keys_values + index * config.is_sparse_attention(layer) for layer in layers]
 
-    def layer(self, number: int, context: int) -> int:
-        return self.weights[number] + context * self.per_token[number]
+    def fit(self, context: int, slack: int = 0) -> bool:
+        return self._split(context, slack) is not None
 
-    def without_layers(self, context: int) -> int:
+    def _split(self, context: int, slack: int) -> list[int] | None:
+        """How many layers each rank takes if every machine keeps ``slack`` bytes free; None if impossible.
+
+        The highest rank takes as many of the first layers as it can, and so on.
+        """
+        counts, number, n_layers = [], 0, len(self.weights)
+        for rank in reversed(range(len(self.memories))):
+            memory = self.memories[rank]
+            free = memory - reserve_of(memory) - self._on_every_machine(context) - slack
+            first = number
+            while number < n_layers - rank and (cost := self._cost(number, context)) <= free:
+                free -= cost
+                number += 1
+            if number == first:
+                return None
+            counts.append(number - first)
+        return counts[::-1] if number == n_layers else None
+
+    def _cost(self, layer: int, context: int) -> int:
+        return self.weights[layer] + context * self.per_token[layer]
+
+    def _on_every_machine(self, context: int) -> int:
         return self.shared + transient_bytes(self.config, self.step, context)
 
+    def missing(self, context: int) -> int:
+        """Bytes, to a MiB, that each machine needs in addition to hold its layers."""
+        most = max(map(reserve_of, self.memories)) + self._on_every_machine(context)
+        most += sum(self.weights) + context * sum(self.per_token)
+        return bisect(most, lambda more: not self.fit(context, -more), 1 << 20)[1]
 
-def _assigned(costs: _Costs, memories: Sequence[int], context: int, slack: int) -> list[int] | None:
-    """How many layers each rank takes so that every machine has ``slack`` bytes left; None if impossible.
-
-    The highest rank takes as many of the first layers as it can, and so on.
-    """
-    counts, number, n_layers = [], 0, len(costs.weights)
-    for rank in reversed(range(len(memories))):
-        memory = memories[rank]
-        free = memory - reserve_of(memory) - costs.without_layers(context) - slack
-        first = number
-        while number < n_layers - rank and (cost := costs.layer(number, context)) <= free:
-            free -= cost
-            number += 1
-        if number == first:
-            return None
-        counts.append(number - first)
-    return counts[::-1] if number == n_layers else None
-
-
-def _balanced(costs: _Costs, memories: Sequence[int], context: int) -> list[int] | None:
-    slack, _ = bisect(max(memories), lambda n: _assigned(costs, memories, context, n) is not None, 1 << 20)
-    return _assigned(costs, memories, context, slack)
-
-
-def _missing(costs: _Costs, memories: Sequence[int], context: int) -> int:
-    """Bytes, to a MiB, that each machine needs in addition to hold its layers."""
-    most = max(map(reserve_of, memories)) + sum(costs.weights) + costs.without_layers(context)
-    most += context * sum(costs.per_token)
-    return bisect(most, lambda n: _assigned(costs, memories, context, -n) is None, 1 << 20)[1]
-
-
-def _stages(costs: _Costs, memories: Sequence[int], context: int, counts: list[int]) -> list[Stage]:
-    stages = []
-    for rank, memory in enumerate(memories):
-        first = sum(counts[rank + 1 :])
-        held = range(first, first + counts[rank])
-        stages.append(
-            Stage(
-                rank=rank,
-                memory=memory,
-                reserve=reserve_of(memory),
-                first=held[0],
-                last=held[-1],
-                weights=costs.shared + sum(costs.weights[layer] for layer in held),
-                cache=context * sum(costs.per_token[layer] for layer in held),
-                transient=transient_bytes(costs.config, costs.step, context),
+    def stages(self, context: int) -> tuple[Stage, ...]:
+        """The split that leaves the fullest machine the most memory, to a MiB; empty if none fits."""
+        slack, _ = bisect(max(self.memories), lambda free: self.fit(context, free), 1 << 20)
+        counts = self._split(context, slack) or []
+        stages = []
+        for rank, count in enumerate(counts):
+            first = sum(counts[rank + 1 :])
+            held = slice(first, first + count)
+            stages.append(
+                Stage(
+                    rank=rank,
+                    memory=self.memories[rank],
+                    reserve=reserve_of(self.memories[rank]),
+                    first=first,
+                    last=first + count - 1,
+                    weights=self.shared + sum(self.weights[held]),
+                    cache=context * sum(self.per_token[held]),
+                    transient=transient_bytes(self.config, self.step, context),
+                )
             )
-        )
-    return stages
+        return tuple(stages)
 
 
 def pipeline_lines(found: PipelineFit) -> list[str]:

@@ -80,7 +80,7 @@ def test_the_same_for_a_person(guest: Environment) -> None:
     assert "What to do" not in lines
 
 
-def test_a_reader_that_stops_early_is_no_error(guest: Environment) -> None:
+def test_a_pipe_that_closes_early_is_not_an_error(guest: Environment) -> None:
     command = f"set -o pipefail; {guest.python} {guest.script('mlx-m3')} doctor | head -1"
     variables = clean_variables() | on_path(guest)
     run = subprocess.run(["bash", "-c", command], capture_output=True, text=True, env=variables)
@@ -239,7 +239,7 @@ def test_commands_that_are_not_on_path_are_noted(own_guest: Environment) -> None
     assert any(n.startswith("mlx_lm.generate ") and n.endswith(f" {there}") for n in diagnosis["notes"])
 
 
-def test_a_notebook_is_told_that_this_is_about_new_processes(guest: Environment) -> None:
+def test_a_note_for_notebooks(guest: Environment) -> None:
     _, diagnosis = doctor(guest, JPY_PARENT_PID="1")
     assert "`mlx_m3_plugin.status()`" in diagnosis["notes"][-1]
 

@@ -24,7 +24,7 @@ def test_the_context_that_fits():
     assert memory.per_token == 60 * 2 * 4 * 128 * 2 + 57 * 128 * 2
     assert memory.per_token_kv_8 == 60 * 2 * 4 * 128 * 8.5 / 8 + 57 * 128 * 2
     assert memory.reserve == 16 * GIB
-    # Besides them a chunk of a prompt is computed: 2,048 tokens of 4 experts, 16 bits.
+    # A chunk of a prompt takes memory as well: 2,048 tokens of 4 experts, 16 bits.
     free = 15 * GIB - 2048 * 4 * (2 * (3 * 6144 + 3 * 3072) + 4 * 6144)
     assert memory.context == free // 137_472
     assert memory.context_kv_8 == free // 79_872

@@ -1,12 +1,95 @@
-"""Which environment a command on PATH belongs to, by the script's first lines."""
+"""What is installed: packages, start-up files, and the environment that a command on PATH belongs to."""
 
+import os
 import shlex
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 
-from mlx_m3_plugin.toolbox.installation import find_command, how_to_install_into
+from mlx_m3_plugin import cli
+from mlx_m3_plugin.toolbox import installation
+from mlx_m3_plugin.toolbox.installation import FOR_MLX, find_command, how_to_install_into
+
+# --- packages ---
+
+
+def fail_with(error: ImportError, monkeypatch: pytest.MonkeyPatch) -> int:
+    def fail(args: object) -> int:
+        raise error
+
+    monkeypatch.setattr(cli, "_inspect", fail)
+    return cli.main(["inspect", "somewhere"])
+
+
+@pytest.mark.parametrize(
+    ("name", "fix"),
+    [
+        ("mlx", FOR_MLX),
+        ("mlx.core", FOR_MLX),
+        ("mlx_vlm.models", 'pip install "mlx-m3-plugin[vlm]"'),
+        ("matplotlib", 'pip install "mlx-m3-plugin[plot]"'),
+        ("transformers", "pip install --upgrade mlx-lm"),
+    ],
+)
+def test_a_package_that_is_missing(
+    name: str, fix: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert fail_with(ModuleNotFoundError("gone", name=name), monkeypatch) == 2
+    output = capsys.readouterr()
+    assert output.out == ""
+    assert output.err == f"mlx-m3: {name.partition('.')[0]} cannot be imported (gone): {fix}\n"
+
+
+@pytest.mark.parametrize("name", [None, "mlx_m3_plugin.toolbox.gone"])
+def test_a_fault_of_ours_is_not_for_the_user_to_install(
+    name: str | None, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert fail_with(ImportError("gone", name=name), monkeypatch) == 2
+    said = capsys.readouterr().err
+    assert said.startswith("mlx-m3: ImportError: gone (")
+    assert "install" not in said
+
+
+# --- start-up files ---
+
+
+@pytest.fixture
+def startup_file(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    path = tmp_path / "mlx_m3_plugin_startup.pth"
+    path.write_text("import mlx_m3_plugin; mlx_m3_plugin.install()\n")
+    monkeypatch.setattr(installation, "_site_directories", lambda: [tmp_path])
+    return path
+
+
+def have_flags(monkeypatch: pytest.MonkeyPatch, flags: int) -> None:
+    """For the doctor, files have these flags of macOS."""
+    with_flags = {"lstat": lambda _: SimpleNamespace(st_flags=flags)}
+    monkeypatch.setattr(installation, "os", SimpleNamespace(**vars(os) | with_flags))
+
+
+def test_a_good_file_has_no_problem(startup_file: Path) -> None:
+    (found,) = installation.find_startup_files()
+    assert (found.path, found.problem) == (str(startup_file), None)
+
+
+def test_a_file_that_macos_hides_is_named_with_its_cure(
+    startup_file: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    have_flags(monkeypatch, 0x8000)
+    (found,) = installation.find_startup_files()
+    assert found.problem == "hidden by macOS, so Python skips it"
+    assert found.cure == f"chflags nohidden {startup_file}"
+
+
+def test_other_flags_of_macos_do_not_matter(startup_file: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    have_flags(monkeypatch, 0x40)
+    (found,) = installation.find_startup_files()
+    assert found.problem is None
+
+
+# --- commands on PATH ---
 
 
 @pytest.fixture

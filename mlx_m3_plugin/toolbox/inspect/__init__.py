@@ -240,7 +240,7 @@ def _tokenizer_problems(source: Source) -> list[str]:
 
 
 def stock_commands(name: str, *, mlx_lm: bool, mlx_vlm: bool) -> list[str]:
-    """Stock command lines with M3's recommended sampling, ready to paste, for the libraries asked for."""
+    """Stock command lines of these libraries, with M3's recommended sampling, ready to paste."""
     model = f"--model {shlex.quote(name)}"
     lines = []
     if mlx_lm:

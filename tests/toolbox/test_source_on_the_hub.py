@@ -1,4 +1,4 @@
-"""A repository on the Hub is told from its headers and settings, as its directory would be."""
+"""A repository on the Hub is described from its headers and settings, like its directory."""
 
 import json
 import re
@@ -51,7 +51,7 @@ def hub(monkeypatch: pytest.MonkeyPatch, checkpoint: Path) -> Path:
     return checkpoint
 
 
-def test_a_repository_is_told_as_its_directory_would_be(hub):
+def test_a_repository_is_described_like_its_directory(hub):
     from_hub, from_disk = inspect("someone/m3").as_dict(), inspect(hub).as_dict()
     assert from_hub.pop("name") == "someone/m3"
     assert "--model someone/m3 " in from_hub.pop("commands")[0]

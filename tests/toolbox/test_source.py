@@ -40,7 +40,7 @@ def put_into_cache(home: Path, commit: str, ref: str | None, source: Path = NANO
 
 @pytest.fixture
 def snapshot(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    """Of ``someone/m3`` in the cache; the network is not to be asked."""
+    """The snapshot of ``someone/m3`` in the cache; the network must not be used."""
     monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_CACHE", str(tmp_path / "hub"))
     monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_OFFLINE", True)
     monkeypatch.chdir(tmp_path)
@@ -64,7 +64,7 @@ def test_all_commands_open_a_cached_repository_offline(tmp_path: Path) -> None:
         assert run("fit", name, "--memory", "64GB").startswith("someone/m3\n")
     run("convert", address, "made", "--recipe", "4bit")
     assert "| made from | someone/m3 |" in (tmp_path / "made" / "README.md").read_text()
-    options = ["--reference", "someone/m3", "--tokens", "64", "--context", "64", "--cache", "walks"]
+    options = ["--reference", "someone/m3", "--tokens", "64", "--context", "64", "--cache", "passes"]
     assert "Against someone/m3 (perplexity" in run("evaluate", "made", *options)
 
 
@@ -139,7 +139,7 @@ def test_what_was_downloaded_in_part(snapshot: Path, gone: list[str], named: str
     match = f"someone/m3 is incomplete .*: {named} missing; .*`hf download someone/m3`"
     with pytest.raises(FileNotFoundError, match=match):
         open_checkpoint("someone/m3")
-    # Headers can come from the Hub; without a network that is said, too.
+    # Headers can come from the Hub; without a network the error says that as well.
     with pytest.raises(OSError, match=f"{match}; .*Hub"):
         inspect("someone/m3")
 
