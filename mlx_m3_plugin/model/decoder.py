@@ -37,7 +37,7 @@ class TextModel(nn.Module):
     """Token ids or embeddings to the last hidden states.
 
     The ``pipeline`` attributes are those of mlx-lm's ``PipelineMixin``, written out here because
-    mlx-lm before 0.32 drops layers that do not divide evenly, and mlx-vlm has no such class.
+    mlx-vlm has no such class, and mlx-lm's drops layers that do not divide evenly (until: mlx-lm 0.32).
     """
 
     def __init__(self, config: TextConfig, host: Host):

@@ -11,7 +11,7 @@ def offset(cache: Any) -> Any:
     """The content position of the next token: an int, or ``[B]`` int32."""
     if cache is None:
         return 0
-    # A copy: batch caches (in mlx-lm those before 0.32) move their offsets in place.
+    # A copy: batch caches of mlx-vlm, and of mlx-lm before 0.32, move their offsets in place.
     return cache.offset if isinstance(cache.offset, int) else cache.offset + 0
 
 

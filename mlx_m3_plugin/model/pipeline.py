@@ -40,6 +40,6 @@ def _agree(split: list[int], group: mx.distributed.Group) -> None:
     everyone = mx.distributed.all_gather(mine, group=group, stream=mx.cpu)
     if (everyone != mine).any().item():
         raise ValueError(
-            f"the processes have different pipeline splits (here {split}); "
+            f"the processes disagree about the pipeline split (here {split}); "
             "give all of them the same one with mlx.launch --env MLX_M3_PLUGIN_PIPELINE_SPLIT=..."
         )

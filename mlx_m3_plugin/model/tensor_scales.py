@@ -1,8 +1,8 @@
-"""NVFP4 with a tensor scale: one float32 beside the scales of each matrix, of each expert in a stack.
+"""NVFP4 with tensor scales: one more float32 scale for each matrix, or for each expert in a stack.
 
-MLX's layers have none, but for mlx-lm's experts from 0.32 on, which give it to ``gather_qmm``,
-which takes it on some GPUs only.  Here it multiplies what a matrix puts out, which every backend
-can.
+MLX's layers have no tensor scale.  mlx-lm's experts have one from 0.32 on and give it to
+``gather_qmm``, which takes it on some GPUs only.  Here it multiplies the output of a matrix,
+which works on every backend.
 """
 
 from collections.abc import Mapping
@@ -22,7 +22,7 @@ def scale_shape(weight: tuple[int, ...]) -> tuple[int, ...]:
 
 
 def factor(global_scale: mx.array) -> mx.array:
-    """What the values of a matrix are multiplied by, float32."""
+    """The float32 factor of a matrix's values."""
     return global_scale.astype(mx.float32) / NVFP4_LARGEST
 
 
@@ -41,7 +41,7 @@ def hold_scale(quantized: nn.Module, global_scale: mx.array) -> nn.Module:
     scaled = _scaled_experts if quantized.weight.ndim > 2 else _scaled_linear
     quantized.__class__ = scaled(type(quantized))  # type: ignore[arg-type]
     quantized.global_scale = global_scale
-    # As its other parts, which cannot be trained.
+    # Not trainable, like its other parts.
     quantized.freeze(recurse=False)
     return quantized
 
@@ -58,10 +58,10 @@ def _taking_a_scale(linear: Any) -> Any:
 
 
 def _refuse(self: Any) -> None:
-    """Whoever reads this attribute is about to dequantize, and knows nothing of the tensor scale."""
+    """Code that reads this attribute is about to dequantize, and would ignore the tensor scale."""
     raise NotImplementedError(
-        "NVFP4 with tensor scales cannot be dequantized, fused or trained with DoRA: the scales would be "
-        "lost; convert the checkpoint first, with `mlx-m3 convert`"
+        "NVFP4 with tensor scales cannot be dequantized, fused or trained with DoRA, because the scales "
+        "would be lost: convert the checkpoint first, with `mlx-m3 convert`"
     )
 
 

@@ -106,6 +106,18 @@ def test_generation_with_kv_bits_equals_rounded_keys_and_values(model: Any, toke
         token = mx.array([[int(chosen)]])
     assert max(differences) > 1e-3
 
+    # Upstream quantizes after the prompt but for its last token.
+    plain = make_prompt_cache(model)
+    model(tokens[:, :-1], cache=plain)
+    rounded = [CacheList(RoundedKVCache(32, 8), *entry.caches[1:]) for entry in plain]
+    for entry, exact in zip(rounded, plain, strict=True):
+        entry[0].update_and_fetch(*(x[:, :, : LENGTH - 1] for x in (exact[0].keys, exact[0].values)))
+    last = tokens[:, -1:]
+    for token, logprobs in generated:
+        logits = model(last, cache=rounded)[0, -1]
+        assert mx.abs(logits - mx.logsumexp(logits) - logprobs).max().item() <= 1e-4
+        last = mx.array([[int(token)]])
+
 
 def test_a_warm_cache_from_a_file_is_quantized_too(model: Any, tokens: mx.array, tmp_path: Path) -> None:
     cache = make_prompt_cache(model)

@@ -2,7 +2,7 @@
 
 A layer's entry is ``CacheList(KVCache)``, with a second ``KVCache`` on sparse layers that holds
 the index keys as its keys, and values that nothing reads.  mlx-lm restores saved caches by the
-class names in ``mlx_lm.models.cache``, so files move freely between its M3 class and ours.
+class names in ``mlx_lm.models.cache``, so its M3 class and ours read each other's files.
 """
 
 import sys
@@ -14,28 +14,28 @@ from mlx_lm.models.cache import KVCache, QuantizedKVCache
 
 from mlx_m3_plugin.hosts.kv_cache import quantized
 
-# Upstream's M3 class gives the index cache values of width 0.  Before mlx-lm 0.32 (where caches
-# had a ``meta_state``) mlx could not write such an array into a saved prompt cache.
+# Upstream's M3 class gives the index cache values of width 0.  Older caches, with a ``meta_state``,
+# could not save such an array.  until: mlx-lm 0.32
 _INDEX_VALUE_WIDTH = 1 if hasattr(KVCache, "meta_state") else 0
 
 
 class CacheList(upstream.CacheList):
-    """Upstream's ``CacheList``, which ``--kv-bits`` passes over, made to take part in it.
+    """Upstream's ``CacheList``, which ``--kv-bits`` skips, with K and V that can be quantized.
 
-    The name is upstream's on purpose: it is what a saved cache is restored by.
+    It has upstream's name because saved caches are restored by it.
     """
 
     @property
     def offset(self) -> Any:
         """Tokens so far; ``maybe_quantize_kv_cache`` compares it with ``--quantized-kv-start``.
 
-        A cache that is quantized is past any start, so that a request for other bits is refused at once.
+        A quantized cache is past any start, so that a request for other bits is refused at once.
         """
         keys_values = self.caches[0]
         return sys.maxsize if isinstance(keys_values, QuantizedKVCache) else keys_values.offset
 
     def to_quantized(self, group_size: int = 64, bits: int = 4) -> "CacheList":
-        """K and V quantized; the index keys stay as they are, for they decide what is attended to.
+        """K and V quantized; the index keys stay as they are, because they select the blocks.
 
         Raises:
             ValueError: see :func:`.kv_cache.quantized`.
@@ -50,7 +50,7 @@ def make_layer_cache(is_sparse_attention: bool) -> CacheList:
 
 
 def adopt(caches: list[Any]) -> None:
-    """Give entries that upstream restored or made (from a file, from its M3 class) our methods."""
+    """Make entries that upstream restored from a file, or its M3 class made, instances of our class."""
     for entry in caches:
         if type(entry) is upstream.CacheList:
             entry.__class__ = CacheList

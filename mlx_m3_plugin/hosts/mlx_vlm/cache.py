@@ -1,4 +1,4 @@
-"""The prompt cache of a layer: upstream's classes, made to take part in more of what upstream offers.
+"""The prompt cache of a layer: upstream's classes, extended for more of upstream's features.
 
 Dense layers have a plain ``KVCache``, sparse ones a ``MiniMaxM3KVCache``, which holds the index
 keys beside K and V.  mlx-vlm's prefix cache on disk knows that class by its name and module, so
@@ -18,11 +18,11 @@ upstream: Any = parts.upstream("language")
 
 
 class MiniMaxM3KVCache(upstream.MiniMaxM3KVCache):
-    """Upstream's cache of a sparse layer, with ``to_quantized`` and what older callers reach for."""
+    """Upstream's cache of a sparse layer, with ``to_quantized`` and attributes for older callers."""
 
     __module__ = upstream.__name__
 
-    # mlx-vlm before 0.7 trims a reused cache through these.
+    # A reused cache was trimmed through these.  until: mlx-vlm 0.7
     @property
     def keys(self) -> mx.array | None:
         return self.kv_cache.keys
@@ -41,11 +41,11 @@ class MiniMaxM3KVCache(upstream.MiniMaxM3KVCache):
 
     @classmethod
     def merge(cls, caches: Any, prefix_lens: Any = None) -> Any:
-        # In this very class: the prefix cache looks into its __dict__.
+        # Defined in this class because the prefix cache looks into its __dict__.
         return upstream.MiniMaxM3BatchKVCache.merge(caches, prefix_lens=prefix_lens)
 
     def to_quantized(self, group_size: int = 64, bits: int = 4) -> "QuantizedMiniMaxM3KVCache":
-        """K and V quantized; the index keys stay as they are, for they decide what is attended to.
+        """K and V quantized; the index keys stay as they are, because they select the blocks.
 
         Raises:
             ValueError: see :func:`.kv_cache.quantized`.
@@ -59,7 +59,7 @@ class MiniMaxM3KVCache(upstream.MiniMaxM3KVCache):
 class QuantizedMiniMaxM3KVCache(upstream.MiniMaxM3KVCache):
     """With K and V in a ``QuantizedKVCache``; the prefix cache takes it whole, by a snapshot.
 
-    Under another name, because what upstream does by the first one slices plain arrays.
+    It has another name, because upstream's code for the first name slices plain arrays.
     """
 
     # No batch form: upstream has none for quantized caches of this kind, and asks with hasattr.
@@ -93,7 +93,7 @@ def make_layer_cache(is_sparse_attention: bool) -> Any:
 
 
 def adopt(caches: list[Any]) -> None:
-    """Give entries that upstream restored or extracted our methods."""
+    """Make entries that upstream restored or extracted instances of our class."""
     for entry in caches:
         if type(entry) is upstream.MiniMaxM3KVCache:
             entry.__class__ = MiniMaxM3KVCache
