@@ -31,8 +31,8 @@ NAMESPACES = {
     "mlx_lm.models": "mlx_lm.models",
     "mlx_lm.tool_parsers": "mlx_lm.tool_parsers",
     "mlx_vlm.models": "mlx_vlm.models",
-    "mlx_vlm.tool_parsers": "mlx_vlm.tool_parsers",  # mlx-vlm <= 0.7.0
-    "mlx_vlm.tools.parsers": "mlx_vlm.tool_parsers",  # mlx-vlm >= 0.7.1
+    "mlx_vlm.tool_parsers": "mlx_vlm.tool_parsers",  # until: mlx-vlm 0.7.1
+    "mlx_vlm.tools.parsers": "mlx_vlm.tool_parsers",
 }
 
 # What happened in this process, for ``mlx-m3 doctor``, ``status()`` and bug reports.

@@ -356,6 +356,20 @@ class TestManners:
         assert added == {"mlx_m3_plugin"}
         assert finders_with_us == ["_Doorbell", *finders_without_us]
 
+    def test_importing_a_library_imports_few_modules_of_ours(self, guest: Environment):
+        """Whoever imports mlx-lm for another model does not wait for M3's model and parsers."""
+        modules = guest.run("-c", "import mlx_lm, sys; print('\\n'.join(sys.modules))").stdout.split()
+
+        ours = {name.removeprefix("mlx_m3_plugin.") for name in modules if name.startswith("mlx_m3_plugin.")}
+        assert {name for name in ours if not name.startswith(("startup", "hosts"))} == {
+            "chat",
+            "chat.markers",
+        }
+        assert {name for name in ours if name.startswith("hosts")} == {
+            *("hosts", "hosts.checks", "hosts.patching", "hosts.mlx_lm"),
+            *("hosts.mlx_lm.patches", "hosts.mlx_lm.replies", "hosts.mlx_lm.tokenizer"),
+        }
+
     def test_off_gives_the_stock_process_back(self, guest: Environment, stock: Environment):
         """Same classes and errors, same finders, and no module but the few that read the switch."""
         state = LOOK_UP + "print(*sys.modules)\n" + META_PATH
