@@ -463,6 +463,9 @@ class TestBreakdowns:
         assert "mlx-m3-plugin" in line
         assert "mlx_lm.tokenizer_utils" in line
         assert "RenamedByUpstream" in line
+        status = own_guest.run("-c", "import mlx_lm, mlx_m3_plugin; print(mlx_m3_plugin.status())").stdout
+        # The others of this module work, and are shown.
+        assert "mlx_lm.tokenizer_utils: a lone" in status or "mlx_lm.tokenizer_utils: no parser" in status
         assert answer(child.stdout) == ours(own_guest.plugin)
         with pytest.raises(CommandError, match=r"RuntimeError: mlx-m3-plugin: .*RenamedByUpstream"):
             own_guest.run("-c", "import mlx_lm", env={"MLX_M3_PLUGIN_STRICT": "1"})
