@@ -15,7 +15,6 @@ import random
 import sys
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
-from typing import Any
 
 import facts
 import figures
@@ -26,7 +25,7 @@ import tools
 from answers import WAYS, Answer
 from case import Case
 
-from mlx_m3_plugin.chat.reply import Reply, ReplyParser
+from mlx_m3_plugin.chat.reply import ReplyParser
 
 # Of needles' prompts, in block budgets.
 LENGTHS = (1, 2, 4, 8)
@@ -104,17 +103,12 @@ def _first(draw: Callable[[random.Random], list[Case]], rng: random.Random, task
 
 
 def is_right(case: Case, text: str) -> bool:
-    reply = read(text, case.tools)
-    calls = [{"name": call.name, "arguments": call.arguments} for call in reply.calls]
+    parser = ReplyParser(case.tools)
+    events = [*parser.feed(text), *parser.finish()]
+    content = "".join(event.text for event in events if event.kind == "content")
+    calls = [{"name": e.call.name, "arguments": e.call.arguments} for e in events if e.call]
     wanted = [call["function"] for call in case.reply.get("tool_calls", ())]
-    return calls == wanted and reply.content.strip() == case.reply["content"]
-
-
-def read(text: str, offered: Any) -> Reply:
-    parser, reply = ReplyParser(offered), Reply()
-    for event in (*parser.feed(text), *parser.finish()):
-        reply.add(event)
-    return reply
+    return calls == wanted and content.strip() == case.reply["content"]
 
 
 if __name__ == "__main__":

@@ -1,6 +1,7 @@
 """The markers in M3's replies, and which tokenizers have them.
 
-Each marker is one token of M3's vocabulary.  ``<think>`` is in it too, but M3 does not use it.
+``<mm:think>``, ``</mm:think>`` and the namespace token are one token each of M3's vocabulary.
+``<think>`` is in it too, but M3 does not use it.
 """
 
 from typing import Any
@@ -8,6 +9,7 @@ from typing import Any
 THINK_START, THINK_END = "<mm:think>", "</mm:think>"
 # Stands before every tag of a tool call.
 NAMESPACE = "]<]minimax[>["
+TOOL_CALL_START, TOOL_CALL_END = f"{NAMESPACE}<tool_call>", f"{NAMESPACE}</tool_call>"
 
 
 def has_m3_markers(tokenizer: Any) -> bool:

@@ -1,12 +1,12 @@
 """A reply taken apart as it streams: reasoning, content, and tool calls.
 
 However the text is cut into pieces, the result is the same: whatever may be the beginning of a
-marker is held back until it is known, and a call is told when its invoke closes.
+marker is held back until it is known, and a call is returned when its invoke closes.
 """
 
 import re
 from collections.abc import Iterator
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Any
 
 from .markers import NAMESPACE, THINK_END, THINK_START
@@ -30,26 +30,6 @@ class Event:
     kind: str
     text: str = ""
     call: ToolCall | None = None
-
-
-@dataclass
-class Reply:
-    """A whole reply."""
-
-    reasoning: str = ""
-    content: str = ""
-    calls: list[ToolCall] = field(default_factory=list)
-    problems: list[str] = field(default_factory=list)
-
-    def add(self, event: Event) -> None:
-        if event.kind == "reasoning":
-            self.reasoning += event.text
-        elif event.kind == "content":
-            self.content += event.text
-        elif event.call is not None:
-            self.calls.append(event.call)
-        else:
-            self.problems.append(event.text)
 
 
 class ReplyParser:
@@ -81,9 +61,9 @@ class ReplyParser:
         return [Event("call", call=call) for call in block.calls] + self._problems(*block.problems)
 
     def _problems(self, *problems: str) -> list[Event]:
-        told = problems[: self._problems_left]
-        self._problems_left -= len(told)
-        return [Event("problem", problem) for problem in told]
+        reported = problems[: self._problems_left]
+        self._problems_left -= len(reported)
+        return [Event("problem", problem) for problem in reported]
 
 
 @dataclass(frozen=True)

@@ -17,13 +17,12 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
-from mlx_m3_plugin.chat.markers import NAMESPACE
+from mlx_m3_plugin.chat.markers import NAMESPACE, TOOL_CALL_END, TOOL_CALL_START
 from mlx_m3_plugin.chat.values import MAX_DEPTH, Element, Schemas, bare_elements, typed_arguments
 
 log = logging.getLogger("mlx_m3_plugin")
 
-tool_call_start = f"{NAMESPACE}<tool_call>"
-tool_call_end = f"{NAMESPACE}</tool_call>"
+tool_call_start, tool_call_end = TOOL_CALL_START, TOOL_CALL_END
 
 # What may be between the namespace token and a tag of the block; a parameter's follows at once.
 MOST_BLANKS = 8

@@ -1,1 +1,1 @@
-"""The libraries that run the model: a package for each, whose files alone import it."""
+"""The libraries that run the model: one package for each, whose files alone import it."""

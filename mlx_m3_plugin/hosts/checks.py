@@ -1,7 +1,7 @@
 """``load_model`` of either library, for M3 checkpoints.
 
-Heavy modules are imported in the functions: whoever imports a library for another model does not
-wait for them.
+Heavy modules are imported in the functions, so that the import of a library for another model
+does not wait for them.
 """
 
 from collections.abc import Callable
@@ -49,7 +49,7 @@ def with_checks(load_model: Callable[..., Any]) -> Callable[..., Any]:
 
 
 def strictly(load: Callable[..., Any]) -> Callable[..., Any]:
-    """A function that loads M3 checkpoints with no weight missing, whatever it asks for.
+    """A function that loads M3 checkpoints strictly, even if it does not ask for that.
 
     What a checkpoint lacks would stay random.
     """

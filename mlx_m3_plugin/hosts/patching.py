@@ -184,7 +184,7 @@ def call(function: Callable[..., Any], given: Arguments) -> Any:
 
 
 def named(values: Iterable[Any], kind: type) -> Any:
-    """The first of ``values`` that is of this type, whatever its position; None without one."""
+    """The first of ``values`` that is of this type, at any position; None without one."""
     return next((value for value in values if isinstance(value, kind)), None)
 
 

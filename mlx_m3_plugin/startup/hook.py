@@ -31,8 +31,8 @@ NAMESPACES = {
     "mlx_lm.models": "mlx_lm.models",
     "mlx_lm.tool_parsers": "mlx_lm.tool_parsers",
     "mlx_vlm.models": "mlx_vlm.models",
-    "mlx_vlm.tool_parsers": "mlx_vlm.tool_parsers",  # mlx-vlm <= 0.7.0
-    "mlx_vlm.tools.parsers": "mlx_vlm.tool_parsers",  # mlx-vlm >= 0.7.1
+    "mlx_vlm.tool_parsers": "mlx_vlm.tool_parsers",  # until: mlx-vlm 0.7.1
+    "mlx_vlm.tools.parsers": "mlx_vlm.tool_parsers",
 }
 
 # What happened in this process, for ``mlx-m3 doctor``, ``status()`` and bug reports.
@@ -59,7 +59,7 @@ def activate(replacing: Any = None, settings: Settings | None = None) -> None:
     if status["active"] or not settings.enabled:
         if not status["active"]:
             status["why"] = "MLX_M3_PLUGIN is off"
-        # A new list: the import system is walking the old one and would skip the finder behind us.
+        # A new list: the import system is iterating over the old one and would skip the finder behind us.
         sys.meta_path = [finder for finder in sys.meta_path if finder is not replacing]
         return
     entry_points = own_entry_points()
@@ -236,7 +236,7 @@ class _GraftLoader(importlib.machinery.SourceFileLoader):
     """Executes our file under upstream's name and never fails with an ``ImportError``.
 
     A file of ours that finds upstream's parts changed says so by an exception with the attribute
-    ``fall_back_to_native``; then the native module takes its place, and that is told.
+    ``fall_back_to_native``; then the native module takes its place, with a warning.
     """
 
     def __init__(

@@ -8,11 +8,10 @@ from typing import Any
 
 import pytest
 
-from mlx_m3_plugin.chat.reply import Reply, ReplyParser
 from mlx_m3_plugin.chat.rewriting import ReplyRewriter
 from mlx_m3_plugin.chat.tool_calls import Block, ToolCallError, parse_block, parse_tool_call
 from tests.chat import tool_fuzz
-from tests.chat.tool_replies import MARKERS
+from tests.chat.tool_replies import MARKERS, Reply, read
 
 # Of one draw of tools and blocks.
 CASES = 50
@@ -40,14 +39,14 @@ def _check(rng: random.Random, text: str, tools: Any) -> None:
         # What a server sends on: JSON, with no NaN in it.
         json.dumps(call.arguments, allow_nan=False)
     _check_what_servers_get(text, tools, block)
-    whole, cut = _read([text], tools), _read(tool_fuzz.pieces(rng, text), tools)
+    whole, cut = _reply([text], tools), _reply(tool_fuzz.pieces(rng, text), tools)
     assert cut == whole
     if any(marker in text for text in (whole.reasoning, whole.content) for marker in MARKERS):
         # No marker of the reply's: what was on both sides of one that is gone.
         return
     rewriter = ReplyRewriter(tools)
     rewritten = "".join(map(rewriter.feed, tool_fuzz.pieces(rng, text))) + rewriter.finish()
-    again = _read([rewritten], tools)
+    again = _reply([rewritten], tools)
     assert (again.reasoning, again.content, again.calls) == (whole.reasoning, whole.content, whole.calls)
 
 
@@ -61,14 +60,8 @@ def _check_what_servers_get(text: str, tools: Any, block: Block) -> None:
     assert (calls if isinstance(calls, list) else [calls]) == [call.as_dict() for call in block.calls]
 
 
-def _read(pieces: list[str], tools: Any) -> Reply:
-    parser, reply = ReplyParser(tools), Reply()
-    for piece in pieces:
-        for event in parser.feed(piece):
-            reply.add(event)
-    for event in parser.finish():
-        reply.add(event)
-    return reply
+def _reply(pieces: list[str], tools: Any) -> Reply:
+    return read(pieces, tools=tools)[0]
 
 
 @pytest.mark.parametrize("depth", [101, 10_000])
@@ -76,6 +69,6 @@ def test_what_is_nested_too_deep_is_refused(depth: int) -> None:
     nested = "".join(f"{tool_fuzz.NS}<a>" for _ in range(depth)) + "x"
     nested += "".join(f"{tool_fuzz.NS}</a>" for _ in range(depth))
     call = f'{tool_fuzz.NS}<invoke name="f">{{}}{tool_fuzz.NS}</invoke>'
-    reply = _read([f"{tool_fuzz.NS}<tool_call>{call.format(nested)}{call.format('')}"], None)
+    reply = _reply([f"{tool_fuzz.NS}<tool_call>{call.format(nested)}{call.format('')}"], None)
     assert [call.arguments for call in reply.calls] == [{}]
     assert reply.problems[0] == "the call of f has tags more than 100 deep"

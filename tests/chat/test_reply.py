@@ -7,10 +7,10 @@ from typing import Any
 import pytest
 
 from mlx_m3_plugin.chat.prompt import thinking_mode
-from mlx_m3_plugin.chat.reply import Event, Reply, ReplyParser
+from mlx_m3_plugin.chat.reply import Event, ReplyParser
 from mlx_m3_plugin.chat.tool_calls import MOST_PROBLEMS, ToolCall
 from tests.chat.tool_rendering import marked
-from tests.chat.tool_replies import MARKERS, read, sample
+from tests.chat.tool_replies import MARKERS, Reply, read, sample
 from tests.chat.tool_shapes import SHAPES, TOOLS, growth
 
 CALL = '§<tool_call>\n§<invoke name="f">§<a>1§</a>§</invoke>\n§</tool_call>'

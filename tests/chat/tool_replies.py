@@ -5,7 +5,7 @@ import re
 from dataclasses import dataclass, field
 from typing import Any
 
-from mlx_m3_plugin.chat.reply import Event, Reply, ReplyParser
+from mlx_m3_plugin.chat.reply import Event, ReplyParser
 from mlx_m3_plugin.chat.tool_calls import ToolCall
 from tests.chat.tool_rendering import marked
 from tests.chat.tool_values import NS
@@ -50,6 +50,26 @@ TEXTS = [
         "<<mm:",
     ),
 ]
+
+
+@dataclass
+class Reply:
+    """A whole reply."""
+
+    reasoning: str = ""
+    content: str = ""
+    calls: list[ToolCall] = field(default_factory=list)
+    problems: list[str] = field(default_factory=list)
+
+    def add(self, event: Event) -> None:
+        if event.kind == "reasoning":
+            self.reasoning += event.text
+        elif event.kind == "content":
+            self.content += event.text
+        elif event.call is not None:
+            self.calls.append(event.call)
+        else:
+            self.problems.append(event.text)
 
 
 @dataclass

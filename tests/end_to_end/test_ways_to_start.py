@@ -349,6 +349,20 @@ class TestManners:
         assert added == {"mlx_m3_plugin"}
         assert finders_with_us == ["_Doorbell", *finders_without_us]
 
+    def test_importing_a_library_imports_few_modules_of_ours(self, guest: Environment):
+        """Whoever imports mlx-lm for another model does not wait for M3's model and parsers."""
+        modules = guest.run("-c", "import mlx_lm, sys; print('\\n'.join(sys.modules))").stdout.split()
+
+        ours = {name.removeprefix("mlx_m3_plugin.") for name in modules if name.startswith("mlx_m3_plugin.")}
+        assert {name for name in ours if not name.startswith(("startup", "hosts"))} == {
+            "chat",
+            "chat.markers",
+        }
+        assert {name for name in ours if name.startswith("hosts")} == {
+            *("hosts", "hosts.checks", "hosts.patching", "hosts.mlx_lm"),
+            *("hosts.mlx_lm.patches", "hosts.mlx_lm.replies", "hosts.mlx_lm.tokenizer"),
+        }
+
     def test_off_gives_the_stock_process_back(self, guest: Environment, stock: Environment):
         """Same classes and errors, same finders, and no module but the few that read the switch."""
         state = LOOK_UP + "print(*sys.modules)\n" + META_PATH
@@ -442,6 +456,9 @@ class TestBreakdowns:
         assert "mlx-m3-plugin" in line
         assert "mlx_lm.tokenizer_utils" in line
         assert "RenamedByUpstream" in line
+        status = own_guest.run("-c", "import mlx_lm, mlx_m3_plugin; print(mlx_m3_plugin.status())").stdout
+        # The others of this module work, and are shown.
+        assert "mlx_lm.tokenizer_utils: a lone" in status or "mlx_lm.tokenizer_utils: no parser" in status
         assert answer(child.stdout) == ours(own_guest.plugin)
         with pytest.raises(CommandError, match=r"RuntimeError: mlx-m3-plugin: .*RenamedByUpstream"):
             own_guest.run("-c", "import mlx_lm", env={"MLX_M3_PLUGIN_STRICT": "1"})

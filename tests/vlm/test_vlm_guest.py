@@ -109,6 +109,7 @@ def test_the_doctor_says_who_serves_where_a_part_is_missing(damaged: dict[str, s
     [
         ("mlx_vlm.models.base", "InputEmbeddingsFeatures"),
         ("mlx_vlm.models.cache", "QuantizedKVCache"),
+        ("mlx_vlm.models.switch_layers", "SwitchGLU"),
         ("mlx_vlm.models.minimax_m3_vl.language", "MiniMaxM3BatchKVCache"),
         ("mlx_vlm.models.minimax_m3_vl.processing_minimax_m3_vl", "MiniMaxM3VLProcessor"),
     ],
@@ -123,6 +124,21 @@ def test_each_missing_part_is_named(module: str, name: str, monkeypatch: pytest.
     with pytest.raises(PartsDoNotFitError, match=f"{module}.{name}") as raised:
         check_parts()
     assert raised.value.fall_back_to_native
+
+
+def test_layers_that_mlx_vlm_does_not_have_are_those_of_mlx_lm(monkeypatch: pytest.MonkeyPatch) -> None:
+    """As with mlx-vlm 0.6.3.  until: mlx-vlm 0.6.4"""
+    from mlx_lm.models.rope_utils import initialize_rope
+    from mlx_lm.models.switch_layers import SwitchGLU
+    from mlx_vlm import models
+
+    from mlx_m3_plugin.hosts.mlx_vlm.parts import rope_and_experts
+
+    assert SwitchGLU not in rope_and_experts()
+    monkeypatch.delattr("mlx_vlm.models.rope_utils.initialize_rope")
+    monkeypatch.delattr(models, "switch_layers")
+    monkeypatch.setitem(sys.modules, "mlx_vlm.models.switch_layers", None)
+    assert rope_and_experts() == (initialize_rope, SwitchGLU)
 
 
 def test_each_changed_method_is_named(monkeypatch: pytest.MonkeyPatch) -> None:

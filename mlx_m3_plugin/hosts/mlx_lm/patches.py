@@ -8,7 +8,7 @@ from mlx_m3_plugin.hosts.patching import Arguments, Patch, call, for_m3
 
 
 def load_model(module: Any, original: Any) -> Any:
-    """Have it look at the files of M3 checkpoints, under whatever names they have."""
+    """Have it look at the files of M3 checkpoints, under any names."""
 
     def load(given: Arguments) -> Any:
         from mlx_m3_plugin.hosts.mlx_lm.links import with_shards_named_as_expected

@@ -33,7 +33,9 @@ def make_text_state_machine(module: Any, original: Any) -> Any:
     example = module.TextStateMachine()
     state = example.make_state()
     if len(state) != 4 or state[2] is not example._states:
-        raise UpstreamChangedError(f"{module.__name__}.TextStateMachine has no _states as they were")
+        raise UpstreamChangedError(
+            f"{module.__name__}.TextStateMachine.make_state does not return (name, trie, _states, text)"
+        )
 
     def make_for_m3(given: Arguments) -> Any:
         made = call(original, given)

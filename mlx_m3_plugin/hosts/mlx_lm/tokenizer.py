@@ -66,7 +66,7 @@ class SwallowedTokens(tuple):  # type: ignore[type-arg]
 
 
 def become_m3(wrapper: Any) -> None:
-    """Make a ``TokenizerWrapper`` speak M3's formats, whatever the checkpoint's settings say."""
+    """Make a ``TokenizerWrapper`` use M3's formats; the checkpoint's own settings do not count."""
     from mlx_m3_plugin.chat import tool_calls
     from mlx_m3_plugin.chat.prompt import CHAT_TEMPLATE
 

@@ -4,13 +4,12 @@ from typing import Any
 
 import mlx.core as mx
 from mlx_vlm.models.base import create_attention_mask, scaled_dot_product_attention
-from mlx_vlm.models.rope_utils import initialize_rope
-from mlx_vlm.models.switch_layers import SwitchGLU
 
 from mlx_m3_plugin.model.host import Host
 from mlx_m3_plugin.model.kv_cache import left_padding
 
 from . import cache as caches
+from . import parts
 
 
 def attention(queries: mx.array, keys: Any, values: Any, *, cache: Any, scale: float, mask: Any) -> mx.array:
@@ -27,6 +26,8 @@ def attention(queries: mx.array, keys: Any, values: Any, *, cache: Any, scale: f
         )
     return scaled_dot_product_attention(queries, keys, values, cache=cache, scale=scale, mask=mask)
 
+
+initialize_rope, SwitchGLU = parts.rope_and_experts()
 
 MLX_VLM = Host(
     SwitchGLU=SwitchGLU,

@@ -25,8 +25,6 @@ _NEEDED = {
         "scaled_dot_product_attention",
     ),
     "mlx_vlm.models.cache": ("KVCache", "QuantizedKVCache"),
-    "mlx_vlm.models.rope_utils": ("initialize_rope",),
-    "mlx_vlm.models.switch_layers": ("SwitchGLU",),
 }
 # Methods of upstream's classes that ours inherit or call, with the parameters they must take.
 _METHODS = {
@@ -74,6 +72,26 @@ def _bound(name: str) -> ModuleType:
     return module
 
 
+def rope_and_experts() -> tuple[Any, Any]:
+    """``initialize_rope`` and ``SwitchGLU``.
+
+    mlx-vlm has its own from 0.6.4 on, and takes those of mlx-lm before.
+
+    Raises:
+        PartsDoNotFitError: one of them is missing.
+    """
+    try:
+        from mlx_vlm.models.rope_utils import initialize_rope
+    except ImportError:  # until: mlx-vlm 0.6.4
+        from mlx_lm.models.rope_utils import initialize_rope
+    try:
+        from mlx_vlm.models import switch_layers
+    except ImportError:  # until: mlx-vlm 0.6.4
+        from mlx_lm.models import switch_layers
+    # Where mlx-vlm has the module its tools know no other class.
+    return initialize_rope, _find(switch_layers.__name__, "SwitchGLU")
+
+
 def check_parts() -> None:
     """Look for all of upstream's parts.
 
@@ -83,6 +101,7 @@ def check_parts() -> None:
     for module, names in _NEEDED.items():
         for name in names:
             _find(module, name)
+    rope_and_experts()
     for (module, cls, method), parameters in _METHODS.items():
         function = getattr(_find(f"{_M3}.{module}", cls), method, None)
         taken = inspect.signature(function).parameters if function else ()

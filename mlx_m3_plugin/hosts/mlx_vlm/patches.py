@@ -44,7 +44,7 @@ def save_config(module: Any, original: Any) -> Any:
 
 
 def _real(path: Any, parent: bool = False) -> Path | None:
-    """The path, or the directory it is in, without links; None for what is no path."""
+    """The path, or the directory it is in, without links; None for anything but a path."""
     if not isinstance(path, (str, PathLike)):
         return None
     real = Path(path).resolve()
@@ -149,7 +149,7 @@ PATCHES = [
     *(
         Patch(
             f"{module}:_infer_tool_parser_from_processor",
-            "M3's parser, whatever the template",
+            "M3's parser with any template",
             prompts.infer_tool_parser,
             ("_infer_tool_parser_from_processor(processor)",),
             until=until,

@@ -9,16 +9,18 @@ import json
 import logging
 from collections.abc import Callable, Iterator, Mapping
 from functools import cache, wraps
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-from mlx_m3_plugin.chat.markers import THINK_END, THINK_START
-from mlx_m3_plugin.chat.reply import ReplyParser, ReplySplitter
-from mlx_m3_plugin.chat.rewriting import ReplyRewriter
-from mlx_m3_plugin.chat.tool_calls import tool_call_start
+from mlx_m3_plugin.chat.markers import THINK_END, THINK_START, TOOL_CALL_START
 from mlx_m3_plugin.hosts.mlx_vlm.identity import is_m3
 from mlx_m3_plugin.hosts.mlx_vlm.prompts import PARSER_NAME
 from mlx_m3_plugin.hosts.mlx_vlm.requests import M3Arguments, arguments_of
 from mlx_m3_plugin.hosts.patching import Arguments, UpstreamChangedError, call, check_takes, for_m3, named
+
+if TYPE_CHECKING:
+    # Their parsers take milliseconds to import, for which other models are not to wait.
+    from mlx_m3_plugin.chat.reply import ReplySplitter
+    from mlx_m3_plugin.chat.rewriting import ReplyRewriter
 
 log = logging.getLogger("mlx_m3_plugin")
 
@@ -118,7 +120,9 @@ def prompt_closes_reasoning(module: Any, original: Any) -> Any:
     return _at_prompt_end(original, THINK_END)
 
 
-def _rewriter(prompt: Any, arguments: Any) -> ReplyRewriter:
+def _rewriter(prompt: Any, arguments: Any) -> "ReplyRewriter":
+    from mlx_m3_plugin.chat.rewriting import ReplyRewriter
+
     tools = getattr(arguments, "tools", None)
     in_reasoning = isinstance(prompt, str) and prompt.endswith(THINK_START)
     return ReplyRewriter(tools, in_reasoning, calls_are_text=not tools)
@@ -137,7 +141,7 @@ def _at_prompt_end(asks: Callable[..., bool], marker: str) -> Callable[..., bool
 class _RewrittenTokens:
     """The tokens of a reply, with the text that a server is to see."""
 
-    def __init__(self, tokens: Any, rewriter: ReplyRewriter):
+    def __init__(self, tokens: Any, rewriter: "ReplyRewriter"):
         self._tokens, self._rewriter = tokens, rewriter
         self._rewritten = self._rewrite()
 
@@ -193,7 +197,7 @@ def _m3_stream(base: Any, delta: Any) -> Any:
         """The text itself says whether it begins in reasoning."""
 
         def feed(self, text: Any, *args: Any, **kwargs: Any) -> Any:
-            splitter = self.__dict__.setdefault("_m3_splitter", ReplySplitter())
+            splitter = self.__dict__.setdefault("_m3_splitter", _splitter())
             was_in_reasoning = splitter.in_reasoning
             reasoning, content = _split(splitter, text or "")
             closed = was_in_reasoning and not splitter.in_reasoning
@@ -204,7 +208,7 @@ def _m3_stream(base: Any, delta: Any) -> Any:
 
 def split_thinking(module: Any, split: Any) -> Any:
     def split_m3(given: Arguments) -> Any:
-        reasoning, content = _split(ReplySplitter(), given.arguments["text"])
+        reasoning, content = _split(_splitter(), given.arguments["text"])
         return reasoning or None, content
 
     def is_m3_text(given: Mapping[str, Any]) -> bool:
@@ -213,7 +217,13 @@ def split_thinking(module: Any, split: Any) -> Any:
     return for_m3(split, is_m3_text, split_m3)
 
 
-def _split(splitter: ReplySplitter, text: str) -> tuple[str, str]:
+def _splitter() -> "ReplySplitter":
+    from mlx_m3_plugin.chat.reply import ReplySplitter
+
+    return ReplySplitter()
+
+
+def _split(splitter: "ReplySplitter", text: str) -> tuple[str, str]:
     """Reasoning and content.  Calls stay in the content, where the server takes them out."""
     said = {"reasoning": "", "content": ""}
     # No marker is in two pieces, thanks to the rewriting.
@@ -228,13 +238,15 @@ def text_after_calls(module: Any, suppress: Any) -> Any:
     """mlx-vlm 0.6 shows nothing more of a reply once a call has begun."""
 
     def show(given: Arguments) -> Any:
+        from mlx_m3_plugin.chat.reply import ReplyParser
+
         parser = ReplyParser()
         events = parser.feed(given.arguments["delta_content"]) + parser.finish()
         return False, "".join(event.text for event in events if event.kind == "content") or None
 
     def is_m3_content(given: Mapping[str, Any]) -> bool:
         start = given["tc_start"]
-        return isinstance(start, str) and start == tool_call_start and bool(given["delta_content"])
+        return isinstance(start, str) and start == TOOL_CALL_START and bool(given["delta_content"])
 
     return for_m3(suppress, is_m3_content, show)
 
@@ -248,6 +260,8 @@ def tool_deltas(module: Any, feed: Any) -> Any:
         return bool(getattr(state, "tools", None)) and getattr(state, "parser_name", None) == PARSER_NAME
 
     def feed_m3(given: Arguments) -> Any:
+        from mlx_m3_plugin.chat.reply import ReplyParser
+
         state, text = given.arguments["self"], given.arguments["text"]
         parser = ReplyParser(state.tools)
         calls = [event.call for event in parser.feed(text or "") + parser.finish() if event.call]
