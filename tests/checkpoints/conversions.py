@@ -16,7 +16,7 @@ from mlx_m3_plugin.toolbox.convert import (
     open_checkpoint,
     plan_conversion,
 )
-from mlx_m3_plugin.toolbox.convert.budget import work_out
+from mlx_m3_plugin.toolbox.convert.allocation import work_out
 from mlx_m3_plugin.toolbox.convert.sensitivity import scores_by_position
 from mlx_m3_plugin.toolbox.precision import Quantization
 from mlx_m3_plugin.weights import map_weights

@@ -19,7 +19,7 @@ from tokenizers import Tokenizer
 
 from mlx_m3_plugin.toolbox.checkpoint import Checkpoint, open_checkpoint
 from mlx_m3_plugin.toolbox.convert import load_recipe
-from mlx_m3_plugin.toolbox.convert.budget import work_out
+from mlx_m3_plugin.toolbox.convert.allocation import work_out
 from mlx_m3_plugin.toolbox.convert.plan import Plan, plan_conversion
 from mlx_m3_plugin.toolbox.convert.sensitivity import scores_by_position
 from mlx_m3_plugin.toolbox.demo import NANO

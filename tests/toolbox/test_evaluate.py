@@ -12,10 +12,10 @@ import numpy as np
 import pytest
 
 from mlx_m3_plugin.cli import main
+from mlx_m3_plugin.toolbox import forward_pass as walking
 from mlx_m3_plugin.toolbox.checkpoint import open_checkpoint
 from mlx_m3_plugin.toolbox.evaluate import Evaluation, Texts, built_in_text, cut, evaluate
-from mlx_m3_plugin.toolbox.evaluate import walk as walking
-from mlx_m3_plugin.toolbox.evaluate.walk import walk, walk_key
+from mlx_m3_plugin.toolbox.forward_pass import walk, walk_key
 from mlx_m3_plugin.toolbox.new_directory import LOCK, locked
 from tests.checkpoints.conversions import Written, converted
 from tests.toolbox.in_memory import directly, share_of_ties

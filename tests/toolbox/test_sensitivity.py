@@ -11,7 +11,7 @@ from mlx_lm.utils import load_model
 from mlx_m3_plugin.cli import main
 from mlx_m3_plugin.toolbox.checkpoint import Checkpoint, open_checkpoint
 from mlx_m3_plugin.toolbox.convert import RecipeError, load_recipe, parse_recipe, plan_conversion
-from mlx_m3_plugin.toolbox.convert.budget import work_out
+from mlx_m3_plugin.toolbox.convert.allocation import work_out
 from mlx_m3_plugin.toolbox.convert.matrices import matrices_of
 from mlx_m3_plugin.toolbox.convert.sensitivity import (
     measure_sensitivity,

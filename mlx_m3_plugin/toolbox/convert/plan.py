@@ -112,7 +112,7 @@ def plan_conversion(
     """Lay out what ``recipe`` makes of ``source``.
 
     Args:
-        specs: by module path, in place of the recipe's; what :mod:`.budget` has worked out.
+        specs: by module path, in place of the recipe's; what :mod:`.allocation` has worked out.
 
     Raises:
         RecipeError: the recipe does not fit this model.

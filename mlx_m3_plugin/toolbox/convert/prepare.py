@@ -6,9 +6,9 @@ from pathlib import Path
 from typing import Any
 
 from ..checkpoint import open_checkpoint
-from ..evaluate.texts import built_in_text, read_texts
 from ..precision import Quantization
-from .budget import work_out
+from ..texts import built_in_text, read_texts
+from .allocation import work_out
 from .plan import Plan, plan_conversion
 from .recipe import load_recipe
 from .sensitivity import Scores, measure_sensitivity, read_scores, scores_by_position

@@ -60,7 +60,7 @@ class Recipe:
     """What a recipe's file says.
 
     Attributes:
-        plan: for recipes whose bits are worked out to a budget; see :mod:`.budget`.
+        plan: for recipes whose bits are worked out to a budget; see :mod:`.allocation`.
         text: the file as it is.
     """
 

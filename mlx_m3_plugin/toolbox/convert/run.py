@@ -17,7 +17,7 @@ from ...weights.headers import INDEX, weight_files
 from ..checksums import read_sums, sha256_of, write_sums
 from ..new_directory import STATE, contents, new_directory, replace_text
 from ..shards import ShardWriter, TensorReader
-from . import settings
+from . import config_and_card
 from .pieces import made_pieces
 from .plan import Module, Plan
 from .sensitivity import Scores, write_scores
@@ -95,7 +95,7 @@ def write(
                 sums[name] = sha256_of(unfinished / name)
                 write_sums(unfinished, sums)
     _write_index(unfinished, plan)
-    settings.write_settings(unfinished, plan)
+    config_and_card.write_settings(unfinished, plan)
     if scores is not None:
         write_scores(unfinished / SENSITIVITY, scores)
     return resumed

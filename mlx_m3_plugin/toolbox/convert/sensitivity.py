@@ -11,8 +11,7 @@ from pathlib import Path
 import mlx.core as mx
 
 from ..checkpoint import Checkpoint
-from ..evaluate.texts import Texts
-from ..evaluate.walk import (
+from ..forward_pass import (
     Progress,
     begin,
     run_layer,
@@ -26,6 +25,7 @@ from ..precision import Quantization
 from ..shards import TensorReader
 from ..streaming import States, StreamedLayer
 from ..text_files import read_json_object
+from ..texts import Texts
 
 Scores = Mapping[int, float]
 

@@ -7,9 +7,9 @@ from ..checkpoint import open_checkpoint
 from ..machine import default_memory
 from ..progress import layers_bar
 from ..text_files import read_text
+from ..texts import built_in_text, read_texts
 from .evaluation import evaluate
 from .report import check_can_draw, draw, report_lines
-from .texts import built_in_text, read_texts
 
 
 def evaluate_command(

@@ -9,12 +9,12 @@ from pathlib import Path
 from typing import Any
 
 from ..checkpoint import Checkpoint, open_checkpoint
+from ..forward_pass import Progress, Walk, walk, walk_key
 from ..new_directory import LOCK, locked, replace_text
 from ..shards import TensorReader
 from ..streaming import Head
+from ..texts import Texts
 from .metrics import Distributions, LayerComparison, compare_distributions, compare_layers, perplexity
-from .texts import Texts
-from .walk import Progress, Walk, walk, walk_key
 
 # Given a title and how many layers there are: what is told of each.
 Watch = Callable[[str, int], Any]

@@ -7,9 +7,9 @@ from dataclasses import dataclass
 import mlx.core as mx
 import numpy as np
 
+from ..forward_pass import Walk
 from ..streaming import Head, States
-from .texts import Texts
-from .walk import Walk
+from ..texts import Texts
 
 # Logits of a vocabulary of 200,000 in float64 take 1.6 MB a token, and some copies.
 _BYTES_PER_ROW = 256 << 20

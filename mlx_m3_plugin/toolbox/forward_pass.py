@@ -15,12 +15,12 @@ from typing import Any
 import mlx.core as mx
 import numpy as np
 
-from ... import __version__
-from ...weights.headers import weight_files
-from ..checkpoint import Checkpoint
-from ..new_directory import replace_text
-from ..shards import TensorReader
-from ..streaming import Embedding, States, StreamedLayer
+from .. import __version__
+from ..weights.headers import weight_files
+from .checkpoint import Checkpoint
+from .new_directory import replace_text
+from .shards import TensorReader
+from .streaming import Embedding, States, StreamedLayer
 from .texts import Texts
 
 # Tokens whose hidden states are kept after every layer, to compare.
