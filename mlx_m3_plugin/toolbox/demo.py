@@ -14,11 +14,11 @@ from typing import Any
 from .checkpoint import open_checkpoint
 from .convert import convert, parse_recipe, plan_conversion
 from .new_directory import new_directory
+from .precision import AFFINE_BITS
 
 NANO = Path(__file__).with_name("nano")
 # In the checkpoint's directory, to show to the model.
 PICTURE = "picture.png"
-BITS = (2, 3, 4, 5, 6, 8)
 STORED_BITS = 8
 _MEMORY = 1 << 28
 
@@ -36,14 +36,14 @@ def write_nano(directory: str | Path, bits: int = STORED_BITS) -> NanoReport:
     """Write M3-nano into ``directory``, which must not exist or be empty.
 
     Args:
-        bits: of its weights, one of ``BITS``.  It is stored in 8; other widths are converted from that.
+        bits: of its weights, one of ``AFFINE_BITS``.  It is stored in 8 bits; others are converted from that.
 
     Raises:
         FileExistsError: ``directory`` is not empty.
-        ValueError: ``bits`` is none of ``BITS``.
+        ValueError: ``bits`` is not in ``AFFINE_BITS``.
     """
-    if bits not in BITS:
-        raise ValueError(f"--bits {bits}: must be one of {', '.join(map(str, BITS))}")
+    if bits not in AFFINE_BITS:
+        raise ValueError(f"--bits {bits}: must be one of {', '.join(map(str, AFFINE_BITS))}")
     directory = Path(directory)
     with new_directory(directory, "demo") as unfinished:
         if bits == STORED_BITS:

@@ -1,7 +1,7 @@
-"""A text taken through a checkpoint, one layer in memory at a time.
+"""A text taken through a checkpoint with one layer in memory at a time.
 
-Between layers the hidden states of all tokens are in a file, and what has been done is written
-down, so a walk that is interrupted goes on with the layer that it was in.
+Between layers the hidden states of all tokens are in a file, and a state file says which layers are done.
+An interrupted pass continues in the layer that it was in.
 """
 
 import hashlib
@@ -9,6 +9,7 @@ import json
 import os
 from collections.abc import Callable
 from dataclasses import dataclass
+from importlib.resources import files
 from pathlib import Path
 from typing import Any
 
@@ -19,27 +20,140 @@ from .. import __version__
 from ..weights.headers import weight_files
 from .checkpoint import Checkpoint
 from .new_directory import replace_text
-from .shards import TensorReader
-from .streaming import Embedding, States, StreamedLayer
-from .texts import Texts
+from .shards import STORED_DTYPES, TensorReader, array_from, bytes_of, read_at, write_at
+from .streaming import Embedding, StreamedLayer
 
 # Tokens whose hidden states are kept after every layer, to compare.
 _SAMPLED = 1024
-# What a token takes in the second half of a layer: its state, and what each of its experts makes of it.
+# Copies of a token's hidden state in the second half of a layer, for each of its experts.
 _COPIES = 6
 _STATE = "walk.json"
 
-# Called after each layer with its number, and once with -1 for those that were there before.
+# Called after each layer with its number and 1, and once with -1 and the number of layers done before.
 Progress = Callable[[int, int], None]
+# Makes a Progress from a title and the number of layers.
+Watch = Callable[[str, int], Progress]
+
+
+def default_cache() -> Path:
+    base = os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache"
+    return Path(base) / "mlx-m3" / "walks"
+
+
+# --- the text ---
 
 
 @dataclass(frozen=True)
-class Walk:
-    """A finished walk: what it has left on disk.
+class Texts:
+    """Windows of token ids, each read from its own beginning; all of one length but the last."""
 
-    Attributes:
-        blocks: on sparse layers ``[T, G, k]`` ids, -1 for none; absent where all were taken.
+    windows: tuple[tuple[int, ...], ...]
+
+    @property
+    def tokens(self) -> list[int]:
+        return [token for window in self.windows for token in window]
+
+    @property
+    def spans(self) -> list[tuple[int, int]]:
+        """Where each window begins and ends among all tokens."""
+        ends = np.cumsum([len(window) for window in self.windows]).tolist()
+        return list(zip([0, *ends[:-1]], ends, strict=True))
+
+    def predictions(self) -> tuple[list[int], list[int]]:
+        """Positions that predict a token of their window, and those tokens."""
+        positions = [p for first, last in self.spans for p in range(first, last - 1)]
+        tokens = self.tokens
+        return positions, [tokens[position + 1] for position in positions]
+
+    def key(self) -> str:
+        return hashlib.sha256(repr(self.windows).encode()).hexdigest()
+
+
+def built_in_text() -> str:
+    """Prose in several languages, code and tool calls, written for this purpose."""
+    return (files(__package__) / "calibration.txt").read_text(encoding="utf-8")
+
+
+def read_texts(checkpoint: Path, text: str, tokens: int | None, context: int) -> Texts:
+    """The first ``tokens`` tokens of ``text`` in windows of ``context``.
+
+    Raises:
+        FileNotFoundError: there is no checkpoint.
+        ValueError: the text has too few tokens, or the checkpoint has no tokenizer.
     """
+    if not checkpoint.is_dir():
+        raise FileNotFoundError(f"{checkpoint} is not a directory")
+    from transformers import AutoTokenizer
+
+    try:
+        tokenizer = AutoTokenizer.from_pretrained(checkpoint)
+    # Its parsers raise exceptions of all kinds.
+    except Exception as error:
+        raise ValueError(f"{checkpoint}: cannot read its tokenizer: {error}") from error
+    # Not verbose: it would warn that the text is longer than the model's context, which it is cut for.
+    return cut(tokenizer.encode(text, add_special_tokens=False, verbose=False), tokens, context)
+
+
+def cut(ids: list[int], tokens: int | None, context: int) -> Texts:
+    if context < 2:
+        raise ValueError(f"--context {context}: a window needs at least two tokens")
+    if tokens is not None and len(ids) < tokens:
+        raise ValueError(f"--tokens {tokens:,}: the text has only {len(ids):,} tokens")
+    ids = ids[:tokens]
+    windows = [tuple(ids[start : start + context]) for start in range(0, len(ids), context)]
+    # One token predicts nothing.
+    windows = [window for window in windows if len(window) > 1]
+    if not windows:
+        raise ValueError("the text has fewer than two tokens")
+    return Texts(tuple(windows))
+
+
+# --- hidden states on disk ---
+
+
+class HiddenStates:
+    """A file of hidden states ``[N, D]``.
+
+    Args:
+        dtype: ``float32``, ``float16`` or ``bfloat16``.
+    """
+
+    def __init__(self, path: Path, width: int, dtype: str):
+        self._path, self._width = path, width
+        self._stored_dtype, itemsize = STORED_DTYPES[f"mlx.core.{dtype}"]
+        self._bytes_per_token = width * itemsize
+
+    def write(self, first: int, hidden: mx.array) -> None:
+        """``hidden`` ``[n, D]`` of the tokens from ``first`` on."""
+        with self._path.open("r+b" if self._path.exists() else "wb") as file:
+            write_at(file.fileno(), first * self._bytes_per_token, bytes_of(hidden))
+
+    def read(self, first: int, last: int) -> mx.array:
+        """``[last - first, D]``."""
+        start, size = first * self._bytes_per_token, (last - first) * self._bytes_per_token
+        with self._path.open("rb") as file:
+            data = read_at(file.fileno(), start, size)
+        return array_from(data, self._stored_dtype, (last - first, self._width))
+
+    def sync(self) -> None:
+        with self._path.open("r+b") as file:
+            os.fsync(file.fileno())
+
+    def remove(self) -> None:
+        self._path.unlink(missing_ok=True)
+
+
+def hidden_states(directory: Path, layer: int, width: int, dtype: str) -> HiddenStates:
+    """Of all tokens, before ``layer``."""
+    return HiddenStates(directory / f"states-{layer:03}.bin", width, dtype)
+
+
+# --- the forward pass ---
+
+
+@dataclass(frozen=True)
+class ForwardPass:
+    """A finished forward pass: what it left in ``directory``."""
 
     directory: Path
     layers: int
@@ -47,29 +161,36 @@ class Walk:
     width: int
     dtype: str
 
-    def states(self) -> States:
+    def hidden_states(self) -> HiddenStates:
         """Of all tokens, after the last layer."""
-        return States(states_file(self.directory, self.layers), self.width, self.dtype)
+        return self._before(self.layers)
 
     def layer(self, number: int) -> dict[str, np.ndarray]:
-        """``sample`` ``[S, D]``, and where there are any ``experts`` ``[T, k]``, ``blocks``."""
+        """``sample`` ``[S, D]``: some hidden states after the layer; and what it chose.
+
+        ``experts`` ``[T, k]`` only where there is a router.  ``blocks`` ``[T, G, k]`` only where a block was
+        left out: -1 for none, and for all of a token that attended every block.
+        """
         with np.load(_layer_file(self.directory, number)) as arrays:
             return dict(arrays)
 
+    def _before(self, layer: int) -> HiddenStates:
+        return hidden_states(self.directory, layer, self.width, self.dtype)
 
-def walk(
+
+def forward_pass(
     checkpoint: Checkpoint, texts: Texts, directory: Path, *, memory: int, step: int, progress: Progress
-) -> Walk:
+) -> ForwardPass:
     """Take ``texts`` through all layers.
 
     Args:
-        directory: for what is kept; one of an earlier walk of the same goes on there.
-        memory: bytes that tokens may take in a layer, beside its weights.
+        directory: what is kept goes there; an earlier pass of the same continues from it.
+        memory: bytes that tokens may take in a layer, in addition to its weights.
         step: tokens of a window that attend at a time.
 
     Raises:
         OSError: a shard or the directory cannot be read or written.
-        ValueError: a state of the model is not a number.
+        ValueError: a hidden state is not a number.
     """
     directory.mkdir(parents=True, exist_ok=True)
     config = checkpoint.text_config
@@ -77,28 +198,32 @@ def walk(
     with TensorReader(checkpoint.directory, checkpoint.headers.tensors) as reader:
         done, dtype = begin(directory, checkpoint, reader, tokens)
         progress(-1, done)
-        walked = Walk(directory, config.num_hidden_layers, len(tokens), config.hidden_size, dtype)
+        made = ForwardPass(directory, config.num_hidden_layers, len(tokens), config.hidden_size, dtype)
         for number in range(done, config.num_hidden_layers):
-            _through_layer(walked, checkpoint, reader, texts, number, memory, step)
+            layer = StreamedLayer(checkpoint, reader, number)
+            before, after = made._before(number), made._before(number + 1)
+            run_layer(layer, before, after, texts, tokens_at_once(checkpoint, dtype, memory), step)
+            after.sync()
+            _record_layer(checkpoint, layer, after, texts, step, number, _layer_file(directory, number))
             write_state(directory, number + 1, dtype)
-            States(states_file(directory, number), walked.width, dtype).remove()
+            before.remove()
             progress(number, 1)
-    return walked
+    return made
 
 
-def walk_key(checkpoint: Checkpoint, texts: Texts) -> str:
-    """The same for walks that would leave the same."""
-    files = [(f.name, f.stat().st_size, f.stat().st_mtime_ns) for f in weight_files(checkpoint.directory)]
+def pass_key(checkpoint: Checkpoint, texts: Texts) -> str:
+    """The same for forward passes that leave the same files."""
+    shards = [(f.name, f.stat().st_size, f.stat().st_mtime_ns) for f in weight_files(checkpoint.directory)]
     config = json.dumps(checkpoint.config, sort_keys=True)
     device = str(mx.default_device().type)
-    told = [__version__, str(checkpoint.directory.resolve()), files, config, texts.key(), _SAMPLED, device]
-    return hashlib.sha256(json.dumps(told).encode()).hexdigest()[:20]
+    same = [__version__, str(checkpoint.directory.resolve()), shards, config, texts.key(), _SAMPLED, device]
+    return hashlib.sha256(json.dumps(same).encode()).hexdigest()[:20]
 
 
 def begin(
     directory: Path, checkpoint: Checkpoint, reader: TensorReader, tokens: list[int]
 ) -> tuple[int, str]:
-    """How many layers are done, and the dtype of hidden states; the embeddings are there then."""
+    """How many layers are done, and the dtype of hidden states.  Embeds the tokens if none is done."""
     try:
         state = json.loads((directory / _STATE).read_text(encoding="utf-8"))
         return state["done"], state["dtype"]
@@ -107,52 +232,29 @@ def begin(
     embed = Embedding(checkpoint, reader)
     first = embed(tokens[:1])
     dtype = str(first.dtype).removeprefix("mlx.core.")
-    states = States(states_file(directory, 0), first.shape[1], dtype)
+    hidden = hidden_states(directory, 0, first.shape[1], dtype)
     for start in range(0, len(tokens), _SAMPLED):
-        states.write(start, embed(tokens[start : start + _SAMPLED]))
+        hidden.write(start, embed(tokens[start : start + _SAMPLED]))
     write_state(directory, 0, dtype)
     return 0, dtype
 
 
-def _through_layer(
-    walked: Walk,
-    checkpoint: Checkpoint,
-    reader: TensorReader,
-    texts: Texts,
-    number: int,
-    memory: int,
-    step: int,
-) -> None:
-    layer = StreamedLayer(checkpoint, reader, number)
-    before, after = (
-        States(states_file(walked.directory, n), walked.width, walked.dtype) for n in (number, number + 1)
-    )
-    run_layer(layer, before, after, texts, tokens_at_once(checkpoint, walked.dtype, memory), step)
-    after.sync()
-    record: dict[str, Any] = {"sample": _sample(after, walked.tokens)}
-    if not np.isfinite(record["sample"]).all():
-        raise ValueError(
-            f"after layer {number} hidden states are not numbers: is {checkpoint.directory} whole?"
-        )
-    if layer.choices.experts:
-        record["experts"] = np.concatenate([np.array(ids) for ids in layer.choices.experts]).astype(np.uint16)
-    if any(ids is not None for ids in layer.choices.blocks):
-        record["blocks"] = _blocks(layer.choices.blocks, texts, step, checkpoint)
-    _write_atomically(_layer_file(walked.directory, number), record)
+def write_state(directory: Path, done: int, dtype: str) -> None:
+    replace_text(directory / _STATE, json.dumps({"done": done, "dtype": dtype}))
 
 
 def run_layer(
-    layer: StreamedLayer, before: States, after: States, texts: Texts, block: int, step: int
+    layer: StreamedLayer, before: HiddenStates, after: HiddenStates, texts: Texts, at_once: int, step: int
 ) -> None:
-    """From the states before a layer to those after it; ``block`` tokens meet its experts together."""
+    """Hidden states before a layer to those after it; ``at_once`` tokens go through its experts together."""
     for first, last in texts.spans:
         position = first
         for h in layer.attend(before.read(first, last)[None], step):
             after.write(position, h[0])
             position += h.shape[1]
     tokens = texts.spans[-1][1]
-    for first in range(0, tokens, block):
-        last = min(first + block, tokens)
+    for first in range(0, tokens, at_once):
+        last = min(first + at_once, tokens)
         after.write(first, layer.feed_forward(after.read(first, last)))
 
 
@@ -163,14 +265,40 @@ def tokens_at_once(checkpoint: Checkpoint, dtype: str, memory: int) -> int:
     return max(64, memory // (config.hidden_size * itemsize * config.num_experts_per_tok * _COPIES))
 
 
-def _sample(states: States, tokens: int) -> np.ndarray:
+# --- what is kept of a layer ---
+
+
+def _record_layer(
+    checkpoint: Checkpoint,
+    layer: StreamedLayer,
+    after: HiddenStates,
+    texts: Texts,
+    step: int,
+    number: int,
+    file: Path,
+) -> None:
+    record: dict[str, Any] = {"sample": _sample(after, len(texts.tokens))}
+    if not np.isfinite(record["sample"]).all():
+        raise ValueError(
+            f"{checkpoint.directory}: hidden states after layer {number} are not finite; "
+            "its weights may be damaged (`mlx-m3 inspect --verify` compares them with their checksums)"
+        )
+    if layer.choices.experts:
+        record["experts"] = np.concatenate([np.array(ids) for ids in layer.choices.experts]).astype(np.uint16)
+    if any(ids is not None for ids in layer.choices.blocks):
+        record["blocks"] = _blocks(layer.choices.blocks, texts, step, checkpoint)
+    temporary = file.with_suffix(".tmp.npz")
+    np.savez(temporary, **record)
+    os.replace(temporary, file)
+
+
+def _sample(hidden: HiddenStates, tokens: int) -> np.ndarray:
     positions = np.unique(np.linspace(0, tokens - 1, min(tokens, _SAMPLED)).astype(int))
-    rows = [states.read(int(p), int(p) + 1).astype(mx.float32) for p in positions]
-    return np.array(mx.concatenate(rows))
+    sampled = [hidden.read(int(p), int(p) + 1).astype(mx.float32) for p in positions]
+    return np.array(mx.concatenate(sampled))
 
 
 def _blocks(chosen: list[mx.array | None], texts: Texts, step: int, checkpoint: Checkpoint) -> np.ndarray:
-    """``[T, G, k]``; -1 in all of a token's where its layer took every block."""
     config = checkpoint.text_config
     ids = np.full((len(texts.tokens), config.index_n_heads, config.index_topk_blocks), -1, np.int32)
     calls = iter(chosen)
@@ -181,20 +309,6 @@ def _blocks(chosen: list[mx.array | None], texts: Texts, step: int, checkpoint: 
                 found = np.array(call)[0].swapaxes(0, 1)
                 ids[start : start + found.shape[0], :, : found.shape[2]] = found
     return ids
-
-
-def write_state(directory: Path, done: int, dtype: str) -> None:
-    replace_text(directory / _STATE, json.dumps({"done": done, "dtype": dtype}))
-
-
-def _write_atomically(path: Path, arrays: dict[str, Any]) -> None:
-    temporary = path.with_suffix(".tmp.npz")
-    np.savez(temporary, **arrays)
-    os.replace(temporary, path)
-
-
-def states_file(directory: Path, layer: int) -> Path:
-    return directory / f"states-{layer:03}.bin"
 
 
 def _layer_file(directory: Path, layer: int) -> Path:

@@ -13,6 +13,7 @@ from ..model.tensor_scales import scale_shape
 from ..weights import group_names, infer_quantization
 from ..weights.check import Stored, compare
 from ..weights.tensor import Tensor
+from .precision import Quantization
 
 Shapes = dict[str, tuple[int, ...]]
 _Entries = Iterator[tuple[str, tuple[int, ...]]]
@@ -152,20 +153,6 @@ _PACKED, _FLOAT = "uint32", "float"
 
 
 @dataclass
-class Precision:
-    """One way in which weights are stored: quantized, with ``bits`` and ``group_size``, or as floats."""
-
-    mode: str
-    bits: int
-    group_size: int | None
-    modules: int = 0
-    parameters: int = 0
-
-    def __str__(self) -> str:
-        return f"affine {self.bits}-bit g{self.group_size}" if self.mode == "affine" else self.mode
-
-
-@dataclass
 class _Shape:
     """What quantization is inferred from besides the stored parts."""
 
@@ -173,7 +160,9 @@ class _Shape:
     dtype: Any = None
 
 
-def quantized_modules(plan: Mapping[str, Tensor], shapes: Shapes) -> tuple[dict[str, Precision], list[str]]:
+def quantized_modules(
+    plan: Mapping[str, Tensor], shapes: Shapes
+) -> tuple[dict[str, Quantization], list[str]]:
     """How each quantized module of ``shapes`` is, and a line for each that MLX could not have quantized."""
     quantized, problems = {}, []
     for name, scales in plan.items():
@@ -188,12 +177,12 @@ def quantized_modules(plan: Mapping[str, Tensor], shapes: Shapes) -> tuple[dict[
             problems.append(str(error))
             continue
         if found is not None:
-            quantized[module] = Precision(found["mode"], found["bits"], found["group_size"])
+            quantized[module] = Quantization(found["bits"], found["group_size"], found["mode"])
     return quantized, problems
 
 
 def differences(
-    plan: Mapping[str, Tensor], shapes: Shapes, quantized: Mapping[str, Precision], prefix: str = ""
+    plan: Mapping[str, Tensor], shapes: Shapes, quantized: Mapping[str, Quantization], prefix: str = ""
 ) -> list[str]:
     """What is missing, left over, or of another shape or kind of dtype, one line for each kind of module.
 
@@ -215,7 +204,7 @@ def differences(
 
 
 def expected_parameters(
-    plan: Mapping[str, Tensor], shapes: Shapes, quantized: Mapping[str, Precision]
+    plan: Mapping[str, Tensor], shapes: Shapes, quantized: Mapping[str, Quantization]
 ) -> dict[str, Stored | None]:
     """What a model of these shapes that is quantized so takes: the parameters of the loaded model.
 
@@ -226,7 +215,7 @@ def expected_parameters(
     for name, shape in shapes.items():
         module = name.removesuffix(".weight")
         spec = quantized.get(module)
-        if spec is None or spec.group_size is None:
+        if spec is None or spec.bits is None:
             if name in plan and f"{module}.scales" in plan:
                 parts = (name, f"{module}.scales", f"{module}.biases", f"{module}.global_scale")
                 expected |= dict.fromkeys(part for part in parts if part in plan)

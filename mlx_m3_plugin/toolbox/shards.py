@@ -1,7 +1,7 @@
-"""Shards read and written by byte ranges: no more of a checkpoint in memory than one piece.
+"""Shards read and written by byte ranges, with one piece of a checkpoint in memory at a time.
 
-``mx.load`` reads a stored tensor whole, of which one expert of 128 may be wanted.  A shard is written
-behind a header made from names, shapes and dtypes alone, in pieces that come in any order.
+``mx.load`` reads a stored tensor whole, also for one expert of 128.  A new shard begins with a header made
+from names, shapes and dtypes; its tensors are then written in pieces, in any order.
 """
 
 import json
@@ -18,7 +18,7 @@ import numpy as np
 from ..weights.headers import StoredTensor
 from ..weights.tensor import Tensor, make_from
 
-# macOS refuses to read or write 2 GiB or more at once (EINVAL).  A piece is much smaller, for it is in
+# macOS refuses to read or write 2 GiB or more at once (EINVAL).  A piece is much smaller, because it is in
 # memory twice while it is read.
 LARGEST_PIECE = 1 << 26
 
@@ -51,9 +51,7 @@ def write_at(descriptor: int, start: int, data: bytes) -> None:
         done += os.pwrite(descriptor, view[done : done + LARGEST_PIECE], start + done)
 
 
-# --- reading ---
-
-# safetensors dtype -> how numpy reads it, and what MLX is to take the bytes for.
+# safetensors dtype -> how numpy reads it, and the dtype that MLX gives the bytes.
 _READ_AS: dict[str, tuple[str, mx.Dtype]] = {
     "BOOL": ("?", mx.bool_),
     "U8": ("<u1", mx.uint8),
@@ -64,11 +62,30 @@ _READ_AS: dict[str, tuple[str, mx.Dtype]] = {
     "I32": ("<i4", mx.int32),
     "U64": ("<u8", mx.uint64),
     "I64": ("<i8", mx.int64),
-    "F8_E4M3": ("<u1", mx.uint8),
     "F16": ("<f2", mx.float16),
     "BF16": ("<u2", mx.bfloat16),
     "F32": ("<f4", mx.float32),
 }
+# ``str`` of MLX's dtype -> safetensors' name of it, and the bytes of one element.
+STORED_DTYPES = {str(dtype): (name, dtype.size) for name, (_, dtype) in _READ_AS.items()}
+# MLX has no dtype for it.
+_READ_AS["F8_E4M3"] = ("<u1", mx.uint8)
+
+
+def array_from(data: bytes | bytearray, stored_dtype: str, shape: tuple[int, ...]) -> mx.array:
+    """Little-endian bytes as an array; ``stored_dtype`` is safetensors' name."""
+    read_as, dtype = _READ_AS[stored_dtype]
+    array = mx.array(np.frombuffer(data, read_as).reshape(shape))
+    return array if array.dtype == dtype else array.view(dtype)
+
+
+def bytes_of(array: mx.array) -> bytes:
+    # numpy has no bfloat16.
+    raw = array.view(mx.uint16) if array.dtype == mx.bfloat16 else array
+    return np.ascontiguousarray(np.array(raw, copy=False)).tobytes()
+
+
+# --- reading ---
 
 
 @dataclass(frozen=True)
@@ -122,14 +139,12 @@ class TensorReader:
 
     def _read_span(self, span: _Span) -> mx.array:
         stored = self._tensors[span.name]
-        read_as, dtype = _READ_AS.get(stored.stored_dtype, (None, None))
-        if read_as is None or dtype is None:
-            raise ValueError(f"{span.name}: tensors of dtype {stored.stored_dtype} are not read here")
-        kind = np.dtype(read_as)
-        size = math.prod(span.shape) * kind.itemsize
-        data = self._read_bytes(span.name, stored, stored.start + span.first * kind.itemsize, size)
-        array = mx.array(np.frombuffer(data, kind).reshape(span.shape))
-        return array if array.dtype == dtype else array.view(dtype)
+        if stored.stored_dtype not in _READ_AS:
+            raise ValueError(f"{span.name}: cannot read tensors of dtype {stored.stored_dtype}")
+        itemsize = np.dtype(_READ_AS[stored.stored_dtype][0]).itemsize
+        start = stored.start + span.first * itemsize
+        data = self._read_bytes(span.name, stored, start, math.prod(span.shape) * itemsize)
+        return array_from(data, stored.stored_dtype, span.shape)
 
     def _read_bytes(self, name: str, stored: StoredTensor, start: int, size: int) -> bytearray:
         try:
@@ -147,7 +162,7 @@ class TensorReader:
 
 
 def _span(tensor: Tensor) -> _Span | None:
-    """Where a tensor lies, if it is a piece of a stored one."""
+    """Where a tensor lies, if it is a consecutive part of a stored one."""
     if tensor.operation == "stored":
         return _Span(tensor.detail, 0, tensor.shape)
     if tensor.operation == "reshape":
@@ -162,22 +177,6 @@ def _span(tensor: Tensor) -> _Span | None:
 
 
 # --- writing ---
-
-# MLX's dtype -> safetensors' name of it, and the bytes of one element.
-STORED_DTYPES = {
-    "mlx.core.bool": ("BOOL", 1),
-    "mlx.core.uint8": ("U8", 1),
-    "mlx.core.int8": ("I8", 1),
-    "mlx.core.uint16": ("U16", 2),
-    "mlx.core.int16": ("I16", 2),
-    "mlx.core.uint32": ("U32", 4),
-    "mlx.core.int32": ("I32", 4),
-    "mlx.core.uint64": ("U64", 8),
-    "mlx.core.int64": ("I64", 8),
-    "mlx.core.float16": ("F16", 2),
-    "mlx.core.bfloat16": ("BF16", 2),
-    "mlx.core.float32": ("F32", 4),
-}
 
 
 @dataclass(frozen=True)
@@ -204,7 +203,7 @@ class ShardWriter:
         self._path = path
         self._unfinished = path.with_name(path.name + ".unfinished")
         header, self._places = _header(tensors, metadata)
-        # A new file: whoever has one of that name open already keeps writing to that one alone.
+        # A new file: a process that has one of that name open keeps writing to the old one.
         self._unfinished.unlink(missing_ok=True)
         self._file = self._unfinished.open("xb", buffering=0)
         self._begin = len(header)
@@ -212,19 +211,16 @@ class ShardWriter:
         write_at(self._file.fileno(), 0, header)
 
     def write(self, name: str, row: int, piece: mx.array) -> None:
-        """Put ``piece``, some rows of the tensor ``name`` seen as ``[rows, last axis]``, in its place.
-
-        ``row`` is the first one.
-        """
+        """Write ``piece``: rows of the tensor ``name``, seen as ``[rows, last axis]``, from ``row`` on."""
         tensor, offset = self._places[name]
         if str(piece.dtype) != tensor.dtype:
-            raise TypeError(f"{name}: {piece.dtype} where {tensor.dtype} is to be written")
+            raise TypeError(f"{name}: got {piece.dtype} for a tensor of {tensor.dtype}")
         width = tensor.shape[-1] if tensor.shape else 1
         itemsize = STORED_DTYPES[tensor.dtype][1]
         start = row * width * itemsize
         if start + piece.nbytes > tensor.nbytes:
-            raise ValueError(f"{name}: {piece.shape} from row {row} on is more than {tensor.shape}")
-        write_at(self._file.fileno(), self._begin + offset + start, _bytes_of(piece))
+            raise ValueError(f"{name}: {piece.shape} from row {row} on does not fit into {tensor.shape}")
+        write_at(self._file.fileno(), self._begin + offset + start, bytes_of(piece))
         self._missing -= piece.nbytes
 
     def finish(self) -> None:
@@ -238,7 +234,7 @@ class ShardWriter:
             raise ValueError(f"{self._path}: {self._missing:,} bytes of its tensors were not written")
         os.fsync(self._file.fileno())
         if not os.path.samestat(os.fstat(self._file.fileno()), os.stat(self._unfinished)):
-            raise OSError(f"{self._unfinished}: another process writes it, too")
+            raise OSError(f"{self._unfinished}: another process is writing it, too")
         self._file.close()
         os.replace(self._unfinished, self._path)
 
@@ -267,9 +263,3 @@ def _header(
     text = json.dumps(entries, separators=(",", ":")).encode()
     text += b" " * (-len(text) % 8)
     return len(text).to_bytes(8, "little") + text, places
-
-
-def _bytes_of(array: mx.array) -> bytes:
-    # numpy has no bfloat16.
-    raw = array.view(mx.uint16) if array.dtype == mx.bfloat16 else array
-    return np.ascontiguousarray(np.array(raw, copy=False)).tobytes()

@@ -13,6 +13,7 @@ from mlx_lm import load
 from mlx_m3_plugin.cli import main
 from mlx_m3_plugin.toolbox import demo
 from mlx_m3_plugin.toolbox.demo import NANO
+from mlx_m3_plugin.toolbox.precision import AFFINE_BITS
 from tests.checkpoints.layouts.reading import source_of
 
 LARGEST = 6_000_000
@@ -48,7 +49,7 @@ def test_it_answers(tmp_path: Path) -> None:
     assert answer(tmp_path / "m3", f"{WORLD} Who is the nurse?").endswith(">The nurse is Ben.")
 
 
-@pytest.mark.parametrize("bits", [bits for bits in demo.BITS if bits != demo.STORED_BITS])
+@pytest.mark.parametrize("bits", [bits for bits in AFFINE_BITS if bits != demo.STORED_BITS])
 def test_other_bits(tmp_path: Path, bits: int, capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["demo", str(tmp_path / "m3"), "--bits", str(bits), "--json"]) == 0
     report = json.loads(capsys.readouterr().out)

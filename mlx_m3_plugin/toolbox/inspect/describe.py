@@ -12,7 +12,8 @@ from ...model.config import TextConfig
 from ...weights import Headers, StoredTensor
 from ...weights.names import is_unused, is_vision
 from ...weights.tensor import Tensor
-from ..parameters import OTHER, Precision, Shapes, component_of, quantized_modules
+from ..parameters import OTHER, Shapes, component_of, quantized_modules
+from ..precision import Quantization
 
 PUBLISHED, AROUND, TRANSFORMERS, TEXT_ONLY = (
     "language_model.model.layers",
@@ -175,12 +176,26 @@ def dtype_histogram(headers: Headers) -> list[StoredDtype]:
 
 
 @dataclass
+class Precision:
+    """How many modules and parameters are stored in one way; group_size is None for floats."""
+
+    mode: str
+    bits: int
+    group_size: int | None
+    modules: int = 0
+    parameters: int = 0
+
+    def __str__(self) -> str:
+        return f"affine {self.bits}-bit g{self.group_size}" if self.mode == "affine" else self.mode
+
+
+@dataclass
 class Contents:
     """What a plan holds: its components and precisions, and what is wrong with quantized modules."""
 
     components: list[Component]
     precisions: list[Precision]
-    quantized: dict[str, Precision]
+    quantized: dict[str, Quantization]
     problems: list[str]
 
 
@@ -204,10 +219,8 @@ def measure(plan: Mapping[str, Tensor], shapes: Shapes, headers: Headers) -> Con
             continue
         spec = quantized.get(module) if part == "weight" else None
         parameters = _count(tensor, spec)
-        precision = spec or _float_precision(tensor)
-        entry = precisions.setdefault(
-            str(precision), Precision(precision.mode, precision.bits, precision.group_size)
-        )
+        precision = _precision(tensor, spec)
+        entry = precisions.setdefault(str(precision), precision)
         entry.modules += 1
         entry.parameters += parameters
         component.parameters += parameters
@@ -232,13 +245,15 @@ def bits_per_weight(stored_bytes: int, parameters: int) -> float | None:
     return 8 * stored_bytes / parameters if parameters else None
 
 
-def _count(tensor: Tensor, spec: Precision | None) -> int:
+def _count(tensor: Tensor, spec: Quantization | None) -> int:
     stored = math.prod(tensor.shape)
-    return stored if spec is None else stored * 32 // spec.bits
+    return stored if spec is None or spec.bits is None else stored * 32 // spec.bits
 
 
-def _float_precision(tensor: Tensor) -> Precision:
-    return Precision(tensor.dtype.removeprefix("mlx.core."), 8 * _item_size(tensor.dtype), None)
+def _precision(tensor: Tensor, spec: Quantization | None) -> Precision:
+    if spec is None or spec.bits is None:
+        return Precision(tensor.dtype.removeprefix("mlx.core."), 8 * _item_size(tensor.dtype), None)
+    return Precision(spec.mode, spec.bits, spec.group_size)
 
 
 def _item_size(dtype: str) -> int:

@@ -11,13 +11,14 @@ from typing import Any
 from ...model.config import TextConfig, text_config_of
 from ...weights import lacks_indexers, plan_layout
 from ...weights.names import is_vision
+from ..checkpoint import CHAT_TEMPLATE_FILES
 from ..checksums import Verification, Watch, verify
 from ..machine import machine_memory
-from ..parameters import OTHER, Precision, Shapes, differences, text_shapes, vision_shapes
+from ..parameters import OTHER, Shapes, differences, text_shapes, vision_shapes
 from . import running
-from .describe import Component, Layout, StoredDtype, dtype_histogram, measure, recognise_layout
+from .describe import Component, Layout, Precision, StoredDtype, dtype_histogram, measure, recognise_layout
 from .readers import Features, Reader, packs_shared_expert, who_opens
-from .source import CHAT_TEMPLATE_FILES, Source, open_source
+from .source import Source, open_source
 
 # Components that mlx-lm leaves on disk.
 _NOT_LOADED = ("vision tower", "projector", "patch merge", OTHER)

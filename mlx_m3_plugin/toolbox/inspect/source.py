@@ -8,12 +8,12 @@ from typing import Any
 
 from ...weights import Headers, StoredTensor, read_headers
 from ...weights.files import MODEL_TYPES
+from ..checkpoint import CHAT_TEMPLATE_FILES
 from ..locate import Place, incomplete, locate
 from ..text_files import UnreadableText, parse_json_object, read_text
 
 # Seconds to wait for the Hub's first answer.
 _PATIENCE = 20
-CHAT_TEMPLATE_FILES = ("chat_template.jinja", "chat_template.json")
 
 # The text of one of a checkpoint's small files, None when it has no such file.
 ReadText = Callable[[str], str | None]
