@@ -189,14 +189,14 @@ def our_layer() -> Layer:
 
     def append(cache: Any, contents: Contents) -> None:
         host.append_index_keys(cache, contents.index_keys)
-        host.append_keys_values(cache, contents.keys, contents.values)
+        host.kv_cache(cache).update_and_fetch(contents.keys, contents.values)
 
     return Layer(
         OURS,
         attention,
         new_cache=lambda: model.make_cache()[0],
         append=append,
-        mask=host.attention_mask,
+        mask=lambda x, cache: host.attention_mask(x, host.kv_cache(cache)),
         buffers=lambda cache: cache.state,
     )
 

@@ -1,10 +1,14 @@
 """How much of the random tests to run: a share by default, the full counts with ``--full``."""
 
+import json
 import os
 import pkgutil
 import random
+import subprocess
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Generator
+from functools import cache
+from pathlib import Path
 from types import ModuleType
 from typing import Any
 
@@ -25,24 +29,83 @@ def count(request: pytest.FixtureRequest) -> Callable[[int, int], int]:
 
 
 def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
-    """Tests with an argument ``layout_name`` run for a sample of all layouts, for all with ``--full``.
-
-    The table stands in families, so every fifth of it is some of each.
-    """
+    """Tests with an argument ``layout_name`` run for a sample of all layouts, for all with ``--full``."""
     if "layout_name" in metafunc.fixturenames:
-        from tests.checkpoints.tiny_layouts import LAYOUTS
+        metafunc.parametrize("layout_name", sample_of_layouts(metafunc.config))
 
-        step = 1 if metafunc.config.getoption("--full") else len(LAYOUTS) // SAMPLED_LAYOUTS
-        first = random.Random(os.environ.get("M3_SEED")).randrange(step)
-        metafunc.parametrize("layout_name", list(LAYOUTS)[first::step])
+
+def sample_of_layouts(config: pytest.Config) -> list[str]:
+    """The table stands in families, so every fifth of it is some of each."""
+    from tests.checkpoints.tiny_layouts import LAYOUTS
+
+    step = 1 if config.getoption("--full") else len(LAYOUTS) // SAMPLED_LAYOUTS
+    first = random.Random(os.environ.get("M3_SEED")).randrange(step)
+    return list(LAYOUTS)[first::step]
+
+
+def pytest_configure(config: pytest.Config) -> None:
+    config.addinivalue_line("markers", "some(count): so many of a test's cases by chance, all with --full")
+
+
+def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
+    """Of a test that is marked ``some(count)``, so many of its cases are run; all with ``--full``."""
+    if config.getoption("--full"):
+        return
+    cases: dict[tuple[str, int], list[pytest.Item]] = {}
+    for item in items:
+        if (some := item.get_closest_marker("some")) is not None:
+            cases.setdefault((item.nodeid.partition("[")[0], *some.args), []).append(item)
+    rng = random.Random(os.environ.get("M3_SEED"))
+    left_out: set[pytest.Item] = set()
+    for (_, count), of_one_test in cases.items():
+        left_out |= set(rng.sample(of_one_test, max(0, len(of_one_test) - count)))
+    config.hook.pytest_deselected(items=list(left_out))
+    items[:] = [item for item in items if item not in left_out]
+
+
+@pytest.fixture(scope="session")
+def opened_alone(request: pytest.FixtureRequest) -> Callable[[str], dict[str, str | None]]:
+    """Of a sample of layouts, ``{layout: None or the error}`` of a library without the plugin.
+
+    A library is asked once, in a process of its own.
+    """
+    names = sample_of_layouts(request.config)
+
+    @cache
+    def ask(library: str) -> dict[str, str | None]:
+        script = Path(__file__).parent / "checkpoints" / "opens.py"
+        run = subprocess.run(
+            [sys.executable, script, library, *names],
+            env=os.environ | {"MLX_M3_PLUGIN": "off"},
+            capture_output=True,
+            text=True,
+        )
+        assert run.returncode == 0, run.stderr
+        answers: dict[str, str | None] = json.loads(run.stdout)
+        assert list(answers) == names
+        return answers
+
+    return ask
 
 
 @pytest.fixture
 def fresh_seed(record_property: Callable[[str, object], None]) -> int:
-    """Another one each time; ``M3_SEED`` repeats a run.  A failing test shows it as an argument."""
+    """Another one each time; ``M3_SEED`` repeats a run."""
     seed = int(os.environ.get("M3_SEED", random.SystemRandom().randrange(2**31)))
     record_property("seed", seed)
     return seed
+
+
+@pytest.hookimpl(wrapper=True)
+def pytest_runtest_makereport(
+    item: pytest.Item, call: pytest.CallInfo[None]
+) -> Generator[None, pytest.TestReport, pytest.TestReport]:
+    """A failing random test says how to repeat it."""
+    report = yield
+    seed = dict(item.user_properties).get("seed")
+    if report.failed and seed is not None:
+        report.sections.append(("the same again", f"M3_SEED={seed}"))
+    return report
 
 
 # What a process is told at its start.  Only who reads it is affected.

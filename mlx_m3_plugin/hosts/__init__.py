@@ -1,1 +1,1 @@
-"""The libraries we are a guest of: one package each, the only files that import it."""
+"""The libraries that run the model: a package for each, whose files alone import it."""

@@ -1,4 +1,4 @@
-"""Loading a checkpoint into a model, as both libraries do it: files, names, bits, values."""
+"""Loading a checkpoint into a model, as both libraries do it: names, quantization, values."""
 
 import logging
 from collections.abc import Callable, Container, Mapping
@@ -26,47 +26,50 @@ log = logging.getLogger("mlx_m3_plugin")
 
 
 def text_config_as_set(config: Mapping[str, Any]) -> TextConfig:
-    """The text config of a checkpoint, with what the environment variables say instead.
+    """The text config of a checkpoint, with the environment variables' overrides.
 
     Raises:
-        ValueError: see :func:`text_config_of`; or a variable's value is not understood.
+        ValueError: see :func:`text_config_of`; or a variable has an unknown value.
     """
     return text_config_of(config, model_settings())
 
 
 def warn_dense(reason: str, config: TextConfig) -> None:
     log.warning(
-        "mlx-m3-plugin: %s; every layer attends to everything. Past %d tokens that is not what "
-        "MiniMax-M3 was trained with, and its answers there are not to be relied on.",
+        "mlx-m3-plugin: %s, so every layer attends to all tokens. MiniMax-M3 was not trained like that "
+        "past %d tokens: do not rely on its answers there.",
         reason,
         config.budget,
     )
 
 
-class AnyLayout(nn.Module):
-    """What a ``Model`` class needs to take the tensors of any checkpoint layout.
+class CheckpointMixin(nn.Module):
+    """For ``Model`` classes: loads, checks and converts checkpoints of any layout.
 
     Attributes:
-        text_prefix: what stands before ``model.layers`` and ``lm_head`` in parameter names.
+        text_prefix: what comes before ``model.layers`` and ``lm_head`` in parameter names.
         takes_vision: whether the tensors of the vision tower and the projectors are kept.
-        held_layers: numbers of the layers that this process runs, where it runs some.
         loader_config: the dict that the host's loader made the model from, and reads again
             after :meth:`sanitize`.
     """
 
     text_prefix: str
     takes_vision = False
-    held_layers: Container[int] | None = None
 
     @property
     def loader_config(self) -> dict[str, Any]:
         raise NotImplementedError
 
+    @property
+    def held_layers(self) -> Container[int] | None:
+        """Numbers of the layers that this process runs; None for all."""
+        return None
+
     def sanitize(self, weights: dict[str, mx.array]) -> dict[str, mx.array]:
         """Map the tensors of any known checkpoint layout to this model's parameter names.
 
         Raises:
-            ValueError: a tensor is there twice, or in a format that MLX has no mode for.
+            ValueError: a tensor is there twice, or in a format that MLX cannot compute with.
         """
         config: TextConfig = self.text_config
         mapped = map_weights(
@@ -79,17 +82,17 @@ class AnyLayout(nn.Module):
                     layer.self_attn.drop_indexer()
             warn_dense("this checkpoint has no indexer weights", config)
         elif not any(map(config.is_sparse_attention, range(config.num_hidden_layers))):
-            warn_dense("this checkpoint's config names no sparse layers", config)
+            warn_dense("the config of this checkpoint has no sparse layers", config)
         elif config.attention == "dense":
-            warn_dense("dense attention was asked for", config)
-        self._tell_loader(mapped)
+            warn_dense("dense attention is set", config)
+        self._describe_to_loader(mapped)
         return mapped
 
-    def _tell_loader(self, mapped: dict[str, mx.array]) -> None:
-        """Describe the mapped tensors in the loader's config, as it stands for what is saved too.
+    def _describe_to_loader(self, mapped: dict[str, mx.array]) -> None:
+        """Describe the mapped tensors in the loader's config, which is also the config that is saved.
 
-        The checkpoint's own quantization map names modules as they were stored, and some loaders
-        take bits and modes from nowhere else.
+        The checkpoint's own quantization map has the names of stored modules, and some loaders
+        take bits and modes from there alone.
         """
         config = self.loader_config
         quantization = infer_quantization(mapped, dict(tree_flatten(self.parameters())))
@@ -98,14 +101,14 @@ class AnyLayout(nn.Module):
         config.update(described)
         if quantization is not None:
             expect_scales(self, mapped)
-        # For mlx-vlm: gate and up are apart here, and the shared expert is no row of the experts.
+        # For mlx-vlm: gate and up are separate here, and so is the shared expert.
         text_config = config.get("text_config")
         (text_config if isinstance(text_config, dict) else config)["pack_shared_expert"] = False
 
     def load_weights(
         self, file_or_weights: str | Path | list[tuple[str, mx.array]], strict: bool = True
     ) -> nn.Module:
-        """As ``nn.Module.load_weights``, with an error that a person can read.
+        """As ``nn.Module.load_weights``, with an error that lists all problems.
 
         Raises:
             ValueError: when ``strict``, tensors are missing, left over, or of the wrong shape or

@@ -6,6 +6,7 @@ import mlx.core as mx
 import mlx.nn as nn
 
 from .. import msa
+from . import kv_cache as kv
 from .config import TextConfig
 from .host import Host
 from .norm import make_norm
@@ -60,21 +61,34 @@ class Attention(nn.Module):
             self.index_k_norm = make_norm(config, config.index_head_dim)
 
     def __call__(self, x: mx.array, mask: Any = None, cache: Any = None) -> mx.array:
-        """``[B, L, hidden]`` -> ``[B, L, hidden]``; ``mask`` is the host's, for dense attention."""
+        """Hidden states ``[B, L, hidden]`` -> ``[B, L, hidden]``.
+
+        Args:
+            mask: the host's, for dense attention.
+            cache: this layer's entry of the prompt cache, or None.
+        """
         batch, length, _ = x.shape
-        offset = self.host.offset(cache)
-        left_padding = self.host.left_padding(cache)
+        kv_cache = self.host.kv_cache(cache)
+        offset, left_padding = kv.offset(kv_cache), kv.left_padding(kv_cache)
         queries = self._queries(x, offset)
         keys, values = self._keys_values(x, offset)
-        block_ids = self._select_blocks(x, offset, left_padding, cache) if self.is_sparse_attn else None
-
-        keys, values = self.host.append_keys_values(cache, keys, values)
+        block_ids = None
+        if self.is_sparse_attn:
+            index_keys = self._index_keys(x, offset)
+            if cache is not None:
+                # Cached even while no block can be dropped: later steps need them.
+                index_keys, arrays = self.host.append_index_keys(cache, index_keys)
+                # Until then nothing reads them: left alone they pile up as unevaluated graph until
+                # Metal runs out of buffers.
+                keys = mx.depends(keys, arrays)
+            block_ids = self._select_blocks(x, offset, left_padding, index_keys)
         if block_ids is None:
-            out = self.host.attention(queries, keys, values, cache=cache, scale=self.scale, mask=mask)
+            keys, values = kv.append(kv_cache, keys, values)
+            out = self.host.attention(queries, keys, values, cache=kv_cache, scale=self.scale, mask=mask)
         else:
             out = msa.attend(
                 queries,
-                *self.host.buffers(cache, keys, values),
+                *kv.append_to_slots(kv_cache, keys, values),
                 block_ids,
                 offset,
                 left_padding,
@@ -84,11 +98,9 @@ class Attention(nn.Module):
         return self.o_proj(out.transpose(0, 2, 1, 3).reshape(batch, length, -1))
 
     def _select_blocks(
-        self, x: mx.array, offset: Any, left_padding: mx.array | None, cache: Any
+        self, x: mx.array, offset: Any, left_padding: mx.array | None, index_keys: mx.array
     ) -> mx.array | None:
-        """Cache the index keys, and choose blocks; None while every block fits, or if all shall."""
-        # Cached even while no block can be dropped: later steps need them.
-        index_keys = self.host.append_index_keys(cache, self._index_keys(x, offset))
+        """Block ids ``[B, G, L, k]`` from all index keys ``[B, 1, S, D]``; None if every block is read."""
         if self.attends_densely or index_keys.shape[2] <= self.index_budget:
             return None
         return msa.select_blocks(

@@ -1,28 +1,41 @@
-"""``TextConfig``: every spelling of an M3 text config, read into one.
+"""``TextConfig``: an M3 text config, read from any of its spellings.
 
-Three spellings are in circulation: the published one (nested ``sparse_attention_config``,
+Three spellings are in use: the published one (nested ``sparse_attention_config``,
 ``moe_layer_freq``), the one that transformers 5.x writes (flat ``index_*`` keys,
 ``layer_types``, ``mlp_layer_types``, ``rope_parameters``), and either of them kept by an
 MLX conversion.  The attributes here carry transformers' names.
 """
 
 import math
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, fields, replace
 from typing import Any
 
-# Published key inside ``sparse_attention_config`` -> attribute.
-_SPARSE_KEYS = {
-    "sparse_num_index_heads": "index_n_heads",
-    "sparse_index_dim": "index_head_dim",
-    "sparse_block_size": "index_block_size",
-    "sparse_topk_blocks": "index_topk_blocks",
-    "sparse_local_block": "index_local_blocks",
-    "sparse_init_block": "index_init_blocks",
+# Attribute -> its keys in a config, where they are not just its own name.  The ``sparse_`` ones are
+# inside ``sparse_attention_config``.
+_KEYS = {
+    "rotary_dims": ("rotary_dim", "partial_rotary_factor"),
+    "index_n_heads": ("sparse_num_index_heads", "index_n_heads"),
+    "index_head_dim": ("sparse_index_dim", "index_head_dim"),
+    "index_block_size": ("sparse_block_size", "index_block_size"),
+    "index_topk_blocks": ("sparse_topk_blocks", "index_topk_blocks"),
+    "index_local_blocks": ("sparse_local_block", "index_local_blocks"),
+    "index_init_blocks": ("sparse_init_block", "index_init_blocks"),
 }
 
-# Options that change the computation and that no released M3 sets otherwise.  Reading
-# them wrong would be silent, so anything else is refused.
+# What a checkpoint's config must say, because a default would be a guess.
+_REQUIRED = """
+    num_hidden_layers hidden_size vocab_size num_attention_heads num_key_value_heads head_dim
+    intermediate_size dense_intermediate_size shared_intermediate_size num_local_experts num_experts_per_tok
+    routed_scaling_factor rms_norm_eps swiglu_alpha swiglu_limit rope_theta rotary_dims
+""".split()
+_REQUIRED_IF_SPARSE = """
+    index_n_heads index_head_dim index_block_size index_topk_blocks index_local_blocks
+""".split()
+_MAY_BE_ZERO = ("index_local_blocks", "index_init_blocks")
+
+# Options that change the computation and have one value in every released M3.  Any other
+# value is refused, because the answers would be wrong without a sign of it.
 _ONLY_KNOWN_VALUE: dict[str, tuple[Any, ...]] = {
     "attention_output_gate": (False,),
     "scoring_func": ("sigmoid",),
@@ -30,38 +43,9 @@ _ONLY_KNOWN_VALUE: dict[str, tuple[Any, ...]] = {
     "qk_norm_type": ("per_head",),
     # transformers writes "silu" into every re-saved config, whatever the model computes.
     "hidden_act": ("swigluoai", "silu"),
-    "swiglu_beta": (1, 1.0),
+    "swiglu_beta": (1,),
     "n_shared_experts": (1,),
 }
-
-# What a checkpoint's config must say, for a default would be a guess.  Alternatives are the
-# spellings; one in ``rope_parameters`` or ``sparse_attention_config`` counts.
-_REQUIRED = (
-    ("num_hidden_layers",),
-    ("hidden_size",),
-    ("vocab_size",),
-    ("num_attention_heads",),
-    ("num_key_value_heads",),
-    ("head_dim",),
-    ("intermediate_size",),
-    ("dense_intermediate_size",),
-    ("shared_intermediate_size",),
-    ("num_local_experts",),
-    ("num_experts_per_tok",),
-    ("routed_scaling_factor",),
-    ("rms_norm_eps",),
-    ("swiglu_alpha",),
-    ("swiglu_limit",),
-    ("rope_theta",),
-    ("rotary_dim", "partial_rotary_factor"),
-)
-_REQUIRED_IF_SPARSE = (
-    ("sparse_num_index_heads", "index_n_heads"),
-    ("sparse_index_dim", "index_head_dim"),
-    ("sparse_block_size", "index_block_size"),
-    ("sparse_topk_blocks", "index_topk_blocks"),
-    ("sparse_local_block", "index_local_blocks"),
-)
 
 
 @dataclass
@@ -73,7 +57,7 @@ class TextConfig:
         mlp_layer_types: per layer ``"sparse"`` (mixture of experts) or ``"dense"``.
         rope_parameters: what ``initialize_rope`` of the host takes, e.g. ``{"rope_type":
             "yarn", ...}``; ``rope_theta`` and ``rotary_dims`` are already taken out of it.
-        rotary_dims: how many leading channels of a head are rotated.
+        rotary_dims: number of leading channels of a head that are rotated.
         index_n_heads: index query heads, one per KV group.
         index_block_size: keys per block, in tokens.
         index_topk_blocks: the block budget of a query.
@@ -81,7 +65,7 @@ class TextConfig:
         index_init_blocks: blocks at the start that count as always chosen (0 in M3).
         attention: ``"sparse"``, or ``"dense"`` to attend to everything on every layer, which is
             the same up to the block budget and not what the model was trained with beyond it.
-        pipeline_split: layers by rank of a pipeline; None is evenly.  No config says it, the user does.
+        pipeline_split: layers by rank of a pipeline; None splits evenly.  Set by the user, not by a config.
     """
 
     model_type: str = "minimax_m3_vl_text"
@@ -134,16 +118,15 @@ class TextConfig:
         _refuse_unknown_values(params, sparse)
         known = {f.name for f in fields(cls)} - {"pipeline_split"}
         read = {k: v for k, v in params.items() if k in known and v is not None}
-        read.update({new: sparse[old] for old, new in _SPARSE_KEYS.items() if old in sparse})
+        read.update({attribute: sparse[keys[0]] for attribute, keys in _KEYS.items() if keys[0] in sparse})
 
         n_layers = _integer(read.get("num_hidden_layers", cls.num_hidden_layers), "num_hidden_layers")
-        if n_layers < 1:
-            raise ValueError(f"config: num_hidden_layers must be at least 1, not {n_layers}")
         read["layer_types"] = _layer_types(params, sparse, n_layers)
         read["mlp_layer_types"] = _mlp_layer_types(params, n_layers)
         read.update(_rope(params, _integer(read.get("head_dim", cls.head_dim), "head_dim")))
         config = cls(**read)
-        config._check()
+        config._check_types()
+        config._check_sizes()
         return config
 
     def is_sparse_attention(self, layer: int) -> bool:
@@ -152,54 +135,52 @@ class TextConfig:
     def is_moe(self, layer: int) -> bool:
         return self.mlp_layer_types[layer] == "sparse"
 
-    def _check(self) -> None:
+    def _check_types(self) -> None:
         for f in fields(self):
-            value = getattr(self, f.name)
-            if f.type is int or f.type == "int":
-                minimum = 0 if f.name in ("index_local_blocks", "index_init_blocks") else 1
-                if _integer(value, _spellings(f.name)) < minimum:
-                    raise ValueError(f"config: {_spellings(f.name)} must be at least {minimum}, not {value}")
-            elif (f.type is float or f.type == "float") and not (_is_number(value) and 0 < value < math.inf):
-                raise ValueError(f"config: {f.name} must be a positive number, not {value!r}")
-            elif (f.type is bool or f.type == "bool") and not isinstance(value, bool):
-                raise ValueError(f"config: {f.name} must be true or false, not {value!r}")
-        if self.num_attention_heads % self.num_key_value_heads:
-            raise ValueError(
-                f"config: num_attention_heads ({self.num_attention_heads}) must be a multiple of "
-                f"num_key_value_heads ({self.num_key_value_heads})"
-            )
-        if self.num_experts_per_tok > self.num_local_experts:
-            raise ValueError(
-                f"config: num_experts_per_tok ({self.num_experts_per_tok}) is larger than "
-                f"num_local_experts ({self.num_local_experts})"
-            )
-        if not 0 < self.rotary_dims <= self.head_dim or self.rotary_dims % 2:
-            raise ValueError(
-                f"config: rotary_dim or partial_rotary_factor asks for {self.rotary_dims} rotated channels, "
-                f"which do not fit a head_dim of {self.head_dim}"
-            )
-        if self.attention not in ("sparse", "dense"):
-            raise ValueError(f"config: attention must be 'sparse' or 'dense', not {self.attention!r}")
-        if "minimax_m3_sparse" in self.layer_types:
-            self._check_sparse_attention()
+            key, value = _key(f.name), getattr(self, f.name)
+            if f.type is int:
+                _integer(value, key, at_least=0 if f.name in _MAY_BE_ZERO else 1)
+            elif f.type is float:
+                _expect(_is_number(value) and 0 < value < math.inf, key, "a positive number", value)
+            elif f.type is bool:
+                _expect(isinstance(value, bool), key, "true or false", value)
+        _expect(self.attention in ("sparse", "dense"), "attention", "'sparse' or 'dense'", self.attention)
 
-    def _check_sparse_attention(self) -> None:
-        if self.index_n_heads != self.num_key_value_heads:
-            raise ValueError(
-                f"config: index_n_heads is {self.index_n_heads} and num_key_value_heads is "
-                f"{self.num_key_value_heads}; block selection is defined for one index head per KV head"
-            )
-        if self.index_head_dim < self.rotary_dims:
-            raise ValueError(
-                f"config: index_head_dim ({self.index_head_dim}) is smaller than the {self.rotary_dims} "
-                "rotated channels"
-            )
+    def _check_sizes(self) -> None:
+        """Sizes that must fit each other."""
+        heads, kv_heads = self.num_attention_heads, self.num_key_value_heads
+        chosen, experts = self.num_experts_per_tok, self.num_local_experts
+        rotated, head_dim = self.rotary_dims, self.head_dim
+        _check(
+            heads % kv_heads == 0,
+            f"num_attention_heads ({heads}) must be a multiple of num_key_value_heads ({kv_heads})",
+        )
+        _check(
+            chosen <= experts,
+            f"num_experts_per_tok ({chosen}) is larger than num_local_experts ({experts})",
+        )
+        _check(
+            rotated <= head_dim and rotated % 2 == 0,
+            f"{_key('rotary_dims')} asks for {rotated} rotated channels, which do not fit a head_dim of "
+            f"{head_dim}",
+        )
+        if "minimax_m3_sparse" not in self.layer_types:
+            return
+        _check(
+            self.index_n_heads == kv_heads,
+            f"index_n_heads is {self.index_n_heads} and num_key_value_heads is {kv_heads}; block selection "
+            "needs one index head per KV head",
+        )
+        _check(
+            self.index_head_dim >= rotated,
+            f"index_head_dim ({self.index_head_dim}) is smaller than the {rotated} rotated channels",
+        )
         forced = self.index_local_blocks + self.index_init_blocks
-        if forced > self.index_topk_blocks:
-            raise ValueError(
-                f"config: {forced} local and initial blocks are always chosen, but index_topk_blocks is "
-                f"{self.index_topk_blocks}"
-            )
+        _check(
+            forced <= self.index_topk_blocks,
+            f"{forced} local and initial blocks are always chosen, but index_topk_blocks is "
+            f"{self.index_topk_blocks}",
+        )
 
 
 def text_config_of(config: Mapping[str, Any], overrides: Mapping[str, Any] | None = None) -> TextConfig:
@@ -209,7 +190,7 @@ def text_config_of(config: Mapping[str, Any], overrides: Mapping[str, Any] | Non
     override, chooses between dense and sparse.
 
     Args:
-        overrides: attributes that the user has set, whatever the config says.
+        overrides: attributes that the user has set; they win over the config.
 
     Raises:
         ValueError: a key is missing, has a wrong type, or a value that this model does not compute.
@@ -228,29 +209,25 @@ def text_config_of(config: Mapping[str, Any], overrides: Mapping[str, Any] | Non
     return replace(TextConfig.from_dict(text), **(overrides or {}))
 
 
-def _require(text: Mapping[str, Any], keys: tuple[tuple[str, ...], ...]) -> None:
+def _require(text: Mapping[str, Any], attributes: Sequence[str]) -> None:
     present = {key for key, value in text.items() if value is not None}
     for nested in ("rope_parameters", "rope_scaling", "sparse_attention_config"):
         present |= _mapping(text, nested).keys()
-    for spellings in keys:
-        if not present & set(spellings):
-            raise ValueError(f"config: {' or '.join(spellings)} is missing")
+    for attribute in attributes:
+        if not present & set(_KEYS.get(attribute, (attribute,))):
+            raise ValueError(f"config: {_key(attribute)} is missing")
 
 
-def _spellings(attribute: str) -> str:
-    """As it stands in a config: ``index_n_heads (sparse_num_index_heads)``."""
-    published = [old for old, new in _SPARSE_KEYS.items() if new == attribute]
-    return f"{attribute} ({published[0]})" if published else attribute
+def _key(attribute: str) -> str:
+    """As a config has it: ``sparse_block_size or index_block_size``."""
+    return " or ".join(_KEYS.get(attribute, (attribute,)))
 
 
 def _uses_sparse_attention(sparse: Mapping[str, Any]) -> bool:
-    """True or false, also as 1 or 0; left out and null are true."""
-    value = sparse.get("use_sparse_attention")
-    if value is None:
-        return True
-    if value not in (True, False):
-        raise ValueError(f"config: use_sparse_attention must be true or false, not {value!r}")
-    return bool(value)
+    """True or false, also as 1 or 0.  Left out or null counts as true."""
+    value = sparse.get("use_sparse_attention", True)
+    _expect(value in (True, False, None), "use_sparse_attention", "true or false", value)
+    return value is None or bool(value)
 
 
 def _layer_types(params: Mapping[str, Any], sparse: Mapping[str, Any], n_layers: int) -> list[str]:
@@ -265,8 +242,7 @@ def _layer_types(params: Mapping[str, Any], sparse: Mapping[str, Any], n_layers:
         return ["minimax_m3_sparse" if f else "full_attention" for f in freq]
     if sparse:
         raise ValueError(
-            "config: sparse_attention_config does not say which layers are sparse "
-            "(sparse_attention_freq is missing)"
+            "config: sparse_attention_config lacks sparse_attention_freq, the layers that are sparse"
         )
     # As in transformers: without any mention of sparse layers there are none.
     return ["full_attention"] * n_layers
@@ -282,11 +258,10 @@ def _mlp_layer_types(params: Mapping[str, Any], n_layers: int) -> list[str]:
 
 
 def _per_layer(value: Any, key: str, n_layers: int, allowed: tuple[Any, ...]) -> list[Any]:
-    if not isinstance(value, (list, tuple)) or len(value) != n_layers:
-        raise ValueError(f"config: {key} must be a list with one entry for each of {n_layers} layers")
-    wrong = [v for v in value if v not in allowed]
-    if wrong:
-        raise ValueError(f"config: {key} holds {wrong[0]!r}; known are {', '.join(map(repr, allowed))}")
+    is_list = isinstance(value, (list, tuple)) and len(value) == n_layers
+    _check(is_list, f"{key} must be a list with one entry for each of {n_layers} layers")
+    for entry in value:
+        _check(entry in allowed, f"{key} holds {entry!r}; allowed are {', '.join(map(repr, allowed))}")
     return list(value)
 
 
@@ -296,8 +271,7 @@ def _rope(params: Mapping[str, Any], head_dim: int) -> dict[str, Any]:
     theta = rope.get("rope_theta", params.get("rope_theta"))
     factor = rope.get("partial_rotary_factor", params.get("partial_rotary_factor"))
     if factor is not None:
-        if not _is_number(factor):
-            raise ValueError(f"config: partial_rotary_factor must be a number, not {factor!r}")
+        _expect(_is_number(factor), "partial_rotary_factor", "a number", factor)
         rotary_dims = int(head_dim * factor)
     else:
         given = params.get("rotary_dim")
@@ -312,38 +286,39 @@ def _rope(params: Mapping[str, Any], head_dim: int) -> dict[str, Any]:
 
 def _refuse_unknown_values(params: Mapping[str, Any], sparse: Mapping[str, Any]) -> None:
     for key, known in _ONLY_KNOWN_VALUE.items():
-        if params.get(key) is not None and params[key] not in known:
-            raise ValueError(f"config: {key} is {params[key]!r}; M3 is defined for {known[0]!r} only")
-    if sparse.get("sparse_score_type", "max") != "max":
-        raise ValueError(
-            f"config: sparse_score_type {sparse['sparse_score_type']!r} is not known, only 'max'"
-        )
+        value = params.get(key)
+        _expect(value is None or value in known, key, repr(known[0]), value)
+    score_type = sparse.get("sparse_score_type", "max")
+    _expect(score_type == "max", "sparse_score_type", "'max'", score_type)
     index_values = sparse.get("sparse_disable_index_value")
     freq = sparse.get("sparse_attention_freq")
-    if (
-        isinstance(index_values, list)
-        and isinstance(freq, list)
-        and any(f and not disabled for f, disabled in zip(freq, index_values, strict=False))
-    ):
-        raise ValueError(
-            "config: sparse_disable_index_value is 0 on a sparse layer; index values are not known"
+    if isinstance(index_values, list) and isinstance(freq, list):
+        lacking = any(f and not disabled for f, disabled in zip(freq, index_values, strict=False))
+        _check(
+            not lacking, "sparse_disable_index_value is 0 on a sparse layer; index values are not supported"
         )
 
 
 def _mapping(params: Mapping[str, Any], key: str) -> Mapping[str, Any]:
     value = params.get(key)
-    if value is None:
-        return {}
-    if not isinstance(value, Mapping):
-        raise ValueError(f"config: {key} must be an object, not {value!r}")
-    return value
+    _expect(value is None or isinstance(value, Mapping), key, "an object", value)
+    return value or {}
 
 
-def _integer(value: Any, key: str) -> int:
-    if isinstance(value, bool) or not isinstance(value, int):
-        raise ValueError(f"config: {key} must be an integer, not {value!r}")
+def _integer(value: Any, key: str, at_least: int = 1) -> int:
+    _expect(isinstance(value, int) and not isinstance(value, bool), key, "an integer", value)
+    _expect(value >= at_least, key, f"at least {at_least}", value)
     return value
 
 
 def _is_number(value: Any) -> bool:
     return isinstance(value, (int, float)) and not isinstance(value, bool)
+
+
+def _expect(holds: bool, key: str, what: str, value: Any) -> None:
+    _check(holds, f"{key} must be {what}, not {value!r}")
+
+
+def _check(holds: bool, message: str) -> None:
+    if not holds:
+        raise ValueError(f"config: {message}")

@@ -1,6 +1,6 @@
 """The decoder: embedding, layers, final norm, and the language-model head."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import mlx.core as mx
@@ -9,9 +9,10 @@ import mlx.nn as nn
 from .attention import Attention
 from .config import TextConfig
 from .host import Host
+from .kv_cache import keep_in_graph
 from .moe import DenseMLP, SparseMoeBlock
 from .norm import make_norm
-from .pipeline import PipelineMixin
+from .pipeline import split_layers
 
 
 class DecoderLayer(nn.Module):
@@ -32,8 +33,12 @@ class DecoderLayer(nn.Module):
         return x + feed_forward(self.post_attention_layernorm(x))
 
 
-class TextModel(PipelineMixin, nn.Module):
-    """Token ids or embeddings to the last hidden states."""
+class TextModel(nn.Module):
+    """Token ids or embeddings to the last hidden states.
+
+    The ``pipeline`` attributes are those of mlx-lm's ``PipelineMixin``, written out here because
+    mlx-lm before 0.32 drops layers that do not divide evenly, and mlx-vlm has no such class.
+    """
 
     def __init__(self, config: TextConfig, host: Host):
         super().__init__()
@@ -42,6 +47,22 @@ class TextModel(PipelineMixin, nn.Module):
         self.embed_tokens = nn.Embedding(config.vocab_size, config.hidden_size)
         self.layers = [DecoderLayer(config, i, host) for i in range(config.num_hidden_layers)]
         self.norm = make_norm(config, config.hidden_size)
+        self.pipeline_rank, self.pipeline_size = 0, 1
+        self.start_idx = 0
+        self.end_idx: int | None = None
+
+    @property
+    def pipeline_layers(self) -> list[DecoderLayer]:
+        """The layers that this process runs."""
+        return self.layers[self.start_idx : self.end_idx]
+
+    def pipeline(self, group: mx.distributed.Group, split: Sequence[int] | None = None) -> None:
+        """Keep this rank's layers, by ``split`` or by the config's; see :func:`.split_layers`."""
+        n_layers = len(self.layers)
+        self.start_idx, self.end_idx = split_layers(n_layers, group, split or self.config.pipeline_split)
+        self.pipeline_rank, self.pipeline_size = group.rank(), group.size()
+        # Layer numbers stay what they are in the checkpoint.
+        self.layers = [None] * self.start_idx + self.pipeline_layers  # type: ignore[assignment]
 
     def __call__(
         self,
@@ -57,7 +78,7 @@ class TextModel(PipelineMixin, nn.Module):
                 what is visible follows from the cache, on sparse layers in more than a mask.
         """
         if mask is not None:
-            raise ValueError("a mask cannot be given to MiniMax-M3; padding is told by the cache")
+            raise ValueError("MiniMax-M3 takes no mask: leave it out; the cache knows the padding")
         h = self.embed_tokens(inputs) if input_embeddings is None else input_embeddings
         return self.norm(self.run_layers(h, cache))
 
@@ -66,14 +87,14 @@ class TextModel(PipelineMixin, nn.Module):
     ) -> mx.array:
         """Embeddings ``[B, L, D]`` -> hidden states ``[B, L, D]`` before the final norm.
 
-        ``after_layer`` is called with each layer's number and what the layer puts out.
+        ``after_layer`` is called with each layer's number and output.
         """
         layers = self.pipeline_layers
         if cache is None:
             cache = [None] * len(layers)
         else:
             self.host.adopt(cache)
-        dense_mask = self.host.attention_mask(h, cache[0])
+        dense_mask = self.host.attention_mask(h, self.host.kv_cache(cache[0]))
 
         if self.pipeline_rank < self.pipeline_size - 1:
             h = mx.distributed.recv_like(h, self.pipeline_rank + 1)
@@ -84,7 +105,7 @@ class TextModel(PipelineMixin, nn.Module):
         if self.pipeline_rank != 0:
             h = mx.distributed.send(h, self.pipeline_rank - 1)
             # Nothing else on this rank consumes what it has sent.
-            self.host.keep_in_graph(cache[-1], [h])
+            keep_in_graph(self.host.kv_cache(cache[-1]), [h])
         if self.pipeline_size > 1:
             h = mx.distributed.all_gather(h)[: h.shape[0]]
         return h
@@ -93,10 +114,15 @@ class TextModel(PipelineMixin, nn.Module):
 class LanguageModel(nn.Module):
     """:class:`TextModel` with its head: token ids ``[B, L]`` to logits ``[B, L, vocab_size]``."""
 
-    def __init__(self, config: TextConfig, host: Host):
+    def __init__(
+        self,
+        config: TextConfig,
+        host: Host,
+        make_text_model: Callable[[TextConfig, Host], TextModel] = TextModel,
+    ):
         super().__init__()
         self.tie_word_embeddings = config.tie_word_embeddings
-        self.model = TextModel(config, host)
+        self.model = make_text_model(config, host)
         if not config.tie_word_embeddings:
             self.lm_head = nn.Linear(config.hidden_size, config.vocab_size, bias=False)
 

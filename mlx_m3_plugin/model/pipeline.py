@@ -2,11 +2,8 @@
 
 import zlib
 from collections.abc import Sequence
-from typing import Any
 
 import mlx.core as mx
-
-from .config import TextConfig
 
 
 def split_layers(
@@ -19,7 +16,7 @@ def split_layers(
 
     Raises:
         ValueError: the split does not give every rank at least one layer and all layers a rank, or
-            the ranks have been told different ones.
+            the ranks were given different ones.
     """
     rank, size = group.rank(), group.size()
     split = list(split or _even(n_layers, size))
@@ -36,42 +33,13 @@ def _even(n_layers: int, size: int) -> list[int]:
 
 
 def _agree(split: list[int], group: mx.distributed.Group) -> None:
-    """Layers would be run twice or not at all by ranks that have been told different splits."""
+    """Ranks with different splits would run layers twice, or not at all."""
     if group.size() == 1:
         return
     mine = mx.array([zlib.crc32(repr(split).encode())], mx.uint32)
     everyone = mx.distributed.all_gather(mine, group=group, stream=mx.cpu)
     if (everyone != mine).any().item():
         raise ValueError(
-            f"the processes disagree about who runs which layers (here {split}); "
-            "give all of them the same with mlx.launch --env MLX_M3_PLUGIN_PIPELINE_SPLIT=..."
+            f"the processes have different pipeline splits (here {split}); "
+            "give all of them the same one with mlx.launch --env MLX_M3_PLUGIN_PIPELINE_SPLIT=..."
         )
-
-
-class PipelineMixin:
-    """mlx-lm's protocol of the same name, with any split.
-
-    Written out here because mlx-lm before 0.32 drops layers when they don't divide evenly, and
-    mlx-vlm has no such class.
-    """
-
-    config: TextConfig
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.pipeline_rank = 0
-        self.pipeline_size = 1
-        self.start_idx = 0
-        self.end_idx: int | None = None
-
-    @property
-    def pipeline_layers(self) -> Any:
-        return self.layers[self.start_idx : self.end_idx]  # type: ignore[attr-defined]
-
-    def pipeline(self, group: mx.distributed.Group, split: Sequence[int] | None = None) -> None:
-        """Keep this rank's layers, by ``split`` or by the config's; see :func:`split_layers`."""
-        layers = list(self.layers)  # type: ignore[has-type]
-        self.start_idx, self.end_idx = split_layers(len(layers), group, split or self.config.pipeline_split)
-        self.pipeline_rank, self.pipeline_size = group.rank(), group.size()
-        # Layer numbers stay what they are in the checkpoint.
-        self.layers = [None] * self.start_idx + layers[self.start_idx : self.end_idx]

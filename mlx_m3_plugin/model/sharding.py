@@ -1,4 +1,4 @@
-"""Tensor parallelism: every process holds a share of the heads and of each MLP's width."""
+"""Tensor parallelism: every process holds some of the heads and a part of each MLP's width."""
 
 from collections.abc import Iterator, Sequence
 from typing import Any, NamedTuple
@@ -16,9 +16,9 @@ WIDENING, NARROWING = "all-to-sharded", "sharded-to-all"
 
 
 class _Part(NamedTuple):
-    """A linear layer to be cut.
+    """A linear layer to shard.
 
-    ``summed``: whether the layer itself adds up what the processes have, if it narrows.
+    ``summed``: whether a narrowing layer sums the outputs of the processes itself.
     """
 
     owner: nn.Module
@@ -32,7 +32,7 @@ def shard_layers(layers: Sequence[DecoderLayer], group: mx.distributed.Group) ->
 
     Raises:
         ValueError: heads, widths or quantization groups do not divide by the number of processes,
-            or the layers are sharded already.  Nothing has been changed then.
+            or the layers are sharded already.  The layers are then unchanged.
     """
     size = group.size()
     for layer in layers:
@@ -99,12 +99,12 @@ def _check_divides(part: _Part, size: int) -> None:
         raise ValueError(f"{part.name}: {count} {unit} do not divide by {size} processes")
 
 
-# --- cutting ---
+# --- sharding ---
 
 
 def _shard(part: _Part, group: mx.distributed.Group) -> None:
     linear = part.owner[part.name]
-    # One for the whole matrix, whatever is cut off it.
+    # Every shard of the matrix has the same one.
     scale = linear.pop("global_scale", None)
     if part.summed:
         sharded = shard_linear(linear, part.sharding, group=group)

@@ -1,22 +1,24 @@
-"""Attention over chosen key blocks in tiles of bounded memory, without a mask of all keys.
+"""Attention over selected key blocks in tiles of bounded memory, without a mask of all keys.
 
 MSA is a mixture of key blocks: a query group that attends to 16 of n blocks is a token routed
 to 16 of n experts.  Two forms of the same sum:
 
 * :func:`_attend_by_pairs` sorts the (query, block) pairs by block and multiplies each query
-  group with its block where it lies, by MLX's grouped matmuls.  Nothing of K or V is copied,
-  and quantized K and V take the same road through ``gather_qmm``.
-* :func:`_attend_by_query` gathers the chosen tokens of K and V per query and calls the fused
+  group with its block in place, by MLX's grouped matmuls.  Nothing of K or V is copied, and
+  quantized K and V go the same way through ``gather_qmm``.
+* :func:`_attend_by_query` gathers the selected tokens of K and V per query and calls the fused
   attention.  It takes any alignment of the rows in the cache.
 """
 
 import mlx.core as mx
 
-from .keys_values import KeysValues, Quantized
-from .tiling import (
+from .common import (
+    KeysValues,
     Position,
-    default_memory_budget,
+    Quantized,
+    default_tile_bytes,
     in_sequence,
+    map_arrays,
     over_queries,
     query_positions,
     rows_apart,
@@ -25,7 +27,7 @@ from .tiling import (
 
 # From this many queries on it pays to sort pairs; below, gathering is as fast and has fewer steps.
 PAIRS_FROM = 16
-# What stands for the score of a block without visible keys; unlike -inf it can be subtracted.
+# The largest score of a block without visible keys.  Unlike -inf it can be subtracted.
 _NOTHING = -1e30
 
 
@@ -39,7 +41,7 @@ def attend(
     *,
     block_size: int,
     scale: float,
-    memory_budget: int | None = None,
+    tile_bytes: int | None = None,
 ) -> mx.array:
     """Softmax attention of every query over the visible keys of its blocks (paper, eq. 8).
 
@@ -47,35 +49,37 @@ def attend(
 
     Args:
         queries: ``[B, H, L, D]``.
-        keys: ``[B, G, S, D]``, an array or :class:`Quantized`.  There may be slots after the
-            last token, whatever they hold; a whole number of blocks spares a copy.
+        keys: ``[B, G, S, D]``, an array or :class:`Quantized`.  May include unused slots after
+            the last token.  No copy is made if S is a multiple of ``block_size``.
         values: ``[B, G, S, Dv]``, likewise.
         block_ids: ``[B, G, L, k]`` int32 from :func:`.select.select_blocks`; -1 is skipped.
         offset: content position of the first query; an int, or ``[B]`` int32.
         left_padding: ``[B]`` int32 cache slots before each row's first token, or None.
         block_size: keys per block.
         scale: factor of the dot products, ``D ** -0.5`` in M3.
-        memory_budget: bytes that the intermediate arrays of a tile may take; see ``tiling``.
+        tile_bytes: bytes that the intermediate arrays of a tile may take; see ``common``.
 
     Returns:
         ``[B, H, L, Dv]`` in the dtype of ``queries``; the softmax is accumulated in float32.
         Rows of padding queries are finite and without meaning.
     """
     length = queries.shape[2]
-    budget = memory_budget or default_memory_budget()
+    tile_bytes = tile_bytes or default_tile_bytes()
     if length < PAIRS_FROM or not _has_float32_grouped_matmul(keys):
         return _attend_by_query(
-            queries, keys, values, block_ids, offset, left_padding, block_size, scale, budget
+            queries, keys, values, block_ids, offset, left_padding, block_size, scale, tile_bytes
         )
     if left_padding is None:
-        return _attend_by_pairs(queries, keys, values, block_ids, offset, block_size, scale, budget)
-    rows = []
+        return _attend_by_pairs(queries, keys, values, block_ids, offset, block_size, scale, tile_bytes)
+    outputs = []
     for row, first, padding in rows_apart(offset, left_padding):
         # One slot of padding is left where the row has nothing else yet.
         content = slice(min(padding, keys.shape[2] - 1), None)
         k, v = _cut(keys, content, row), _cut(values, content, row)
-        rows.append(_attend_by_pairs(queries[row], k, v, block_ids[row], first, block_size, scale, budget))
-    return mx.concatenate(rows)
+        outputs.append(
+            _attend_by_pairs(queries[row], k, v, block_ids[row], first, block_size, scale, tile_bytes)
+        )
+    return mx.concatenate(outputs)
 
 
 def _attend_by_query(
@@ -87,17 +91,17 @@ def _attend_by_query(
     left_padding: mx.array | None,
     block_size: int,
     scale: float,
-    memory_budget: int,
+    tile_bytes: int,
 ) -> mx.array:
     batch, n_heads, _, dims = queries.shape
     groups, n_slots = keys.shape[1:3]
     # The gathered keys and values of each group, and their casts.
     n_tokens = block_ids.shape[3] * block_size
     bytes_per_query = 2 * 4 * batch * groups * n_tokens * (keys.shape[-1] + values.shape[-1])
-    rows = max(1, memory_budget // bytes_per_query)
+    tile_length = max(1, tile_bytes // bytes_per_query)
 
     def attend_tile(start: int, tile: mx.array) -> mx.array:
-        ids = block_ids[:, :, start : start + rows]
+        ids = block_ids[:, :, start : start + tile_length]
         positions = (ids[..., None] * block_size + mx.arange(block_size)).flatten(-2)
         query_at = query_positions(offset + start, tile.shape[2])
         # A padding query sees everything: a softmax over nothing is NaN, and NaN in K or V spreads.
@@ -117,7 +121,7 @@ def _attend_by_query(
         out = out.reshape(batch, groups, tile.shape[2], n_heads // groups, -1).swapaxes(2, 3)
         return out.reshape(batch, n_heads, tile.shape[2], -1)
 
-    return over_queries(attend_tile, queries, rows).astype(queries.dtype)
+    return over_queries(attend_tile, queries, tile_length).astype(queries.dtype)
 
 
 def _attend_by_pairs(
@@ -128,7 +132,7 @@ def _attend_by_pairs(
     offset: Position,
     block_size: int,
     scale: float,
-    memory_budget: int,
+    tile_bytes: int,
 ) -> mx.array:
     """One KV group after the other, each in tiles of queries; for rows without padding."""
     batch, n_heads, length, _ = queries.shape
@@ -136,22 +140,22 @@ def _attend_by_pairs(
     heads = n_heads // groups
     keys, values = (_whole_blocks(x, offset, length, block_size) for x in (keys, values))
     # Scores, probabilities and outputs: about six float32 arrays.
-    rows = max(1, memory_budget // (6 * 4 * batch * heads * k * block_size))
+    tile_length = max(1, tile_bytes // (6 * 4 * batch * heads * k * block_size))
 
     def attend_group(group: int, queries: mx.array) -> mx.array:
         of_group = slice(group, group + 1)
         ids = block_ids[:, of_group]
-        rows_per_block = batch * length * k * heads * block_size // keys.shape[2]
+        queries_per_block = batch * length * k * heads * block_size // keys.shape[2]
         key_blocks = _blocks(keys, of_group, block_size)
         if not isinstance(key_blocks, Quantized):
-            key_blocks = transposed(key_blocks, rows_per_block)
+            key_blocks = transposed(key_blocks, queries_per_block)
         value_blocks = _blocks(values, of_group, block_size)
 
         def attend_tile(start: int, tile: mx.array) -> mx.array:
-            tile_ids = ids[:, :, start : start + rows]
+            tile_ids = ids[:, :, start : start + tile_length]
             return _attend_pairs(tile * scale, key_blocks, value_blocks, tile_ids, offset + start, block_size)
 
-        return over_queries(attend_tile, queries, rows)
+        return over_queries(attend_tile, queries, tile_length)
 
     wide = queries.astype(mx.float32)
     groups_of_heads = [(g, wide[:, g * heads : (g + 1) * heads]) for g in range(groups)]
@@ -192,8 +196,8 @@ def _attend_pairs(
 
     largest, sums, out = by_query(largest), by_query(weights.sum(axis=-1, keepdims=True)), by_query(out)
     share = mx.exp(largest - largest.max(axis=1, keepdims=True))
-    # A token's total is at least 1, and that of a padding query is 0.  The bound is no smaller, because
-    # a gradient divides by its square.
+    # A token's total is at least 1, and that of a padding query is 0.  The bound is not smaller,
+    # because a gradient divides by its square.
     total = mx.maximum((share * sums).sum(axis=1), 0.5)
     out = (share * out).sum(axis=1) / total
     return mx.unflatten(out, 0, (batch, length)).swapaxes(1, 2)
@@ -204,15 +208,15 @@ def _grouped_matmul(
 ) -> mx.array:
     """``x[x_index[p]] @ blocks[block[p]]`` for every pair ``p``.
 
-    Arrays come transposed where they shall be; quantized blocks are transposed by the product.
+    Arrays are transposed already where needed; the product transposes quantized blocks.
     """
     if isinstance(blocks, Quantized):
-        flat = blocks.map(lambda a: a.flatten(0, 1))
+        weight, scales, biases = (a.flatten(0, 1) for a in blocks[:3])
         return mx.gather_qmm(
             x,
-            flat.weight,
-            flat.scales.astype(x.dtype),
-            flat.biases.astype(x.dtype),
+            weight,
+            scales.astype(x.dtype),
+            biases.astype(x.dtype),
             lhs_indices=x_index,
             rhs_indices=block,
             transpose=transpose,
@@ -229,7 +233,7 @@ def _blocks(x: KeysValues, group: slice, block_size: int) -> KeysValues:
     def cut(a: mx.array) -> mx.array:
         return mx.unflatten(a[:, group].squeeze(1), 1, (-1, block_size))
 
-    return x.map(cut) if isinstance(x, Quantized) else cut(x)
+    return map_arrays(cut, x)
 
 
 def _take_tokens(x: KeysValues, slots: mx.array) -> mx.array:
@@ -240,14 +244,15 @@ def _take_tokens(x: KeysValues, slots: mx.array) -> mx.array:
     def take(a: mx.array) -> mx.array:
         return a[row, group, slots]
 
-    return x.map(take).dequantize() if isinstance(x, Quantized) else take(x)
+    taken = map_arrays(take, x)
+    return taken.dequantize() if isinstance(taken, Quantized) else taken
 
 
 def _cut(x: KeysValues, slots: slice, rows: slice = slice(None)) -> KeysValues:
     def cut(a: mx.array) -> mx.array:
         return a[rows, :, slots]
 
-    return x.map(cut) if isinstance(x, Quantized) else cut(x)
+    return map_arrays(cut, x)
 
 
 def _whole_blocks(x: KeysValues, offset: Position, length: int, block_size: int) -> KeysValues:
@@ -261,7 +266,7 @@ def _whole_blocks(x: KeysValues, offset: Position, length: int, block_size: int)
             return a[:, :, :wanted]
         return mx.pad(a, [(0, 0), (0, 0), (0, wanted - n_slots), (0, 0)])
 
-    return x.map(fit) if isinstance(x, Quantized) else fit(x)
+    return map_arrays(fit, x)
 
 
 def _has_float32_grouped_matmul(keys: KeysValues) -> bool:

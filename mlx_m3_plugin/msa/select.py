@@ -1,16 +1,16 @@
 """Block selection in tiles of bounded memory.
 
-The choice that ``tests/msa/reference.py`` defines, without the scores of all queries with all
-keys existing at once, and with nothing compiled for a length.
+As ``tests/msa/reference.py`` defines it, but the scores of all queries with all keys never exist
+at once, and nothing is compiled for a length.
 """
 
 from functools import partial
 
 import mlx.core as mx
 
-from .tiling import (
+from .common import (
     Position,
-    default_memory_budget,
+    default_tile_bytes,
     in_sequence,
     over_queries,
     query_positions,
@@ -29,7 +29,7 @@ def select_blocks(
     topk_blocks: int,
     local_blocks: int = 1,
     init_blocks: int = 0,
-    memory_budget: int | None = None,
+    tile_bytes: int | None = None,
 ) -> mx.array:
     """The key blocks that each query of each group attends to (paper, eq. 6 and 7).
 
@@ -42,32 +42,32 @@ def select_blocks(
         topk_blocks: the most blocks a query may attend to.
         local_blocks: blocks up to and with the query's own that are always in.
         init_blocks: blocks at the start of the row that are always in.
-        memory_budget: bytes that the intermediate arrays of a tile may take; see ``tiling``.
+        tile_bytes: bytes that the intermediate arrays of a tile may take; see ``common``.
 
     Returns:
         ``[B, G, L, k]`` int32 block ids in no particular order, with
         ``k = min(topk_blocks, ceil(S / block_size))``; -1 marks an unused slot.
     """
-    memory_budget = memory_budget or default_memory_budget()
+    tile_bytes = tile_bytes or default_tile_bytes()
     batch, groups, length, dims = index_queries.shape
     n_keys = index_keys.shape[2]
     k = min(topk_blocks, -(-n_keys // block_size))
     choose = partial(_choose, k=k, block_size=block_size, local_blocks=local_blocks, init_blocks=init_blocks)
     if left_padding is None:
-        return _in_tiles(choose, index_queries, index_keys, offset, block_size, memory_budget)
+        return _in_tiles(choose, index_queries, index_keys, offset, block_size, tile_bytes)
     if groups * length < dims:
         # Few queries: fewer scores per key than a key has channels, so the scores are moved.
-        rows = max(1, memory_budget // (6 * 4 * batch * groups * n_keys))
+        tile_length = max(1, tile_bytes // (6 * 4 * batch * groups * n_keys))
 
         def choose_tile(start: int, queries: mx.array) -> mx.array:
             first = offset + start
             return choose(_scores_of_padded_rows(queries, index_keys, first, left_padding, block_size), first)
 
-        return over_queries(choose_tile, index_queries, rows)
+        return over_queries(choose_tile, index_queries, tile_length)
     rows_of_ids = []
     for row, first, padding in rows_apart(offset, left_padding):
         queries, keys = index_queries[row], index_keys[row, :, min(padding, n_keys - 1) :]
-        rows_of_ids.append(_in_tiles(choose, queries, keys, first, block_size, memory_budget))
+        rows_of_ids.append(_in_tiles(choose, queries, keys, first, block_size, tile_bytes))
     return mx.concatenate(rows_of_ids)
 
 
@@ -95,34 +95,34 @@ def _in_tiles(
     index_keys: mx.array,
     offset: Position,
     block_size: int,
-    memory_budget: int,
+    tile_bytes: int,
 ) -> mx.array:
     """Choose blocks for rows without padding, a tile of queries at a time."""
     batch, groups = index_queries.shape[:2]
     n_blocks = -(-index_keys.shape[2] // block_size)
-    # Half of the budget for the scores of blocks, of which choosing makes about eight copies.
-    rows = max(1, memory_budget // (2 * 8 * 4 * batch * groups * n_blocks))
+    # Half of the bytes for the scores of blocks, of which choosing makes about eight copies.
+    tile_length = max(1, tile_bytes // (2 * 8 * 4 * batch * groups * n_blocks))
 
     def choose_tile(start: int, queries: mx.array) -> mx.array:
         first = offset + start
-        return choose(_block_scores(queries, index_keys, first, block_size, memory_budget // 2), first)
+        return choose(_block_scores(queries, index_keys, first, block_size, tile_bytes // 2), first)
 
-    return over_queries(choose_tile, index_queries, rows)
+    return over_queries(choose_tile, index_queries, tile_length)
 
 
 def _block_scores(
-    queries: mx.array, index_keys: mx.array, offset: Position, block_size: int, memory_budget: int
+    queries: mx.array, index_keys: mx.array, offset: Position, block_size: int, tile_bytes: int
 ) -> mx.array:
     """``[B, G, l, n_blocks]`` float32: the best visible key of each block, -inf where there is none."""
     batch, groups, length, _ = queries.shape
     n_keys = index_keys.shape[2]
     # MLX allocates some ten operations ahead of the one that runs.
-    keys_per_tile = max(1, memory_budget // (10 * 4 * batch * groups * length * block_size)) * block_size
+    keys_per_tile = max(1, tile_bytes // (10 * 4 * batch * groups * length * block_size)) * block_size
 
     def pool_tile(start: int, queries: mx.array) -> mx.array:
         stop = min(start + keys_per_tile, n_keys)
         if isinstance(offset, int) and start > offset + length - 1:
-            # All of the tile is in the future of all queries.
+            # The whole tile is in the future of all queries.
             return mx.full((batch, groups, length, -(-(stop - start) // block_size)), -mx.inf)
         keys = index_keys[:, :, start:stop].astype(mx.float32)
         scores = queries @ transposed(keys, uses=groups * length)

@@ -8,13 +8,14 @@ from typing import Any
 import mlx.core as mx
 
 from ..model.config import TextConfig, text_config_of
-from ..weights import Headers, lacks_indexers, plan_layout, read_headers
+from ..weights import Headers, lacks_indexers, plan_layout, read_headers, shorten
 from ..weights.files import MODEL_TYPES
 from ..weights.names import is_vision
+from ..weights.quantization import PARTS
 from ..weights.tensor import Tensor
 from .locate import locate_weights
 from .parameters import differences, quantized_modules, text_shapes, vision_shapes
-from .precision import PARTS, Quantization
+from .precision import Quantization
 from .text_files import read_json_object
 
 CHAT_TEMPLATE_FILES = ("chat_template.jinja", "chat_template.json")
@@ -56,12 +57,12 @@ class Checkpoint:
         """How a module's weight is stored."""
         return self.quantized.get(module, Quantization())
 
-    def float_dtype(self, module: str) -> str:
+    def float_dtype(self, module: str) -> mx.Dtype:
         """The dtype of a module's weight, or of what it is dequantized to."""
         spec = self.quantized.get(module)
         if spec is None:
             return self.plan[f"{module}.weight"].dtype
-        return self.plan[f"{module}.scales"].dtype if spec.mode == "affine" else str(mx.bfloat16)
+        return self.plan[f"{module}.scales"].dtype if spec.mode == "affine" else mx.bfloat16
 
 
 def open_checkpoint(path_or_repository: str | Path) -> Checkpoint:
@@ -105,5 +106,4 @@ def _read_config(directory: Path) -> dict[str, Any]:
 
 def _refuse(directory: Path, problems: list[str]) -> None:
     if problems:
-        shown = problems[:10] + ([f"... and {len(problems) - 10} more"] if len(problems) > 10 else [])
-        raise ValueError("\n  ".join([f"{directory} is not a whole MiniMax-M3:", *shown]))
+        raise ValueError("\n  ".join([f"{directory} is not a whole MiniMax-M3:", *shorten(problems)]))

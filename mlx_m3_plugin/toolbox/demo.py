@@ -11,10 +11,10 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
+from ..weights.quantization import AFFINE_BITS
 from .checkpoint import open_checkpoint
 from .convert import convert, parse_recipe, plan_conversion
 from .new_directory import new_directory
-from .precision import AFFINE_BITS
 
 NANO = Path(__file__).with_name("nano")
 # In the checkpoint's directory, to show to the model.

@@ -1,6 +1,5 @@
 """``mlx-m3 fit --memory 256GB,128GB``: how many layers to give each machine of a pipeline."""
 
-import math
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -9,11 +8,11 @@ from typing import Any
 from ..model.config import TextConfig, text_config_of
 from ..startup.settings import PIPELINE_SPLIT
 from ..weights import lacks_indexers, plan_layout
+from ..weights.dtypes import size_in_bytes
 from ..weights.names import layer_of
 from .fit import check_kv_bits, open_whole
 from .inspect.source import Source
 from .memory import PREFILL_STEP, bytes_per_token, largest_context, reserve_of, transient_bytes, wired_limit
-from .shards import STORED_DTYPES
 from .sizes import size_in_words, tokens_in_words
 
 
@@ -126,7 +125,7 @@ class _Costs:
         shared, weights = 0, [0] * config.num_hidden_layers
         plan = plan_layout(source.headers.tensors, config, "")
         for name, tensor in plan.items():
-            size = math.prod(tensor.shape) * STORED_DTYPES[tensor.dtype][1]
+            size = size_in_bytes(tensor.shape, tensor.dtype)
             layer = layer_of(name)
             if layer is None:
                 shared += size

@@ -17,10 +17,11 @@ import mlx.core as mx
 import numpy as np
 
 from .. import __version__
+from ..weights.dtypes import from_bytes, name_of, to_bytes
 from ..weights.headers import weight_files
 from .checkpoint import Checkpoint
 from .new_directory import replace_text
-from .shards import STORED_DTYPES, TensorReader, array_from, bytes_of, read_at, write_at
+from .shards import TensorReader, read_at, write_at
 from .streaming import Embedding, StreamedLayer
 
 # Tokens whose hidden states are kept after every layer, to compare.
@@ -120,20 +121,20 @@ class HiddenStates:
 
     def __init__(self, path: Path, width: int, dtype: str):
         self._path, self._width = path, width
-        self._stored_dtype, itemsize = STORED_DTYPES[f"mlx.core.{dtype}"]
-        self._bytes_per_token = width * itemsize
+        self._dtype: mx.Dtype = getattr(mx, dtype)
+        self._bytes_per_token = width * self._dtype.size
 
     def write(self, first: int, hidden: mx.array) -> None:
         """``hidden`` ``[n, D]`` of the tokens from ``first`` on."""
         with self._path.open("r+b" if self._path.exists() else "wb") as file:
-            write_at(file.fileno(), first * self._bytes_per_token, bytes_of(hidden))
+            write_at(file.fileno(), first * self._bytes_per_token, to_bytes(hidden))
 
     def read(self, first: int, last: int) -> mx.array:
         """``[last - first, D]``."""
         start, size = first * self._bytes_per_token, (last - first) * self._bytes_per_token
         with self._path.open("rb") as file:
             data = read_at(file.fileno(), start, size)
-        return array_from(data, self._stored_dtype, (last - first, self._width))
+        return from_bytes(data, (last - first, self._width), self._dtype)
 
     def sync(self) -> None:
         with self._path.open("r+b") as file:
@@ -231,7 +232,7 @@ def begin(
         pass
     embed = Embedding(checkpoint, reader)
     first = embed(tokens[:1])
-    dtype = str(first.dtype).removeprefix("mlx.core.")
+    dtype = name_of(first.dtype)
     hidden = hidden_states(directory, 0, first.shape[1], dtype)
     for start in range(0, len(tokens), _SAMPLED):
         hidden.write(start, embed(tokens[start : start + _SAMPLED]))

@@ -6,6 +6,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from urllib.parse import unquote, urlsplit
 
+from ..weights import shorten
 from ..weights.headers import INDEX
 
 _REPOSITORY = re.compile(r"^[\w-][\w.-]*/[\w.-]+$")
@@ -78,8 +79,7 @@ def locate_weights(name: str | Path) -> Place:
 
 def incomplete(place: Place) -> str:
     """That, and what, the cache lacks."""
-    more = len(place.missing) - 3
-    named = ", ".join(place.missing[:3]) + (f" and {more} more" if more > 0 else "")
+    named = ", ".join(shorten(place.missing, 3))
     return (
         f"{place.name} is in the Hugging Face cache in part only ({place.directory}): {named} missing; "
         f"download the rest with `{place.download}`"

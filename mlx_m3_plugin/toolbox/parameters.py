@@ -5,13 +5,13 @@ Names are the published ones without a prefix, shapes those before any quantizat
 
 from collections import defaultdict
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass
 from typing import Any
 
 from ..model.config import TextConfig
 from ..model.tensor_scales import scale_shape
-from ..weights import group_names, infer_quantization
-from ..weights.check import Stored, compare
+from ..weights import group_names
+from ..weights.check import ShapeAndKind, compare
+from ..weights.quantization import PARTS, infer_module, quantized_in
 from ..weights.tensor import Tensor
 from .precision import Quantization
 
@@ -152,31 +152,19 @@ def _with_bias(module: str, *shape: int) -> _Entries:
 _PACKED, _FLOAT = "uint32", "float"
 
 
-@dataclass
-class _Shape:
-    """What quantization is inferred from besides the stored parts."""
-
-    shape: tuple[int, ...]
-    dtype: Any = None
-
-
 def quantized_modules(
     plan: Mapping[str, Tensor], shapes: Shapes
 ) -> tuple[dict[str, Quantization], list[str]]:
     """How each quantized module of ``shapes`` is, and a line for each that MLX could not have quantized."""
     quantized, problems = {}, []
-    for name, scales in plan.items():
-        module = name.removesuffix(".scales")
-        weight = f"{module}.weight"
-        if module == name or weight not in plan or weight not in shapes:
+    for module in quantized_in(plan):
+        if (shape := shapes.get(f"{module}.weight")) is None:
             continue
-        parts = {weight: plan[weight], name: scales}
         try:
-            found = infer_quantization(parts, {weight: _Shape(shapes[weight])})
-        except (ValueError, IndexError, ZeroDivisionError) as error:
+            found = infer_module(module, plan, shape)
+        except ValueError as error:
             problems.append(str(error))
-            continue
-        if found is not None:
+        else:
             quantized[module] = Quantization(found["bits"], found["group_size"], found["mode"])
     return quantized, problems
 
@@ -205,19 +193,19 @@ def differences(
 
 def expected_parameters(
     plan: Mapping[str, Tensor], shapes: Shapes, quantized: Mapping[str, Quantization]
-) -> dict[str, Stored | None]:
+) -> dict[str, ShapeAndKind | None]:
     """What a model of these shapes that is quantized so takes: the parameters of the loaded model.
 
     Returns:
         Name -> shape and kind of dtype; None where its quantization is wrong, which is reported elsewhere.
     """
-    expected: dict[str, Stored | None] = {}
+    expected: dict[str, ShapeAndKind | None] = {}
     for name, shape in shapes.items():
         module = name.removesuffix(".weight")
         spec = quantized.get(module)
         if spec is None or spec.bits is None:
             if name in plan and f"{module}.scales" in plan:
-                parts = (name, f"{module}.scales", f"{module}.biases", f"{module}.global_scale")
+                parts = (f"{module}.{part}" for part in PARTS)
                 expected |= dict.fromkeys(part for part in parts if part in plan)
             else:
                 expected[name] = shape, _FLOAT
@@ -233,6 +221,6 @@ def expected_parameters(
     return expected
 
 
-def _told(stored: Stored) -> str:
+def _told(stored: ShapeAndKind) -> str:
     shape, kind = stored
     return f"{kind}{list(shape)}"

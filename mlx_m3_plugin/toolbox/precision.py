@@ -8,10 +8,6 @@ import mlx.core as mx
 
 from ..model.tensor_scales import factor
 
-AFFINE_BITS = (2, 3, 4, 5, 6, 8)
-# The tensors of a quantized matrix; ``global_scale`` belongs to NVFP4 alone.
-PARTS = ("weight", "scales", "biases", "global_scale")
-
 
 @dataclass(frozen=True)
 class Quantization:

@@ -13,8 +13,8 @@ from pathlib import Path
 from types import TracebackType
 
 import mlx.core as mx
-import numpy as np
 
+from ..weights.dtypes import STORED_NAMES, from_bytes, size_in_bytes, to_bytes
 from ..weights.headers import StoredTensor
 from ..weights.tensor import Tensor, make_from
 
@@ -51,41 +51,10 @@ def write_at(descriptor: int, start: int, data: bytes) -> None:
         done += os.pwrite(descriptor, view[done : done + LARGEST_PIECE], start + done)
 
 
-# safetensors dtype -> how numpy reads it, and the dtype that MLX gives the bytes.
-_READ_AS: dict[str, tuple[str, mx.Dtype]] = {
-    "BOOL": ("?", mx.bool_),
-    "U8": ("<u1", mx.uint8),
-    "I8": ("<i1", mx.int8),
-    "U16": ("<u2", mx.uint16),
-    "I16": ("<i2", mx.int16),
-    "U32": ("<u4", mx.uint32),
-    "I32": ("<i4", mx.int32),
-    "U64": ("<u8", mx.uint64),
-    "I64": ("<i8", mx.int64),
-    "F16": ("<f2", mx.float16),
-    "BF16": ("<u2", mx.bfloat16),
-    "F32": ("<f4", mx.float32),
-}
-# ``str`` of MLX's dtype -> safetensors' name of it, and the bytes of one element.
-STORED_DTYPES = {str(dtype): (name, dtype.size) for name, (_, dtype) in _READ_AS.items()}
-# MLX has no dtype for it.
-_READ_AS["F8_E4M3"] = ("<u1", mx.uint8)
-
-
-def array_from(data: bytes | bytearray, stored_dtype: str, shape: tuple[int, ...]) -> mx.array:
-    """Little-endian bytes as an array; ``stored_dtype`` is safetensors' name."""
-    read_as, dtype = _READ_AS[stored_dtype]
-    array = mx.array(np.frombuffer(data, read_as).reshape(shape))
-    return array if array.dtype == dtype else array.view(dtype)
-
-
-def bytes_of(array: mx.array) -> bytes:
-    # numpy has no bfloat16.
-    raw = array.view(mx.uint16) if array.dtype == mx.bfloat16 else array
-    return np.ascontiguousarray(np.array(raw, copy=False)).tobytes()
-
-
 # --- reading ---
+
+# MLX has no arrays of them that all devices take.
+_NOT_READ = ("F64", "C64")
 
 
 @dataclass(frozen=True)
@@ -139,12 +108,11 @@ class TensorReader:
 
     def _read_span(self, span: _Span) -> mx.array:
         stored = self._tensors[span.name]
-        if stored.stored_dtype not in _READ_AS:
+        if stored.stored_dtype in _NOT_READ:
             raise ValueError(f"{span.name}: cannot read tensors of dtype {stored.stored_dtype}")
-        itemsize = np.dtype(_READ_AS[stored.stored_dtype][0]).itemsize
-        start = stored.start + span.first * itemsize
-        data = self._read_bytes(span.name, stored, start, math.prod(span.shape) * itemsize)
-        return array_from(data, stored.stored_dtype, span.shape)
+        start = stored.start + span.first * stored.dtype.size
+        data = self._read_bytes(span.name, stored, start, size_in_bytes(span.shape, stored.dtype))
+        return from_bytes(data, span.shape, stored.dtype)
 
     def _read_bytes(self, name: str, stored: StoredTensor, start: int, size: int) -> bytearray:
         try:
@@ -168,7 +136,7 @@ def _span(tensor: Tensor) -> _Span | None:
     if tensor.operation == "reshape":
         inner = _span(tensor.sources[0])
         return None if inner is None else _Span(inner.name, inner.first, tensor.shape)
-    if tensor.operation == "rows":
+    if tensor.operation == "slice":
         inner, (axis, start, _) = _span(tensor.sources[0]), tensor.detail
         if inner is None or math.prod(inner.shape[:axis]) != 1:
             return None
@@ -181,15 +149,15 @@ def _span(tensor: Tensor) -> _Span | None:
 
 @dataclass(frozen=True)
 class NewTensor:
-    """A tensor to be written; ``dtype`` is ``str`` of MLX's."""
+    """A tensor to be written."""
 
     name: str
     shape: tuple[int, ...]
-    dtype: str
+    dtype: mx.Dtype
 
     @property
     def nbytes(self) -> int:
-        return math.prod(self.shape) * STORED_DTYPES[self.dtype][1]
+        return size_in_bytes(self.shape, self.dtype)
 
 
 class ShardWriter:
@@ -213,14 +181,13 @@ class ShardWriter:
     def write(self, name: str, row: int, piece: mx.array) -> None:
         """Write ``piece``: rows of the tensor ``name``, seen as ``[rows, last axis]``, from ``row`` on."""
         tensor, offset = self._places[name]
-        if str(piece.dtype) != tensor.dtype:
+        if piece.dtype != tensor.dtype:
             raise TypeError(f"{name}: got {piece.dtype} for a tensor of {tensor.dtype}")
         width = tensor.shape[-1] if tensor.shape else 1
-        itemsize = STORED_DTYPES[tensor.dtype][1]
-        start = row * width * itemsize
+        start = row * width * tensor.dtype.size
         if start + piece.nbytes > tensor.nbytes:
             raise ValueError(f"{name}: {piece.shape} from row {row} on does not fit into {tensor.shape}")
-        write_at(self._file.fileno(), self._begin + offset + start, bytes_of(piece))
+        write_at(self._file.fileno(), self._begin + offset + start, to_bytes(piece))
         self._missing -= piece.nbytes
 
     def finish(self) -> None:
@@ -256,7 +223,7 @@ def _header(
     offset = 0
     for tensor in tensors:
         end = offset + tensor.nbytes
-        kind = STORED_DTYPES[tensor.dtype][0]
+        kind = STORED_NAMES[tensor.dtype]
         entries[tensor.name] = {"dtype": kind, "shape": list(tensor.shape), "data_offsets": [offset, end]}
         places[tensor.name] = (tensor, offset)
         offset = end

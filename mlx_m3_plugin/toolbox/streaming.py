@@ -127,7 +127,7 @@ class StreamedLayer:
         cache = make_layer_cache(self._layer.self_attn.is_sparse_attn)
         for start in range(0, text.shape[1], step):
             x = text[:, start : start + step]
-            mask = MLX_LM.attention_mask(x, cache)
+            mask = MLX_LM.attention_mask(x, MLX_LM.kv_cache(cache))
             h = x + self._layer.self_attn(self._layer.input_layernorm(x), mask, cache)
             mx.eval(h)
             yield h

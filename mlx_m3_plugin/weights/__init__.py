@@ -1,14 +1,13 @@
-"""What a checkpoint is: its layout, recognised from key names and shapes, and the way to ours.
+"""Checkpoints: their layouts, recognised from key names, shapes and dtypes, and the way to ours.
 
-A layout is read into a plan, ``{our name: Tensor}``, where a :class:`Tensor` says how it is
-made from the stored ones.  The plan is made from names, shapes and dtypes alone; applying it
-to lazy arrays reads nothing.
+A layout is read into a plan, ``{our name: Tensor}``, where a :class:`Tensor` says from which stored
+tensors it is made, and by which operations.  Applying a plan to lazy arrays reads nothing.
 """
 
-from .check import check_values, check_weights, group_names
+from .check import check_values, check_weights, group_names, shorten
 from .headers import Headers, StoredTensor, read_headers
 from .layouts import fuse_experts, lacks_indexers, map_weights, plan_layout
-from .quantization import infer_quantization, with_quantization
+from .quantization import infer_quantization, quantization_entry, with_quantization
 
 __all__ = [
     "Headers",
@@ -21,6 +20,8 @@ __all__ = [
     "lacks_indexers",
     "map_weights",
     "plan_layout",
+    "quantization_entry",
     "read_headers",
+    "shorten",
     "with_quantization",
 ]

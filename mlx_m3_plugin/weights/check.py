@@ -1,22 +1,20 @@
-"""The last look before tensors go into a model: an error by module, not by the thousand lines."""
+"""The check before tensors go into a model.  Its errors name modules, not thousands of tensors."""
 
 import re
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import zip_longest
-from typing import Any
 
 import mlx.core as mx
 import mlx.nn as nn
 
+from .dtypes import name_of
+from .quantization import PARTS
 from .tensor import HasShape
 
 _NUMBER = re.compile(r"\.(\d+)(?=\.)")
-_LINES = 15
 
-
-# Shape and kind of dtype.
-Stored = tuple[tuple[int, ...], str]
+ShapeAndKind = tuple[tuple[int, ...], str]
 
 
 @dataclass(frozen=True)
@@ -25,18 +23,18 @@ class Differences:
 
     missing: set[str]
     left_over: set[str]
-    wrong: dict[str, tuple[Stored, Stored]]
+    wrong: dict[str, tuple[ShapeAndKind, ShapeAndKind]]
 
 
-def as_stored(tensor: HasShape) -> Stored:
+def shape_and_kind(tensor: HasShape) -> ShapeAndKind:
     return tuple(tensor.shape), kind_of(tensor.dtype)
 
 
-def compare(tensors: Mapping[str, HasShape], expected: Mapping[str, Stored | None]) -> Differences:
-    """Hold tensors, loaded or planned, against what a model takes; None takes any shape and dtype."""
+def compare(tensors: Mapping[str, HasShape], expected: Mapping[str, ShapeAndKind | None]) -> Differences:
+    """Compare tensors, loaded or planned, with what a model takes; None takes any shape and dtype."""
     wrong = {}
     for name in tensors.keys() & expected.keys():
-        has, wants = as_stored(tensors[name]), expected[name]
+        has, wants = shape_and_kind(tensors[name]), expected[name]
         if wants is not None and has != wants:
             wrong[name] = has, wants
     return Differences(expected.keys() - tensors.keys(), tensors.keys() - expected.keys(), wrong)
@@ -47,29 +45,30 @@ def check_weights(weights: Mapping[str, mx.array], parameters: Mapping[str, mx.a
 
     Raises:
         ValueError: tensors are missing, left over, or have another shape or kind of dtype than
-            the model's.  Names that differ only in numbers are told in one line.
+            the model's.  Names that differ only in numbers share a line.
     """
-    found = compare(weights, {name: as_stored(array) for name, array in parameters.items()})
+    found = compare(weights, {name: shape_and_kind(array) for name, array in parameters.items()})
     if not (found.missing or found.left_over or found.wrong):
         return
-    shapes = [
+    shapes = sorted(
         f"{name}: {has[0]} in the checkpoint, {wants[0]} in the model"
         for name, (has, wants) in found.wrong.items()
         if has[0] != wants[0]
+    )
+    dtypes = sorted(
+        f"{name}: {name_of(weights[name].dtype)} in the checkpoint, {name_of(wants.dtype)} in the model"
+        for name, wants in ((name, parameters[name]) for name in found.wrong)
+        if kind_of(weights[name].dtype) != kind_of(wants.dtype)
+    )
+    sections = [
+        *_section("missing", len(found.missing), group_names(found.missing)),
+        *_section("left over", len(found.left_over), group_names(found.left_over)),
+        *_section("of the wrong shape", len(shapes), shapes),
+        *_section("of the wrong dtype", len(dtypes), dtypes),
     ]
-    dtypes = [
-        f"{name}: {_dtype(weights[name])} in the checkpoint, {_dtype(parameters[name])} in the model"
-        for name, (has, wants) in found.wrong.items()
-        if has[1] != wants[1]
-    ]
-    lines = ["these weights do not make a MiniMax-M3 text model (mlx-m3-plugin)."]
-    lines += _section("missing", found.missing)
-    lines += _section("left over", found.left_over)
-    if shapes:
-        lines += [f"of the wrong shape ({len(shapes)}):", *_shorten(sorted(shapes))]
-    if dtypes:
-        lines += [f"of the wrong dtype ({len(dtypes)}):", *_shorten(sorted(dtypes))]
-    raise ValueError("\n".join(lines))
+    raise ValueError(
+        "\n".join(["these weights do not make a MiniMax-M3 text model (mlx-m3-plugin)", *sections])
+    )
 
 
 def check_values(model: nn.Module) -> None:
@@ -86,20 +85,18 @@ def check_values(model: nn.Module) -> None:
         suspects = {
             name: _not_numbers(array, getattr(module, "mode", None) if name == "scales" else None)
             for name, array in module.items()
-            if isinstance(array, mx.array) and (name in _SMALL or array.ndim == 1)
+            if isinstance(array, mx.array) and (name in PARTS[1:] or array.ndim == 1)
         }
         mx.eval(suspects)
         wrong += [f"{path}.{name}" for name, count in suspects.items() if count.item()]
     if wrong:
-        raise ValueError("\n".join(["these tensors hold values that are not numbers:", *_shorten(wrong)]))
-
-
-# Parts of a quantized module besides its packed values.
-_SMALL = ("scales", "biases", "global_scale")
+        raise ValueError(
+            "\n".join(_section("these tensors hold values that are not numbers", len(wrong), wrong))
+        )
 
 
 def _not_numbers(array: mx.array, mode: str | None) -> mx.array:
-    """How many values are NaN or infinite; 8-bit scales have codes of their own for that."""
+    """How many values are NaN or infinite; 8-bit scales have codes for that."""
     if mode in ("mxfp8", "mxfp4"):
         return (array == 255).sum()
     if mode == "nvfp4":
@@ -109,24 +106,19 @@ def _not_numbers(array: mx.array, mode: str | None) -> mx.array:
     return (~mx.isfinite(array)).sum()
 
 
-def kind_of(dtype: Any) -> str:
-    """Any float may stand for another; packed values and 8-bit scales are what they are."""
-    name = str(dtype).removeprefix("mlx.core.")
-    return "float" if "float" in name else name
+def kind_of(dtype: mx.Dtype) -> str:
+    """Any float may stand for another; packed values and 8-bit scales may not."""
+    return "float" if mx.issubdtype(dtype, mx.floating) else name_of(dtype)
 
 
-def _dtype(array: mx.array) -> str:
-    return str(array.dtype).removeprefix("mlx.core.")
+def _section(title: str, count: int, lines: Sequence[str]) -> list[str]:
+    return [f"{title} ({count}):", *(f"  {line}" for line in shorten(lines, 15))] if lines else []
 
 
-def _section(title: str, names: Iterable[str]) -> list[str]:
-    names = sorted(names)
-    return [f"{title} ({len(names)}):", *_shorten(group_names(names))] if names else []
-
-
-def _shorten(lines: list[str]) -> list[str]:
-    more = len(lines) - _LINES
-    return [f"  {line}" for line in lines[:_LINES]] + ([f"  ... and {more} more"] if more > 0 else [])
+def shorten(lines: Sequence[str], most: int = 10) -> list[str]:
+    """The first lines, and how many more there are."""
+    more = len(lines) - most
+    return [*lines[:most], *([f"... and {more} more"] if more > 0 else [])]
 
 
 def group_names(names: Iterable[str]) -> list[str]:

@@ -24,12 +24,12 @@ from typing import NoReturn
 import mlx.core as mx
 
 from ..model.config import TextConfig
-from .tensor import Tensor
-
-Plan = dict[str, Tensor]
+from .dtypes import name_of
+from .quantization import MICROSCALING
+from .tensor import Tensor, TensorPlan
 
 # Bytes of values per scale -> MLX's mode.
-_BYTES_PER_SCALE = {32: "mxfp8", 16: "mxfp4", 8: "nvfp4"}
+_BYTES_PER_SCALE = {bits * group_size // 8: mode for mode, (bits, group_size) in MICROSCALING.items()}
 # MLX's tensor scale is the largest magnitude it can express: 6 (e2m1) times 448 (e4m3).
 _NVFP4_LARGEST = 6.0 * 448.0
 
@@ -43,7 +43,7 @@ _FOREIGN_PART = re.compile(
 )
 
 
-def read_formats(plan: Plan, config: TextConfig) -> None:
+def read_formats(plan: TensorPlan, config: TextConfig) -> None:
     """Turn every module that is quantized in a format of another library into MLX's parts.
 
     Raises:
@@ -57,7 +57,7 @@ def read_formats(plan: Plan, config: TextConfig) -> None:
         _read_module(plan, module, parts, config)
 
 
-def _read_module(plan: Plan, module: str, parts: set[str], config: TextConfig) -> None:
+def _read_module(plan: TensorPlan, module: str, parts: set[str], config: TextConfig) -> None:
     for part in _FOR_ACTIVATIONS:
         plan.pop(f"{module}.{part}", None)
     values = next((p for p in reversed(_VALUES) if f"{module}.{p}" in plan), None)
@@ -69,7 +69,7 @@ def _read_module(plan: Plan, module: str, parts: set[str], config: TextConfig) -
             _refuse(plan, module, parts)
         # A part is missing: the check before loading names what is left.
         return
-    if values == "weight_packed" and plan[f"{module}.{values}"].dtype == str(mx.int32):
+    if values == "weight_packed" and plan[f"{module}.{values}"].dtype == mx.int32:
         bits = _integer_bits(plan[f"{module}.{values}"], plan[f"{module}.{scales}"], module, config)
         if bits is None:
             _refuse(plan, module, parts)
@@ -86,7 +86,7 @@ def _read_module(plan: Plan, module: str, parts: set[str], config: TextConfig) -
 
 
 def _mode(values: Tensor, scales: Tensor) -> str | None:
-    one_byte = values.dtype == scales.dtype == str(mx.uint8)
+    one_byte = values.dtype == scales.dtype == mx.uint8
     if not one_byte or len(values.shape) < 2 or len(values.shape) != len(scales.shape):
         return None
     if values.shape[:-1] != scales.shape[:-1] or not scales.shape[-1] or values.shape[-1] % 4:
@@ -117,7 +117,7 @@ def _input_width(module: str, config: TextConfig) -> int | None:
     return config.hidden_size if projection in (*known, "index_q_proj", "index_k_proj", "gate") else None
 
 
-def _read_integers(plan: Plan, module: str, bits: int) -> None:
+def _read_integers(plan: TensorPlan, module: str, bits: int) -> None:
     plan.pop(f"{module}.weight_shape", None)
     scales = plan.pop(f"{module}.weight_scale")
     zero_points = plan.pop(f"{module}.weight_zero_point", None)
@@ -129,7 +129,7 @@ def _read_integers(plan: Plan, module: str, bits: int) -> None:
         plan[f"{module}.biases"] = scales.minus_zero_points(zero_points, bits)
 
 
-def _read_tensor_scale(plan: Plan, module: str) -> None:
+def _read_tensor_scale(plan: TensorPlan, module: str) -> None:
     factor = plan.pop(f"{module}.weight_scale_2", None)
     divisor = plan.pop(f"{module}.weight_global_scale", None)
     if factor is not None:
@@ -141,12 +141,12 @@ def _read_tensor_scale(plan: Plan, module: str) -> None:
 
 
 def _scalar(tensor: Tensor) -> Tensor:
-    if any(n != 1 for n in tensor.shape) or tensor.dtype != str(mx.float32):
+    if any(n != 1 for n in tensor.shape) or tensor.dtype != mx.float32:
         raise ValueError(f"a tensor scale must be one float32: {_describe(tensor)}")
     return tensor.reshape()
 
 
-def _refuse(plan: Plan, module: str, parts: set[str]) -> NoReturn:
+def _refuse(plan: TensorPlan, module: str, parts: set[str]) -> NoReturn:
     names = [f"{module}.{part}" for part in sorted({*parts, "weight"})]
     tensors = ", ".join(_describe(plan[name]) for name in names if name in plan)
     raise ValueError(
@@ -157,15 +157,15 @@ def _refuse(plan: Plan, module: str, parts: set[str]) -> NoReturn:
 
 def _describe(tensor: Tensor) -> str:
     """With its stored name."""
-    return f"{tensor} {tensor.dtype.removeprefix('mlx.core.')}{list(tensor.shape)}"
+    return f"{tensor} {name_of(tensor.dtype)}{list(tensor.shape)}"
 
 
-def _format_name(plan: Plan, module: str, parts: set[str]) -> str:
+def _format_name(plan: TensorPlan, module: str, parts: set[str]) -> str:
     if {"qweight", "qzeros", "g_idx"} & parts:
         return "GPTQ or AWQ packing (qweight)"
-    if "weight_packed" in parts and plan[f"{module}.weight_packed"].dtype != str(mx.uint8):
+    if "weight_packed" in parts and plan[f"{module}.weight_packed"].dtype != mx.uint8:
         return "these integers of compressed-tensors (4 or 8 bits in groups of 32 to 128 are read)"
     scales = next(plan[f"{module}.{part}"] for part in _SCALES if part in parts)
-    if scales.dtype != str(mx.uint8):
+    if scales.dtype != mx.uint8:
         return "fp8 with float scales per block or channel"
     return "this packing"

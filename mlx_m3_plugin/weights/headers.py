@@ -5,33 +5,18 @@ whose end is missing, and keeps one of two tensors of the same name; here both a
 """
 
 import json
-import math
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
+import mlx.core as mx
+
+from .dtypes import MLX_DTYPES, size_in_bytes
+
 INDEX = "model.safetensors.index.json"
 
-# safetensors dtype -> bytes of one element, and the dtype that ``mx.load`` gives it.
-_DTYPES = {
-    "BOOL": (1, "bool"),
-    "U8": (1, "uint8"),
-    "I8": (1, "int8"),
-    "U16": (2, "uint16"),
-    "I16": (2, "int16"),
-    "U32": (4, "uint32"),
-    "I32": (4, "int32"),
-    "U64": (8, "uint64"),
-    "I64": (8, "int64"),
-    "F8_E4M3": (1, "uint8"),
-    "F16": (2, "float16"),
-    "BF16": (2, "bfloat16"),
-    "F32": (4, "float32"),
-    "F64": (8, "float64"),
-    "C64": (8, "complex64"),
-}
 # The safetensors format's own limit.
 _LARGEST_HEADER = 100_000_000
 
@@ -53,9 +38,9 @@ class StoredTensor:
     start: int = 0
 
     @property
-    def dtype(self) -> str:
-        """As ``str(array.dtype)`` of what ``mx.load`` makes of it."""
-        return f"mlx.core.{_DTYPES[self.stored_dtype][1]}"
+    def dtype(self) -> mx.Dtype:
+        """The one of the array that ``mx.load`` makes of it."""
+        return MLX_DTYPES[self.stored_dtype]
 
 
 @dataclass
@@ -160,9 +145,9 @@ def _tensor(name: str, entry: Any, file: str, data_begins: int) -> StoredTensor:
         well_formed = False
     if not well_formed:
         raise ValueError(f"{name}: its entry in the header is malformed")
-    if dtype not in _DTYPES:
+    if dtype not in MLX_DTYPES:
         raise ValueError(f"{name}: MLX does not read tensors of dtype {dtype}")
-    if end - start != math.prod(shape) * _DTYPES[dtype][0]:
+    if end - start != size_in_bytes(shape, MLX_DTYPES[dtype]):
         raise ValueError(f"{name}: {end - start} bytes do not make a {dtype} tensor of shape {shape}")
     return StoredTensor(shape, dtype, end - start, file, data_begins + start)
 

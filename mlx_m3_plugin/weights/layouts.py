@@ -10,14 +10,9 @@ import mlx.core as mx
 
 from ..model.config import TextConfig
 from .formats import read_formats
-from .names import is_unused, is_vision, layer_of, published_name, rename
-from .tensor import HasShape, Tensor
-
-Plan = dict[str, Tensor]
-
-_PARTS = ("weight", "scales", "biases", "global_scale")
-# Published name of an expert's projection -> MLX's.
-_EXPERT_PROJECTIONS = {"w1": "gate_proj", "w2": "down_proj", "w3": "up_proj"}
+from .names import EXPERT_PROJECTIONS, TEXT_PREFIX, is_unused, is_vision, layer_of, published_name, rename
+from .quantization import PARTS
+from .tensor import HasShape, Tensor, TensorPlan
 
 
 def map_weights(
@@ -40,7 +35,7 @@ def plan_layout(
     *,
     vision: bool = False,
     layers: Container[int] | None = None,
-) -> Plan:
+) -> TensorPlan:
     """How the parameters of the model are made from the stored tensors.
 
     Args:
@@ -66,7 +61,7 @@ def plan_layout(
     }
     seen = {name: plan.pop(name) for name in list(plan) if is_vision(name)}
     if config.tie_word_embeddings:
-        for part in _PARTS:
+        for part in PARTS:
             plan.pop(f"lm_head.{part}", None)
     read_formats(plan, config)
     if (scale := plan.get("model.embed_tokens.global_scale")) is not None:
@@ -94,14 +89,14 @@ def lacks_indexers(plan: Mapping[str, object], config: TextConfig) -> bool:
     for name in plan:
         if ".self_attn.index_" in name:
             return False
-        layer = layer_of(name.removeprefix("language_model."))
+        layer = layer_of(name.removeprefix(TEXT_PREFIX))
         # By the projection that stands beside them: some tools map a few tensors at a time.
         if layer is not None and ".self_attn.q_proj." in name and config.is_sparse_attention(layer):
             in_sparse_layer = True
     return in_sparse_layer
 
 
-def fuse_experts(plan: Plan, config: TextConfig, prefix: str, *, pack_shared: bool) -> Plan:
+def fuse_experts(plan: TensorPlan, config: TextConfig, prefix: str, *, pack_shared: bool) -> TensorPlan:
     """The way back: gate and up in one ``gate_up_proj``, and the shared expert as one more row.
 
     mlx-vlm stores experts so by default.  Exact on quantized tensors: rows are never packed
@@ -118,9 +113,9 @@ def fuse_experts(plan: Plan, config: TextConfig, prefix: str, *, pack_shared: bo
     return plan
 
 
-def _stack_experts(plan: Plan, moe: str, num_experts: int) -> None:
-    for stored, projection in _EXPERT_PROJECTIONS.items():
-        for part in _PARTS:
+def _stack_experts(plan: TensorPlan, moe: str, num_experts: int) -> None:
+    for stored, projection in EXPERT_PROJECTIONS.items():
+        for part in PARTS:
             names = [f"{moe}.experts.{expert}.{stored}.{part}" for expert in range(num_experts)]
             # All or none: a missing expert is for the check to report.
             if not all(name in plan for name in names):
@@ -132,22 +127,22 @@ def _stack_experts(plan: Plan, moe: str, num_experts: int) -> None:
                     del plan[name]
 
 
-def _take_out_shared_expert(plan: Plan, moe: str, num_experts: int) -> None:
+def _take_out_shared_expert(plan: TensorPlan, moe: str, num_experts: int) -> None:
     """Some conversions store the shared expert as one more row; the expert axis is never packed."""
     for projection in ("gate_up_proj", "gate_proj", "up_proj", "down_proj"):
-        for part in _PARTS:
+        for part in PARTS:
             name = f"{moe}.switch_mlp.{projection}.{part}"
             experts = plan.get(name)
             if experts is not None and experts.shape[:1] == (num_experts + 1,):
-                plan[name] = experts.rows(0, num_experts)
-                shared = experts.rows(num_experts, num_experts + 1).reshape(*experts.shape[1:])
+                plan[name] = experts.slice(0, num_experts)
+                shared = experts.slice(num_experts, num_experts + 1).reshape(*experts.shape[1:])
                 plan[f"{moe}.shared_experts.{projection}.{part}"] = shared
 
 
-def _put_in_shared_expert(plan: Plan, moe: str) -> None:
+def _put_in_shared_expert(plan: TensorPlan, moe: str) -> None:
     pairs = {}
-    for projection in _EXPERT_PROJECTIONS.values():
-        for part in _PARTS:
+    for projection in EXPERT_PROJECTIONS.values():
+        for part in PARTS:
             routed = plan.get(f"{moe}.switch_mlp.{projection}.{part}")
             shared = plan.get(f"{moe}.shared_experts.{projection}.{part}")
             if (routed and (routed.shape[1:], routed.dtype)) != (shared and (shared.shape, shared.dtype)):
@@ -159,19 +154,19 @@ def _put_in_shared_expert(plan: Plan, moe: str) -> None:
         plan[f"{moe}.switch_mlp.{projection}.{part}"] = rows
 
 
-def _split_gate_up(plan: Plan, owner: str) -> None:
+def _split_gate_up(plan: TensorPlan, owner: str) -> None:
     """Fused projections are concatenated: the first half of the output rows is the gate."""
     for part in ("weight", "scales", "biases"):
         fused = plan.get(f"{owner}.gate_up_proj.{part}")
         if fused is not None and len(fused.shape) > 1:
             del plan[f"{owner}.gate_up_proj.{part}"]
             rows = fused.shape[-2]
-            plan[f"{owner}.gate_proj.{part}"] = fused.rows(0, rows // 2, axis=-2)
-            plan[f"{owner}.up_proj.{part}"] = fused.rows(rows // 2, rows, axis=-2)
+            plan[f"{owner}.gate_proj.{part}"] = fused.slice(0, rows // 2, axis=-2)
+            plan[f"{owner}.up_proj.{part}"] = fused.slice(rows // 2, rows, axis=-2)
 
 
-def _join_gate_up(plan: Plan, owner: str) -> None:
-    pairs = {part: [plan.get(f"{owner}.{p}_proj.{part}") for p in ("gate", "up")] for part in _PARTS}
+def _join_gate_up(plan: TensorPlan, owner: str) -> None:
+    pairs = {part: [plan.get(f"{owner}.{p}_proj.{part}") for p in ("gate", "up")] for part in PARTS}
     present = {part: [t for t in pair if t] for part, pair in pairs.items() if any(pair)}
     if "global_scale" in present or any(
         len({(t.shape, t.dtype) for t in pair}) != 1 or len(pair) != 2 for pair in present.values()

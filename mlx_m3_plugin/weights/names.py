@@ -11,6 +11,11 @@ from collections.abc import Callable, Iterable
 
 from ..model.config import TextConfig
 
+# Before the text model's names, as the published checkpoint and both libraries' conversions write them.
+TEXT_PREFIX = "language_model."
+# An expert's projections: the published name -> MLX's.
+EXPERT_PROJECTIONS = {"w1": "gate_proj", "w2": "down_proj", "w3": "up_proj"}
+
 _TEXT = re.compile(r"^(?:model\.)?(?:language_model\.)?(?:model\.)?((?:layers|embed_tokens|norm)\..*)$")
 _HEAD = re.compile(r"^(?:model\.)?(?:language_model\.)?(lm_head\..*)$")
 _VISION = re.compile(r"^(?:model\.)?((?:vision_tower|multi_modal_projector|patch_merge_mlp)\..*)$")

@@ -1,24 +1,32 @@
-"""How each module is quantized, told by its tensors.
+"""The quantization of each module, inferred from its tensors.
 
-A config's quantization map names modules as they are stored, and some names are gone once
-tensors have been split, merged or renamed.  The tensors themselves never lie: with the width
-of a module's input, the widths of its ``weight`` and ``scales`` give bits and group size.
+A config's quantization map names modules as they are stored, and some names are gone once tensors
+have been split, merged or renamed.  The tensors themselves never lie: with the width of a module's
+input, the widths of its ``weight`` and ``scales`` give bits and group size.
 """
 
 from collections import Counter
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from typing import Any
 
 import mlx.core as mx
 
+from .dtypes import name_of
 from .tensor import HasShape
 
-# MLX's modes with 8-bit scales: (bits, group size) -> name.
-_MODES = {(8, 32): "mxfp8", (4, 32): "mxfp4", (4, 16): "nvfp4"}
-_AFFINE_BITS = (2, 3, 4, 5, 6, 8)
-_AFFINE_GROUPS = (16, 32, 64, 128)
+# What a quantized module stores: packed values, scales, and with some modes biases or a tensor scale.
+PARTS = ("weight", "scales", "biases", "global_scale")
+# Of MLX's mode ``affine``.
+AFFINE_BITS = (2, 3, 4, 5, 6, 8)
+AFFINE_GROUP_SIZES = (32, 64, 128)
+# MLX's modes with 8-bit scales -> bits, group size.
+MICROSCALING = {"mxfp8": (8, 32), "mxfp4": (4, 32), "nvfp4": (4, 16)}
+
 # Of a config: MLX's own name for it, and transformers'.
 _ENTRIES = ("quantization", "quantization_config")
+
+# The words of a config's quantization: ``group_size``, ``bits``, ``mode``, and perhaps ``global_scale``.
+Spec = dict[str, Any]
 
 
 def infer_quantization(
@@ -28,21 +36,57 @@ def infer_quantization(
 
     Args:
         weights: mapped tensors, quantized ones with ``scales``.
-        parameters: the model's, not quantized: they tell the input width of each module.
+        parameters: the model's, not quantized, for the input width of each module.
 
     Returns:
-        ``{"group_size": ..., "bits": ..., "mode": ...}`` of most modules, and under the path of
-        every other quantized module its own; None when nothing is quantized.
+        See :func:`quantization_entry`.
 
     Raises:
         ValueError: shapes that no quantization of MLX makes; names the module.
     """
-    modules = {}
+    # A module that the model does not have is for the check to name.
+    modules = [path for path in quantized_in(weights) if f"{path}.weight" in parameters]
+    return quantization_entry(
+        {path: infer_module(path, weights, parameters[f"{path}.weight"].shape) for path in modules}
+    )
+
+
+def quantized_in(weights: Mapping[str, HasShape]) -> Iterator[str]:
+    """The paths of modules that have scales."""
     for name in weights:
         path = name.removesuffix(".scales")
-        # A module the model does not have is for the check to name.
-        if path != name and f"{path}.weight" in weights and f"{path}.weight" in parameters:
-            modules[path] = _infer(path, weights, parameters[f"{path}.weight"].shape[-1])
+        if path != name and f"{path}.weight" in weights:
+            yield path
+
+
+def infer_module(path: str, weights: Mapping[str, HasShape], shape: tuple[int, ...]) -> Spec:
+    """How one module is quantized; ``shape`` is that of its weight before.
+
+    Raises:
+        ValueError: shapes that no quantization of MLX makes; names the module.
+    """
+    weight, scales, width = weights[f"{path}.weight"], weights[f"{path}.scales"], shape[-1]
+    bits, bits_rest = divmod(_last(weight) * 32, width or 1)
+    group_size, group_rest = divmod(width, _last(scales) or width + 1)
+    if scales.dtype == mx.uint8:
+        fitting = (mode for mode, spec in MICROSCALING.items() if spec == (bits, group_size))
+        mode = next(fitting, None)
+    else:
+        mode = "affine" if bits in AFFINE_BITS and group_size in AFFINE_GROUP_SIZES else None
+    if mode is None or bits_rest or group_rest:
+        raise ValueError(
+            f"{path}: a weight of shape {tuple(weight.shape)} with scales of shape {tuple(scales.shape)} "
+            f"and dtype {name_of(scales.dtype)} is not a quantization of {width} inputs that MLX has"
+        )
+    spec: Spec = {"group_size": group_size, "bits": bits, "mode": mode}
+    return spec | {"global_scale": True} if f"{path}.global_scale" in weights else spec
+
+
+def quantization_entry(modules: Mapping[str, Spec]) -> dict[str, Any] | None:
+    """The ``quantization`` entry of a config: what most modules have, and under its path every other one.
+
+    None when nothing is quantized.
+    """
     if not modules:
         return None
     most_common = Counter(tuple(spec.items()) for spec in modules.values()).most_common(1)[0][0]
@@ -51,26 +95,10 @@ def infer_quantization(
 
 
 def with_quantization(config: Mapping[str, Any], quantization: dict[str, Any] | None) -> dict[str, Any]:
-    """``config`` that tells of ``quantization``, or of none, whatever it told before."""
+    """``config`` with this ``quantization``, or without any, in place of what it had."""
     kept = {key: value for key, value in config.items() if key not in _ENTRIES}
     return kept if quantization is None else kept | dict.fromkeys(_ENTRIES, quantization)
 
 
-def _infer(path: str, weights: Mapping[str, HasShape], width: int) -> dict[str, Any]:
-    weight, scales = weights[f"{path}.weight"], weights[f"{path}.scales"]
-    bits, bits_rest = divmod(weight.shape[-1] * 32, width)
-    group_size, group_rest = divmod(width, scales.shape[-1] or width + 1)
-    spec: dict[str, Any] = {"group_size": group_size, "bits": bits}
-    if str(scales.dtype) == str(mx.uint8):
-        known = _MODES.get((bits, group_size))
-    else:
-        known = "affine" if bits in _AFFINE_BITS and group_size in _AFFINE_GROUPS else None
-    if known is None or bits_rest or group_rest:
-        raise ValueError(
-            f"{path}: a weight of shape {tuple(weight.shape)} with scales of shape {tuple(scales.shape)} "
-            f"and dtype {scales.dtype} is no quantization of {width} inputs that MLX knows"
-        )
-    spec["mode"] = known
-    if f"{path}.global_scale" in weights:
-        spec["global_scale"] = True
-    return spec
+def _last(tensor: HasShape) -> int:
+    return tensor.shape[-1] if tensor.shape else 0

@@ -15,7 +15,7 @@ class HasShape(Protocol):
     def shape(self) -> tuple[int, ...]: ...
 
     @property
-    def dtype(self) -> Any: ...
+    def dtype(self) -> mx.Dtype: ...
 
 
 @dataclass(frozen=True)
@@ -23,34 +23,34 @@ class Tensor:
     """One node of a plan.
 
     Attributes:
-        operation: ``stored``, ``view``, ``rows``, ``reshape``, ``stack``, ``concatenate``,
+        operation: ``stored``, ``view``, ``slice``, ``reshape``, ``stack``, ``concatenate``,
             ``multiply``, ``divide`` or ``zero points``.
         sources: the planned tensors it is made from.
-        detail: what the operation needs besides: the stored name, ``(axis, start, stop)``, the
-            axis to concatenate, the shape, the factor, the number that is divided, or bits.
-        shape: its shape; ``dtype``: its dtype, as ``str(mx.dtype)``.
+        detail: what else the operation needs: the stored name, ``(axis, start, stop)``, the axis
+            to concatenate, the shape, the factor, the number that is divided, or bits.
+        shape, dtype: those of the array.
     """
 
     operation: str
     sources: tuple["Tensor", ...]
     detail: Any
     shape: tuple[int, ...]
-    dtype: str
+    dtype: mx.Dtype
 
     @staticmethod
     def stored(name: str, array: HasShape) -> "Tensor":
-        return Tensor("stored", (), name, tuple(array.shape), str(array.dtype))
+        return Tensor("stored", (), name, tuple(array.shape), array.dtype)
 
     def view_as_uint32(self) -> "Tensor":
-        """The same bytes as little-endian uint32: how MLX packs quantized values."""
-        per_word = 1 if self.dtype == str(mx.int32) else 4
+        """The same bytes as little-endian uint32, as MLX packs quantized values."""
+        per_word = 1 if self.dtype == mx.int32 else 4
         shape = (*self.shape[:-1], self.shape[-1] // per_word)
-        return Tensor("view", (self,), None, shape, str(mx.uint32))
+        return Tensor("view", (self,), None, shape, mx.uint32)
 
-    def rows(self, start: int, stop: int, axis: int = 0) -> "Tensor":
+    def slice(self, start: int, stop: int, axis: int = 0) -> "Tensor":
         axis %= len(self.shape)
         shape = (*self.shape[:axis], stop - start, *self.shape[axis + 1 :])
-        return Tensor("rows", (self,), (axis, start, stop), shape, self.dtype)
+        return Tensor("slice", (self,), (axis, start, stop), shape, self.dtype)
 
     def reshape(self, *shape: int) -> "Tensor":
         assert math.prod(shape) == math.prod(self.shape)
@@ -82,7 +82,7 @@ class Tensor:
         return Tensor("concatenate", tuple(tensors), axis, shape, first.dtype)
 
     def taken(self, start: int, stop: int, axis: int = 0) -> "Tensor":
-        """``rows``, made of as little of what is stored as can be: of a stack, the tensors in question.
+        """A slice, made of as little of what is stored as can be: of a stack, the tensors in question.
 
         ``axis`` is one of all but the last, which values are packed along.
         """
@@ -102,27 +102,27 @@ class Tensor:
             return Tensor.concatenate([s.taken(start, stop, axis) for s in self.sources], self.detail)
         if self.operation == "concatenate":
             return self._taken_of_joined(start, stop, axis)
-        if self.operation == "rows":
-            return self._taken_of_rows(start, stop, axis)
+        if self.operation == "slice":
+            return self._taken_of_slice(start, stop, axis)
         if self.operation == "reshape" and self.sources[0].shape == (1, *self.shape):
             return self.sources[0].taken(start, stop, axis + 1).reshape(*shape)
-        return self.rows(start, stop, axis)
+        return self.slice(start, stop, axis)
 
     def expert(self, number: int) -> "Tensor":
         """One of the first axis, which goes."""
         one = self.taken(number, number + 1)
         return one.sources[0] if one.operation == "stack" else one.reshape(*self.shape[1:])
 
-    def _taken_of_rows(self, start: int, stop: int, axis: int) -> "Tensor":
+    def _taken_of_slice(self, start: int, stop: int, axis: int) -> "Tensor":
         """First along the first axis, so that what is left lies together in a stored tensor."""
         cuts, base = {axis: (start, stop)}, self
-        while base.operation == "rows":
+        while base.operation == "slice":
             of, begin, end = base.detail
             first, last = cuts.get(of, (0, end - begin))
             cuts[of] = (begin + first, begin + last)
             base = base.sources[0]
         for of, (first, last) in sorted(cuts.items()):
-            base = base.rows(first, last, of) if base.operation == "rows" else base.taken(first, last, of)
+            base = base.slice(first, last, of) if base.operation == "slice" else base.taken(first, last, of)
         return base
 
     def _taken_of_joined(self, start: int, stop: int, axis: int) -> "Tensor":
@@ -155,12 +155,16 @@ class Tensor:
         return f"{self.operation}({', '.join(map(str, self.sources))}{detail})"
 
 
+# What makes a model's parameters from stored tensors, by the names of parameters.
+TensorPlan = dict[str, Tensor]
+
+
 def make_from(tensor: Tensor, made: list[mx.array]) -> mx.array:
     """The array of a tensor that is not stored, from those of its sources."""
     return _MAKE[tensor.operation](made, tensor.detail)
 
 
-def _rows(array: mx.array, axis: int, start: int, stop: int) -> mx.array:
+def _slice(array: mx.array, axis: int, start: int, stop: int) -> mx.array:
     # Contiguous, or the slice would keep the whole source alive.
     return mx.contiguous(array[(slice(None),) * axis + (slice(start, stop),)])
 
@@ -173,7 +177,7 @@ def _minus_zero_points(scales: mx.array, packed: mx.array, bits: int) -> mx.arra
 
 _MAKE = {
     "view": lambda made, _: made[0].view(mx.uint32),
-    "rows": lambda made, detail: _rows(made[0], *detail),
+    "slice": lambda made, detail: _slice(made[0], *detail),
     "reshape": lambda made, shape: made[0].reshape(shape),
     "multiply": lambda made, factor: made[0] * factor,
     "divide": lambda made, number: number / made[0],

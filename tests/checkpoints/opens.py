@@ -1,4 +1,5 @@
-"""Which layouts a library opens, by trying each: ``python tests/checkpoints/opens.py mlx_lm|mlx_vlm``.
+"""Which layouts a library opens, by trying each: ``python tests/checkpoints/opens.py mlx_lm|mlx_vlm``,
+or some of them: ``... mlx_lm published_float mxfp8_official``.
 
 Prints ``{layout: null or the error}`` as JSON.  With ``MLX_M3_PLUGIN=off`` it asks the library
 alone.  Opening means a strict load and the right logits, compared within the block budget, so
@@ -80,12 +81,12 @@ def why_not(layout: Layout, library: str) -> str | None:
     return None if difference <= layout.tolerance else f"logits differ by {difference:.2g}"
 
 
-def main(library: str) -> None:
+def main(library: str, *names: str) -> None:
     # What a library prints on the way is not the answer.
     with contextlib.redirect_stdout(sys.stderr):
-        answers = {name: why_not(layout, library) for name, layout in LAYOUTS.items()}
+        answers = {name: why_not(LAYOUTS[name], library) for name in names or LAYOUTS}
     print(json.dumps(answers, indent=1))
 
 
 if __name__ == "__main__":
-    main(sys.argv[1])
+    main(*sys.argv[1:])

@@ -13,8 +13,8 @@ from pathlib import Path
 import numpy as np
 import pytest
 
+from mlx_m3_plugin.hosts.mlx_lm.sharded import shards_with
 from mlx_m3_plugin.model.config import text_config_of
-from mlx_m3_plugin.weights.files import shards_with
 from tests.checkpoints.random_model import write_random_model, write_tokenizer
 from tests.checkpoints.sharded import N_SHARDS
 from tests.checkpoints.small_model import VOCAB

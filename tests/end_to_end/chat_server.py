@@ -7,8 +7,6 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-import openai
-
 from tests.end_to_end.environments import Environment
 from tests.end_to_end.server_process import server_process
 
@@ -59,7 +57,10 @@ class ChatServer:
         with self._client() as client:
             return list(client.chat.completions.create(**self._request(messages, request), **streamed))
 
-    def _client(self) -> openai.OpenAI:
+    def _client(self) -> Any:
+        # Here, because it takes a second that collecting tests should not.
+        import openai
+
         return openai.OpenAI(base_url=f"{self.address}/v1", api_key="none", timeout=120, max_retries=0)
 
     def _request(self, messages: str | list[Any], request: dict[str, Any]) -> dict[str, Any]:

@@ -36,3 +36,11 @@ def new_environment(tmp_path: Path) -> Callable[[], Environment]:
         return make_environment(tmp_path / name)
 
     return make
+
+
+@pytest.fixture
+def own_guest(new_environment: Callable[[], Environment], guest: Environment) -> Environment:
+    """An environment with the plugin that a test may break."""
+    environment = new_environment()
+    environment.install_from(guest)
+    return environment

@@ -8,6 +8,7 @@ interpreter's, so pip sees mlx-lm as installed and everything we write stays in 
 """
 
 import os
+import shutil
 import site
 import subprocess
 import sys
@@ -21,7 +22,8 @@ from pathlib import Path
 CHECKOUT = Path(__file__).resolve().parents[2]
 
 # Ours in every form of installation, and byte code that belongs to the borrowed directory.
-NEVER_SHARED = ("*mlx_m3_plugin*", "__pycache__")
+PLUGIN = "*mlx_m3_plugin*"
+NEVER_SHARED = (PLUGIN, "__pycache__")
 # mlx-lm does not need torch, but transformers imports it where it is: 1.5 s a process.
 SLOW_AND_UNNEEDED = ("torch", "torch-*", "torchgen", "functorch")
 
@@ -88,6 +90,15 @@ class Environment:
     def install(self, *what: str | Path) -> None:
         """Install from local files alone; the dependencies are there already."""
         self.pip("install", "--no-deps", "--no-index", "--no-build-isolation", *what)
+
+    def install_from(self, other: "Environment") -> None:
+        """The plugin as pip has installed it in another environment: its files are the same everywhere."""
+        for entry in other.site_packages.glob(PLUGIN):
+            if entry.is_dir():
+                shutil.copytree(entry, self.site_packages / entry.name)
+            else:
+                shutil.copy2(entry, self.site_packages)
+        self.script("mlx-m3")
 
     def uninstall(self) -> None:
         self.pip("uninstall", "--yes", "mlx-m3-plugin")

@@ -6,7 +6,6 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
-import openai
 import pytest
 
 from tests.end_to_end import scripted_model
@@ -52,6 +51,7 @@ def reserved_server(
 # --- replies ---
 
 
+@pytest.mark.some(5)
 @streamed_or_not
 @every_mode
 def test_a_reply_in_every_mode(
@@ -96,6 +96,7 @@ def test_the_request_goes_before_the_command_line(
     assert answer.said == expected(1, thought=answer.tokens != WITHOUT_REASONING)
 
 
+@pytest.mark.some(6)
 @streamed_or_not
 @pytest.mark.parametrize("text", [THINK, END_OF_THINK, f"{END_OF_THINK}{THINK}", f"{NS}<tool_call>"])
 @pytest.mark.parametrize("mode", ["enabled", "disabled", "adaptive"])
@@ -121,6 +122,7 @@ def test_sixteen_at_once_get_each_their_own(server: ChatServer) -> None:
 # --- replies that end early ---
 
 
+@pytest.mark.some(6)
 @streamed_or_not
 @pytest.mark.parametrize(("max_tokens", "parts"), CUTS.items())
 @pytest.mark.parametrize("seed", [None, 0], ids=["in a batch", "alone"])
@@ -189,6 +191,8 @@ def test_ten_rounds_of_tools_go_on_in_the_cache(server: ChatServer, reserved_ser
 def test_a_request_that_cannot_be_right_is_refused(
     server: ChatServer, messages: list[Any], arguments: dict[str, Any], complaint: str
 ) -> None:
+    import openai
+
     asked = [{"role": "user", "content": question(0)}, *messages]
     with pytest.raises(openai.APIStatusError) as refusal:
         server.ask(asked, extra_body={"chat_template_kwargs": arguments})
@@ -224,6 +228,7 @@ def thinking_twin(model: Path, tmp_path_factory: pytest.TempPathFactory) -> Path
     return write_thinking_twin(model, tmp_path_factory.mktemp("twin") / "model")
 
 
+@pytest.mark.some(1)
 @pytest.mark.parametrize("mode", ["enabled", "disabled", "adaptive"])
 def test_generate_prints_what_it_prints_of_other_models(
     guest: Environment, model: Path, thinking_twin: Path, mode: str

@@ -8,7 +8,6 @@ from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
-import openai
 import pytest
 from packaging.version import Version
 
@@ -65,6 +64,7 @@ def mode_of(arguments: dict[str, Any]) -> dict[str, Any]:
 # --- replies ---
 
 
+@pytest.mark.some(5)
 @streamed_or_not
 @every_mode
 def test_a_reply_in_every_mode(
@@ -127,6 +127,7 @@ def test_a_server_that_thinks_by_default_and_markers_that_are_special_tokens(
     assert server.ask(question(1), stream).reasoning == REASONING
 
 
+@pytest.mark.some(6)
 @streamed_or_not
 @pytest.mark.parametrize("text", [THINK, END_OF_THINK, f"{END_OF_THINK}{THINK}", f"{NS}<tool_call>"])
 @pytest.mark.parametrize("mode", ["enabled", "disabled", "adaptive"])
@@ -161,6 +162,7 @@ def test_calls_come_as_they_are_complete(server: ChatServer) -> None:
 # --- replies that end early ---
 
 
+@pytest.mark.some(6)
 @streamed_or_not
 @pytest.mark.parametrize(("max_tokens", "parts"), CUTS.items())
 def test_max_tokens(server: ChatServer, max_tokens: int, parts: tuple[bool, bool, int], stream: bool) -> None:
@@ -232,6 +234,8 @@ def test_ten_rounds_of_tools_go_on_in_the_cache(
 def test_a_request_that_cannot_be_right_is_refused(
     server: ChatServer, messages: list[Any], arguments: dict[str, Any], complaint: str
 ) -> None:
+    import openai
+
     asked = [{"role": "user", "content": question(0)}, *messages]
     with pytest.raises(openai.BadRequestError) as refusal:
         server.ask(asked, extra_body=arguments)
@@ -305,6 +309,7 @@ def thinking_twin(model: Path, tmp_path_factory: pytest.TempPathFactory) -> Path
     return write_thinking_twin(model, tmp_path_factory.mktemp("twin") / "model")
 
 
+@pytest.mark.some(1)
 @pytest.mark.parametrize(
     ("options", "thought"),
     [

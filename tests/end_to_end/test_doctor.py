@@ -41,22 +41,15 @@ def problem(answer: tuple[int, dict[str, Any]]) -> tuple[str, str]:
     return found["what"], found["fix"]
 
 
-@pytest.fixture
-def own_guest(new_environment: Any, wheel: Path) -> Environment:
-    environment: Environment = new_environment()
-    environment.install(wheel)
-    return environment
-
-
-def guest_without(path: Path, wheel: Path, *packages: str) -> Environment:
+def guest_without(path: Path, guest: Environment, *packages: str) -> Environment:
     environment = make_environment(path, (*SLOW_AND_UNNEEDED, *packages))
-    environment.install(wheel)
+    environment.install_from(guest)
     return environment
 
 
 @pytest.fixture(scope="module")
-def without_mlx(tmp_path_factory: pytest.TempPathFactory, wheel: Path) -> Environment:
-    return guest_without(tmp_path_factory.mktemp("without_mlx"), wheel, *MLX)
+def without_mlx(tmp_path_factory: pytest.TempPathFactory, guest: Environment) -> Environment:
+    return guest_without(tmp_path_factory.mktemp("without_mlx"), guest, *MLX)
 
 
 def test_a_healthy_installation(guest: Environment) -> None:
@@ -149,9 +142,9 @@ def test_without_mlx(without_mlx: Environment) -> None:
 
 
 @pytest.mark.skipif(sys.platform != "linux", reason="the builds of mlx for Linux")
-def test_without_the_library_of_mlx(tmp_path: Path, wheel: Path) -> None:
+def test_without_the_library_of_mlx(tmp_path: Path, guest: Environment) -> None:
     """``pip install mlx`` on Linux, without an extra."""
-    environment = guest_without(tmp_path / "environment", wheel, *MLX)
+    environment = guest_without(tmp_path / "environment", guest, *MLX)
     (environment.site_packages / "mlx").mkdir()
     error = "raise ImportError('libmlx.so: cannot open shared object file', name='mlx.core')\n"
     (environment.site_packages / "mlx" / "core.py").write_text(error)
@@ -177,8 +170,8 @@ def test_commands_without_mlx_end_with_one_line(
     assert 'pip install "mlx-m3-plugin[cpu]"' in line
 
 
-def test_without_mlx_lm_and_mlx_vlm(tmp_path: Path, wheel: Path) -> None:
-    environment = guest_without(tmp_path / "environment", wheel, "mlx_lm*", "mlx_vlm*")
+def test_without_mlx_lm_and_mlx_vlm(tmp_path: Path, guest: Environment) -> None:
+    environment = guest_without(tmp_path / "environment", guest, "mlx_lm*", "mlx_vlm*")
     what, fix = problem(doctor(environment))
     assert what == "neither mlx-lm nor mlx-vlm is installed"
     assert fix == "pip install mlx-lm, or mlx-vlm, or both"
@@ -310,9 +303,9 @@ def test_a_start_up_file_that_fails(own_guest: Environment) -> None:
     assert REINSTALL in fix
 
 
-def test_mlx_that_ends_the_process(tmp_path: Path, wheel: Path) -> None:
+def test_mlx_that_ends_the_process(tmp_path: Path, guest: Environment) -> None:
     """A build for another processor, or a Metal driver that fails."""
-    environment = guest_without(tmp_path / "environment", wheel, *MLX)
+    environment = guest_without(tmp_path / "environment", guest, *MLX)
     (environment.site_packages / "mlx").mkdir()
     (environment.site_packages / "mlx" / "core.py").write_text("import os; os._exit(132)\n")
     what, fix = problem(doctor(environment))

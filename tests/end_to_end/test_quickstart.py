@@ -5,9 +5,7 @@ import os
 import sys
 from pathlib import Path
 
-import nbformat
 import pytest
-from nbclient import NotebookClient
 
 NOTEBOOK = Path(__file__).parents[2] / "examples" / "quickstart.ipynb"
 
@@ -15,6 +13,9 @@ NOTEBOOK = Path(__file__).parents[2] / "examples" / "quickstart.ipynb"
 @pytest.fixture(scope="module")
 def said(tmp_path_factory: pytest.TempPathFactory) -> list[str]:
     """What each code cell prints or shows as text."""
+    import nbformat
+    from nbclient import NotebookClient
+
     notebook = nbformat.read(NOTEBOOK, as_version=4)
     where = {"metadata": {"path": str(tmp_path_factory.mktemp("quickstart"))}}
     with pytest.MonkeyPatch.context() as patch:

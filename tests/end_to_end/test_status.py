@@ -172,28 +172,24 @@ def test_a_misspelt_switch(guest: Environment) -> None:
     assert found["errors"] == ["there is no variable MLX_M3_PLUGIN_PREFR; did you mean MLX_M3_PLUGIN_PREFER?"]
 
 
-def test_a_plugin_that_cannot_start(new_environment: Any, wheel: Path) -> None:
-    environment = new_environment()
-    environment.install(wheel)
-    hook = environment.plugin / "startup" / "hook.py"
+def test_a_plugin_that_cannot_start(own_guest: Environment) -> None:
+    hook = own_guest.plugin / "startup" / "hook.py"
     hook.write_text(
         hook.read_text().replace(
             "    finder = PluginFinder(", "    raise OSError('broken')\n    finder = PluginFinder(", 1
         )
     )
-    (found,) = older(environment, "import mlx_lm" + SHOW)
+    (found,) = older(own_guest, "import mlx_lm" + SHOW)
     assert found["state"] == "is NOT ACTIVE in this process: OSError: broken"
     assert found["errors"] == ["OSError: broken"]
     assert {m["source"] for m in found["modules"]} == {"native"}
 
 
-def test_a_newer_version_was_installed_since(new_environment: Any, wheel: Path) -> None:
-    environment = new_environment()
-    environment.install(wheel)
-    (metadata,) = environment.site_packages.glob("mlx_m3_plugin-*.dist-info/METADATA")
+def test_a_newer_version_was_installed_since(own_guest: Environment) -> None:
+    (metadata,) = own_guest.site_packages.glob("mlx_m3_plugin-*.dist-info/METADATA")
     text = metadata.read_text()
     metadata.write_text(text.replace("\nVersion: ", "\nVersion: 99.", 1))
-    (found,) = older(environment, SHOW)
+    (found,) = older(own_guest, SHOW)
     assert found["advice"][0].startswith("version 99.")
     assert "restart this process" in found["advice"][0]
 

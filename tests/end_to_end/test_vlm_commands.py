@@ -7,7 +7,7 @@ are held against each other and against mlx-lm.
 
 import json
 import re
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from importlib.metadata import version
 from importlib.util import find_spec
@@ -262,18 +262,11 @@ class TestOffAndGone:
         assert off == generate(stock, demo, *shown)
 
     def test_uninstalled_it_is_gone(
-        self,
-        new_environment: Callable[[], Environment],
-        wheel: Path,
-        demo: Path,
-        media: Media,
-        tmp_path: Path,
+        self, own_guest: Environment, demo: Path, media: Media, tmp_path: Path
     ) -> None:
-        environment = new_environment()
-        environment.install(wheel)
-        assert vlm.logits(environment, demo, media.picture, tmp_path / "with").served_by == OURS
-        environment.uninstall()
-        assert vlm.logits(environment, demo, media.picture, tmp_path / "without").served_by == NATIVE
+        assert vlm.logits(own_guest, demo, media.picture, tmp_path / "with").served_by == OURS
+        own_guest.uninstall()
+        assert vlm.logits(own_guest, demo, media.picture, tmp_path / "without").served_by == NATIVE
 
     @pytest.mark.parametrize("preferred", ["plugin", "native"])
     def test_doctor_says_who_serves_mlx_vlm(self, guest: Environment, preferred: str) -> None:

@@ -15,8 +15,6 @@ from pathlib import Path
 from zipfile import ZipFile
 
 import pytest
-from jupyter_client.kernelspec import KernelSpecManager
-from jupyter_client.manager import KernelManager
 
 from tests.end_to_end.environments import CHECKOUT, CommandError, Environment, clean_variables
 
@@ -81,14 +79,6 @@ def append(file: Path, source: str) -> None:
 def stock_stderr(stock: Environment) -> list[str]:
     """What mlx-lm and its dependencies say by themselves, such as "PyTorch was not found"."""
     return stock.run("-c", PROBE).stderr.splitlines()
-
-
-@pytest.fixture
-def own_guest(new_environment: Callable[[], Environment], wheel: Path) -> Environment:
-    """An environment with the plugin that a test may break."""
-    environment = new_environment()
-    environment.install(wheel)
-    return environment
 
 
 class TestInterpreterFlags:
@@ -274,6 +264,9 @@ class TestNotebookKernel:
 @contextmanager
 def kernel(environment: Environment) -> Iterator[Callable[[str], str]]:
     """A running kernel, as a function from a cell to what the cell prints."""
+    from jupyter_client.kernelspec import KernelSpecManager
+    from jupyter_client.manager import KernelManager
+
     directory = environment.path / "share" / "jupyter" / "kernels"
     (directory / "child").mkdir(parents=True)
     argv = [str(environment.python), "-m", "ipykernel_launcher", "-f", "{connection_file}"]

@@ -5,6 +5,7 @@ from pathlib import Path
 from typing import Any
 
 import mlx.core as mx
+import mlx.nn as nn
 import pytest
 from mlx_lm.generate import generate_step, maybe_quantize_kv_cache
 from mlx_lm.models.cache import (
@@ -85,9 +86,25 @@ def test_generation_with_kv_bits_equals_rounded_keys_and_values(model: Any, toke
     """Through upstream's loop; 8 bits from the first token on."""
     cache = make_prompt_cache(model)
     options = {"kv_bits": 8, "kv_group_size": 32, "quantized_kv_start": 0, "max_tokens": 10}
-    generated = [int(t) for t, _ in generate_step(tokens[0], model, prompt_cache=cache, **options)]
+    generated = list(generate_step(tokens[0], model, prompt_cache=cache, **options))
     assert all(type(entry[0]) is QuantizedKVCache for entry in cache)
     assert len(generated) == 10
+    # The loop takes the prompt but for its last token at once, which attends to K and V as they are.
+    prompt, exact = make_prompt_cache(model), make_prompt_cache(model)
+    for each in (prompt, exact):
+        model(tokens[:, :-1], cache=each)
+    rounded = []
+    for entry in prompt:
+        rounded.append(CacheList(RoundedKVCache(32, 8), *entry.caches[1:]))
+        rounded[-1][0].update_and_fetch(*(x[..., : LENGTH - 1, :] for x in (entry[0].keys, entry[0].values)))
+    differences, token = [], tokens[:, -1:]
+    for chosen, log_probabilities in generated:
+        expected, plain = (nn.log_softmax(model(token, cache=c)[0, -1]) for c in (rounded, exact))
+        assert mx.abs(log_probabilities - expected).max().item() <= 1e-4
+        assert int(chosen) == int(mx.argmax(expected))
+        differences.append(mx.abs(plain - expected).max().item())
+        token = mx.array([[int(chosen)]])
+    assert max(differences) > 1e-3
 
 
 def test_a_warm_cache_from_a_file_is_quantized_too(model: Any, tokens: mx.array, tmp_path: Path) -> None:

@@ -40,8 +40,8 @@ def by_definition(queries, keys, values, index_queries, index_keys, *, padding) 
 def by_the_engine(queries, keys, values, index_queries, index_keys, *, padding, budget) -> mx.array:
     first = N_KEYS - queries.shape[2]
     position = (first - padding, padding) if padding.any().item() else (first, None)
-    ids = select_blocks(index_queries, index_keys, *position, **CHOICE, memory_budget=budget)
-    return attend(queries, keys, values, ids, *position, block_size=8, scale=0.25, memory_budget=budget)
+    ids = select_blocks(index_queries, index_keys, *position, **CHOICE, tile_bytes=budget)
+    return attend(queries, keys, values, ids, *position, block_size=8, scale=0.25, tile_bytes=budget)
 
 
 def gradients(attention: Attention, inputs: list[mx.array], real: mx.array) -> list[mx.array]:

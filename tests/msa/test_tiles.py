@@ -11,7 +11,7 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from mlx_m3_plugin.msa import Quantized, attend, select_blocks
-from mlx_m3_plugin.msa.tiling import in_sequence
+from mlx_m3_plugin.msa.common import in_sequence
 from tests.msa import reference
 
 TOLERANCE = 1e-5
@@ -98,7 +98,7 @@ def test_equal_to_the_reference(sweep: settings) -> None:
         real = (query_at >= 0)[:, None, :, None]
 
         expected_ids = reference.select_blocks(iq, ik, query_at, key_at, **options)
-        ids = select_blocks(iq, ik, offset, padding, memory_budget=case["budget"], **options)
+        ids = select_blocks(iq, ik, offset, padding, tile_bytes=case["budget"], **options)
         assert ids.dtype == mx.int32
         settings = {name: value for name, value in options.items() if name != "topk_blocks"}
         scores = reference.block_scores(iq, ik, query_at, key_at, **settings)
@@ -109,7 +109,7 @@ def test_equal_to_the_reference(sweep: settings) -> None:
             q, k[:, :, :n], v[:, :, :n], ids, query_at, key_at, block_size=block_size, scale=0.2
         )
         out = attend(
-            q, k, v, ids, offset, padding, block_size=block_size, scale=0.2, memory_budget=case["budget"]
+            q, k, v, ids, offset, padding, block_size=block_size, scale=0.2, tile_bytes=case["budget"]
         )
         assert mx.isfinite(out).all().item()
         difference = mx.where(real, mx.abs(out - expected), 0).max().item()
@@ -128,8 +128,8 @@ def test_both_forms_at_any_length(length: int, padded: bool) -> None:
     }  # fmt: skip
     q, k, v, iq, ik = arrays(case)
     (offset, padding), (query_at, key_at) = positions(case)
-    ids = select_blocks(iq, ik, offset, padding, memory_budget=case["budget"], **case["options"])
-    out = attend(q, k, v, ids, offset, padding, block_size=8, scale=0.2, memory_budget=case["budget"])
+    ids = select_blocks(iq, ik, offset, padding, tile_bytes=case["budget"], **case["options"])
+    out = attend(q, k, v, ids, offset, padding, block_size=8, scale=0.2, tile_bytes=case["budget"])
     k, v = k[:, :, :333], v[:, :, :333]
     expected = reference.attend(q, k, v, ids, query_at, key_at, block_size=8, scale=0.2)
     real = (query_at >= 0)[:, None, :, None]
@@ -199,8 +199,8 @@ def test_memory_does_not_grow_with_the_context() -> None:
         mx.reset_peak_memory()
         before = mx.get_active_memory()
         first = n_keys - 256
-        ids = select_blocks(iq, ik, first, block_size=32, topk_blocks=8, memory_budget=8 << 20)
-        mx.eval(attend(q, k, v, ids, first, block_size=32, scale=0.2, memory_budget=8 << 20))
+        ids = select_blocks(iq, ik, first, block_size=32, topk_blocks=8, tile_bytes=8 << 20)
+        mx.eval(attend(q, k, v, ids, first, block_size=32, scale=0.2, tile_bytes=8 << 20))
         peaks.append(mx.get_peak_memory() - before)
     assert max(peaks) <= 2 * (8 << 20)
     assert peaks[1] <= 1.5 * peaks[0]

@@ -15,6 +15,7 @@ from mlx_m3_plugin.toolbox.convert import recipe_names
 from mlx_m3_plugin.toolbox.convert.recipe import matrices_of
 from mlx_m3_plugin.toolbox.inspect import inspect
 from mlx_m3_plugin.toolbox.precision import Quantization
+from mlx_m3_plugin.weights.dtypes import name_of
 from tests.checkpoints.conversions import (
     SOURCES,
     Written,
@@ -72,13 +73,12 @@ def test_inspect_reports_the_recipes_bits(tiny: Written, tmp_path: Path, recipe:
     plan = converted(tiny("mxfp8_official"), recipe, tmp_path / "made")
     assert inspect(tmp_path / "made").problems == []
     written = open_checkpoint(tmp_path / "made")
-    floats = {"mlx.core.float16": "float16", "mlx.core.bfloat16": "bfloat16", "mlx.core.float32": "float32"}
     for matrix in matrices_of(written.text_config):
         spec = plan.specs[matrix.module]
         if spec.bits is not None:
             assert written.spec(matrix.module) == Quantization(spec.bits, spec.group_size, spec.mode)
         else:
-            dtype = floats[written.plan[f"{matrix.module}.weight"].dtype]
+            dtype = name_of(written.plan[f"{matrix.module}.weight"].dtype)
             assert spec.dtype in (dtype, "keep")
 
 

@@ -13,7 +13,7 @@ from mlx_lm import load
 from mlx_m3_plugin.cli import main
 from mlx_m3_plugin.toolbox import demo
 from mlx_m3_plugin.toolbox.demo import NANO
-from mlx_m3_plugin.toolbox.precision import AFFINE_BITS
+from mlx_m3_plugin.weights.quantization import AFFINE_BITS
 from tests.checkpoints.layouts.reading import source_of
 
 LARGEST = 6_000_000

@@ -43,6 +43,7 @@ def found(evaluation: Evaluation) -> dict[str, float]:
     return {"perplexity": evaluation.perplexity, **vars(evaluation.distributions)}
 
 
+@pytest.mark.some(3)
 @pytest.mark.parametrize("layout", LAYOUTS)
 def test_it_equals_the_model_in_memory(
     tiny: Written, tmp_path: Path, layout: str, fresh_seed: int, count: Callable[[int, int], int]

@@ -14,7 +14,7 @@ from mlx_m3_plugin.hosts.mlx_lm.cache import make_layer_cache
 from mlx_m3_plugin.hosts.mlx_lm.host import MLX_LM
 from mlx_m3_plugin.model.attention import Attention
 from mlx_m3_plugin.model.config import text_config_of
-from mlx_m3_plugin.msa.tiling import default_memory_budget
+from mlx_m3_plugin.msa.common import default_tile_bytes
 from mlx_m3_plugin.toolbox.fit import fit
 from mlx_m3_plugin.toolbox.fit_pipeline import fit_pipeline
 from mlx_m3_plugin.toolbox.inspect import inspect, inspection
@@ -139,12 +139,13 @@ def test_what_stock_takes_beside() -> None:
     assert stock_transients(REAL, 2048, 2048) == {"mlx-lm": 0, "mlx-vlm": 0}
 
 
+@pytest.mark.some(1)
 @pytest.mark.parametrize(("queries", "context"), [(64, 4096), (96, 12_288)])
 def test_the_forecast_is_what_the_layer_takes(queries: int, context: int) -> None:
     """At real sizes, in float32 on the CPU, as ``benchmarks/msa.py`` measures it."""
     measured = transient_of_the_layer(queries, context)
     forecast = attention_transient(
-        REAL, queries, context, itemsize=4, tile=default_memory_budget(), copies_keys=True
+        REAL, queries, context, itemsize=4, tile=default_tile_bytes(), copies_keys=True
     )
     assert forecast == pytest.approx(measured, rel=0.1)
 
@@ -165,7 +166,7 @@ def transient_of_the_layer(queries: int, context: int) -> int:
     cache, held = make_layer_cache(True), context - queries
     for part in (held, queries):
         MLX_LM.append_index_keys(cache, mx.random.normal((1, 1, part, 128)))
-        MLX_LM.append_keys_values(cache, *(mx.random.normal((1, 4, part, 128)) for _ in range(2)))
+        MLX_LM.kv_cache(cache).update_and_fetch(*(mx.random.normal((1, 4, part, 128)) for _ in range(2)))
         mx.eval(cache.state)
     cache.trim(queries)
     x = mx.random.normal((1, queries, REAL.hidden_size))

@@ -77,7 +77,7 @@ def test_evaluation_ranks_recipes_as_they_are_and_what_chooses_is_worth_its_bits
         told: dict[str, float] = {}
         true: dict[str, float] = {}
         # Of other tokens, and more of them.
-        others = random_texts(seed + 1, 4 * WINDOW)
+        others = random_texts(seed + 1, count(2, 4) * WINDOW)
         reference = log_probabilities(source, others)
         sizes: dict[str, int] = {}
         five = root / "uniform.toml"

@@ -1,10 +1,6 @@
 """Layouts in words, and who opens them: verdicts that the libraries themselves confirm."""
 
 import importlib.util
-import json
-import os
-import subprocess
-import sys
 from dataclasses import replace
 from importlib.metadata import version
 from pathlib import Path
@@ -16,11 +12,8 @@ import pytest
 from mlx_m3_plugin.toolbox.inspect import Inspection, inspect, readers
 from mlx_m3_plugin.toolbox.inspect.readers import NEWEST_KNOWN
 from mlx_m3_plugin.toolbox.inspect.text import lines_of
-from tests.checkpoints import opens
 from tests.checkpoints.edits import edit_json, stored_names
 from tests.checkpoints.tiny_layouts import LAYOUTS
-
-OPENS = opens.__file__
 
 
 @pytest.mark.parametrize(
@@ -72,23 +65,15 @@ def test_every_known_layout_is_sound(layout_name, tiny):
 
 
 @pytest.mark.parametrize("library", ["mlx_lm", "mlx_vlm"])
-def test_the_libraries_confirm_the_verdicts(library, tiny):
-    """Each of them opens all layouts in a process of its own, without the plugin."""
+def test_the_libraries_confirm_the_verdicts(library, tiny, opened_alone):
     name = library.replace("_", "-")
     if importlib.util.find_spec(library) is None:
         pytest.skip(f"{library} is not installed")
     if library == "mlx_vlm" and version(name) != NEWEST_KNOWN[name]:
         pytest.skip(f"the rules are those of {name} {NEWEST_KNOWN[name]}")
-    run = subprocess.run(
-        [sys.executable, OPENS, library],
-        env=os.environ | {"MLX_M3_PLUGIN": "off"},
-        capture_output=True,
-        text=True,
-    )
-    assert run.returncode == 0, run.stderr
     # What is wrong with a machine is not wrong with the checkpoint.
-    answers = {n: a is None or "only supported on the GPU" in a for n, a in json.loads(run.stdout).items()}
-    assert len(answers) == len(LAYOUTS)
+    told = opened_alone(library)
+    answers = {name: error is None or "only supported on the GPU" in error for name, error in told.items()}
     verdicts = {name: stock_verdict(inspect(tiny(name)), library) for name in answers}
     assert {n: v for n, v in verdicts.items() if v.opens != answers[n]} == {}
     assert all(v.opens or v.reason for v in verdicts.values())

@@ -167,6 +167,7 @@ def spent(
     return allocate_bits(real, recipe, given)
 
 
+@pytest.mark.some(4)
 @pytest.mark.parametrize("level", LEVELS)
 def test_a_level_keeps_to_its_budget(real: Checkpoint, level: str) -> None:
     recipe = load_recipe(level, real.text_config)

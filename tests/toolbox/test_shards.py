@@ -62,7 +62,7 @@ def test_a_large_tensor_is_read(tmp_path: Path) -> None:
 @pytest.mark.usefixtures("small_limit")
 def test_a_large_tensor_is_written(tmp_path: Path) -> None:
     values = mx.array(np.random.default_rng(0).standard_normal((30, 700), np.float32))
-    with ShardWriter(tmp_path / "x.safetensors", [NewTensor("x", (30, 700), str(mx.float32))], {}) as writer:
+    with ShardWriter(tmp_path / "x.safetensors", [NewTensor("x", (30, 700), mx.float32)], {}) as writer:
         writer.write("x", 10, values[10:])
         writer.write("x", 0, values[:10])
         writer.finish()
@@ -81,7 +81,7 @@ def test_large_hidden_states_are_written_and_read(tmp_path: Path, dtype: str) ->
 
 def test_a_shard_with_a_gap_does_not_get_its_name(tmp_path: Path) -> None:
     path = tmp_path / "x.safetensors"
-    with ShardWriter(path, [NewTensor("x", (4, 8), str(mx.float32))], {}) as writer:
+    with ShardWriter(path, [NewTensor("x", (4, 8), mx.float32)], {}) as writer:
         writer.write("x", 0, mx.ones((3, 8)))
         with pytest.raises(ValueError, match=r"x\.safetensors: 32 bytes of its tensors were not written"):
             writer.finish()
@@ -89,7 +89,7 @@ def test_a_shard_with_a_gap_does_not_get_its_name(tmp_path: Path) -> None:
 
 
 def test_a_second_writer_does_not_touch_the_first_ones_file(tmp_path: Path) -> None:
-    path, tensors = tmp_path / "x.safetensors", [NewTensor("x", (4, 8), str(mx.float32))]
+    path, tensors = tmp_path / "x.safetensors", [NewTensor("x", (4, 8), mx.float32)]
     with ShardWriter(path, tensors, {}) as first:
         first.write("x", 0, mx.ones((4, 8)))
         with ShardWriter(path, tensors, {}) as second:

@@ -39,6 +39,7 @@ def check_that_it_equals_the_model_in_memory(tiny: Written, layout: str) -> None
         assert difference < 2e-5
 
 
+@pytest.mark.some(3)
 @pytest.mark.parametrize(
     "layout",
     [

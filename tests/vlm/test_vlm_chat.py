@@ -358,7 +358,7 @@ def seen(checkpoint: Path, messages: int = 3, model_type: str = "qwen2_vl", **en
 
 
 def test_other_models_are_served_as_without_us(demo: Path, tmp_path: Path) -> None:
-    from test_tokenizer import OTHER_TEMPLATE
+    from tests.hosts.test_tokenizer import OTHER_TEMPLATE
 
     directory = Path(shutil.copytree(demo, tmp_path / "other"))
     file = directory / "tokenizer.json"

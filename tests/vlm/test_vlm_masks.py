@@ -108,7 +108,7 @@ def test_padding_after_tokens_are_cached_is_refused(model: Any) -> None:
 
 
 def test_padding_with_a_quantized_cache_is_refused(model: Any) -> None:
-    from test_vlm_kv_quantization import quantized_caches
+    from tests.vlm.test_vlm_kv_quantization import quantized_caches
 
     tokens, mask = padded()
     with pytest.raises(ValueError, match="quantized"):

@@ -34,6 +34,7 @@ def load(directory: str, **options: Any) -> Any:
     return load_model(Path(directory), **options)
 
 
+@pytest.mark.some(2)
 @pytest.mark.parametrize("layout", [*ORIGINAL, *CONVERTED])
 def test_logits_are_those_of_resident_experts(tmp_path: Path, layout: str) -> None:
     source, store = write(layout, tmp_path)

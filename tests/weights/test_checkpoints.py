@@ -9,6 +9,9 @@ from mlx.utils import tree_flatten
 from mlx_lm.models.minimax_m3_vl import Model, ModelArgs
 from mlx_lm.utils import load_config, load_model
 
+from mlx_m3_plugin.toolbox.checkpoint import open_checkpoint
+from mlx_m3_plugin.toolbox.parameters import expected_parameters, text_shapes
+from mlx_m3_plugin.weights.check import shape_and_kind
 from tests.checkpoints.opens import reference_logits
 from tests.checkpoints.tiny_layouts import LAYOUTS, UNREPRESENTABLE
 
@@ -23,6 +26,7 @@ def test_a_checkpoint_opens_and_computes_what_its_tensors_say(layout_name, tmp_p
     logits = model(TOKENS).astype(mx.float32)
     assert mx.abs(logits - reference).max() <= layout.tolerance
     check_that_mapping_again_changes_nothing(model, tmp_path)
+    check_that_inspection_expects_its_parameters(model, tmp_path)
 
 
 def check_that_mapping_again_changes_nothing(model, tmp_path):
@@ -35,6 +39,18 @@ def check_that_mapping_again_changes_nothing(model, tmp_path):
     assert all(
         again[f"language_model.{name.removeprefix(prefix)}"] is array for name, array in weights.items()
     )
+
+
+def check_that_inspection_expects_its_parameters(model, tmp_path):
+    """Names, shapes and kinds of dtype: from headers they are the same as from modules."""
+    checkpoint = open_checkpoint(tmp_path)
+    shapes = text_shapes(checkpoint.text_config, indexers=checkpoint.indexers)
+    expected = expected_parameters(checkpoint.plan, shapes, checkpoint.quantized)
+    loaded = {
+        path.removeprefix("language_model."): shape_and_kind(array)
+        for path, array in tree_flatten(model.parameters())
+    }
+    assert expected == loaded
 
 
 @pytest.mark.parametrize("name", UNREPRESENTABLE)

@@ -1,11 +1,10 @@
 """What is wrong with a checkpoint's files is told from their headers, all of it at once."""
 
-import json
-
+import mlx.core as mx
 import pytest
 
 from mlx_m3_plugin.weights import read_headers
-from mlx_m3_plugin.weights.files import check_files, is_m3, with_shards_named_as_expected
+from mlx_m3_plugin.weights.files import check_files, is_m3
 from tests.checkpoints.tiny_layouts import LAYOUTS
 
 FIRST, SECOND, THIRD = (f"model-0000{n}-of-00003.safetensors" for n in (1, 2, 3))
@@ -23,7 +22,7 @@ def test_a_sound_checkpoint_has_no_problems(checkpoint):
     assert headers.files == [FIRST, SECOND, THIRD]
     gate = headers.tensors["language_model.model.layers.0.mlp.gate_proj.weight"]
     assert gate.stored_dtype == "F8_E4M3"
-    assert gate.dtype == "mlx.core.uint8"
+    assert gate.dtype == mx.uint8
     assert gate.nbytes == gate.shape[0] * gate.shape[1]
 
 
@@ -80,27 +79,6 @@ def test_an_index_is_not_believed(index, checkpoint):
     (checkpoint / "model.safetensors.index.json").write_text(index)
     with pytest.raises(ValueError, match=r"model\.safetensors\.index\.json"):
         read_headers(checkpoint)
-
-
-def test_shards_of_other_names_are_found_and_linked(checkpoint):
-    """As ModelOpt names them."""
-    index = json.loads((checkpoint / "model.safetensors.index.json").read_text())
-    for number, file in enumerate((FIRST, SECOND, THIRD)):
-        new = f"experts-layer-{number}.safetensors"
-        (checkpoint / file).rename(checkpoint / new)
-        index["weight_map"] = {n: new if f == file else f for n, f in index["weight_map"].items()}
-    (checkpoint / "model.safetensors.index.json").write_text(json.dumps(index))
-    with with_shards_named_as_expected(checkpoint) as links:
-        assert links != checkpoint
-        shards = sorted(path.name for path in links.glob("model*.safetensors"))
-        assert shards == [f"model-experts-layer-{n}.safetensors" for n in range(3)]
-        assert (links / "config.json").read_text() == (checkpoint / "config.json").read_text()
-    assert not links.exists()
-
-
-def test_ordinary_names_are_left_alone(checkpoint):
-    with with_shards_named_as_expected(checkpoint) as path:
-        assert path == checkpoint
 
 
 @pytest.mark.parametrize(

@@ -187,7 +187,7 @@ def test_the_plan_tells_shapes_and_dtypes(layout, truth):
     assert plan.keys() == truth.keys()
     for name, tensor in plan.items():
         assert tensor.shape == truth[name].shape
-        assert tensor.dtype == str(truth[name].dtype)
+        assert tensor.dtype == truth[name].dtype
 
 
 # --- without reading anything ---

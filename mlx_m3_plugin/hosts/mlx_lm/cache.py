@@ -12,8 +12,7 @@ import mlx.core as mx
 from mlx_lm.models import cache as upstream
 from mlx_lm.models.cache import KVCache, QuantizedKVCache
 
-from mlx_m3_plugin.hosts.kv_bits import check_same_bits
-from mlx_m3_plugin.model.host import KeysValues, Quantized
+from mlx_m3_plugin.hosts.kv_cache import quantized
 
 # Upstream's M3 class gives the index cache values of width 0.  Before mlx-lm 0.32 (where caches
 # had a ``meta_state``) mlx could not write such an array into a saved prompt cache.
@@ -39,19 +38,11 @@ class CacheList(upstream.CacheList):
         """K and V quantized; the index keys stay as they are, for they decide what is attended to.
 
         Raises:
-            ValueError: ``group_size`` does not divide the head size, or they are quantized otherwise.
+            ValueError: see :func:`.kv_cache.quantized`.
         """
-        keys_values, *index = self.caches
-        if isinstance(keys_values, QuantizedKVCache):
-            check_same_bits(keys_values, group_size, bits)
-            return self
-        head_dim = group_size if keys_values.keys is None else keys_values.keys.shape[-1]
-        if head_dim % group_size:
-            raise ValueError(
-                f"a KV group size of {group_size} does not divide this model's head size of {head_dim}; "
-                "try --kv-group-size 32"
-            )
-        return CacheList(keys_values.to_quantized(group_size=group_size, bits=bits), *index)
+        held, *index = self.caches
+        made = quantized(held, group_size, bits)
+        return self if made is held else CacheList(made, *index)
 
 
 def make_layer_cache(is_sparse_attention: bool) -> CacheList:
@@ -65,50 +56,11 @@ def adopt(caches: list[Any]) -> None:
             entry.__class__ = CacheList
 
 
-def offset(cache: CacheList | None) -> Any:
-    if cache is None:
-        return 0
-    tokens = cache[0].offset
-    # A copy: before mlx-lm 0.32 batch caches move their offsets in place.
-    return tokens if isinstance(tokens, int) else tokens + 0
+def kv_cache(entry: CacheList | None) -> Any:
+    return None if entry is None else entry[0]
 
 
-def left_padding(cache: CacheList | None) -> mx.array | None:
-    return None if cache is None else getattr(cache[0], "left_padding", None)
-
-
-def append_keys_values(cache: CacheList | None, keys: mx.array, values: mx.array) -> Any:
-    if cache is None:
-        return keys, values
-    if len(cache.caches) > 1:
-        # Below the block budget nothing reads the index keys, and nothing ever reads their values:
-        # left alone they pile up as unevaluated graph until Metal runs out of buffers.
-        keys = mx.depends(keys, [cache[1].keys, cache[1].values])
-    return cache[0].update_and_fetch(keys, values)
-
-
-def append_index_keys(cache: CacheList | None, index_keys: mx.array) -> mx.array:
-    if cache is None:
-        return index_keys
+def append_index_keys(entry: CacheList, index_keys: mx.array) -> tuple[mx.array, list[mx.array]]:
+    index = entry[1]
     unread = mx.zeros((*index_keys.shape[:-1], _INDEX_VALUE_WIDTH), index_keys.dtype)
-    return cache[1].update_and_fetch(index_keys, unread)[0]
-
-
-def buffers(cache: CacheList | None, keys: mx.array, values: mx.array) -> tuple[KeysValues, KeysValues]:
-    """All slots of the cache, with those to spare; cutting them off would cost a copy later."""
-    if cache is None:
-        return keys, values
-    held = cache[0]
-    if isinstance(held, QuantizedKVCache):
-        settings = held.group_size, held.bits
-        return Quantized(*held.keys, *settings), Quantized(*held.values, *settings)  # type: ignore[call-arg]
-    return held.keys, held.values
-
-
-def keep_in_graph(cache: CacheList | None, arrays: list[mx.array]) -> None:
-    if cache is None:
-        return
-    if isinstance(cache[0], QuantizedKVCache):
-        cache[0].keys = tuple(mx.depends(list(cache[0].keys), arrays))
-    else:
-        cache[0].keys = mx.depends(cache[0].keys, arrays)
+    return index.update_and_fetch(index_keys, unread)[0], [index.keys, index.values]

@@ -3,11 +3,9 @@
 mlx-lm executes this file under its own module name, so every import is absolute.
 """
 
-from dataclasses import dataclass, field
-from typing import Any
+from dataclasses import dataclass
 
-from mlx_m3_plugin.hosts.loading import text_config_as_set
-from mlx_m3_plugin.hosts.mlx_lm.base import MlxLmModel
+from mlx_m3_plugin.hosts.mlx_lm import model
 from mlx_m3_plugin.hosts.mlx_lm.host import MLX_LM
 from mlx_m3_plugin.model.config import TextConfig
 from mlx_m3_plugin.model.decoder import LanguageModel
@@ -16,19 +14,11 @@ TextArgs = TextConfig
 
 
 @dataclass
-class ModelArgs:
-    """``config.json`` of a text-only checkpoint: flat, or with a ``text_config``."""
-
-    text_config: TextConfig
+class ModelArgs(model.ModelArgs):
     model_type: str = "minimax_m3"
-    loader_config: dict[str, Any] = field(default_factory=dict, repr=False)
-
-    @classmethod
-    def from_dict(cls, params: dict[str, Any]) -> "ModelArgs":
-        return cls(text_config_as_set(params), params.get("model_type", cls.model_type), params)
 
 
-class Model(LanguageModel, MlxLmModel):
+class Model(model.MlxLmModel, LanguageModel):
     """Token ids ``[B, L]`` to logits ``[B, L, vocab_size]``, with ``model.*`` and ``lm_head.*`` on top."""
 
     text_prefix = ""
@@ -36,8 +26,6 @@ class Model(LanguageModel, MlxLmModel):
     def __init__(self, args: ModelArgs):
         super().__init__(args.text_config, MLX_LM)
         self.args = args
-        self.model_type = args.model_type
-        self.text_config = args.text_config
 
     @property
     def language_model(self) -> LanguageModel:  # type: ignore[override]

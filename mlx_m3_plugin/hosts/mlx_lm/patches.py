@@ -9,6 +9,7 @@ from mlx_m3_plugin.chat.reasoning import THINK_START
 from mlx_m3_plugin.chat.tool_calls import NAMESPACE
 from mlx_m3_plugin.chat.vocabulary import is_m3 as is_m3_tokenizer
 from mlx_m3_plugin.hosts.checks import with_checks
+from mlx_m3_plugin.hosts.mlx_lm.links import with_shards_named_as_expected
 from mlx_m3_plugin.hosts.mlx_lm.tokenizer import ATTRIBUTES, SwallowedTokens, become_m3, is_m3_wrapper
 from mlx_m3_plugin.hosts.patching import (
     Arguments,
@@ -20,7 +21,7 @@ from mlx_m3_plugin.hosts.patching import (
     find,
     for_m3,
 )
-from mlx_m3_plugin.weights.files import is_m3, with_shards_named_as_expected
+from mlx_m3_plugin.weights.files import is_m3
 
 
 def tokenizer_utils(module: ModuleType, load_entry_points: Loader) -> list[str]:

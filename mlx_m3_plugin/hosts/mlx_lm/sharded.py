@@ -1,29 +1,33 @@
-"""``mlx_lm.utils.sharded_load`` for M3: every layout, any split, and no weight that was not loaded.
+"""``mlx_lm.utils.sharded_load`` for M3: every layout, any split, every weight loaded.
 
-mlx-lm's own loads without being strict, so what a checkpoint lacks stays random; 0.31 finds a
-stage's files by the names of parameters, which only its own conversions have; and before the
-files are fetched it loads a model without weights, in which an M3 without an indexer is seen.
+mlx-lm's own is not strict, so weights that a checkpoint lacks stay random.  0.31 finds a stage's
+files by the names of parameters, which only its own conversions have.  And it loads a model
+without weights before it fetches the files, which looks like an M3 without an indexer.
 """
 
-from collections.abc import Callable, Mapping
+import json
+from collections.abc import Callable, Container, Mapping
 from pathlib import Path
 from typing import Any
 
 import mlx.core as mx
 
-from mlx_m3_plugin.hosts.loading import AnyLayout, text_config_as_set
+from mlx_m3_plugin.hosts.loading import CheckpointMixin, text_config_as_set
 from mlx_m3_plugin.model.config import TextConfig
 from mlx_m3_plugin.model.pipeline import split_layers
-from mlx_m3_plugin.weights.files import only_shards, shards_with
+from mlx_m3_plugin.weights.headers import INDEX
+from mlx_m3_plugin.weights.names import is_vision, layer_of, published_name
 
-# As mlx-lm fetches them first.
+from .links import only_shards
+
+# What mlx-lm fetches first.
 _BESIDE_WEIGHTS = ["*.json", "*.py", "tokenizer.model", "*.tiktoken", "*.txt", "*.jsonl", "*.jinja"]
 
 
 def is_ours(module: Any, config: dict[str, Any]) -> bool:
     """Whether ``mlx_lm.utils`` takes our class for this config; a native one may be preferred."""
     model_class, _ = module._get_classes(config)
-    return issubclass(model_class, AnyLayout)
+    return issubclass(model_class, CheckpointMixin)
 
 
 def load_shared(module: Any, options: Mapping[str, Any]) -> Any:
@@ -33,7 +37,7 @@ def load_shared(module: Any, options: Mapping[str, Any]) -> Any:
         module: ``mlx_lm.utils``.  options: the arguments of its function, by name.
 
     Raises:
-        ValueError: a stage's weights are not whole, or heads or layers cannot be split so.
+        ValueError: a stage lacks weights, or heads or layers cannot be split like this.
     """
     pipeline_group, tensor_group = options["pipeline_group"], options["tensor_group"]
     if pipeline_group is None and tensor_group is None:
@@ -68,7 +72,7 @@ def load_shared(module: Any, options: Mapping[str, Any]) -> Any:
     )
     mx.eval(model.parameters())
     model.check_values()
-    # The first one ready would not wait for long in its first exchange.
+    # Wait for all processes: the first exchange of the model has a short timeout.
     mx.eval(mx.distributed.all_sum(mx.array(1.0), stream=mx.cpu))
     return (model, tokenizer, config) if options["return_config"] else (model, tokenizer)
 
@@ -76,9 +80,26 @@ def load_shared(module: Any, options: Mapping[str, Any]) -> Any:
 def _fetch_stage(
     module: Any, repo: str, path: Path, config: TextConfig, group: mx.distributed.Group
 ) -> list[str] | None:
-    """Fetch the shards of this process's layers; None where all are needed to know."""
+    """Fetch the shards of this process's layers and return their names; None without an index."""
     layers = range(*split_layers(config.num_hidden_layers, group, config.pipeline_split))
     wanted = shards_with(path, config, layers)
     if wanted is not None:
         module._download(repo, allow_patterns=wanted)
     return wanted
+
+
+def shards_with(directory: Path, config: TextConfig, layers: Container[int]) -> list[str] | None:
+    """Names of the shards with tensors of these layers, or of the text model outside its layers;
+    None without an index.
+    """
+    try:
+        index = json.loads((directory / INDEX).read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        return None
+    wanted = set()
+    for stored, file in index["weight_map"].items():
+        name = published_name(stored, config)
+        layer = layer_of(name)
+        if not is_vision(name) and (layer is None or layer in layers):
+            wanted.add(file)
+    return sorted(wanted)

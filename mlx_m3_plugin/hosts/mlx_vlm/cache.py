@@ -10,8 +10,7 @@ from typing import Any
 import mlx.core as mx
 from mlx_vlm.models.cache import KVCache, QuantizedKVCache
 
-from mlx_m3_plugin.hosts.kv_bits import check_same_bits
-from mlx_m3_plugin.model.host import KeysValues, Quantized
+from mlx_m3_plugin.hosts.kv_cache import quantized
 
 from . import parts
 
@@ -49,17 +48,12 @@ class MiniMaxM3KVCache(upstream.MiniMaxM3KVCache):
         """K and V quantized; the index keys stay as they are, for they decide what is attended to.
 
         Raises:
-            ValueError: ``group_size`` does not divide the head size.
+            ValueError: see :func:`.kv_cache.quantized`.
         """
-        if self.keys is not None and self.keys.shape[-1] % group_size:
-            raise ValueError(
-                f"a KV group size of {group_size} does not divide this model's head size of "
-                f"{self.keys.shape[-1]}; try --kv-group-size 32"
-            )
-        quantized = QuantizedMiniMaxM3KVCache()
-        quantized.kv_cache = self.kv_cache.to_quantized(group_size=group_size, bits=bits)
-        quantized.index_keys, quantized.index_offset = self.index_keys, self.index_offset
-        return quantized
+        made = QuantizedMiniMaxM3KVCache()
+        made.kv_cache = quantized(self.kv_cache, group_size, bits)
+        made.index_keys, made.index_offset = self.index_keys, self.index_offset
+        return made
 
 
 class QuantizedMiniMaxM3KVCache(upstream.MiniMaxM3KVCache):
@@ -77,7 +71,7 @@ class QuantizedMiniMaxM3KVCache(upstream.MiniMaxM3KVCache):
         Raises:
             ValueError: it has other bits or another group size.
         """
-        check_same_bits(self.kv_cache, group_size, bits)
+        quantized(self.kv_cache, group_size, bits)
         return self
 
     def prefix_cache_snapshot(self) -> dict[str, Any]:
@@ -105,52 +99,10 @@ def adopt(caches: list[Any]) -> None:
             entry.__class__ = MiniMaxM3KVCache
 
 
-def keys_values(cache: Any) -> Any:
+def kv_cache(entry: Any) -> Any:
     """The part of an entry that holds K and V; None for None."""
-    return getattr(cache, "kv_cache", cache)
+    return getattr(entry, "kv_cache", entry)
 
 
-def offset(cache: Any) -> Any:
-    if cache is None:
-        return 0
-    tokens = keys_values(cache).offset
-    # A copy: batch caches move their offsets in place.
-    return tokens if isinstance(tokens, int) else tokens + 0
-
-
-def left_padding(cache: Any) -> mx.array | None:
-    return getattr(keys_values(cache), "left_padding", None)
-
-
-def append_keys_values(cache: Any, keys: mx.array, values: mx.array) -> Any:
-    if cache is None:
-        return keys, values
-    if getattr(cache, "index_keys", None) is not None:
-        # Below the block budget nothing reads them: left alone they pile up as unevaluated graph.
-        keys = mx.depends(keys, [cache.index_keys])
-    return keys_values(cache).update_and_fetch(keys, values)
-
-
-def append_index_keys(cache: Any, index_keys: mx.array) -> mx.array:
-    return index_keys if cache is None else cache.update_index_and_fetch(index_keys)
-
-
-def buffers(cache: Any, keys: mx.array, values: mx.array) -> tuple[KeysValues, KeysValues]:
-    """All slots of the cache, with those to spare; cutting them off would cost a copy later."""
-    if cache is None:
-        return keys, values
-    held = keys_values(cache)
-    if isinstance(held, QuantizedKVCache):
-        settings = held.group_size, held.bits
-        return Quantized(*held.keys, *settings), Quantized(*held.values, *settings)  # type: ignore[call-arg]
-    return held.keys, held.values
-
-
-def keep_in_graph(cache: Any, arrays: list[mx.array]) -> None:
-    if cache is None:
-        return
-    held = keys_values(cache)
-    if isinstance(held, QuantizedKVCache):
-        held.keys = tuple(mx.depends(list(held.keys), arrays))
-    else:
-        held.keys = mx.depends(held.keys, arrays)
+def append_index_keys(entry: Any, index_keys: mx.array) -> tuple[mx.array, list[mx.array]]:
+    return entry.update_index_and_fetch(index_keys), [entry.index_keys]

@@ -42,8 +42,8 @@ class ModelConfig(upstream.ModelConfig):
         made.text_config = text_config_as_set(params)
         made.vision_config = VisionConfig.from_dict(params.get("vision_config") or {})
         made.loader_config = params
-        # The tensors tell how they are quantized.  Left here, it would have mlx-vlm unpack some
-        # formats before our layouts see them, and name modules that are not there any more.
+        # We read quantization from the tensors.  Left here, it would make mlx-vlm unpack some formats
+        # before our layouts see them, and look for modules that are not there any more.
         made.quantization = made.quantization_config = None
         params.pop("quantization_config", None)
         if isinstance(params.get("text_config"), dict):

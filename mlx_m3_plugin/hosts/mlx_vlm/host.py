@@ -8,40 +8,32 @@ from mlx_vlm.models.rope_utils import initialize_rope
 from mlx_vlm.models.switch_layers import SwitchGLU
 
 from mlx_m3_plugin.model.host import Host
+from mlx_m3_plugin.model.kv_cache import left_padding
 
 from . import cache as caches
-
-
-def attention_mask(hidden_states: mx.array, cache: Any) -> Any:
-    return create_attention_mask(hidden_states, caches.keys_values(cache))
 
 
 def attention(queries: mx.array, keys: Any, values: Any, *, cache: Any, scale: float, mask: Any) -> mx.array:
     """mlx-vlm's fused attention, for layers and steps that attend to everything.
 
     Raises:
-        NotImplementedError: a batch with quantized K and V, of which mlx-vlm has no form for
+        NotImplementedError: a batch with quantized K and V.  mlx-vlm has no such cache for
             MiniMax-M3; 0.6.4 would go on with the wrong masks.
     """
-    held = caches.keys_values(cache)
-    if caches.left_padding(cache) is not None and "Quant" in type(held).__name__:
+    if left_padding(cache) is not None and "Quant" in type(cache).__name__:
         raise NotImplementedError(
-            "KV quantization in a batch is not there for MiniMax-M3: leave --kv-bits out, or send one "
-            "request at a time"
+            "MiniMax-M3 cannot quantize K and V in a batch: leave --kv-bits out, or send one request "
+            "at a time"
         )
-    return scaled_dot_product_attention(queries, keys, values, cache=held, scale=scale, mask=mask)
+    return scaled_dot_product_attention(queries, keys, values, cache=cache, scale=scale, mask=mask)
 
 
 MLX_VLM = Host(
     SwitchGLU=SwitchGLU,
     initialize_rope=initialize_rope,
-    attention_mask=attention_mask,
+    attention_mask=create_attention_mask,
     attention=attention,
-    adopt=caches.adopt,
-    offset=caches.offset,
-    left_padding=caches.left_padding,
-    append_keys_values=caches.append_keys_values,
+    kv_cache=caches.kv_cache,
     append_index_keys=caches.append_index_keys,
-    buffers=caches.buffers,
-    keep_in_graph=caches.keep_in_graph,
+    adopt=caches.adopt,
 )

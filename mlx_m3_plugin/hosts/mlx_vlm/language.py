@@ -1,4 +1,4 @@
-"""The language model as mlx-vlm calls it: with embeddings, for its output object, and speculatively."""
+"""The language model as mlx-vlm calls it: with embeddings, an output object, and drafted tokens."""
 
 from collections.abc import Sequence
 from typing import Any
@@ -15,7 +15,7 @@ from .cache import make_layer_cache
 from .host import MLX_VLM
 from .padding import add_padding, cache_for_padding
 
-# Other models are given these; left out of the account, they would make the answer wrong.
+# Arguments that other models take.  Ignoring them would make the answer wrong.
 _NOT_TAKEN = (
     "attention_mask_4d",
     "cross_attention_mask",
@@ -31,7 +31,7 @@ upstream: Any = parts.upstream("language")
 
 
 class TextModel(decoder.TextModel):
-    """With mlx-vlm's names for embeddings, and hidden states for drafters on the way."""
+    """With mlx-vlm's names for embeddings, and hidden states of layers for drafters."""
 
     def __call__(  # type: ignore[override]
         self,
@@ -51,10 +51,10 @@ class TextModel(decoder.TextModel):
                 padded batch, in place; see :func:`.padding.add_padding`.
             capture_layer_ids: layers whose output goes into ``hidden_sink``; without them it
                 gets the last hidden states before the final norm.
-            position_ids: not looked at; positions follow from the cache, in content.
+            position_ids: ignored; positions follow from the cache, in content.
 
         Raises:
-            ValueError: for a mask that is no padding, or does not fit the cache.
+            ValueError: ``mask`` has other values than padding, or does not fit the cache.
         """
         h = self.embed_tokens(inputs) if inputs_embeds is None else inputs_embeds
         if mask is not None and cache is None:
@@ -90,8 +90,7 @@ class LanguageModel(decoder.LanguageModel):
     requires_uniform_batch_acceptance = True
 
     def __init__(self, args: TextConfig, config: Any = None):
-        super().__init__(args, MLX_VLM)
-        self.model = TextModel(args, MLX_VLM)
+        super().__init__(args, MLX_VLM, TextModel)
         self.args = args
         # Drafters read it: the whole model's config.
         self.config = config or args
@@ -118,12 +117,12 @@ class LanguageModel(decoder.LanguageModel):
             attention_mask: another name of ``mask``; see :class:`TextModel`.
             logits_to_keep: logits of that many last tokens only, ``[B, n, vocab_size]``; of all
                 without it, and for 0.
-            kwargs: what mlx-vlm passes to every model, such as image grids, and changes nothing here:
+            kwargs: arguments that mlx-vlm passes to every model, such as image grids.  Not needed:
                 the embeddings hold the images, and positions follow from the cache.
 
         Raises:
-            ValueError: for a mask that is no padding or does not fit the cache, and for what M3
-                takes no account of though it would change the answer.
+            ValueError: the mask has other values than padding or does not fit the cache, or an
+                argument is given that M3 would ignore though it changes the answer.
         """
         for name in _NOT_TAKEN:
             if kwargs.get(name) is not None:
@@ -177,7 +176,7 @@ class LanguageModel(decoder.LanguageModel):
         return mx.argmax(self.speculative_logits_from_hidden(hidden), axis=-1)
 
     def rollback_speculative_cache(self, caches: Any, gdn_states: Any, accepted: Any, block_size: int) -> int:
-        """Take back what was drafted and not accepted; returns how many tokens were.
+        """Remove drafted tokens that were not accepted; returns the number of accepted ones.
 
         Raises:
             RuntimeError: rows of a batch have accepted different numbers, of which some versions

@@ -13,11 +13,10 @@ from mlx_m3_plugin.hosts.mlx_vlm.parts import check_parts
 
 check_parts()
 
-from mlx_m3_plugin.hosts.loading import AnyLayout, text_config_as_set  # noqa: E402
+from mlx_m3_plugin.hosts.loading import text_config_as_set  # noqa: E402
 from mlx_m3_plugin.hosts.mlx_vlm.language import LanguageModel  # noqa: E402
-from mlx_m3_plugin.hosts.mlx_vlm.storing import StoredModel, as_stored  # noqa: E402
+from mlx_m3_plugin.hosts.mlx_vlm.model import MlxVlmModel, refuse_pixels  # noqa: E402
 from mlx_m3_plugin.model.config import TextConfig  # noqa: E402
-from mlx_m3_plugin.model.decoder import DecoderLayer  # noqa: E402
 
 __all__ = ["LanguageModel", "Model", "ModelConfig", "TextConfig"]
 
@@ -27,7 +26,7 @@ class ModelConfig(TextConfig):
     """Flat: mlx-vlm's loader would overwrite an attribute ``text_config``."""
 
     loader_config: dict[str, Any] = field(default_factory=dict, repr=False)
-    # What the loader asks for; the tensors tell.
+    # The loader asks for these; we read them from the tensors.
     quantization: dict[str, Any] | None = None
     quantization_config: dict[str, Any] | None = None
 
@@ -46,28 +45,14 @@ class ModelConfig(TextConfig):
         return {key: value for key, value in vars(self).items() if value is not None}
 
 
-class Model(AnyLayout):
+class Model(MlxVlmModel):
     """Token ids ``[B, L]`` to ``LanguageModelOutput``."""
-
-    text_prefix = "language_model."
 
     def __init__(self, config: ModelConfig):
         super().__init__()
         self.config = config
         self.model_type = config.model_type
         self.language_model = LanguageModel(config, config)
-
-    @property
-    def text_config(self) -> TextConfig:
-        return self.config
-
-    @property
-    def loader_config(self) -> dict[str, Any]:
-        return self.config.loader_config
-
-    @property
-    def layers(self) -> list[DecoderLayer]:
-        return self.language_model.layers
 
     def __call__(
         self,
@@ -77,7 +62,7 @@ class Model(AnyLayout):
         cache: Any = None,
         **kwargs: Any,
     ) -> Any:
-        self._refuse(pixel_values if pixel_values is not None else kwargs.get("pixel_values_videos"))
+        refuse_pixels(pixel_values, kwargs)
         return self.language_model(input_ids, mask=mask, cache=cache, **kwargs)
 
     def get_input_embeddings(
@@ -88,25 +73,5 @@ class Model(AnyLayout):
         Raises:
             ValueError: there are pixels.
         """
-        self._refuse(pixel_values if pixel_values is not None else kwargs.get("pixel_values_videos"))
+        refuse_pixels(pixel_values, kwargs)
         return InputEmbeddingsFeatures(inputs_embeds=self.language_model.model.embed_tokens(input_ids))
-
-    def _refuse(self, pixel_values: mx.array | None) -> None:
-        if pixel_values is not None:
-            raise ValueError("this MiniMax-M3 checkpoint has no vision tower: it takes text only")
-
-    def make_cache(self) -> list[Any]:
-        return self.language_model.make_cache()
-
-    def as_stored(self) -> tuple[StoredModel, dict[str, Any]]:
-        """See :func:`~mlx_m3_plugin.hosts.mlx_vlm.storing.as_stored`."""
-        return as_stored(self, self.text_config, self.text_prefix)
-
-    def shard(self, group: mx.distributed.Group | None = None) -> None:
-        self.language_model.shard(group)
-
-    def speculative_logits_from_hidden(self, hidden: mx.array) -> mx.array:
-        return self.language_model.speculative_logits_from_hidden(hidden)
-
-    def rollback_speculative_cache(self, *args: Any, **kwargs: Any) -> int:
-        return self.language_model.rollback_speculative_cache(*args, **kwargs)

@@ -23,13 +23,12 @@ from mlx_vlm.models.minimax_m3_vl.processing_minimax_m3_vl import (  # noqa: E40
 )
 from mlx_vlm.models.minimax_m3_vl.vision import VisionModel  # noqa: E402
 
-from mlx_m3_plugin.hosts.loading import AnyLayout, text_config_as_set  # noqa: E402
+from mlx_m3_plugin.hosts.loading import text_config_as_set  # noqa: E402
 from mlx_m3_plugin.hosts.mlx_vlm.cache import QuantizedMiniMaxM3KVCache  # noqa: E402
 from mlx_m3_plugin.hosts.mlx_vlm.config import ModelConfig, VisionConfig  # noqa: E402
 from mlx_m3_plugin.hosts.mlx_vlm.language import LanguageModel  # noqa: E402
-from mlx_m3_plugin.hosts.mlx_vlm.storing import StoredModel, as_stored  # noqa: E402
+from mlx_m3_plugin.hosts.mlx_vlm.model import MlxVlmModel, refuse_pixels  # noqa: E402
 from mlx_m3_plugin.model.config import TextConfig  # noqa: E402
-from mlx_m3_plugin.model.decoder import DecoderLayer  # noqa: E402
 
 __all__ = [
     "LanguageModel",
@@ -48,16 +47,15 @@ __all__ = [
 VISION_PARTS = ("vision_tower", "multi_modal_projector", "patch_merge_mlp")
 
 
-class Model(AnyLayout, UpstreamModel):
+class Model(MlxVlmModel, UpstreamModel):
     """Upstream's vision tower, projectors and merging around our language model."""
 
-    text_prefix = "language_model."
     takes_vision = True
 
     def __init__(self, config: ModelConfig):
         nn.Module.__init__(self)
         if config.loader_config:
-            # The loader has put its own reading of the text config in the place of ours.
+            # The loader has replaced our text config with its own.
             config.text_config = text_config_as_set(config.loader_config)
         text, vision = config.text_config, config.vision_config
         layers = config.vision_feature_layer
@@ -82,18 +80,6 @@ class Model(AnyLayout, UpstreamModel):
             config.projector_hidden_act,
         )
 
-    @property
-    def text_config(self) -> TextConfig:
-        return self.language_model.args
-
-    @property
-    def loader_config(self) -> dict[str, Any]:
-        return self.config.loader_config
-
-    @property
-    def layers(self) -> list[DecoderLayer]:
-        return self.language_model.layers
-
     def __call__(
         self,
         input_ids: mx.array,
@@ -106,10 +92,10 @@ class Model(AnyLayout, UpstreamModel):
         """Token ids ``[B, L]`` with pixel values to ``LanguageModelOutput``.
 
         Raises:
-            ValueError: pixels beside ``inputs_embeds``, which have the images in them already.
+            ValueError: both pixels and ``inputs_embeds``, which hold the images already.
         """
         if inputs_embeds is not None and pixel_values is not None:
-            raise ValueError("pixel_values are not taken beside inputs_embeds: give one of the two")
+            raise ValueError("give either pixel_values or inputs_embeds, not both")
         if inputs_embeds is None:
             made = self.get_input_embeddings(input_ids, pixel_values, **kwargs).to_dict()
             kwargs = {**kwargs, **made}
@@ -117,10 +103,10 @@ class Model(AnyLayout, UpstreamModel):
         return self.language_model(input_ids, inputs_embeds=inputs_embeds, mask=mask, cache=cache, **kwargs)
 
     def sanitize(self, weights: dict[str, mx.array]) -> dict[str, mx.array]:
-        """As :meth:`AnyLayout.sanitize`; without any vision tensor this becomes a text model.
+        """As :meth:`CheckpointMixin.sanitize`; without any vision tensor this becomes a text model.
 
         Raises:
-            ValueError: besides, there are tensors of some vision parts and none of others.
+            ValueError: as there, and when some vision parts have tensors and others have none.
         """
         mapped = super().sanitize(weights)
         absent = [p for p in VISION_PARTS if not any(name.startswith(f"{p}.") for name in mapped)]
@@ -140,9 +126,8 @@ class Model(AnyLayout, UpstreamModel):
         Raises:
             ValueError: there are pixels, and this checkpoint has no vision tower.
         """
-        pixels = pixel_values is not None or kwargs.get("pixel_values_videos") is not None
-        if pixels and self.vision_tower is None:
-            raise ValueError("this MiniMax-M3 checkpoint has no vision tower: it takes text only")
+        if self.vision_tower is None:
+            refuse_pixels(pixel_values, kwargs)
         cached = kwargs.get("cached_image_features")
         if isinstance(cached, (list, tuple)):
             kwargs["cached_image_features"] = mx.concatenate(list(cached), axis=0)
@@ -163,8 +148,8 @@ class Model(AnyLayout, UpstreamModel):
         kwargs["cached_image_features"] = features
 
     def encode_image(self, pixel_values: mx.array, image_grid_thw: mx.array | None = None) -> Any:
-        """Features ``[image tokens, D]``; None without the grid, which some callers do not pass on:
-        then the features are made with the embeddings."""
+        """Features ``[image tokens, D]``.  None without the grid, which some callers do not pass:
+        the features are then made with the embeddings."""
         return None if image_grid_thw is None else self._compute_visual_features(pixel_values, image_grid_thw)
 
     def encode_images(
@@ -176,18 +161,5 @@ class Model(AnyLayout, UpstreamModel):
         features = self._compute_visual_features(pixel_values, image_grid_thw)
         merge = self.config.vision_config.spatial_merge_size
         counts = image_grid_thw.prod(axis=1) // merge**2
-        ends: Any = mx.cumsum(counts).tolist()
-        return list(mx.split(features, ends[:-1], axis=0))
-
-    def as_stored(self) -> tuple[StoredModel, dict[str, Any]]:
-        """See :func:`~mlx_m3_plugin.hosts.mlx_vlm.storing.as_stored`."""
-        return as_stored(self, self.text_config, self.text_prefix)
-
-    def shard(self, group: mx.distributed.Group | None = None) -> None:
-        self.language_model.shard(group)
-
-    def speculative_logits_from_hidden(self, hidden: mx.array) -> mx.array:
-        return self.language_model.speculative_logits_from_hidden(hidden)
-
-    def rollback_speculative_cache(self, *args: Any, **kwargs: Any) -> int:
-        return self.language_model.rollback_speculative_cache(*args, **kwargs)
+        splits: Any = mx.cumsum(counts).tolist()
+        return list(mx.split(features, splits[:-1], axis=0))

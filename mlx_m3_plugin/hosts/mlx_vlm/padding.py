@@ -1,18 +1,20 @@
-"""Padding masks: in MiniMax-M3 the cache knows which slots are padding, so a mask becomes part of it."""
+"""Padding masks become part of the cache, which in MiniMax-M3 knows the slots that are padding."""
 
 from typing import Any
 
 import mlx.core as mx
 from mlx_vlm.models.cache import BatchKVCache, KVCache
 
+from mlx_m3_plugin.model import kv_cache
+
 from . import cache as caches
 
 
 def add_padding(cache: list[Any], mask: mx.array, shape: tuple[int, ...]) -> None:
-    """Make a prompt cache know the padding of the tokens ``[B, L]`` to come.
+    """Give a prompt cache the padding of the next tokens ``[B, L]``.
 
     Args:
-        cache: an empty one is changed in place to that of a batch whose rows are padded on the left.
+        cache: an empty one becomes, in place, that of a batch whose rows are padded on the left.
         mask: ``[B, L]``, or ``[B, S + L]`` with the ``S`` slots that the cache holds; 1 for tokens,
             0 for padding.
         shape: ``(B, L)``.
@@ -22,7 +24,8 @@ def add_padding(cache: list[Any], mask: mx.array, shape: tuple[int, ...]) -> Non
             cannot have: on the right, between tokens, or before tokens that it holds already.
     """
     batch, length = shape
-    padding, position = caches.left_padding(cache[0]), caches.offset(cache[0])
+    first = caches.kv_cache(cache[0])
+    padding, position = kv_cache.left_padding(first), kv_cache.offset(first)
     held = position if padding is None else int((position + padding).max().item())
     tokens = _tokens(mask, (batch, length), (batch, held + length))
     slots = mx.arange(held + length - mask.shape[1], held + length)
@@ -42,7 +45,7 @@ def add_padding(cache: list[Any], mask: mx.array, shape: tuple[int, ...]) -> Non
 
 
 def cache_for_padding(empty: list[Any], mask: mx.array, shape: tuple[int, ...]) -> list[Any] | None:
-    """A cache to run tokens ``[B, L]`` with that nobody wants to keep; None where nothing sees padding.
+    """A cache for one run of tokens ``[B, L]``, to be dropped afterwards; None if nothing sees padding.
 
     Raises:
         ValueError: the mask is not ``[B, L]``, has other values than 1 for tokens and 0 for padding,
@@ -58,7 +61,7 @@ def cache_for_padding(empty: list[Any], mask: mx.array, shape: tuple[int, ...]) 
 
 
 def batch_caches(empty: list[Any], left_padding: Any) -> list[Any]:
-    """Empty entries for rows with ``left_padding``, a list of ints, in the place of these.
+    """Empty entries that replace these, for rows with ``left_padding``, a list of ints.
 
     Raises:
         ValueError: an entry has no form for batches, as quantized ones have none.

@@ -1,6 +1,6 @@
 """A model as mlx-vlm stores M3: gate and up fused, the shared expert as one more row of the experts.
 
-Without us mlx-vlm opens no other layout, unless it is told to (from 0.6.5 on).
+Without us mlx-vlm opens no other layout; from 0.6.5 on it does if the config says so.
 """
 
 from typing import Any
@@ -10,12 +10,12 @@ import mlx.nn as nn
 from mlx.utils import tree_flatten, tree_map, tree_unflatten
 
 from mlx_m3_plugin.model.config import TextConfig
-from mlx_m3_plugin.weights import fuse_experts
+from mlx_m3_plugin.weights import fuse_experts, quantization_entry
 from mlx_m3_plugin.weights.tensor import Tensor
 
 
 class StoredModel:
-    """What ``save_weights`` asks of a model: its parameters, and to let go of them."""
+    """The methods of a model that ``save_weights`` calls: give the parameters, and free them."""
 
     def __init__(self, parameters: dict[str, mx.array], model: nn.Module):
         self._parameters = parameters
@@ -31,7 +31,7 @@ class StoredModel:
 
 
 def as_stored(model: nn.Module, config: TextConfig, prefix: str) -> tuple[StoredModel, dict[str, Any]]:
-    """The model to save, and what its config has to say of it.
+    """The model to save, and its description for the config.
 
     Experts stay as they are if some could not be fused: where gate and up, or the shared and the
     routed experts, differ in bits.
@@ -47,18 +47,14 @@ def as_stored(model: nn.Module, config: TextConfig, prefix: str) -> tuple[Stored
 
 
 def _quantization(model: nn.Module, stored: dict[str, mx.array]) -> dict[str, Any] | None:
-    """Of every quantized module by the name it is stored under."""
+    """The quantization of every quantized module, by the name it is stored under."""
     modules = {}
     for path, module in model.named_modules():
         if getattr(module, "bits", None) is None or "scales" not in module:
             continue
         spec = {"group_size": module.group_size, "bits": module.bits, "mode": module.mode}
-        # Half of one that is stored whole.
+        # Gate and up may be stored as one.
         for name in (path, path.replace(".switch_mlp.gate_proj", ".switch_mlp.gate_up_proj")):
             if f"{name}.scales" in stored:
                 modules[name] = spec
-    if not modules:
-        return None
-    every = list(modules.values())
-    default = max(every, key=every.count)
-    return {**default, **{path: spec for path, spec in modules.items() if spec != default}}
+    return quantization_entry(modules)

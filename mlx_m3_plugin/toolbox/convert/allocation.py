@@ -10,6 +10,7 @@ from pathlib import Path
 
 import mlx.core as mx
 
+from ...weights.quantization import AFFINE_BITS
 from ..checkpoint import Checkpoint
 from ..forward_pass import (
     HiddenStates,
@@ -23,7 +24,7 @@ from ..forward_pass import (
     write_state,
 )
 from ..new_directory import LOCK, locked, replace_text
-from ..precision import AFFINE_BITS, Quantization
+from ..precision import Quantization
 from ..shards import TensorReader
 from ..streaming import StreamedLayer
 from ..text_files import read_json_object
@@ -76,9 +77,7 @@ class _Allocation:
         plan = plan_conversion(checkpoint, recipe)
         self._parameters, self._bytes = plan.parameters, plan.nbytes
         # Bytes of a scale: as many as a float of the source has.
-        self._itemsize = {
-            m.module: 4 if checkpoint.float_dtype(m.module).endswith("float32") else 2 for m in self._matrices
-        }
+        self._itemsize = {m.module: checkpoint.float_dtype(m.module).size for m in self._matrices}
 
     def run(self) -> dict[str, Quantization]:
         target, cap = float(self._targets["target_bpw"]), float(self._targets["cap_bpw"])

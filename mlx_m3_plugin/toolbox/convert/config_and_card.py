@@ -10,6 +10,7 @@ from typing import Any, NamedTuple
 from ... import __version__
 from ...chat.template import CHAT_TEMPLATE
 from ...weights import with_quantization
+from ...weights.dtypes import name_of
 from ...weights.headers import INDEX
 from ..checkpoint import CHAT_TEMPLATE_FILES
 from ..checksums import SUMS
@@ -207,7 +208,7 @@ def components(plan: ConversionPlan) -> list[NewComponent]:
     for module in plan.modules:
         spec = str(module.spec)
         if module.spec.bits is None:
-            spec = next(iter(module.tensors.values())).dtype.removeprefix("mlx.core.")
+            spec = name_of(next(iter(module.tensors.values())).dtype)
         for matrix in module.matrices:
             # The component of the matrix: a packed shared expert is in a module of routed experts.
             name = (

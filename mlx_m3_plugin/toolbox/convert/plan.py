@@ -10,6 +10,8 @@ from typing import Any
 
 import mlx.core as mx
 
+from ...weights.names import TEXT_PREFIX
+from ...weights.quantization import quantization_entry
 from ...weights.tensor import Tensor
 from ..checkpoint import Checkpoint
 from ..parameters import component_of, text_shapes
@@ -19,8 +21,6 @@ from .recipe import VISION, Matrix, Recipe, matrices_of
 
 # The largest file, as in conversions by mlx-lm and mlx-vlm.
 SHARD_BYTES = 5 << 30
-# Of the text model's names, as mlx-lm and mlx-vlm write them, also for a text-only model.
-PREFIX = "language_model."
 
 
 @dataclass(frozen=True)
@@ -106,11 +106,7 @@ class ConversionPlan:
     def quantization(self) -> dict[str, Any] | None:
         """The ``quantization`` of the config to write."""
         specs = {m.path: m.spec.as_quantization() for m in self.modules if m.spec.bits is not None}
-        if not specs:
-            return None
-        every = list(specs.values())
-        default = max(every, key=every.count)
-        return {**default, **{path: spec for path, spec in specs.items() if spec != default}}
+        return quantization_entry(specs)
 
 
 def plan_conversion(
@@ -170,12 +166,12 @@ def _text_modules(
         path, _, part = name.rpartition(".")
         matrix = matrices.get(path)
         if matrix is None or part != "weight":
-            yield _copied(source, name, PREFIX + name)
+            yield _copied(source, name, TEXT_PREFIX + name)
         elif packed and matrix.part in ("experts", "shared_expert"):
             if matrix.part == "experts" and matrix.projection != "up_proj":
                 yield _packed(source, matrices, specs, matrix)
         else:
-            yield _module(source, PREFIX + path, specs[path], list(_source_matrices(source, matrix)))
+            yield _module(source, TEXT_PREFIX + path, specs[path], list(_source_matrices(source, matrix)))
 
 
 def _packed(
@@ -190,7 +186,7 @@ def _packed(
         each.append([*_source_matrices(source, routed), *_source_matrices(source, shared)])
     together = [matrix for of_an_expert in zip(*each, strict=True) for matrix in of_an_expert]
     fused = "gate_up_proj" if len(names) == 2 else projection
-    path = f"{PREFIX}{moe}.switch_mlp.{fused}"
+    path = f"{TEXT_PREFIX}{moe}.switch_mlp.{fused}"
     return _module(source, path, specs[matrix.module], together, experts=len(each[0]))
 
 
@@ -215,15 +211,15 @@ def _module(
 
 
 def _tensors(
-    path: str, spec: Quantization, leading: tuple[int, ...], inputs: int, dtype: str
+    path: str, spec: Quantization, leading: tuple[int, ...], inputs: int, dtype: mx.Dtype
 ) -> dict[str, NewTensor]:
     if spec.bits is None:
-        kept = dtype if spec.dtype == "keep" else f"mlx.core.{spec.dtype}"
+        kept = dtype if spec.dtype == "keep" else getattr(mx, spec.dtype)
         return {"weight": NewTensor(f"{path}.weight", (*leading, inputs), kept)}
     groups = (*leading, inputs // spec.group_size)
-    scales = dtype if spec.mode == "affine" else str(mx.uint8)
+    scales = dtype if spec.mode == "affine" else mx.uint8
     made = {
-        "weight": NewTensor(f"{path}.weight", (*leading, inputs * spec.bits // 32), str(mx.uint32)),
+        "weight": NewTensor(f"{path}.weight", (*leading, inputs * spec.bits // 32), mx.uint32),
         "scales": NewTensor(f"{path}.scales", groups, scales),
     }
     if spec.mode == "affine":
@@ -240,7 +236,7 @@ def _vision_modules(source: Checkpoint, recipe: Recipe) -> Iterator[NewModule]:
 def _copied(source: Checkpoint, name: str, new_name: str, spec: Quantization | None = None) -> NewModule:
     """A norm, a bias, or a weight of the vision tower."""
     spec, tensor = spec or Quantization(), source.plan[name]
-    dtype = tensor.dtype if spec.dtype == "keep" else f"mlx.core.{spec.dtype}"
+    dtype = tensor.dtype if spec.dtype == "keep" else getattr(mx, spec.dtype)
     path = new_name.rpartition(".")[0]
     inputs = tensor.shape[-1] if tensor.shape else 1
     outputs = math.prod(tensor.shape) // max(inputs, 1)

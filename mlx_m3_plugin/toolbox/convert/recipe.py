@@ -25,8 +25,9 @@ from typing import Any
 
 from ...model.config import TextConfig
 from ...weights.names import layer_of
+from ...weights.quantization import AFFINE_BITS, AFFINE_GROUP_SIZES, MICROSCALING
 from ..parameters import component_of, text_shapes
-from ..precision import AFFINE_BITS, Quantization
+from ..precision import Quantization
 from ..suggestions import did_you_mean
 from ..text_files import read_text
 
@@ -35,13 +36,12 @@ if sys.version_info >= (3, 11):
 else:
     import tomli as tomllib
 
-# Mode -> bits and group sizes; the default group size first.
+# Mode -> bits and group sizes.
 _MODES: dict[str, tuple[tuple[int, ...], tuple[int, ...]]] = {
-    "affine": (AFFINE_BITS, (64, 32, 128)),
-    "mxfp8": ((8,), (32,)),
-    "mxfp4": ((4,), (32,)),
-    "nvfp4": ((4,), (16,)),
+    "affine": (AFFINE_BITS, AFFINE_GROUP_SIZES),
+    **{mode: ((bits,), (group_size,)) for mode, (bits, group_size) in MICROSCALING.items()},
 }
+_AFFINE_GROUP_SIZE = 64
 _DTYPES = ("bfloat16", "float16", "float32", "keep")
 _PLAN_KEYS = {"method", "base_bits", "target_bpw", "cap_bpw", "raise_down_proj", "raise_experts_to"}
 
@@ -261,7 +261,7 @@ def _spec(where: str, content: dict[str, Any]) -> Quantization:
         raise RecipeError(f"{where}: mode must be one of {', '.join(_MODES)}, not {mode!r}")
     all_bits, group_sizes = _MODES[mode]
     bits = content.get("bits", all_bits[0] if len(all_bits) == 1 else None)
-    group_size = content.get("group_size", group_sizes[0])
+    group_size = content.get("group_size", _AFFINE_GROUP_SIZE if mode == "affine" else group_sizes[0])
     if type(bits) is not int or bits not in all_bits:
         raise RecipeError(f"{where}: bits of {mode} must be {_or(all_bits)}, not {bits!r}")
     if type(group_size) is not int or group_size not in group_sizes:
@@ -270,7 +270,7 @@ def _spec(where: str, content: dict[str, Any]) -> Quantization:
 
 
 def _or(numbers: Iterable[int]) -> str:
-    return " or ".join(map(str, sorted(numbers)))
+    return " or ".join(map(str, numbers))
 
 
 def _check_keys(where: str, content: Mapping[str, Any], known: set[str]) -> None:

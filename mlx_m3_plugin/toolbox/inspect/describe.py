@@ -6,11 +6,11 @@ from collections import defaultdict
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 
-import mlx.core as mx
-
 from ...model.config import TextConfig
 from ...weights import Headers, StoredTensor
+from ...weights.dtypes import name_of, size_in_bytes
 from ...weights.names import is_unused, is_vision
+from ...weights.quantization import PARTS
 from ...weights.tensor import Tensor
 from ..parameters import OTHER, Shapes, component_of, quantized_modules
 from ..precision import Quantization
@@ -33,7 +33,6 @@ _FOREIGN = re.compile(
     r"\.(weight_scale(?:_inv|_2)?|weight_global_scale|weight_packed|weight_shape|weight_zero_point"
     r"|qweight|qzeros|g_idx)$"
 )
-_PARTS_OF_QUANTIZED = ("scales", "biases", "global_scale")
 
 # In the order in which a token meets them.
 TABLE_ORDER = (
@@ -213,9 +212,9 @@ def measure(plan: Mapping[str, Tensor], shapes: Shapes, headers: Headers) -> Con
     precisions: dict[str, Precision] = {}
     for name, tensor in plan.items():
         component = components[component_of(name)]
-        component.bytes += math.prod(tensor.shape) * _item_size(tensor.dtype)
+        component.bytes += size_in_bytes(tensor.shape, tensor.dtype)
         module, _, part = name.rpartition(".")
-        if part in _PARTS_OF_QUANTIZED and f"{module}.weight" in plan:
+        if part in PARTS[1:] and f"{module}.weight" in plan:
             continue
         spec = quantized.get(module) if part == "weight" else None
         parameters = _count(tensor, spec)
@@ -252,10 +251,5 @@ def _count(tensor: Tensor, spec: Quantization | None) -> int:
 
 def _precision(tensor: Tensor, spec: Quantization | None) -> Precision:
     if spec is None or spec.bits is None:
-        return Precision(tensor.dtype.removeprefix("mlx.core."), 8 * _item_size(tensor.dtype), None)
+        return Precision(name_of(tensor.dtype), 8 * tensor.dtype.size, None)
     return Precision(spec.mode, spec.bits, spec.group_size)
-
-
-def _item_size(dtype: str) -> int:
-    name = dtype.removeprefix("mlx.core.")
-    return getattr(mx, "bool_" if name == "bool" else name).size

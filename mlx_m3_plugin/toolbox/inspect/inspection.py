@@ -10,7 +10,7 @@ from typing import Any
 
 from ...model.config import TextConfig, text_config_of
 from ...weights import lacks_indexers, plan_layout
-from ...weights.names import is_vision
+from ...weights.names import TEXT_PREFIX, is_vision
 from ..checkpoint import CHAT_TEMPLATE_FILES
 from ..checksums import Verification, Watch, verify
 from ..machine import machine_memory
@@ -171,7 +171,7 @@ def _look_inside(found: Inspection, source: Source, config: TextConfig) -> Featu
     if headers.problems:
         # What is not in damaged files would only be told twice.
         return features
-    prefix = "language_model." if source.config["model_type"] == "minimax_m3_vl" else ""
+    prefix = TEXT_PREFIX if source.config["model_type"] == "minimax_m3_vl" else ""
     in_text = differences(
         {n: t for n, t in plan.items() if not is_vision(n)}, text, contents.quantized, prefix
     )

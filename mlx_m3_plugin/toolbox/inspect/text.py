@@ -3,6 +3,7 @@
 import textwrap
 from collections.abc import Iterable, Sequence
 
+from ...weights import shorten
 from ..sizes import size_in_words
 from . import running
 from .describe import Component, bits_per_weight
@@ -27,9 +28,7 @@ def lines_of(found: Inspection) -> list[str]:
         read = f"{_files(found.verified.files)}, {size_in_words(found.verified.bytes)}, read and compared"
         result = "not as written, see the problems" if found.verified.problems else "as written"
         lines += ["", "Checksums", *_indented([f"{read}: {result}"])]
-    more = len(found.problems) - _MOST_PROBLEMS
-    told = found.problems[:_MOST_PROBLEMS] + ([f"... and {more} more"] if more > 0 else [])
-    lines += ["", "Problems", *_indented(told or ["none"])]
+    lines += ["", "Problems", *_indented(shorten(found.problems, _MOST_PROBLEMS) or ["none"])]
     if found.commands:
         lines += ["", "To run it", *map(_command, found.commands)]
         lines += _indented([f"(sampling as MiniMax recommends it: {running.WHY_SAMPLING})"])

@@ -7,7 +7,7 @@ from pathlib import Path
 import mlx.core as mx
 import numpy as np
 
-from mlx_m3_plugin.toolbox.shards import STORED_DTYPES
+from mlx_m3_plugin.weights.dtypes import FLOAT8, STORED_NAMES
 
 from .source import Json, Weights
 
@@ -17,7 +17,7 @@ def write_safetensors(path: Path, tensors: Weights, float8: Iterable[str]) -> No
     header: Json = {"__metadata__": {"format": "pt"}}
     data = bytearray()
     for name, array in tensors.items():
-        dtype = "F8_E4M3" if name in float8 else STORED_DTYPES[str(array.dtype)][0]
+        dtype = FLOAT8 if name in float8 else STORED_NAMES[array.dtype]
         start = len(data)
         data += np.array(mx.contiguous(array).reshape(-1).view(mx.uint8)).tobytes()
         header[name] = {"dtype": dtype, "shape": list(array.shape), "data_offsets": [start, len(data)]}

@@ -1,7 +1,7 @@
-"""Positions of queries, and doing a long computation in tiles."""
+"""Keys and values as MLX holds them, positions of queries, and computing in tiles."""
 
 from collections.abc import Callable, Iterator, Sequence
-from typing import Any, TypeAlias
+from typing import Any, NamedTuple, TypeAlias
 
 import mlx.core as mx
 
@@ -9,11 +9,46 @@ import mlx.core as mx
 Position: TypeAlias = int | mx.array
 
 
-def default_memory_budget() -> int:
+class Quantized(NamedTuple):
+    """Keys or values ``[B, G, S, D]`` from ``mx.quantize`` (affine).
+
+    Attributes:
+        weight: ``[B, G, S, D * bits / 32]`` uint32.
+        scales: ``[B, G, S, D / group_size]``; ``biases``: likewise.
+    """
+
+    weight: mx.array
+    scales: mx.array
+    biases: mx.array
+    group_size: int
+    bits: int
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        """The shape of what was quantized."""
+        return (*self.weight.shape[:-1], self.weight.shape[-1] * 32 // self.bits)
+
+    def dequantize(self) -> mx.array:
+        return mx.dequantize(
+            self.weight, self.scales, self.biases, group_size=self.group_size, bits=self.bits
+        )
+
+
+KeysValues: TypeAlias = mx.array | Quantized
+
+
+def map_arrays(function: Callable[[mx.array], mx.array], x: KeysValues) -> KeysValues:
+    """``function`` of an array; of each of the three arrays of a quantized one."""
+    if not isinstance(x, Quantized):
+        return function(x)
+    return x._replace(weight=function(x.weight), scales=function(x.scales), biases=function(x.biases))
+
+
+def default_tile_bytes() -> int:
     """Bytes for the intermediate arrays of a tile.
 
-    A CPU is fastest with tiles near its caches: memory that is new to the process costs it more
-    than arithmetic.  A GPU wants enough work in each kernel to be worth its start.
+    A CPU is fastest with tiles about the size of its caches, because memory that is new to the
+    process costs it more than arithmetic.  A GPU needs enough work in each kernel to repay its start.
     """
     return 16 << 20 if mx.default_device() == mx.cpu else 512 << 20
 
@@ -45,10 +80,12 @@ def in_sequence(
     return results
 
 
-def over_queries(compute: Callable[[int, mx.array], mx.array], queries: mx.array, rows: int) -> mx.array:
-    """``compute(start, tile)`` for tiles of ``rows`` queries ``[B, H, L, D]``, put together along L."""
-    length = queries.shape[2]
-    tiles = [(start, queries[:, :, start : start + rows]) for start in range(0, length, rows)]
+def over_queries(
+    compute: Callable[[int, mx.array], mx.array], queries: mx.array, tile_length: int
+) -> mx.array:
+    """``compute(start, tile)`` for tiles of queries ``[B, H, tile_length, D]``, put together along L."""
+    starts = range(0, queries.shape[2], tile_length)
+    tiles = [(start, queries[:, :, start : start + tile_length]) for start in starts]
     return mx.concatenate(in_sequence(compute, tiles), axis=2)
 
 

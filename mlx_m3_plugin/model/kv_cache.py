@@ -1,0 +1,53 @@
+"""K and V in a ``KVCache`` of the host: plain, quantized, of a batch, or None without a cache."""
+
+from typing import Any
+
+import mlx.core as mx
+
+from ..msa import KeysValues, Quantized
+
+
+def offset(cache: Any) -> Any:
+    """The content position of the next token: an int, or ``[B]`` int32."""
+    if cache is None:
+        return 0
+    # A copy: batch caches (in mlx-lm those before 0.32) move their offsets in place.
+    return cache.offset if isinstance(cache.offset, int) else cache.offset + 0
+
+
+def left_padding(cache: Any) -> mx.array | None:
+    """Padding slots before each row's first token, ``[B]``; None where there can be none."""
+    return getattr(cache, "left_padding", None)
+
+
+def append(cache: Any, keys: mx.array, values: mx.array) -> tuple[Any, Any]:
+    """Append ``[B, G, L, D]``.  Returns K and V of all tokens so far, for the host's attention."""
+    return (keys, values) if cache is None else cache.update_and_fetch(keys, values)
+
+
+def append_to_slots(cache: Any, keys: mx.array, values: mx.array) -> tuple[KeysValues, KeysValues]:
+    """As :func:`append`.  Returns all slots, including unused ones at the end, for ``msa.attend``.
+
+    Cutting those off would cost a copy later.
+    """
+    if cache is None:
+        return keys, values
+    cache.update_and_fetch(keys, values)
+    if not _is_quantized(cache):
+        return cache.keys, cache.values
+    settings = cache.group_size, cache.bits
+    return Quantized(*cache.keys, *settings), Quantized(*cache.values, *settings)  # type: ignore[call-arg]
+
+
+def keep_in_graph(cache: Any, arrays: list[mx.array]) -> None:
+    """Have ``arrays`` evaluated whenever the cache is."""
+    if cache is None:
+        return
+    if _is_quantized(cache):
+        cache.keys = tuple(mx.depends(list(cache.keys), arrays))
+    else:
+        cache.keys = mx.depends(cache.keys, arrays)
+
+
+def _is_quantized(cache: Any) -> bool:
+    return isinstance(cache.keys, (tuple, list))
