@@ -9,7 +9,7 @@ import conversations
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from transformers import PreTrainedTokenizerFast
 
-from mlx_m3_plugin.chat.template import CHAT_TEMPLATE
+from mlx_m3_plugin.chat.prompt import CHAT_TEMPLATE
 
 sys.path.append(str(Path(__file__).parents[2]))
 from tests.checkpoints.random_model import add_markers, m3_tokenizer, write_processing

@@ -9,8 +9,8 @@ from collections.abc import Iterator
 from dataclasses import dataclass, field
 from typing import Any
 
-from .reasoning import THINK_END, THINK_START
-from .tool_calls import MOST_BLANKS, MOST_PROBLEMS, NAMESPACE, OfferedTools, ToolCall, parse_block
+from .markers import NAMESPACE, THINK_END, THINK_START
+from .tool_calls import MOST_BLANKS, MOST_PROBLEMS, OfferedTools, ToolCall, parse_block
 
 _MARKERS = (THINK_START, THINK_END, NAMESPACE)
 _ANY_MARKER = re.compile("|".join(map(re.escape, _MARKERS)))

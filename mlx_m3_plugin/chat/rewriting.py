@@ -4,12 +4,11 @@ import logging
 import re
 from typing import Any
 
-from .reasoning import THINK_END, THINK_START
+from .markers import NAMESPACE, THINK_END, THINK_START
 from .reply import Part, ReplySplitter
 from .tool_calls import (
     MOST_BLANKS,
     MOST_PROBLEMS,
-    NAMESPACE,
     OfferedTools,
     parse_block,
     tool_call_end,

@@ -17,11 +17,11 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
+from mlx_m3_plugin.chat.markers import NAMESPACE
 from mlx_m3_plugin.chat.values import MAX_DEPTH, Element, Schemas, bare_elements, typed_arguments
 
 log = logging.getLogger("mlx_m3_plugin")
 
-NAMESPACE = "]<]minimax[>["
 tool_call_start = f"{NAMESPACE}<tool_call>"
 tool_call_end = f"{NAMESPACE}</tool_call>"
 

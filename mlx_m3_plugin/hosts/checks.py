@@ -1,15 +1,25 @@
-"""``load_model`` and ``sharded_load`` of either library, for M3 checkpoints."""
+"""``load_model`` of either library, for M3 checkpoints.
 
-import functools
+Heavy modules are imported in the functions: whoever imports a library for another model does not
+wait for them.
+"""
+
 from collections.abc import Callable
 from contextvars import ContextVar
+from functools import wraps
 from inspect import Parameter
 from typing import Any
 
-from ..weights.files import check_files, is_m3
 from .patching import Arguments, call, for_m3
 
 _STRICT: ContextVar[bool] = ContextVar("strict", default=False)
+
+
+def is_m3_checkpoint(directory: object) -> bool:
+    """See :func:`mlx_m3_plugin.weights.files.is_m3`."""
+    from ..weights.files import is_m3
+
+    return is_m3(directory)
 
 
 def with_checks(load_model: Callable[..., Any]) -> Callable[..., Any]:
@@ -20,13 +30,14 @@ def with_checks(load_model: Callable[..., Any]) -> Callable[..., Any]:
     """
 
     def checked(given: Arguments) -> Any:
-        model_path = given.arguments["model_path"]
+        from ..weights.files import check_files
+
         if _STRICT.get():
             _set(given, "strict", True)
         options = {**given.kwargs, **given.arguments}
         # strict=False is an explicit opt-out.
         if options.get("strict", True):
-            check_files(model_path)
+            check_files(given.arguments["model_path"])
         loaded = call(load_model, given)
         model = loaded[0] if isinstance(loaded, tuple) else loaded
         # Reads scales, which a lazy load must leave alone.
@@ -34,7 +45,7 @@ def with_checks(load_model: Callable[..., Any]) -> Callable[..., Any]:
             model.check_values()
         return loaded
 
-    return for_m3(load_model, lambda given: is_m3(given.get("model_path")), checked)
+    return for_m3(load_model, lambda given: is_m3_checkpoint(given.get("model_path")), checked)
 
 
 def strictly(load: Callable[..., Any]) -> Callable[..., Any]:
@@ -43,7 +54,7 @@ def strictly(load: Callable[..., Any]) -> Callable[..., Any]:
     What a checkpoint lacks would stay random.
     """
 
-    @functools.wraps(load)
+    @wraps(load)
     def strict(*args: Any, **kwargs: Any) -> Any:
         token = _STRICT.set(True)
         try:

@@ -1,56 +1,143 @@
 """How our code gets around one of upstream's functions and leaves other models alone.
 
-Two rules hold for every patch:
+Each function that we replace is one :class:`Patch`, and each library has one list of them.  Two rules
+hold for every patch:
 
-- It first looks for all that it needs of upstream (:func:`find`, :func:`check_uses`).  Where something
-  is missing it changes nothing, and says what is missing.
+- It first looks for all that it needs of upstream.  Where something is missing it changes nothing,
+  and says what is missing.
 - In a call it decides from the arguments alone whether this is MiniMax-M3, without reading anything
   that upstream does not read there.  For other models it calls upstream's function with the
   arguments as they came (:func:`for_m3`).
 """
 
 import inspect
+import re
 from collections.abc import Callable, Iterable, Mapping
+from dataclasses import dataclass
 from functools import wraps
 from types import ModuleType
 from typing import Any
 
-Loader = Callable[[str], list[Any]]
 Arguments = inspect.BoundArguments
 
 
 class UpstreamChangedError(Exception):
-    """Something that a patch needs is not there in the installed library, or takes other arguments."""
+    """The installed library lacks something that a patch needs, or has it in another form."""
 
 
-def find(module: ModuleType, name: str, *parameters: str) -> Any:
-    """The attribute ``name`` of ``module``, such as ``"TokenizerWrapper.__init__"``.
+@dataclass(frozen=True)
+class Patch:
+    """One function, method or class of upstream that we replace.
+
+    Attributes:
+        name: where upstream has it, such as ``"mlx_lm.generate:TextStateMachine.flush"``.
+        what: what M3 gets from it, in a few words for ``status()`` and ``mlx-m3 doctor``.
+        replace: makes ours from upstream's module and upstream's function.
+        needs: what ours uses of the module, in the form that :func:`check_needs` takes.
+        until: when the patch can go: ``"never"`` with the reason; or what upstream lacks today; or
+            ``"mlx-lm 0.32"``, the first release without what is replaced.  A patch of the last kind is
+            left out where the function is missing.
+        fault: the test in ``tests/upstream`` that fails once upstream no longer lacks it.
+        since: the first release that has all that is needed.  Older ones go without the patch.
+    """
+
+    name: str
+    what: str
+    replace: Callable[[Any, Any], Any]
+    needs: tuple[str, ...]
+    until: str
+    fault: str = ""
+    since: str = ""
+
+    @property
+    def module(self) -> str:
+        return self.name.partition(":")[0]
+
+    def apply(self, module: ModuleType) -> bool:
+        """Replace upstream's function in ``module``; False where this release has no need of it.
+
+        Raises:
+            UpstreamChangedError: something that is needed is missing; the module is as it was.
+        """
+        path = self.name.partition(":")[2]
+        owner_path, _, leaf = path.rpartition(".")
+        try:
+            find(module, path)
+            check_needs(module, *self.needs)
+        except UpstreamChangedError:
+            if self._is_for_other_release(module, path):
+                return False
+            raise
+        owner = find(module, owner_path) if owner_path else module
+        original = vars(owner).get(leaf, getattr(owner, leaf))
+        if isinstance(original, (staticmethod, classmethod)):
+            setattr(owner, leaf, type(original)(self.replace(module, original.__func__)))
+        else:
+            setattr(owner, leaf, self.replace(module, original))
+        return True
+
+    def _is_for_other_release(self, module: ModuleType, path: str) -> bool:
+        if re.fullmatch(r"mlx-v?lm [\d.]+", self.until):
+            return not _has(module, path)
+        return bool(self.since) and _installed_release(module) < _release(self.since)
+
+
+def check_needs(module: ModuleType, *needs: str) -> None:
+    """Check that ``module`` has everything that a patch uses.
 
     Args:
-        parameters: names of parameters that it must take.
+        needs: ``"function"``, ``"Class.method(parameter, parameter)"`` with names of parameters that it
+            must take, and ``"Class.method(parameter): attribute, attribute"`` with names of attributes
+            that its code must set or read.
 
     Raises:
-        UpstreamChangedError: it is not there, or does not take one of them.
+        UpstreamChangedError: names the first thing that is missing.
+    """
+    for need in needs:
+        name, parameters, attributes = parse_need(need)
+        function = find(module, name)
+        check_takes(function, *parameters)
+        check_uses(function, *attributes)
+
+
+def parse_need(need: str) -> tuple[str, list[str], list[str]]:
+    """The name, the parameters and the attributes in a string of :attr:`Patch.needs`."""
+    function, _, attributes = need.partition(": ")
+    name, _, parameters = function.rstrip(")").partition("(")
+    return name, parameters.split(", ") if parameters else [], attributes.split(", ") if attributes else []
+
+
+def find(module: ModuleType, name: str) -> Any:
+    """The attribute ``name`` of ``module``, such as ``"TokenizerWrapper.__init__"``.
+
+    Raises:
+        UpstreamChangedError: the module has no such attribute.
     """
     found: Any = module
     for part in name.split("."):
         found = getattr(found, part, None)
         if found is None:
             raise UpstreamChangedError(f"{module.__name__} has no {name}")
-    check_takes(found, *parameters)
     return found
+
+
+def _has(module: ModuleType, name: str) -> bool:
+    try:
+        return find(module, name) is not None
+    except UpstreamChangedError:
+        return False
 
 
 def check_takes(function: Any, *parameters: str) -> None:
     """Check that ``function`` has parameters with these names.
 
     Raises:
-        UpstreamChangedError: names the first one that it has not.
+        UpstreamChangedError: names the first one that it does not have.
     """
-    taken = _signature(function).parameters
+    taken = _signature(function).parameters if parameters else ()
     for parameter in parameters:
         if parameter not in taken:
-            raise UpstreamChangedError(f"{_full_name(function)} takes no {parameter}")
+            raise UpstreamChangedError(f"{_full_name(function)} has no parameter {parameter}")
 
 
 def check_uses(function: Any, *names: str) -> None:
@@ -63,27 +150,7 @@ def check_uses(function: Any, *names: str) -> None:
     used = code.co_names if code else ()
     for name in names:
         if name not in used:
-            raise UpstreamChangedError(f"{_full_name(function)} uses no {name}")
-
-
-def each(module: ModuleType, *patches: Callable[[ModuleType], str]) -> list[str]:
-    """Apply the patches; one that does not fit does not keep the others from working.
-
-    Returns:
-        what each of them says that it does.
-
-    Raises:
-        UpstreamChangedError: what is missing, of all that do not fit, after the others were applied.
-    """
-    done, missing = [], []
-    for patch in patches:
-        try:
-            done.append(patch(module))
-        except UpstreamChangedError as error:
-            missing.append(str(error))
-    if missing:
-        raise UpstreamChangedError("; ".join(missing))
-    return done
+            raise UpstreamChangedError(f"{_full_name(function)} does not use {name}")
 
 
 def for_m3(
@@ -130,5 +197,19 @@ def _signature(function: Any) -> inspect.Signature:
     try:
         return inspect.signature(function)
     except (TypeError, ValueError):
-        # No function, or one without a signature: then nothing is known of its arguments.
+        # Not a function, or one without a signature: then nothing is known of its arguments.
         return inspect.Signature()
+
+
+def _release(text: str) -> tuple[int, ...]:
+    return tuple(map(int, re.findall(r"\d+", text)[:3]))
+
+
+def _installed_release(module: ModuleType) -> tuple[int, ...]:
+    from importlib.metadata import PackageNotFoundError, version
+
+    try:
+        return _release(version(module.__name__.partition(".")[0].replace("_", "-")))
+    except PackageNotFoundError:
+        # A copy without metadata: take it for a new one, in which nothing may be missing.
+        return (10**9,)

@@ -5,7 +5,7 @@
 ``mlx_lm.models`` / ``<type>``, executed *under upstream's module name*: upstream code
 that tests ``type(x).__module__`` (mlx-vlm's prefix cache does) sees what it expects.
 
-The same finder runs a patch right after an upstream module was executed, for the few
+The same finder applies our patches right after an upstream module was executed, for the few
 places that upstream does not look up by name.
 """
 
@@ -16,8 +16,7 @@ import logging
 import sys
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict
-from importlib.metadata import EntryPoint
-from importlib.metadata import entry_points as installed_entry_points
+from importlib.metadata import EntryPoint, PackageNotFoundError, distribution
 from types import FunctionType, ModuleType
 from typing import Any
 
@@ -43,16 +42,12 @@ status: dict[str, Any] = {
     "settings": None,  # as they were read at activation
     "served": {},  # upstream's name -> the file that was executed
     "ours": [],  # those among them whose file is ours
-    "patched": {},
+    "patched": {},  # upstream module -> what our patches give M3, one line each
     "caught_up": [],  # upstream modules that were imported before us
     "errors": [],
 }
 # Upstream's own modules that ours have taken the place of after they were imported.
 replaced_modules: list[ModuleType] = []
-
-# Patch functions get the module they extend and a loader of our own entry points.
-EntryPointLoader = Callable[[str], list[Any]]
-Patch = Callable[[ModuleType, EntryPointLoader], Any]
 
 
 def activate(replacing: Any = None, settings: Settings | None = None) -> None:
@@ -83,15 +78,12 @@ def activate(replacing: Any = None, settings: Settings | None = None) -> None:
 
 def own_entry_points() -> list[EntryPoint]:
     """The entry points of this distribution.  What other packages register is theirs to load."""
-    found: dict[tuple[str, str], EntryPoint] = {}
     groups = {*NAMESPACES.values(), PATCH_GROUP}
-    for group in sorted(groups):
-        for entry_point in installed_entry_points(group=group):
-            dist = entry_point.dist
-            if dist is not None and dist.name.lower().replace("_", "-") == DISTRIBUTION:
-                # A distribution can be on sys.path twice; the first one is the one that imports.
-                found.setdefault((group, entry_point.name), entry_point)
-    return list(found.values())
+    try:
+        # A distribution can be on sys.path twice; the first one is the one that imports.
+        return [e for e in distribution(DISTRIBUTION).entry_points if e.group in groups]
+    except PackageNotFoundError:
+        return []
 
 
 class PluginFinder:
@@ -100,7 +92,6 @@ class PluginFinder:
     def __init__(self, entry_points: Sequence[EntryPoint], settings: Settings):
         self._modules = {(e.group, e.name): e.value for e in entry_points}
         self._patches = {e.name: e for e in entry_points if e.group == PATCH_GROUP}
-        self._entry_points = entry_points
         self._settings = settings
 
     def find_spec(
@@ -123,7 +114,7 @@ class PluginFinder:
         for name, entry_point in self._patches.items():
             if name in sys.modules:
                 before = dict(vars(sys.modules[name]))
-                self._run_patch(sys.modules[name], entry_point)
+                self._run_patches(sys.modules[name], entry_point)
                 _renew_imports_by_name(before, sys.modules[name])
                 status["caught_up"].append(name)
         for name in [
@@ -154,10 +145,6 @@ class PluginFinder:
         why = "ours wins over the native module" if native else "upstream has no such module"
         return {"name": fullname, "source": "plugin", "path": _origin(value), "why": why}
 
-    def load_entry_points(self, group: str) -> list[Any]:
-        """The loaded objects of our entry points in ``group``."""
-        return [e.load() for e in self._entry_points if e.group == group]
-
     def _module_for(self, fullname: str) -> str | None:
         parent, _, leaf = fullname.rpartition(".")
         group = NAMESPACES.get(parent)
@@ -177,17 +164,29 @@ class PluginFinder:
         spec = self._native_spec(fullname, path, target)
         if spec is not None and spec.loader is not None:
             entry_point = self._patches[fullname]
-            spec.loader = _PatchingLoader(spec.loader, lambda module: self._run_patch(module, entry_point))  # type: ignore[assignment]
+            spec.loader = _PatchingLoader(spec.loader, lambda module: self._run_patches(module, entry_point))  # type: ignore[assignment]
         return spec
 
-    def _run_patch(self, module: ModuleType, entry_point: EntryPoint) -> None:
+    def _run_patches(self, module: ModuleType, entry_point: EntryPoint) -> None:
+        """Apply the patches of ``module`` in the list that the entry point names.
+
+        Upstream may have changed under us: then a patch is left out, and the others go on working.
+        """
+        done, problems = [], {}
         try:
-            patch: Patch = entry_point.load()
-            status["patched"][module.__name__] = patch(module, self.load_entry_points) or "done"
+            for patch in entry_point.load():
+                try:
+                    if patch.module == module.__name__ and patch.apply(module):
+                        done.append(patch.what)
+                except Exception as error:
+                    problems[f"without {patch.what} ({type(error).__name__}: {error})"] = error
         except Exception as error:
-            # Upstream has changed under us: the rest of the library must go on working.
-            message = f"cannot extend {module.__name__}: {type(error).__name__}: {error}"
-            _report(message, self._settings, error)
+            problems[f"{type(error).__name__}: {error}"] = error
+        if done:
+            status["patched"][module.__name__] = done
+        if problems:
+            message = f"cannot extend {module.__name__} for MiniMax-M3 as planned: {'; '.join(problems)}"
+            _report(message, self._settings, next(iter(problems.values())))
 
 
 def graft_spec(

@@ -13,12 +13,10 @@ from ..weights.files import MODEL_TYPES
 from ..weights.names import is_vision
 from ..weights.quantization import PARTS
 from ..weights.tensor import Tensor
-from .locate import locate_weights
+from .common import read_json_object
 from .parameters import differences, quantized_modules, text_shapes, vision_shapes
 from .precision import Quantization
-from .text_files import read_json_object
-
-CHAT_TEMPLATE_FILES = ("chat_template.jinja", "chat_template.json")
+from .source import locate_weights
 
 
 @dataclass(frozen=True)

@@ -1,33 +1,36 @@
-"""Will an M3 checkpoint run right with the stock commands here?  If not, what helps?
+"""``mlx-m3 doctor``: does an M3 checkpoint run correctly with the stock commands here?  If not, what helps?
 
-The answer is about a fresh process that does not import the plugin, and about the commands on PATH.
+The answer is about a new process that does not import the plugin, and about the commands on PATH.
 """
 
 import json
 import os
-import site
-import stat
 import subprocess
 import sys
-import sysconfig
 from collections.abc import Iterator
 from dataclasses import asdict, dataclass, field
-from importlib.metadata import PackageNotFoundError, distribution, version
 from pathlib import Path
 from typing import Any
 
 from ..startup.report import patch_lines, report
 from ..startup.settings import read_settings
-from .commands_on_path import Command, find_command, how_to_install_into
-from .missing import FOR_MLX
+from .installation import (
+    FOR_MLX,
+    REINSTALL,
+    Command,
+    StartupFile,
+    find_command,
+    find_startup_files,
+    how_to_install_into,
+    is_in_site_directory,
+    version_of,
+)
 
-STARTUP_FILES = ("mlx_m3_plugin_startup.pth", "mlx_m3_plugin_startup.start")
 _PACKAGES = ("mlx-m3-plugin", "mlx", "mlx-lm", "mlx-vlm", "transformers")
 _LIBRARIES = {"mlx_lm": "mlx-lm", "mlx_vlm": "mlx-vlm"}
-_REINSTALL = "pip install --force-reinstall --no-deps mlx-m3-plugin"
 _UPGRADE = "pip install --upgrade mlx-m3-plugin"
 
-# Runs in a fresh process, which learns of us only through the start-up file.
+# Runs in a new process, which loads the plugin only through its start-up file.  Arguments: the libraries.
 _PROBE = """
 import json, logging, sys
 logging.disable(logging.WARNING)
@@ -37,7 +40,7 @@ try:
     import mlx.core
 except Exception as error:
     answer["mlx_error"] = str(error)
-for library in ("mlx_lm", "mlx_vlm"):
+for library in sys.argv[1:]:
     try:
         __import__(library)
     except Exception as error:
@@ -54,12 +57,12 @@ if hooked and "mlx_m3_plugin.startup.hook" in sys.modules:
             try:
                 __import__(module["name"].rpartition(".")[0])
             except ModuleNotFoundError:
-                # Where another version of upstream looks.
+                # The package of another version of upstream.
                 answer["modules"].remove(module)
                 continue
             if module["source"] == "plugin":
                 try:
-                    # Some stand back at this moment, if the installed upstream is not one they fit.
+                    # A module of ours may step back here if it does not fit the installed upstream.
                     __import__(module["name"])
                 except Exception as error:
                     module.update(source="none", why=str(error))
@@ -72,17 +75,8 @@ print("\\n" + json.dumps(answer))
 
 
 @dataclass
-class StartupFile:
-    """A start-up file where the interpreter looks for it, and what stops it from running."""
-
-    path: str
-    problem: str | None = None
-    cure: str | None = None
-
-
-@dataclass
 class Problem:
-    """Why an M3 checkpoint does not run right, and the command or step that helps."""
+    """Why an M3 checkpoint does not run correctly, and the command or step that helps."""
 
     what: str
     fix: str
@@ -90,14 +84,14 @@ class Problem:
 
 @dataclass
 class Diagnosis:
-    """Everything ``mlx-m3 doctor`` knows.
+    """The result of ``mlx-m3 doctor``.
 
     Attributes:
-        ok: an M3 checkpoint runs right with the stock commands here: there are no problems.
-        verdict: the same as one sentence.
-        active: the plugin is active in a fresh process that imports mlx-lm or mlx-vlm.
-        problems: the first one is the one to begin with.
-        notes: what is worth knowing and no problem.
+        ok: an M3 checkpoint runs correctly with the stock commands here: there are no problems.
+        verdict: the same as a sentence.
+        active: the plugin is active in a new process that imports mlx-lm or mlx-vlm.
+        problems: the most important one first.
+        notes: worth knowing, but not a problem.
     """
 
     ok: bool
@@ -119,39 +113,38 @@ class Diagnosis:
 
 
 def diagnose() -> Diagnosis:
-    """Look at this interpreter's environment and at PATH, and start a fresh process to see what it gets."""
-    probe = _ask_fresh_process()
-    for library in set(_LIBRARIES) - set(_installed_libraries()):
-        probe["import_errors"].pop(library, None)
+    """Look at this interpreter's environment and at PATH, and see which modules a new process gets."""
+    libraries = [library for library, package in _LIBRARIES.items() if version_of(package) is not None]
+    probe = _probe(libraries)
     status = probe["status"] or {}
     found = Diagnosis(
         ok=False,
         verdict="",
         active=bool(probe["hooked"] and status.get("active")),
         python=f"{sys.version.split()[0]} ({sys.executable})",
-        versions={name: _version(name) for name in _PACKAGES},
+        versions={name: version_of(name) for name in _PACKAGES},
         settings=asdict(read_settings()),
         startup_files=find_startup_files(),
-        commands=[find_command(f"{library}.generate") for library in _installed_libraries()],
+        commands=[find_command(f"{library}.generate") for library in libraries],
         modules=probe["modules"],
         patches=status.get("patched", {}),
         errors=[*status.get("errors", []), *(f"{name}: {e}" for name, e in probe["import_errors"].items())],
     )
     found.problems = _crash(probe) or [
-        *_missing_packages(found, probe),
-        *_startup_problems(found, probe),
+        *_missing_packages(libraries, probe),
+        *_startup_problems(found.startup_files, probe),
         *_setting_problems(found.settings),
-        *_failures(found, probe),
+        *_failures(found, libraries, probe),
         *(problem for command in found.commands for problem in _command_problems(command)),
     ]
     found.ok = not found.problems
-    found.verdict = _verdict(found)
+    found.verdict = _verdict(found, libraries)
     found.notes = list(_notes(found.commands))
     return found
 
 
 def doctor_lines(found: Diagnosis) -> list[str]:
-    """For people.  The first line is the verdict."""
+    """The first line is the verdict."""
     files = [file.path + (f"  ({file.problem})" if file.problem else "") for file in found.startup_files]
     modules = [f"{m['name']}: {m['source']}, {m['why']}\n    {m['path']}" for m in found.modules]
     versions = [f"{name} {version or 'not installed'}" for name, version in found.versions.items()]
@@ -160,84 +153,78 @@ def doctor_lines(found: Diagnosis) -> list[str]:
         "Versions": [f"Python {found.python}", *versions],
         "Commands": [f"{c.name}: {c.path or 'not on PATH'}" for c in found.commands],
         "Start-up files": files or ["none"],
-        "Who serves": modules,
-        "Extended": patch_lines(found.patches),
+        "Modules": modules,
+        "Patches": patch_lines(found.patches),
         "Errors": found.errors,
         "Notes": found.notes,
     }
     return report(found.verdict, sections).splitlines()
 
 
-def _verdict(found: Diagnosis) -> str:
+def _verdict(found: Diagnosis, libraries: list[str]) -> str:
     if found.problems:
-        return f"No, MiniMax-M3 does not run right here: {found.problems[0].what}."
-    native = "with upstream's own class, as MLX_M3_PLUGIN_PREFER=native asks"
-    ours = "with this plugin"
-    if found.settings["prefer_native"]:
-        ours += ", for upstream has no class of its own"
+        return f"No, MiniMax-M3 does not run correctly here: {found.problems[0].what}."
     sources = {module["name"]: module["source"] for module in found.modules}
-    hows = {
-        library: native if sources[f"{library}.models.minimax_m3_vl"] == "native" else ours
-        for library in _installed_libraries()
-    }
-    parts = [
-        f"in {' and '.join(library for library in hows if hows[library] == how)} {how}"
-        for how in dict.fromkeys(hows.values())
-    ]
+    by_class: dict[str, list[str]] = {}
+    for library in libraries:
+        if sources[f"{library}.models.minimax_m3_vl"] == "native":
+            whose = "with upstream's own class, as MLX_M3_PLUGIN_PREFER=native asks"
+        elif found.settings["prefer_native"]:
+            whose = "with this plugin, because upstream has no class of its own"
+        else:
+            whose = "with this plugin"
+        by_class.setdefault(whose, []).append(library)
+    parts = [f"in {' and '.join(names)} {whose}" for whose, names in by_class.items()]
     return f"Yes, MiniMax-M3 runs here: {'; '.join(parts)}."
 
 
-def _installed_libraries() -> list[str]:
-    return [library for library, package in _LIBRARIES.items() if _version(package) is not None]
-
-
 def _crash(probe: dict[str, Any]) -> list[Problem]:
-    """Nothing else is known then."""
+    """If the process crashed, nothing else is known."""
     if probe["died"] is None:
         return []
-    what = f"a fresh Python that imports mlx, mlx_lm and mlx_vlm ends with exit code {probe['died']}"
+    what = f"a new Python process that imports mlx, mlx_lm and mlx_vlm ends with exit code {probe['died']}"
     ask = f"{sys.executable} -X importtime -c 'import mlx.core, mlx_lm'"
-    return [Problem(what, f"see how far this comes: {ask}")]
+    return [Problem(what, f"see how far this gets: {ask}")]
 
 
-def _missing_packages(found: Diagnosis, probe: dict[str, Any]) -> Iterator[Problem]:
+def _missing_packages(libraries: list[str], probe: dict[str, Any]) -> Iterator[Problem]:
     if probe["mlx_error"]:
         yield Problem(f"mlx cannot be imported ({probe['mlx_error']})", FOR_MLX)
-    if not _installed_libraries():
+    if not libraries:
         yield Problem("neither mlx-lm nor mlx-vlm is installed", "pip install mlx-lm, or mlx-vlm, or both")
-    # Without mlx they fail for want of it.
+    # Without mlx they cannot be imported either.
     for library, error in probe["import_errors"].items() if not probe["mlx_error"] else ():
         package = _LIBRARIES[library]
         yield Problem(f"{package} cannot be imported: {error}", f"pip install --upgrade {package}")
 
 
-def _startup_problems(found: Diagnosis, probe: dict[str, Any]) -> Iterator[Problem]:
+def _startup_problems(files: list[StartupFile], probe: dict[str, Any]) -> Iterator[Problem]:
     if probe["hooked"]:
         return
     # Python 3.15 runs a .start file, and the .pth of the same name only where there is none.
-    usable = [f for f in found.startup_files if f.path.endswith(".pth") or sys.version_info >= (3, 15)]
+    usable = [f for f in files if f.path.endswith(".pth") or sys.version_info >= (3, 15)]
     broken = [file for file in usable if file.problem]
     for file in broken:
-        yield Problem(f"{file.path} is {file.problem}", file.cure or _REINSTALL)
-    if not usable and _is_in_site_directory():
-        yield Problem("the plugin's start-up file is gone from this environment", _REINSTALL)
+        yield Problem(f"{file.path} is {file.problem}", file.cure or REINSTALL)
+    if not usable and is_in_site_directory():
+        yield Problem("the plugin's start-up file is missing from this environment", REINSTALL)
     elif not usable:
         yield Problem(
             "the plugin is not installed in one of Python's site directories, where start-up files are read",
-            "install it with pip into the environment itself (not --target), or write "
+            "install it with pip into the environment itself (without --target), or put "
             "`import mlx_m3_plugin` first in your program",
         )
     elif not broken:
         yield Problem(
-            f"the plugin's start-up file does not run{_said(probe)}",
-            f"start Python without -S; if that is not it, {_REINSTALL}",
+            f"the plugin's start-up file does not run{_printed(probe)}",
+            f"start Python without -S; if that does not help, {REINSTALL}",
         )
 
 
 def _setting_problems(settings: dict[str, Any]) -> Iterator[Problem]:
     if not settings["enabled"]:
         yield Problem(
-            "MLX_M3_PLUGIN is off, so mlx-lm and mlx-vlm serve M3 with their own classes, if they have any",
+            "MLX_M3_PLUGIN is off, so mlx-lm and mlx-vlm use their own M3 classes, if they have any",
             "unset MLX_M3_PLUGIN",
         )
     for complaint in settings["complaints"]:
@@ -245,13 +232,13 @@ def _setting_problems(settings: dict[str, Any]) -> Iterator[Problem]:
         yield Problem(what, fix)
 
 
-def _failures(found: Diagnosis, probe: dict[str, Any]) -> Iterator[Problem]:
-    """What is installed, switched on, and fails all the same."""
+def _failures(found: Diagnosis, libraries: list[str], probe: dict[str, Any]) -> Iterator[Problem]:
+    """What is installed and switched on, but fails."""
     if probe["mlx_error"] or not probe["hooked"] or not found.settings["enabled"]:
         return
-    loadable = [library for library in _installed_libraries() if library not in probe["import_errors"]]
+    loadable = [library for library in libraries if library not in probe["import_errors"]]
     if loadable and not found.active:
-        yield Problem(f"the plugin cannot be activated{_said(probe)}", _REINSTALL)
+        yield Problem(f"the plugin cannot be activated{_printed(probe)}", REINSTALL)
         return
     errors = (probe["status"] or {}).get("errors", [])
     unserved = [m for m in found.modules if m["source"] == "none" and m["why"] not in errors]
@@ -261,8 +248,8 @@ def _failures(found: Diagnosis, probe: dict[str, Any]) -> Iterator[Problem]:
         yield Problem(f"{module['name']} cannot be served: {module['why']}", _UPGRADE)
 
 
-def _said(probe: dict[str, Any]) -> str:
-    """What the fresh process said of us on its way."""
+def _printed(probe: dict[str, Any]) -> str:
+    """What the new process printed about the plugin."""
     lines = [line.strip() for line in probe["stderr"].splitlines() if "mlx-m3-plugin" in line]
     return f": {lines[-1]}" if lines else ""
 
@@ -272,16 +259,17 @@ def _command_problems(command: Command) -> Iterator[Problem]:
         return
     what = f"{command.name} on PATH ({command.path}) belongs to another environment"
     here = Path(sys.executable).parent / command.name
-    otherwise = f"; or call {here}" if here.exists() else ""
+    otherwise = f"; or run {here}" if here.exists() else ""
     if command.environment is None or command.python is None:
         yield Problem(
             f"{command.name} on PATH ({command.path}) cannot start: {command.python} is not a working Python",
-            f"remove it, or install its package again{otherwise}",
+            f"remove it, or reinstall its package{otherwise}",
         )
     elif command.has_plugin:
         ask = f"{command.python} -m mlx_m3_plugin.cli doctor"
         yield Problem(
-            f"{what}, {command.environment}, which has the plugin too", f"ask there: {ask}{otherwise}"
+            f"{what}, {command.environment}, which has the plugin as well",
+            f"run doctor there: {ask}{otherwise}",
         )
     else:
         install = how_to_install_into(Path(command.environment), command.python)
@@ -292,70 +280,26 @@ def _notes(commands: list[Command]) -> Iterator[str]:
     for command in commands:
         if command.path is None:
             there = Path(sys.executable).parent / command.name
-            yield f"{command.name} is not on PATH: activate this environment, or call {there}"
+            yield f"{command.name} is not on PATH: activate this environment, or run {there}"
     if "JPY_PARENT_PID" in os.environ:
         yield (
             "this is about new processes; a notebook that was started before the plugin was installed needs "
-            "a restart or `import mlx_m3_plugin`, and `mlx_m3_plugin.status()` is about the notebook itself"
+            "a restart or `import mlx_m3_plugin`, and `mlx_m3_plugin.status()` describes the notebook itself"
         )
 
 
-def find_startup_files() -> list[StartupFile]:
-    """Our start-up files in the site directories, with the reason why one would be skipped."""
-    found = []
-    for directory in _site_directories():
-        for name in STARTUP_FILES:
-            path = directory / name
-            if path.exists():
-                problem, cure = _why_skipped(path)
-                found.append(StartupFile(str(path), problem, cure))
-    return found
-
-
-def _why_skipped(path: Path) -> tuple[str | None, str | None]:
-    # On macOS some folders hide what is put into them, and ``site`` skips hidden files in silence.
-    hidden = getattr(stat, "UF_HIDDEN", 0x8000)
-    flags = getattr(os.lstat(path), "st_flags", 0)
-    if flags & hidden:
-        return "hidden by macOS, so Python skips it", f"chflags nohidden {path}"
-    if not os.access(path, os.R_OK):
-        return "not readable", f"chmod a+r {path}"
-    if path.stat().st_size == 0:
-        return "empty", _REINSTALL
-    return None, None
-
-
-def _site_directories() -> list[Path]:
-    names = [sysconfig.get_path("purelib"), sysconfig.get_path("platlib"), *site.getsitepackages()]
-    if site.ENABLE_USER_SITE:
-        names.append(site.getusersitepackages())
-    return [Path(name) for name in dict.fromkeys(names)]
-
-
-def _ask_fresh_process() -> dict[str, Any]:
-    # Not the current directory: a checkout of ours there would be found without being installed.
+def _probe(libraries: list[str]) -> dict[str, Any]:
+    # Not in the current directory: a checkout of the plugin there would be found without being installed.
     run = subprocess.run(
-        [sys.executable, "-c", _PROBE], capture_output=True, text=True, cwd=Path(sys.executable).parent
+        [sys.executable, "-c", _PROBE, *libraries],
+        capture_output=True,
+        text=True,
+        cwd=Path(sys.executable).parent,
     )
+    died = None
     try:
         answer: dict[str, Any] = json.loads(run.stdout.strip().splitlines()[-1])
     except (IndexError, json.JSONDecodeError):
         answer = {"hooked": False, "status": None, "modules": [], "mlx_error": None, "import_errors": {}}
-        return {**answer, "stderr": run.stderr, "died": run.returncode}
-    return {**answer, "stderr": run.stderr, "died": None}
-
-
-def _is_in_site_directory() -> bool:
-    """Whether pip has put the plugin, or the link to its checkout, where start-up files are read."""
-    try:
-        metadata = distribution("mlx-m3-plugin").locate_file("")
-    except PackageNotFoundError:
-        return False
-    return Path(str(metadata)).resolve() in [directory.resolve() for directory in _site_directories()]
-
-
-def _version(package: str) -> str | None:
-    try:
-        return version(package)
-    except PackageNotFoundError:
-        return None
+        died = run.returncode
+    return answer | {"stderr": run.stderr, "died": died}

@@ -1,45 +1,122 @@
-"""How much memory a context takes, and how much of a machine's memory there is for it.
+"""How much memory this machine has, and how much of it a context takes.
 
-The one calculation behind ``inspect`` and ``fit``.  Weights and caches are counted to the byte; what a
-prompt's chunk takes while it is computed is a forecast, checked against ``benchmarks/msa.py`` on the CPU.
+This is the one calculation behind ``inspect`` and ``fit``.  Weights and caches are counted to the byte.
+What a chunk of a prompt takes while it is computed is an estimate, checked against ``benchmarks/msa.py``
+on the CPU.
 """
 
+import os
+import sys
 from collections.abc import Callable
+from dataclasses import dataclass
 
 from ..model.config import TextConfig
 
 _GIB = 1 << 30
 # For the system and everything else that runs.
-_LEAST_RESERVE, _RESERVED_SHARE = 8 * _GIB, 1 / 16
+_LEAST_RESERVE, _RESERVED_FRACTION = 8 * _GIB, 1 / 16
 # What macOS lets the GPU keep in memory, unless ``iogpu.wired_limit_mb`` says otherwise.
-_WIRED_SHARE = 0.75
-# Tokens of a prompt that mlx-lm computes at a time, unless asked otherwise.
+_WIRED_FRACTION = 0.75
+# Tokens of a prompt that mlx-lm computes at a time by default.
 PREFILL_STEP = 2048
-# Of an attention layer's prefill, in arrays of the queries' size: the queries before and after norm
-# and rotation, what each group puts out and all of it together; and while groups are computed.
+# Memory of an attention layer's prefill, in arrays of the queries' size.  At its end there are the queries
+# before and after norm and rotation, the output of each group and all outputs together; then those while
+# groups are computed.
 _ARRAYS_AT_ITS_END, _ARRAYS_IN_GROUPS = 4.25, 3
-# The share of a tile's memory budget that is in use at once.
-_SHARE_OF_TILE = 0.75
+# The fraction of a tile's memory budget that is in use at once.
+_FRACTION_OF_TILE = 0.75
+
+
+# --- this machine ---
+
+
+def machine_memory() -> int | None:
+    """Bytes of physical memory; None where the system does not say."""
+    try:
+        return os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
+    except (ValueError, OSError, AttributeError):
+        return None
+
+
+def default_memory() -> int:
+    """Bytes that ``convert`` and ``evaluate`` take by default: a quarter of the machine's."""
+    return max(_GIB, (machine_memory() or 4 * _GIB) // 4)
+
+
+def is_mac() -> bool:
+    return sys.platform == "darwin"
 
 
 def reserve_of(memory: int) -> int:
-    """Bytes of ``memory`` that are left to the system and everything else that runs."""
-    return max(_LEAST_RESERVE, int(memory * _RESERVED_SHARE))
+    """Bytes of ``memory`` that are reserved for the system and everything else that runs."""
+    return max(_LEAST_RESERVE, int(memory * _RESERVED_FRACTION))
 
 
 def wired_limit(memory: int, total: int) -> int | None:
-    """What ``iogpu.wired_limit_mb`` has to be for a Mac's GPU to keep ``total`` bytes in memory.
+    """The value of ``iogpu.wired_limit_mb`` with which a Mac's GPU keeps ``total`` bytes in memory.
 
-    None where macOS's own limit is enough, and where no limit helps because ``total`` does not fit.
+    None if macOS's default is enough, or if ``total`` does not fit with any limit.
     """
     most = memory - reserve_of(memory)
-    return most >> 20 if _WIRED_SHARE * memory < total <= most else None
+    return most >> 20 if _WIRED_FRACTION * memory < total <= most else None
+
+
+# --- context ---
+
+
+@dataclass(frozen=True)
+class Memory:
+    """What a context costs, and what this machine has.
+
+    Attributes:
+        weights: bytes that mlx-lm loads, which is all but vision.
+        per_token, per_token_kv_8: bytes of context with K and V in 16 bits, and in 8 bits.
+        kv_group_size: of ``--kv-bits``; the head size has to be a multiple of it.
+        machine: bytes of memory; None if unknown.
+        reserve: bytes reserved for everything else.
+        context, context_kv_8: tokens that fit, at most as many as the model supports; 0 if the weights
+            alone do not fit.
+        wired_limit_mb: the value that ``iogpu.wired_limit_mb`` needs on a Mac for ``context`` tokens, if
+            macOS's default is too low.
+    """
+
+    weights: int
+    per_token: int
+    per_token_kv_8: int
+    kv_group_size: int
+    machine: int | None
+    reserve: int
+    context: int
+    context_kv_8: int
+    wired_limit_mb: int | None
+
+
+def memory_for(config: TextConfig, weights: int, sparse_layers: int, machine: int | None) -> Memory:
+    """``sparse_layers``: how many layers keep index keys in addition to K and V."""
+    kv_16, kv_8 = bytes_per_token(config, sparse_layers), bytes_per_token(config, sparse_layers, 8)
+    memory = machine or 0
+    reserve = reserve_of(memory)
+    context, context_kv_8 = (
+        context_that_fits(config, kv, memory - reserve - weights) for kv in (kv_16, kv_8)
+    )
+    total = weights + kv_16 * context + transient_bytes(config, PREFILL_STEP, context)
+    return Memory(
+        weights=weights,
+        per_token=kv_16,
+        per_token_kv_8=kv_8,
+        kv_group_size=kv_group_size(config),
+        machine=machine,
+        reserve=reserve,
+        context=context,
+        context_kv_8=context_kv_8,
+        wired_limit_mb=wired_limit(memory, total) if context else None,
+    )
 
 
 def bytes_per_token(config: TextConfig, sparse_layers: int, kv_bits: int | None = None) -> int:
-    """What a token of context takes in the cache; ``kv_bits`` None is 16 bits.
+    """Bytes in the KV cache per token; ``kv_bits`` None means 16 bits.
 
-    ``sparse_layers``: how many layers keep index keys beside K and V.
+    ``sparse_layers``: how many layers keep index keys in addition to K and V.
     """
     keys_values = config.num_hidden_layers * 2 * config.num_key_value_heads * config.head_dim
     # Never quantized.
@@ -56,26 +133,34 @@ def kv_group_size(config: TextConfig) -> int:
 
 
 def context_that_fits(config: TextConfig, per_token: int, free: int, prefill_step: int = PREFILL_STEP) -> int:
-    """The most tokens whose cache, and the chunk of a prompt that is computed, fit into ``free`` bytes."""
+    """The most tokens whose KV cache fits into ``free`` bytes along with a chunk of the prompt."""
     return largest_context(
         config, lambda tokens: per_token * tokens + transient_bytes(config, prefill_step, tokens) <= free
     )
 
 
 def largest_context(config: TextConfig, fits: Callable[[int], bool]) -> int:
-    """The most tokens that the model knows and that fit; what fits with more must fit with less."""
-    low, high = 0, config.max_position_embeddings
-    while low < high:
-        middle = (low + high + 1) // 2
-        low, high = (middle, high) if fits(middle) else (low, middle - 1)
-    return low
+    """The most tokens that fit, up to the model's own limit; if more tokens fit, fewer must fit as well."""
+    return bisect(config.max_position_embeddings + 1, fits)[0]
 
 
-# --- what a chunk takes ---
+def bisect(high: int, fits: Callable[[int], bool], step: int = 1) -> tuple[int, int]:
+    """The largest number that fits and the smallest that does not, at most ``step`` apart.
+
+    0 counts as fitting, ``high`` as not.
+    """
+    low = 0
+    while high - low > step:
+        middle = (low + high) // 2
+        low, high = (middle, high) if fits(middle) else (low, middle)
+    return low, high
+
+
+# --- computing a chunk of a prompt ---
 
 
 def transient_bytes(config: TextConfig, step: int, context: int) -> int:
-    """Of a chunk's computation in 16 bits on a GPU: its attention or its experts, whichever is more."""
+    """Memory of computing a chunk in 16 bits on a GPU: that of attention or of experts, the larger one."""
     step = min(step, context)
     attention = attention_transient(config, step, context, itemsize=2, tile=512 << 20, copies_keys=False)
     return max(attention, _experts_transient(config, step))
@@ -84,7 +169,7 @@ def transient_bytes(config: TextConfig, step: int, context: int) -> int:
 def attention_transient(
     config: TextConfig, queries: int, context: int, *, itemsize: int, tile: int, copies_keys: bool
 ) -> int:
-    """Peak above inputs and caches while our attention layer takes ``queries`` tokens.
+    """Peak memory of our attention layer for ``queries`` tokens, without inputs and caches.
 
     Args:
         itemsize: bytes of an activation.  tile: ``msa``'s memory budget.
@@ -94,18 +179,20 @@ def attention_transient(
     keys = 4 * context * config.head_dim if copies_keys else 0
     if context <= config.budget:
         return int(_ARRAYS_AT_ITS_END * one)
-    in_groups = _ARRAYS_IN_GROUPS * one + keys + int(_SHARE_OF_TILE * tile)
+    in_groups = _ARRAYS_IN_GROUPS * one + keys + int(_FRACTION_OF_TILE * tile)
     return max(int(_ARRAYS_AT_ITS_END * one), in_groups)
 
 
 def _experts_transient(config: TextConfig, step: int) -> int:
-    """Rows sorted by expert, gate, up and their product, what comes out, sorted back, and weighted."""
-    rows = step * config.num_experts_per_tok
-    return rows * (2 * (3 * config.hidden_size + 3 * config.intermediate_size) + 4 * config.hidden_size)
+    """Tokens sorted by expert, gate, up and their product, then the output, sorted back and weighted."""
+    routed = step * config.num_experts_per_tok
+    return routed * (2 * (3 * config.hidden_size + 3 * config.intermediate_size) + 4 * config.hidden_size)
 
 
 def stock_transients(config: TextConfig, step: int, context: int) -> dict[str, int]:
-    """Index scores in float32 for every index head, and a mask: for each head in mlx-lm, one in mlx-vlm."""
+    """What upstream's own classes take: index scores in float32 for every index head, and a mask, which
+    mlx-lm makes for each head and mlx-vlm once.
+    """
     pairs = min(step, context) * context
     if context <= config.budget:
         return {"mlx-lm": 0, "mlx-vlm": 0}

@@ -1,51 +1,97 @@
-"""The parameters that a model of a config has, how a checkpoint stores them, and what is wrong with them.
+"""The parameters of a model, how a checkpoint stores them, and what is wrong with them.
 
-Names are the published ones without a prefix, shapes those before any quantization.
+Names are the published ones without a prefix.  Shapes are those before any quantization.
 """
 
 from collections import defaultdict
 from collections.abc import Iterator, Mapping
+from types import SimpleNamespace
 from typing import Any
 
+import mlx.core as mx
+import mlx.nn as nn
+from mlx.utils import tree_flatten
+
 from ..model.config import TextConfig
+from ..model.decoder import LanguageModel
 from ..model.tensor_scales import scale_shape
 from ..weights import group_names
 from ..weights.check import ShapeAndKind, compare
+from ..weights.names import layer_of
 from ..weights.quantization import PARTS, infer_module, quantized_in
 from ..weights.tensor import Tensor
 from .precision import Quantization
 
 Shapes = dict[str, tuple[int, ...]]
-_Entries = Iterator[tuple[str, tuple[int, ...]]]
 
-# Component -> what its tensors' published names contain; the first that fits counts.
+# Component -> what the published names of its tensors contain; the longest match decides.
+# In the order in which a token meets them.
 COMPONENTS = {
     "embeddings": (".embed_tokens.",),
+    "attention": (".self_attn.",),
+    "indexer": (".self_attn.index_",),
+    "dense MLP": (".mlp.",),
+    "router": (".block_sparse_moe.gate.", ".e_score_correction_bias"),
+    "routed experts": (".switch_mlp.", ".experts."),
+    "shared expert": (".shared_experts.",),
+    "norms": ("_layernorm.", "model.norm."),
     "lm_head": ("lm_head.",),
     "vision tower": ("vision_tower.",),
     "projector": ("multi_modal_projector.",),
     "patch merge": ("patch_merge_mlp.",),
-    "indexer": (".self_attn.index_",),
-    "attention": (".self_attn.",),
-    "dense MLP": (".mlp.",),
-    "routed experts": (".switch_mlp.", ".experts."),
-    "shared expert": (".shared_experts.",),
-    "router": (".block_sparse_moe.",),
-    "norms": ("norm.weight",),
 }
 OTHER = "other"
+# What mlx-lm does not load.
+NOT_IN_THE_TEXT_MODEL = ("vision tower", "projector", "patch merge", OTHER)
 
 
 def component_of(name: str) -> str:
     """The part of the model that a published tensor name belongs to."""
-    dotted = f".{name}"
-    found = (part for part, marks in COMPONENTS.items() if any(mark in dotted for mark in marks))
-    return next(found, OTHER)
+    found = [
+        (len(part), component)
+        for component, parts in COMPONENTS.items()
+        for part in parts
+        if part in f".{name}"
+    ]
+    return max(found)[1] if found else OTHER
 
 
 def text_shapes(config: TextConfig, *, indexers: bool = True) -> Shapes:
-    """The text model's, experts stacked; ``indexers=False`` for a checkpoint that has none."""
-    return dict(_text(config, indexers))
+    """Shapes of the text model's parameters, with experts stacked.
+
+    They are those of the model itself, which is built without computing a weight.
+
+    Args:
+        indexers: False for a checkpoint without indexer weights.
+
+    Raises:
+        ValueError: a size in the config is too large for MLX.
+    """
+    try:
+        model = LanguageModel(config, _SHAPES_ONLY)
+    except OverflowError as error:
+        raise ValueError(f"config: a size is out of range ({error})") from None
+    parameters: dict[str, mx.array] = dict(tree_flatten(model.parameters()))
+    shapes = {name: array.shape for name, array in parameters.items()}
+    # Conversions are written in this order: what is outside of the layers first, then each layer's norms.
+    order = {
+        name: (-1 if (layer := layer_of(name)) is None else layer, "layernorm" not in name) for name in shapes
+    }
+    names = sorted((n for n in shapes if indexers or ".index_" not in n), key=order.__getitem__)
+    return {name: shapes[name] for name in names}
+
+
+class _Experts(nn.Module):
+    """The parameters of a host's ``SwitchGLU``."""
+
+    def __init__(self, hidden: int, width: int, experts: int, activation: nn.Module):
+        super().__init__()
+        for name, shape in (("gate", (width, hidden)), ("up", (width, hidden)), ("down", (hidden, width))):
+            self[f"{name}_proj"] = {"weight": mx.zeros((experts, *shape))}
+
+
+# Stands in for mlx-lm or mlx-vlm, which need not be installed here: all that building a model asks of a host.
+_SHAPES_ONLY: Any = SimpleNamespace(SwitchGLU=_Experts, initialize_rope=lambda **options: nn.Identity())
 
 
 def vision_shapes(config: Mapping[str, Any]) -> Shapes:
@@ -62,59 +108,7 @@ def vision_shapes(config: Mapping[str, Any]) -> Shapes:
         raise ValueError(f"config: vision_config does not describe a vision tower ({error})") from None
 
 
-def _text(config: TextConfig, indexers: bool) -> _Entries:
-    hidden = config.hidden_size
-    yield "model.embed_tokens.weight", (config.vocab_size, hidden)
-    yield "model.norm.weight", (hidden,)
-    if not config.tie_word_embeddings:
-        yield "lm_head.weight", (config.vocab_size, hidden)
-    for layer in range(config.num_hidden_layers):
-        base = f"model.layers.{layer}"
-        yield f"{base}.input_layernorm.weight", (hidden,)
-        yield f"{base}.post_attention_layernorm.weight", (hidden,)
-        yield from _attention(f"{base}.self_attn", config)
-        if indexers and config.is_sparse_attention(layer):
-            yield from _indexer(f"{base}.self_attn", config)
-        if config.is_moe(layer):
-            yield from _mixture(f"{base}.block_sparse_moe", config)
-        else:
-            yield from _mlp(f"{base}.mlp", hidden, config.dense_intermediate_size)
-
-
-def _attention(base: str, config: TextConfig) -> _Entries:
-    hidden, head = config.hidden_size, config.head_dim
-    yield f"{base}.q_proj.weight", (config.num_attention_heads * head, hidden)
-    yield f"{base}.k_proj.weight", (config.num_key_value_heads * head, hidden)
-    yield f"{base}.v_proj.weight", (config.num_key_value_heads * head, hidden)
-    yield f"{base}.o_proj.weight", (hidden, config.num_attention_heads * head)
-    if config.use_qk_norm:
-        yield f"{base}.q_norm.weight", (head,)
-        yield f"{base}.k_norm.weight", (head,)
-
-
-def _indexer(base: str, config: TextConfig) -> _Entries:
-    hidden, head = config.hidden_size, config.index_head_dim
-    yield f"{base}.index_q_proj.weight", (config.index_n_heads * head, hidden)
-    yield f"{base}.index_k_proj.weight", (head, hidden)
-    yield f"{base}.index_q_norm.weight", (head,)
-    yield f"{base}.index_k_norm.weight", (head,)
-
-
-def _mixture(base: str, config: TextConfig) -> _Entries:
-    hidden, experts = config.hidden_size, config.num_local_experts
-    yield f"{base}.gate.weight", (experts, hidden)
-    yield f"{base}.e_score_correction_bias", (experts,)
-    yield from _mlp(f"{base}.switch_mlp", hidden, config.intermediate_size, experts)
-    yield from _mlp(f"{base}.shared_experts", hidden, config.shared_intermediate_size)
-
-
-def _mlp(base: str, hidden: int, width: int, *experts: int) -> _Entries:
-    yield f"{base}.gate_proj.weight", (*experts, width, hidden)
-    yield f"{base}.up_proj.weight", (*experts, width, hidden)
-    yield f"{base}.down_proj.weight", (*experts, hidden, width)
-
-
-def _vision(config: Mapping[str, Any]) -> _Entries:
+def _vision(config: Mapping[str, Any]) -> Iterator[tuple[str, tuple[int, ...]]]:
     vision, text = config.get("vision_config") or {}, config.get("text_config") or config
     merging = vision.get("img_token_compression_config") or config.get("img_token_compression_config") or {}
     hidden, wide = vision.get("hidden_size", 1280), vision.get("intermediate_size", 5120)
@@ -142,7 +136,7 @@ def _vision(config: Mapping[str, Any]) -> _Entries:
     yield from _with_bias("patch_merge_mlp.linear_2", out, between)
 
 
-def _with_bias(module: str, *shape: int) -> _Entries:
+def _with_bias(module: str, *shape: int) -> Iterator[tuple[str, tuple[int, ...]]]:
     yield f"{module}.weight", shape
     yield f"{module}.bias", shape[:1]
 
@@ -155,7 +149,7 @@ _PACKED, _FLOAT = "uint32", "float"
 def quantized_modules(
     plan: Mapping[str, Tensor], shapes: Shapes
 ) -> tuple[dict[str, Quantization], list[str]]:
-    """How each quantized module of ``shapes`` is, and a line for each that MLX could not have quantized."""
+    """The quantization of each quantized module, and a line for each that MLX could not have quantized."""
     quantized, problems = {}, []
     for module in quantized_in(plan):
         if (shape := shapes.get(f"{module}.weight")) is None:
@@ -172,18 +166,18 @@ def quantized_modules(
 def differences(
     plan: Mapping[str, Tensor], shapes: Shapes, quantized: Mapping[str, Quantization], prefix: str = ""
 ) -> list[str]:
-    """What is missing, left over, or of another shape or kind of dtype, one line for each kind of module.
+    """What is missing, left over, or of a wrong shape or dtype: one line for each kind of module.
 
     Args:
-        quantized: the modules that are, by their paths.
-        prefix: what the model puts before the names of parameters, for those that are missing.
+        quantized: path of each quantized module -> its precision.
+        prefix: goes before the names of parameters, as the checkpoint's model type has them.
     """
     found = compare(plan, expected_parameters(plan, shapes, quantized))
     missing = group_names(prefix + name for name in found.missing)
     left_over = group_names(stored for name in found.left_over for stored in plan[name].stored_names())
     wrong: dict[str, list[str]] = defaultdict(list)
     for name, (has, wants) in found.wrong.items():
-        wrong[f"is {_told(has)}, not {_told(wants)}"].append(prefix + name)
+        wrong[f"is {_shown(has)}, not {_shown(wants)}"].append(prefix + name)
     return [
         *(f"missing: {line}" for line in missing),
         *(f"left over: {line}" for line in left_over),
@@ -194,10 +188,11 @@ def differences(
 def expected_parameters(
     plan: Mapping[str, Tensor], shapes: Shapes, quantized: Mapping[str, Quantization]
 ) -> dict[str, ShapeAndKind | None]:
-    """What a model of these shapes that is quantized so takes: the parameters of the loaded model.
+    """The parameters of the loaded model: those of ``shapes``, quantized as ``quantized`` says.
 
     Returns:
-        Name -> shape and kind of dtype; None where its quantization is wrong, which is reported elsewhere.
+        Name -> shape and kind of dtype; None where the quantization is wrong, which
+        :func:`quantized_modules` reports.
     """
     expected: dict[str, ShapeAndKind | None] = {}
     for name, shape in shapes.items():
@@ -221,6 +216,6 @@ def expected_parameters(
     return expected
 
 
-def _told(stored: ShapeAndKind) -> str:
+def _shown(stored: ShapeAndKind) -> str:
     shape, kind = stored
     return f"{kind}{list(shape)}"

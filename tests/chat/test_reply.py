@@ -6,7 +6,7 @@ from typing import Any
 
 import pytest
 
-from mlx_m3_plugin.chat.reasoning import thinking_mode
+from mlx_m3_plugin.chat.prompt import thinking_mode
 from mlx_m3_plugin.chat.reply import Event, Reply, ReplyParser
 from mlx_m3_plugin.chat.tool_calls import MOST_PROBLEMS, ToolCall
 from tests.chat.tool_rendering import marked

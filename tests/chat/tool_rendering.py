@@ -4,7 +4,7 @@ from typing import Any
 
 from transformers.utils.chat_template_utils import render_jinja_template
 
-from mlx_m3_plugin.chat.template import CHAT_TEMPLATE
+from mlx_m3_plugin.chat.prompt import CHAT_TEMPLATE
 from tests.chat.tool_values import NS
 
 

@@ -16,7 +16,7 @@ import numpy as np
 from safetensors.numpy import save_file
 from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers, trainers
 
-from mlx_m3_plugin.chat.template import CHAT_TEMPLATE
+from mlx_m3_plugin.chat.prompt import CHAT_TEMPLATE
 from mlx_m3_plugin.model.config import TextConfig, text_config_of
 
 from . import random_vision

@@ -15,8 +15,8 @@ from safetensors.numpy import save_file
 from tokenizers import AddedToken
 from transformers.utils.chat_template_utils import render_jinja_template
 
-from mlx_m3_plugin.chat.template import CHAT_TEMPLATE
-from mlx_m3_plugin.chat.tool_calls import NAMESPACE as NS
+from mlx_m3_plugin.chat.markers import NAMESPACE as NS
+from mlx_m3_plugin.chat.prompt import CHAT_TEMPLATE
 from mlx_m3_plugin.model.config import text_config_of
 from tests.checkpoints.random_model import m3_config, m3_tokenizer, random_weights
 

@@ -433,8 +433,8 @@ class TestBreakdowns:
     def test_a_patch_that_fails(self, own_guest: Environment, stock_stderr: list[str]):
         edit(
             own_guest.plugin / "hosts" / "mlx_lm" / "patches.py",
-            'find(module, "TokenizerWrapper.__init__"',
-            'find(module, "RenamedByUpstream.__init__"',
+            "mlx_lm.tokenizer_utils:TokenizerWrapper.__init__",
+            "mlx_lm.tokenizer_utils:RenamedByUpstream.__init__",
         )
         child = own_guest.run("-c", PROBE)
 

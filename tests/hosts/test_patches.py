@@ -1,19 +1,35 @@
 """Our patches of mlx-lm: other models notice nothing of them, also where upstream has changed."""
 
-import json
-from collections.abc import Callable
+import ast
+import re
+from collections import Counter
+from importlib.metadata import entry_points
 from pathlib import Path
 from types import ModuleType
 from typing import Any
 
 import mlx.core as mx
 import pytest
-from mlx.utils import tree_flatten
 from mlx_lm.models import llama
 
-from mlx_m3_plugin.chat.vocabulary import is_m3
+from mlx_m3_plugin.chat.markers import has_m3_markers
+from mlx_m3_plugin.hosts.mlx_lm.patches import PATCHES
+from mlx_m3_plugin.hosts.mlx_lm.tokenizer import ATTRIBUTES, become_m3, is_m3_wrapper
+from mlx_m3_plugin.hosts.mlx_vlm.patches import PATCHES as VLM_PATCHES
+from mlx_m3_plugin.hosts.patching import parse_need
+from mlx_m3_plugin.startup.hook import PATCH_GROUP
 from mlx_m3_plugin.weights.files import is_m3 as is_m3_checkpoint
-from tests.hosts.upstream_copies import RENAMED, Recorder, copy_of, get, has, patched, reads
+from tests.hosts.upstream_copies import (
+    Recorder,
+    Use,
+    cases,
+    check_nothing_noticed,
+    check_without,
+    get,
+    is_of_old_releases,
+    reads,
+    write_checkpoint,
+)
 
 LLAMA = {
     "model_type": "llama",
@@ -29,21 +45,9 @@ LLAMA = {
 
 @pytest.fixture(scope="module")
 def llama_directory(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    from tokenizers import Tokenizer, models
-    from transformers import PreTrainedTokenizerFast
-
-    directory = tmp_path_factory.mktemp("llama")
-    (directory / "config.json").write_text(json.dumps(LLAMA))
     mx.random.seed(3)
     model = llama.Model(llama.ModelArgs.from_dict(LLAMA))
-    mx.save_safetensors(str(directory / "model.safetensors"), dict(tree_flatten(model.parameters())))
-    bare = Tokenizer(models.WordLevel({"a": 0, "[UNK]": 1, "</s>": 2}, unk_token="[UNK]"))
-    PreTrainedTokenizerFast(tokenizer_object=bare, eos_token="</s>").save_pretrained(directory)
-    return directory
-
-
-# What another model does with a module.  Each returns what came out, and what was read of stand-ins
-# that have no more than stock reads.
+    return write_checkpoint(tmp_path_factory.mktemp("llama"), LLAMA, model)
 
 
 class Tokenizer(Recorder):
@@ -60,11 +64,27 @@ def use_tokenizer_utils(module: ModuleType, directory: Path) -> Any:
     asked = Recorder(chat_template="<arg_key>")
     names = takes_tokenizer.__code__.co_varnames[:1]
     parser = infer("<arg_key>" if names[0].startswith("chat_template") else asked)
-    return type(wrapper).__name__, sorted(vars(wrapper)), wrapper.think_end, parser, reads(tokenizer, asked)
+    # From mlx-lm 0.32 on.
+    markers = wrapper.structural_markers if hasattr(type(wrapper), "structural_markers") else None
+    rfind = get(wrapper, "rfind_think_end")([1, 2, 2])
+    made = type(wrapper).__name__, sorted(vars(wrapper)), wrapper.think_end, markers, rfind
+    return made, parser, reads(tokenizer, asked)
 
 
 def use_generate(module: ModuleType, directory: Path) -> Any:
-    if not has("mlx_lm.generate", "TextStateMachine"):
+    return _text_of_llama(module, directory), _automaton(module)
+
+
+def _text_of_llama(module: ModuleType, directory: Path) -> Any:
+    from mlx_lm.utils import load
+
+    responses = module.stream_generate(*load(str(directory)), "a a", max_tokens=3)
+    return [(response.text, response.token, response.finish_reason) for response in responses]
+
+
+def _automaton(module: ModuleType) -> Any:
+    names = "".join(vars(module))
+    if "TextStateMachine" not in names:
         machine = get(module, "SequenceStateMachine")
         made = machine({"normal": [((1, 2), "reasoning")], "reasoning": [((3,), "normal")]})
         state, seen = made.make_state(), []
@@ -82,7 +102,7 @@ def use_generate(module: ModuleType, directory: Path) -> Any:
     # A model that stock would not ask for its closing marker.
     tokenizer.has_thinking = False
     machine = get(module, "make_text_state_machine")(tokenizer, ["stop"])
-    state, seen = machine.make_state(), []
+    state, seen = get(machine, "make_state")(), []
     for text in ("a<th", "ink>]<]mini", "max[>[b", "sto"):
         state, segments = get(type(machine), "split")(state, text)
         seen.append(segments)
@@ -97,59 +117,82 @@ def use_utils(module: ModuleType, directory: Path) -> Any:
     return logits, config, type(model).__name__
 
 
-USES: dict[str, Callable[[ModuleType, Path], Any]] = {
+USES: dict[str, Use] = {
     "mlx_lm.tokenizer_utils": use_tokenizer_utils,
     "mlx_lm.generate": use_generate,
     "mlx_lm.utils": use_utils,
 }
-# All that our patches use of upstream.
-NAMES = {
-    "mlx_lm.tokenizer_utils": """
-        TokenizerWrapper TokenizerWrapper.__init__(tokenizer) ._tokenizer ._think_start ._think_end
-        ._think_start_tokens ._think_end_tokens ._tool_parser ._tool_call_start ._tool_call_end
-        ._tool_call_start_tokens ._tool_call_end_tokens .has_chat_template _infer_tool_parser
-    """,
-    "mlx_lm.generate": """
-        make_text_state_machine make_text_state_machine(tokenizer) make_text_state_machine(stop_words)
-        TextStateMachine TextStateMachine.split TextStateMachine.split(state) TextStateMachine.split(text)
-        TextStateMachine.flush TextStateMachine.flush(state) SequenceStateMachine SequenceStateMachine.match
-        SequenceStateMachine.match(state) SequenceStateMachine.match(x)
-        SequenceStateMachine.__init__(transitions) ._states
-    """,
-    "mlx_lm.utils": """
-        load_model load_model(model_path) load_model(lazy) load_model(strict) sharded_load sharded_load(repo)
-        sharded_load(pipeline_group) sharded_load(tensor_group) sharded_load(return_config) _download
-        _download(allow_patterns) _get_classes load_config load_tokenizer
-    """,
-}
-CASES = [(module, name) for module, names in NAMES.items() for name in names.split() if has(module, name)]
 
 
 @pytest.mark.parametrize("module", USES)
 def test_other_models_notice_nothing(module: str, llama_directory: Path) -> None:
-    """The same results, and nothing read that stock does not read."""
-    stock, ours = copy_of(module), copy_of(module)
-    assert patched(ours) == []
-    assert USES[module](ours, llama_directory) == USES[module](stock, llama_directory)
+    check_nothing_noticed(PATCHES, module, USES[module], llama_directory)
 
 
-@pytest.mark.parametrize(("module", "name"), CASES)
+@pytest.mark.parametrize(("module", "name"), cases(PATCHES))
 def test_a_name_that_is_gone_breaks_no_other_model(module: str, name: str, llama_directory: Path) -> None:
-    """And what keeps M3 from working is named."""
-    stock, ours = copy_of(module, name), copy_of(module, name)
-    reported = patched(ours)
-    assert USES[module](ours, llama_directory) == USES[module](stock, llama_directory)
-    lost = name.rstrip(")").replace("(", ".").rpartition(".")[2]
-    assert any(lost in report and RENAMED not in report for report in reported)
+    check_without(PATCHES, module, name, USES[module], llama_directory)
+
+
+def test_every_attribute_that_we_set_on_a_wrapper_is_looked_for() -> None:
+    """A renamed one would be set for nothing, and nobody would know."""
+
+    class Wrapper:
+        def __init__(self) -> None:
+            vars(self).update(
+                _tokenizer=Recorder(
+                    convert_tokens_to_ids=lambda tokens: [1, 2],
+                    encode=lambda text, add_special_tokens: [3],
+                ),
+                has_chat_template=False,
+                set=set(),
+            )
+
+        def __setattr__(self, name: str, value: Any) -> None:
+            self.set.add(name)
+            super().__setattr__(name, value)
+
+    wrapper = Wrapper()
+    become_m3(wrapper)
+    assert is_m3_wrapper(wrapper)
+    assert wrapper.set - {"__class__"} == set(ATTRIBUTES) - {"_tokenizer"}
+
+
+# --- both lists ---
+
+ALL = PATCHES + VLM_PATCHES
+
+
+def test_the_hook_waits_for_every_patched_module() -> None:
+    waited_for = {entry_point.name for entry_point in entry_points(group=PATCH_GROUP)}
+    assert waited_for == {patch.module for patch in ALL}
+
+
+def test_each_function_is_replaced_once() -> None:
+    assert [name for name, n in Counter(patch.name for patch in ALL).items() if n > 1] == []
+    for module in {patch.module for patch in ALL}:
+        given = [patch.what for patch in ALL if patch.module == module and not is_of_old_releases(patch)]
+        assert len(given) == len(set(given))
+
+
+@pytest.mark.parametrize("patch", ALL, ids=lambda patch: patch.name)
+def test_each_patch_says_what_it_needs_and_when_it_goes(patch: Any) -> None:
+    replaced = patch.name.partition(":")[2]
+    assert replaced in [parse_need(need)[0] for need in patch.needs]
+    if patch.fault:
+        faults = ast.parse((Path(__file__).parents[1] / "upstream" / "test_upstream.py").read_text())
+        assert patch.fault in [node.name for node in faults.body if isinstance(node, ast.FunctionDef)]
+    elif not is_of_old_releases(patch):
+        assert re.match("never: .", patch.until)
 
 
 def test_a_tokenizer_that_refuses_to_list_its_vocabulary_is_not_m3s() -> None:
     def refuse() -> dict[str, int]:
         raise NotImplementedError
 
-    assert not is_m3(Recorder(get_vocab=refuse))
-    assert not is_m3(Recorder())
+    assert not has_m3_markers(Recorder(get_vocab=refuse))
+    assert not has_m3_markers(Recorder())
 
 
-def test_what_is_no_path_is_no_m3_checkpoint(tmp_path: Path) -> None:
+def test_what_is_not_a_path_is_not_an_m3_checkpoint(tmp_path: Path) -> None:
     assert not any(map(is_m3_checkpoint, (Recorder(), None, 3, b"m3", tmp_path, "\0")))

@@ -17,7 +17,7 @@ from mlx_lm import server
 from mlx_lm.convert import convert
 from mlx_lm.tokenizer_utils import TokenizerWrapper, load
 
-from mlx_m3_plugin.chat.template import CHAT_TEMPLATE
+from mlx_m3_plugin.chat.prompt import CHAT_TEMPLATE
 from tests.checkpoints.random_model import write_random_model
 from tests.hosts.native_mlx_lm import NATIVE
 

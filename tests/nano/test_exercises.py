@@ -22,7 +22,7 @@ from case import Case
 from conversations import Encoder
 from transformers import PreTrainedTokenizerFast
 
-from mlx_m3_plugin.chat.template import CHAT_TEMPLATE
+from mlx_m3_plugin.chat.prompt import CHAT_TEMPLATE
 from tests.checkpoints.random_model import m3_tokenizer
 
 # How each kind of fact is told, and what asks for it.

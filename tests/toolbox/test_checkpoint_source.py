@@ -69,16 +69,19 @@ def test_problems_of_a_repository(hub):
     problems = inspect("someone/m3").problems
     assert len(problems) == 3
     assert re.fullmatch(r"model-\S+: \S+ MLX does not read tensors of dtype F4", problems[0])
-    assert problems[1] == f"{Q_PROJ} is listed in the index and not in {metadata.weight_map[Q_PROJ]}"
+    assert problems[1].startswith(f"{Q_PROJ} ")
+    assert problems[1].endswith(f" {metadata.weight_map[Q_PROJ]}")
     assert problems[2].startswith("no chat template")
 
 
 def test_a_repository_that_is_not_there(hub, capsys):
     assert main(["inspect", "someone/else"]) == 2
-    assert "the Hugging Face Hub does not give it: 401: no such repository" in capsys.readouterr().err
+    said = capsys.readouterr().err
+    assert "someone/else is neither" in said
+    assert "401: no such repository" in said
 
 
 def test_a_repository_of_another_model(hub, capsys):
     edit_json(hub / "config.json", lambda config: config.update(model_type="llama"))
     assert main(["inspect", "someone/m3"]) == 2
-    assert "is no MiniMax-M3: its config.json has model_type 'llama'" in capsys.readouterr().err
+    assert "its config.json has model_type 'llama'" in capsys.readouterr().err

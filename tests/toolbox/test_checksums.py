@@ -89,7 +89,7 @@ def test_whole_files_are_as_written(made: Path, capsys: pytest.CaptureFixture[st
     code, said = inspected(capsys, made, "--verify")
     assert code == 0
     assert f"{len(weight_files(made))} files" in said
-    assert "read and compared: as written" in said
+    assert "read and compared: all match" in said
     code, said = inspected(capsys, made, "--verify", "--json")
     verified = json.loads(said)["verified"]
     assert verified["bytes"] == sum(file.stat().st_size for file in weight_files(made))

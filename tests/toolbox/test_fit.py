@@ -15,11 +15,11 @@ from mlx_m3_plugin.hosts.mlx_lm.host import MLX_LM
 from mlx_m3_plugin.model.attention import Attention
 from mlx_m3_plugin.model.config import text_config_of
 from mlx_m3_plugin.msa.common import default_tile_bytes
-from mlx_m3_plugin.toolbox.fit import fit
-from mlx_m3_plugin.toolbox.fit_pipeline import fit_pipeline
-from mlx_m3_plugin.toolbox.inspect import inspect, inspection
+from mlx_m3_plugin.toolbox import inspect as inspection
+from mlx_m3_plugin.toolbox.common import parse_count, parse_memory, size_in_words
+from mlx_m3_plugin.toolbox.fit import fit, fit_pipeline
+from mlx_m3_plugin.toolbox.inspect import inspect
 from mlx_m3_plugin.toolbox.memory import attention_transient, stock_transients, wired_limit
-from mlx_m3_plugin.toolbox.sizes import parse_count, parse_memory, size_in_words
 from tests.checkpoints import real_size
 from tests.checkpoints.tiny_layouts import LAYOUTS
 
@@ -51,13 +51,13 @@ def test_quantized_caches_take_less(four_bits: Path) -> None:
     per_token = [fit(four_bits, 512 * GIB, kv_bits=bits).per_token for bits in (None, 8, 4)]
     # 122,880 values of K and V and 14,592 bytes of index keys; scales and biases of 64 values each.
     assert per_token == [137_472, 61_440 + 61_440 // 64 * 4 + 14_592, 30_720 + 61_440 // 64 * 4 + 14_592]
-    with pytest.raises(ValueError, match="--kv-bits is 4 or 8, not 3"):
+    with pytest.raises(ValueError, match=r"--kv-bits .* not 3"):
         fit(four_bits, 512 * GIB, kv_bits=3)
 
 
 def test_what_does_not_fit(four_bits: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["fit", str(four_bits), "--memory", "128GB"]) == 1
-    assert "No context fits: the weights alone are too much." in capsys.readouterr().out
+    assert "No context fits: the weights" in capsys.readouterr().out
     assert main(["fit", str(four_bits), "--memory", "256GB", "--context", "1M"]) == 1
     assert "does NOT fit" in capsys.readouterr().out
 
@@ -67,21 +67,21 @@ def test_how_much_is_missing(four_bits: Path, capsys: pytest.CaptureFixture[str]
     assert found.missing == found.total - 240 * GIB > 0
     assert fit(four_bits, 256 * GIB + found.missing * 16 // 15 + 16, context=1 << 20).fits
     main(["fit", str(four_bits), "--memory", "256", "--context", "1M"])
-    assert f"left to the rest: {size_in_words(found.missing)} are missing" in capsys.readouterr().out
+    assert f": {size_in_words(found.missing)} missing" in capsys.readouterr().out
     main(["fit", str(four_bits), "--memory", "128GB"])
-    assert "103.3 GiB are missing" in capsys.readouterr().out
+    assert "103.3 GiB missing" in capsys.readouterr().out
 
 
-def test_inspect_and_fit_tell_the_same_context(four_bits: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_inspect_and_fit_show_the_same_context(four_bits: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     for size in (256, 288, 512):
         monkeypatch.setattr(inspection, "machine_memory", lambda size=size: size * GIB)
-        told = inspect(four_bits).memory
-        assert told is not None
-        for told_context, kv_bits in ((told.context, None), (told.context_kv_8, 8)):
+        shown = inspect(four_bits).memory
+        assert shown is not None
+        for context, kv_bits in ((shown.context, None), (shown.context_kv_8, 8)):
             found = fit(four_bits, size * GIB, kv_bits=kv_bits)
-            assert told_context == found.largest_context > 0
-        assert (told.weights, told.reserve) == (found.weights, found.reserve)
-        assert told.wired_limit_mb == fit(four_bits, size * GIB).wired_limit_mb
+            assert context == found.largest_context > 0
+        assert (shown.weights, shown.reserve) == (found.weights, found.reserve)
+        assert shown.wired_limit_mb == fit(four_bits, size * GIB).wired_limit_mb
 
 
 @pytest.mark.parametrize("memory", ["1TB", "1TB,1TB"])
@@ -92,7 +92,7 @@ def test_more_context_than_the_model_knows(
     assert main(["fit", str(four_bits), "--memory", memory, "--context", "1M"]) == 0
     assert main(["fit", str(four_bits), "--memory", memory, "--context", "2M"]) == 1
     out = capsys.readouterr().out
-    assert "The model knows 1,048,576 tokens of context, fewer than asked for" in out
+    assert "only 1,048,576 tokens" in out
     assert "2,097,152" not in out
 
 
@@ -112,7 +112,7 @@ def test_no_limit_is_advised_that_does_not_help(tiny: Callable[[str], Path], siz
 @pytest.mark.parametrize("bandwidth", ["0", "-5", "nan", "inf", "0.5", "1e6"])
 def test_no_bandwidth(four_bits: Path, bandwidth: str, capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["fit", str(four_bits), "--memory", "256GB", f"--bandwidth={bandwidth}"]) == 2
-    assert "--bandwidth is in GB/s, between 1 and 100,000, not" in capsys.readouterr().err
+    assert "--bandwidth must be between 1 and 100,000 GB/s, not" in capsys.readouterr().err
 
 
 def test_numbers_have_no_exponents(tiny: Callable[[str], Path], capsys: pytest.CaptureFixture[str]) -> None:
@@ -134,7 +134,7 @@ def test_a_token_reads_what_is_active(four_bits: Path) -> None:
     assert longer.touched - found.touched == pytest.approx(read, rel=0.001)
 
 
-def test_what_stock_takes_beside() -> None:
+def test_what_stock_takes_in_addition() -> None:
     assert stock_transients(REAL, 2048, 131_072) == {"mlx-lm": 20 * GIB, "mlx-vlm": 4.25 * GIB}
     assert stock_transients(REAL, 2048, 2048) == {"mlx-lm": 0, "mlx-vlm": 0}
 
@@ -181,8 +181,8 @@ def transient_of_the_layer(queries: int, context: int) -> int:
 def test_the_command_as_json(four_bits: Path, capsys: pytest.CaptureFixture[str]) -> None:
     arguments = ["fit", str(four_bits), "--memory", "512GiB", "--context", "128K", "--prefill-step", "4K"]
     assert main([*arguments, "--json"]) == 0
-    told = json.loads(capsys.readouterr().out)
-    assert (told["context"], told["prefill_step"], told["fits"]) == (131_072, 4096, True)
+    printed = json.loads(capsys.readouterr().out)
+    assert (printed["context"], printed["prefill_step"], printed["fits"]) == (131_072, 4096, True)
     assert main(arguments) == 0
     assert "131,072 tokens of 137,472 bytes" in capsys.readouterr().out
 
@@ -206,7 +206,7 @@ def test_sizes(text: str, size: int) -> None:
 
 @pytest.mark.parametrize("text", ["", "GB", "-1GB", "1XB", "1.2.3", "many", "1e9"])
 def test_no_sizes(text: str) -> None:
-    with pytest.raises(ValueError, match="is no size; write 256GB"):
+    with pytest.raises(ValueError, match="invalid size"):
         parse_memory(text)
 
 
@@ -219,7 +219,7 @@ def test_no_machine_has_so_much_or_so_little(text: str) -> None:
 def test_counts_and_words() -> None:
     assert [parse_count(text) for text in ("5", "128K", "1m")] == [5, 131_072, 1 << 20]
     for text in ("0", "0.5", "1G", "x"):
-        with pytest.raises(ValueError, match="is no number of tokens"):
+        with pytest.raises(ValueError, match="invalid number of tokens"):
             parse_count(text)
     assert [size_in_words(n) for n in (5, 3 << 20, 5 << 29)] == ["5 bytes", "3.0 MiB", "2.5 GiB"]
 

@@ -3,7 +3,7 @@
 import pytest
 
 from mlx_m3_plugin import cli
-from mlx_m3_plugin.toolbox.missing import FOR_MLX
+from mlx_m3_plugin.toolbox.installation import FOR_MLX
 
 
 def fail_with(error: ImportError, monkeypatch: pytest.MonkeyPatch) -> int:

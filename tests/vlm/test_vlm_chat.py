@@ -17,15 +17,15 @@ from mlx_vlm.server import responses_state
 from mlx_vlm.utils import ThinkingBudgetCriteria
 
 from mlx_m3_plugin.chat import tool_calls
-from mlx_m3_plugin.chat.reasoning import THINK_END, THINK_START
-from mlx_m3_plugin.hosts.mlx_vlm.prompts import _InTheirOrder, knows_open_prompts
-from mlx_m3_plugin.hosts.mlx_vlm.requests import arguments_of
+from mlx_m3_plugin.chat.markers import THINK_END, THINK_START
+from mlx_m3_plugin.hosts.mlx_vlm.prompts import _InTheirOrder
+from mlx_m3_plugin.hosts.mlx_vlm.requests import arguments_of, knows_open_prompts
 from mlx_m3_plugin.hosts.mlx_vlm.server import _rewriter, _RewrittenTokens
 from tests.chat.tool_replies import MARKERS, sample
 from tests.checkpoints.random_model import write_random_model
 from tests.end_to_end.environments import clean_variables
 
-HAS_BUDGETS = knows_open_prompts(ThinkingBudgetCriteria)
+HAS_BUDGETS = knows_open_prompts()
 M3 = (THINK_START, THINK_END)
 TOOLS = [{"type": "function", "function": {"name": "f", "parameters": {}}}]
 Said = tuple[str, str, list[tuple[str, Any]]]

@@ -1,8 +1,6 @@
 """Our patches of mlx-vlm: other models notice nothing of them, also where upstream has changed."""
 
 import json
-from collections.abc import Callable
-from contextlib import suppress
 from importlib import import_module
 from pathlib import Path
 from types import ModuleType, SimpleNamespace
@@ -11,10 +9,22 @@ from typing import Any
 import mlx.core as mx
 import mlx.nn as nn
 import pytest
-from mlx.utils import tree_flatten
 
 from mlx_m3_plugin.hosts.mlx_vlm import identity
-from tests.hosts.upstream_copies import RENAMED, Recorder, copy_of, get, has, patched, reads
+from mlx_m3_plugin.hosts.mlx_vlm.patches import PATCHES
+from tests.hosts.upstream_copies import (
+    RENAMED,
+    Recorder,
+    Use,
+    apply,
+    cases,
+    check_nothing_noticed,
+    check_without,
+    copy_of,
+    get,
+    reads,
+    write_checkpoint,
+)
 from tests.vlm import vlm_runs  # noqa: F401
 
 QWEN2 = {
@@ -33,23 +43,10 @@ QWEN2 = {
 
 @pytest.fixture(scope="module")
 def other(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A checkpoint of another model, with a tokenizer."""
-    from tokenizers import Tokenizer, models
-    from transformers import PreTrainedTokenizerFast
-
-    directory = tmp_path_factory.mktemp("other")
-    (directory / "config.json").write_text(json.dumps(QWEN2))
     module = import_module("mlx_vlm.models.qwen2")
     mx.random.seed(3)
     model = module.Model(module.ModelConfig.from_dict(QWEN2))
-    mx.save_safetensors(str(directory / "model.safetensors"), dict(tree_flatten(model.parameters())))
-    bare = Tokenizer(models.WordLevel({"a": 0, "[UNK]": 1, "</s>": 2}, unk_token="[UNK]"))
-    PreTrainedTokenizerFast(tokenizer_object=bare, eos_token="</s>").save_pretrained(directory)
-    return directory
-
-
-# What another model does with a module.  Each returns what came out, and what was read of stand-ins
-# that have no more than stock reads.
+    return write_checkpoint(tmp_path_factory.mktemp("other"), QWEN2, model)
 
 
 def use_utils(module: ModuleType, directory: Path) -> Any:
@@ -91,7 +88,8 @@ def use_endpoints(module: ModuleType, directory: Path) -> Any:
     from fastapi import APIRouter
 
     app = import_module("mlx_vlm.server.app")
-    deps = Recorder(**vars(app._protocol_deps))
+    given = vars(app._protocol_deps)
+    deps = Recorder(**given, **{name + RENAMED: value for name, value in given.items()})
     router = APIRouter()
     get(module, "register_routes")(router, deps)
     build = module._build_gen_args
@@ -127,7 +125,7 @@ def use_responses_state(module: ModuleType, directory: Path) -> Any:
     seen.append(get(module, "_split_thinking")("<mm:think>a</mm:think>b"))
     # The whole text is M3's marker, and the model is another.
     seen.append(get(module, "_split_thinking")("<mm:think>"))
-    if has("mlx_vlm.server.responses_state", "suppress_tool_call_content"):
+    if "suppress_tool_call_content" in "".join(vars(module)):
         seen.append(get(module, "suppress_tool_call_content")("<tool_call>", False, "<tool_call>", "a"))
     return type(state).__name__, seen
 
@@ -143,7 +141,7 @@ def use_streaming(module: ModuleType, directory: Path) -> Any:
     return [delta["function"] for delta in deltas], reads(parser, bare)
 
 
-USES: dict[str, Callable[[ModuleType, Path], Any]] = {
+USES: dict[str, Use] = {
     "mlx_vlm.utils": use_utils,
     "mlx_vlm.prompt_utils": use_prompt_utils,
     "mlx_vlm.tools.registry": use_registry,
@@ -154,71 +152,16 @@ USES: dict[str, Callable[[ModuleType, Path], Any]] = {
     "mlx_vlm.server.responses_state": use_responses_state,
     "mlx_vlm.tools.streaming": use_streaming,
 }
-# All that our patches use of upstream.
-PARSERS = "_infer_tool_parser_from_processor _infer_tool_parser_from_processor(processor)"
-NAMES = {
-    "mlx_vlm.utils": """
-        load_model load_model(model_path) load_model(lazy) sharded_load load_processor
-        load_processor(model_path) ThinkingBudgetCriteria ThinkingBudgetCriteria.__init__(tokenizer)
-        ThinkingBudgetCriteria.__init__(thinking_start_token)
-        ThinkingBudgetCriteria.__init__(thinking_end_token)
-        ThinkingBudgetCriteria.__init__(enable_thinking) save_weights save_weights(save_path)
-        save_weights(model) save_config save_config(config) save_config(config_path)
-    """,
-    "mlx_vlm.prompt_utils": """
-        apply_chat_template apply_chat_template(processor) apply_chat_template(config)
-        apply_chat_template(prompt) get_chat_template get_chat_template(processor)
-        get_chat_template(messages)
-    """,
-    "mlx_vlm.tools.registry": PARSERS,
-    "mlx_vlm.tool_parsers": PARSERS,
-    "mlx_vlm.server.openai": "register_routes",
-    "mlx_vlm.server.anthropic": "register_routes",
-    "mlx_vlm.server.generation": """
-        ResponseGenerator ResponseGenerator.generate ResponseGenerator.generate(prompt)
-        ResponseGenerator._prompt_has_open_thinking ResponseGenerator._prompt_has_open_thinking(args)
-        ResponseGenerator._prompt_has_open_thinking(input_ids)
-    """,
-    "mlx_vlm.server.responses_state": """
-        ThinkingStreamState ThinkingStreamState.__init__(thinking_start_token)
-        ThinkingStreamState.__init__(thinking_end_token) ThinkingStreamState._build_open_close_markers
-        ThinkingStreamState._build_open_close_markers(thinking_start_token) ThinkingStreamState.feed
-        ThinkingStreamState.feed(text) ThinkingStreamDelta _split_thinking _split_thinking(text)
-        _split_thinking(thinking_start_token)
-    """,
-    "mlx_vlm.tools.streaming": """
-        ToolCallDeltaState ToolCallDeltaState.feed ToolCallDeltaState.feed(text)
-        ToolCallDeltaState._update ToolCallDeltaState._update(name) .calls .tools .parser_name
-    """,
-}
 
 
-def is_there(module: str) -> bool:
-    with suppress(ModuleNotFoundError):
-        return bool(import_module(module))
-    return False
-
-
-MODULES = [module for module in USES if is_there(module)]
-CASES = [(module, name) for module in MODULES for name in NAMES[module].split() if has(module, name)]
-
-
-@pytest.mark.parametrize("module", MODULES)
+@pytest.mark.parametrize("module", USES)
 def test_other_models_notice_nothing(module: str, other: Path) -> None:
-    """The same results, and nothing read that stock does not read."""
-    stock, ours = copy_of(module), copy_of(module)
-    assert patched(ours) == []
-    assert USES[module](ours, other) == USES[module](stock, other)
+    check_nothing_noticed(PATCHES, module, USES[module], other)
 
 
-@pytest.mark.parametrize(("module", "name"), CASES)
+@pytest.mark.parametrize(("module", "name"), cases(PATCHES))
 def test_a_name_that_is_gone_breaks_no_other_model(module: str, name: str, other: Path) -> None:
-    """And what keeps M3 from working is named."""
-    stock, ours = copy_of(module, name), copy_of(module, name)
-    reported = patched(ours)
-    assert USES[module](ours, other) == USES[module](stock, other)
-    lost = name.rstrip(")").replace("(", ".").rpartition(".")[2]
-    assert any(lost in report and RENAMED not in report for report in reported)
+    check_without(PATCHES, module, name, USES[module], other)
 
 
 def test_endpoints_that_are_given_other_functions_keep_them(caplog: pytest.LogCaptureFixture) -> None:
@@ -227,7 +170,7 @@ def test_endpoints_that_are_given_other_functions_keep_them(caplog: pytest.LogCa
     deps = _Dependencies(SimpleNamespace(build_gen_args=lambda asked, processor: asked, other=1))
     assert deps.build_gen_args("a request", None) == "a request"
     assert deps.other == 1
-    assert "takes no request" in caplog.text
+    assert "no parameter request" in caplog.text
     with pytest.raises(AttributeError, match="count_thinking_tag_tokens"):
         _ = deps.count_thinking_tag_tokens
 
@@ -248,7 +191,7 @@ class Savable(nn.Module):
 
 def test_each_config_describes_the_weights_beside_it(tmp_path: Path) -> None:
     utils = copy_of("mlx_vlm.utils")
-    assert patched(utils) == []
+    assert apply(PATCHES, utils)[1] == []
 
     def saved(name: str) -> Any:
         utils.save_config({"model_type": "minimax_m3_vl", "text_config": {}}, tmp_path / name / "config.json")

@@ -1,11 +1,14 @@
-"""mlx-lm's ``TokenizerWrapper`` for M3: markers, tool parser, thinking modes, template."""
+"""mlx-lm's ``TokenizerWrapper`` for M3: markers, tool parser, thinking modes, template.
 
-from functools import cache
+Only tokenizers with M3's markers in their vocabulary are touched.  The wrapper is extended, not
+what ``load`` infers and writes into saved tokenizer configs: what is converted with us must
+open without us.  For the same reason the wrong inference is taken back.
+"""
+
+from functools import cache, wraps
 from typing import Any
 
-from mlx_m3_plugin.chat.history import prepared
-from mlx_m3_plugin.chat.reasoning import THINK_END, THINK_START, thinking_mode
-from mlx_m3_plugin.chat.template import CHAT_TEMPLATE
+from mlx_m3_plugin.chat.markers import THINK_END, THINK_START, has_m3_markers
 
 # What ``TokenizerWrapper.__init__`` sets and :func:`become_m3` sets anew.
 ATTRIBUTES = (
@@ -23,25 +26,57 @@ ATTRIBUTES = (
 )
 
 
+def wrapper_init(module: Any, original: Any) -> Any:
+    @wraps(original)
+    def __init__(self: Any, tokenizer: Any, *args: Any, **kwargs: Any) -> None:
+        original(self, tokenizer, *args, **kwargs)
+        # mlx-lm has just read the vocabulary itself.
+        if has_m3_markers(tokenizer):
+            become_m3(self)
+
+    return __init__
+
+
+def structural_markers(module: Any, original: Any) -> Any:
+    """mlx-lm takes markers of this kind out of the content."""
+
+    @property  # type: ignore[misc]
+    @wraps(original.fget)
+    def structural_markers(self: Any) -> Any:
+        return (THINK_END,) if is_m3_wrapper(self) else original.fget(self)
+
+    return structural_markers
+
+
+def infer_tool_parser(module: Any, original: Any) -> Any:
+    @wraps(original)
+    def _infer_tool_parser(*args: Any, **kwargs: Any) -> Any:
+        inferred = original(*args, **kwargs)
+        # A tokenizer, or its template.  until: mlx-lm 0.32
+        read = (getattr(value, "chat_template", value) for value in (*args, *kwargs.values()))
+        if inferred is not None and any(isinstance(text, str) and THINK_START in text for text in read):
+            return None
+        return inferred
+
+    return _infer_tool_parser
+
+
 class SwallowedTokens(tuple):  # type: ignore[type-arg]
-    """The tokens of a marker that is no text outside of reasoning either."""
+    """The tokens of a marker that is not content outside of reasoning either."""
 
 
-def become_m3(wrapper: Any, tool_parser: Any) -> None:
-    """Make a ``TokenizerWrapper`` speak M3's formats, whatever the checkpoint's settings say.
+def become_m3(wrapper: Any) -> None:
+    """Make a ``TokenizerWrapper`` speak M3's formats, whatever the checkpoint's settings say."""
+    from mlx_m3_plugin.chat import tool_calls
+    from mlx_m3_plugin.chat.prompt import CHAT_TEMPLATE
 
-    Args:
-        tool_parser: a module with ``parse_tool_call``, ``tool_call_start`` and ``tool_call_end``.
-    """
     tokenizer = wrapper._tokenizer
     start, end = tokenizer.convert_tokens_to_ids([THINK_START, THINK_END])
     wrapper._think_start, wrapper._think_end = THINK_START, THINK_END
     wrapper._think_start_tokens, wrapper._think_end_tokens = (start,), SwallowedTokens((end,))
-    # In mlx-lm 0.32 markers of this kind are taken out of the content.
-    wrapper._structural_markers = (THINK_END,)
-    wrapper._tool_parser = tool_parser.parse_tool_call
+    wrapper._tool_parser = tool_calls.parse_tool_call
     for which in ("start", "end"):
-        marker = getattr(tool_parser, f"tool_call_{which}")
+        marker = getattr(tool_calls, f"tool_call_{which}")
         tokens = tuple(tokenizer.encode(marker, add_special_tokens=False))
         setattr(wrapper, f"_tool_call_{which}", marker)
         setattr(wrapper, f"_tool_call_{which}_tokens", tokens)
@@ -67,6 +102,8 @@ class _M3Behaviour:
 
     def apply_chat_template(self, conversation: Any, *args: Any, **kwargs: Any) -> Any:
         """With ``thinking_mode``, or with the ``enable_thinking`` that other models have."""
+        from mlx_m3_plugin.chat.prompt import prepared, thinking_mode
+
         mode = thinking_mode(kwargs)
         kwargs.pop("enable_thinking", None)
         if mode is not None:

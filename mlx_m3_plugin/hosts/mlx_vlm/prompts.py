@@ -1,30 +1,19 @@
 """mlx-vlm's prompts for M3: thinking modes, whole histories, tools as they were given, a template."""
 
 from collections import UserList
-from inspect import signature
-from types import ModuleType
 from typing import Any
 
-from mlx_m3_plugin.chat.history import prepared
-from mlx_m3_plugin.chat.reasoning import thinking_mode
-from mlx_m3_plugin.chat.template import CHAT_TEMPLATE
+from mlx_m3_plugin.chat.markers import THINK_END, THINK_START
+from mlx_m3_plugin.chat.prompt import CHAT_TEMPLATE, prepared, thinking_mode
+from mlx_m3_plugin.hosts.checks import is_m3_checkpoint
 from mlx_m3_plugin.hosts.mlx_vlm.identity import is_m3, remember, tokenizer_of
-from mlx_m3_plugin.hosts.patching import Arguments, Loader, call, each, find, for_m3
-from mlx_m3_plugin.weights.files import MODEL_TYPES, TEXT_ONLY, model_type_of
-from mlx_m3_plugin.weights.files import is_m3 as is_m3_checkpoint
+from mlx_m3_plugin.hosts.patching import Arguments, call, for_m3
 
 PARSER_NAME = "minimax_m3"
 
 
-def knows_open_prompts(budget_criteria: Any) -> bool:
-    """Whether ``ThinkingBudgetCriteria`` tells a prompt that has opened reasoning from one that has
-    not, as it does from mlx-vlm 0.7 on.  Before, there are no budgets in adaptive mode."""
-    return "prompt_preopens_thinking" in signature(budget_criteria.__init__).parameters
-
-
-def load_processor(module: Any) -> str:
-    """Have ``load_processor`` give an M3 without a chat template ours."""
-    original = find(module, "load_processor", "model_path")
+def load_processor(module: Any, original: Any) -> Any:
+    """Have it give an M3 without a chat template ours."""
 
     def load(given: Arguments) -> Any:
         processor = call(original, given)
@@ -37,41 +26,57 @@ def load_processor(module: Any) -> str:
                 part.chat_template = template
         return processor
 
-    module.load_processor = for_m3(original, lambda given: is_m3_checkpoint(given["model_path"]), load)
-    return "a chat template where the checkpoint has none"
+    return for_m3(original, lambda given: is_m3_checkpoint(given["model_path"]), load)
 
 
-def auto_processor(module: Any) -> str:
-    """Have ``AutoProcessor`` give a text-only M3 its tokenizer alone.
+def auto_processor(module: Any, original: Any) -> Any:
+    """Have it give a text-only M3 its tokenizer alone.
 
     Files of an image processor often stay behind when the vision tower is taken out, and would have
     transformers look for torchvision.
     """
-    original = find(module, "AutoProcessor")
 
-    class AutoProcessor(original):  # type: ignore[misc,valid-type]
+    class AutoProcessor(original):  # type: ignore[misc]
         @classmethod
         def from_pretrained(cls, path: Any, *args: Any, **kwargs: Any) -> Any:
+            from mlx_m3_plugin.weights.files import TEXT_ONLY, model_type_of
+
             if model_type_of(path) == TEXT_ONLY:
                 from transformers import AutoTokenizer
 
                 return AutoTokenizer.from_pretrained(path, *args, **kwargs)
             return original.from_pretrained(path, *args, **kwargs)
 
-    module.AutoProcessor = AutoProcessor
-    return "text-only checkpoints open without an image processor"
+    return AutoProcessor
 
 
-def prompt_utils(module: ModuleType, load_entry_points: Loader) -> list[str]:
-    """Have M3's template get all that a conversation holds."""
-    return each(module, _apply_chat_template, _get_chat_template)
+def thinking_budget(module: Any, init: Any) -> Any:
+    """``--thinking-budget`` for M3, where nobody has named the markers.
+
+    Those of other models are in M3's vocabulary as well, and never come.  mlx-vlm then takes the
+    prompt for one that opens no reasoning; ``enable_thinking`` has M3's open it.
+    """
+
+    def init_for_m3(given: Arguments) -> None:
+        if given.arguments["thinking_start_token"] in (None, "<think>"):
+            opened = bool(given.arguments["enable_thinking"])
+            given.arguments.update(
+                thinking_start_token=THINK_START,
+                thinking_end_token=THINK_END,
+                prompt_preopens_thinking=opened,
+                enable_thinking=True,
+            )
+        call(init, given)
+
+    return for_m3(init, lambda given: is_m3(given["tokenizer"]), init_for_m3)
 
 
-def _apply_chat_template(module: Any) -> str:
+def apply_chat_template(module: Any, original: Any) -> Any:
     """mlx-vlm rebuilds messages from role and content, but for those with ``tool_calls``."""
-    original = find(module, "apply_chat_template", "processor", "config", "prompt")
 
     def is_m3_config(given: Any) -> bool:
+        from mlx_m3_plugin.weights.files import MODEL_TYPES
+
         config = given["config"]
         fields = config if isinstance(config, dict) else getattr(config, "__dict__", {})
         return fields.get("model_type") in MODEL_TYPES
@@ -83,8 +88,7 @@ def _apply_chat_template(module: Any) -> str:
             given.arguments["prompt"] = [_kept_whole(message) for message in prepared(prompt)]
         return call(original, given)
 
-    module.apply_chat_template = for_m3(original, is_m3_config, apply)
-    return "reasoning in histories"
+    return for_m3(original, is_m3_config, apply)
 
 
 def _kept_whole(message: Any) -> Any:
@@ -97,9 +101,7 @@ class _InTheirOrder(UserList):  # type: ignore[type-arg]
     """Tools whose keys mlx-vlm, which sorts those of lists, leaves as they are."""
 
 
-def _get_chat_template(module: Any) -> str:
-    original = find(module, "get_chat_template", "processor", "messages", "kwargs")
-
+def get_chat_template(module: Any, original: Any) -> Any:
     def get(given: Arguments) -> Any:
         given.arguments["messages"] = prepared(given.arguments["messages"])
         options = dict(given.arguments["kwargs"])
@@ -113,24 +115,13 @@ def _get_chat_template(module: Any) -> str:
         given.arguments["kwargs"] = options
         return call(original, given)
 
-    module.get_chat_template = for_m3(original, lambda given: is_m3(given["processor"]), get)
-    return "thinking modes, tools in their order"
+    return for_m3(original, lambda given: is_m3(given["processor"]), get)
 
 
-def tool_parsers(module: ModuleType, load_entry_points: Loader) -> list[str]:
-    """``mlx_vlm.tools.registry``, before 0.7.1 ``mlx_vlm.tool_parsers``: M3's parser for every M3.
-
-    Upstream looks for M3's markers in the template, which need not have them.
-    """
-    return each(module, _infer_tool_parser)
-
-
-def _infer_tool_parser(module: Any) -> str:
-    infer = find(module, "_infer_tool_parser_from_processor", "processor")
+def infer_tool_parser(module: Any, infer: Any) -> Any:
+    """M3's parser for every M3.  Upstream looks for its markers in the template, which need not have them."""
 
     def parser_of_m3(given: Arguments) -> Any:
         return call(infer, given) if given.arguments.get("override") is not None else PARSER_NAME
 
-    ours = for_m3(infer, lambda given: is_m3(given["processor"]), parser_of_m3)
-    module._infer_tool_parser_from_processor = ours
-    return "M3's parser, whatever the template"
+    return for_m3(infer, lambda given: is_m3(given["processor"]), parser_of_m3)

@@ -3,18 +3,18 @@
 import dataclasses
 from collections.abc import Mapping
 from functools import cache
+from inspect import signature
 from typing import Any
 
-from mlx_m3_plugin.chat.history import prepared
-from mlx_m3_plugin.chat.reasoning import THINK_END, THINK_START, thinking_mode
-from mlx_m3_plugin.hosts.mlx_vlm.prompts import knows_open_prompts
+from mlx_m3_plugin.chat.markers import THINK_END, THINK_START
+from mlx_m3_plugin.chat.prompt import prepared, thinking_mode
 
 
 def arguments_of(made: Any, request: Any) -> Any:
     """``GenerationArguments`` for M3, from upstream's and the request.
 
     Raises:
-        ValueError: an unknown thinking mode, or a history with arguments that are no JSON object.
+        ValueError: an unknown thinking mode, or a history with arguments that are not a JSON object.
     """
     _check_history(request)
     template = dict(getattr(request, "chat_template_kwargs", None) or {})
@@ -53,11 +53,18 @@ def _may_think(mode: str | None, made: Any) -> bool:
     """Upstream's ``enable_thinking``: whether reasoning is shown, limited, and waited for."""
     if mode == "enabled" or mode == "disabled":
         return mode == "enabled"
-    from mlx_vlm.utils import ThinkingBudgetCriteria
-
-    has_budget = made.thinking_budget is not None and knows_open_prompts(ThinkingBudgetCriteria)
+    has_budget = made.thinking_budget is not None and knows_open_prompts()
     # A grammar would wait for the end of a reasoning that may never begin.
     return made.logits_processors is None and (made.enable_thinking or has_budget)
+
+
+def knows_open_prompts() -> bool:
+    """Whether mlx-vlm distinguishes prompts that have opened reasoning from others.  Where it does not,
+    there are no thinking budgets in adaptive mode."""
+    from mlx_vlm.utils import ThinkingBudgetCriteria
+
+    # until: mlx-vlm 0.7
+    return "prompt_preopens_thinking" in signature(ThinkingBudgetCriteria.__init__).parameters
 
 
 def _said(request: Any, name: str) -> Any:
@@ -75,7 +82,7 @@ def _plain(value: Any) -> Any:
 
 
 def _check_history(request: Any) -> None:
-    """Upstream takes arguments that cannot be read for none."""
+    """Upstream takes arguments that it cannot read for an empty object."""
     messages = list(map(_plain, getattr(request, "messages", None) or ()))
     items = getattr(request, "input", None)
     for item in items if isinstance(items, list) else ():

@@ -9,28 +9,16 @@ import json
 import logging
 from collections.abc import Callable, Iterator, Mapping
 from functools import cache, wraps
-from types import ModuleType
 from typing import Any
 
-from mlx_m3_plugin.chat.reasoning import THINK_END, THINK_START
+from mlx_m3_plugin.chat.markers import THINK_END, THINK_START
 from mlx_m3_plugin.chat.reply import ReplyParser, ReplySplitter
 from mlx_m3_plugin.chat.rewriting import ReplyRewriter
 from mlx_m3_plugin.chat.tool_calls import tool_call_start
 from mlx_m3_plugin.hosts.mlx_vlm.identity import is_m3
 from mlx_m3_plugin.hosts.mlx_vlm.prompts import PARSER_NAME
 from mlx_m3_plugin.hosts.mlx_vlm.requests import M3Arguments, arguments_of
-from mlx_m3_plugin.hosts.patching import (
-    Arguments,
-    Loader,
-    UpstreamChangedError,
-    call,
-    check_takes,
-    check_uses,
-    each,
-    find,
-    for_m3,
-    named,
-)
+from mlx_m3_plugin.hosts.patching import Arguments, UpstreamChangedError, call, check_takes, for_m3, named
 
 log = logging.getLogger("mlx_m3_plugin")
 
@@ -38,21 +26,14 @@ log = logging.getLogger("mlx_m3_plugin")
 # --- what requests ask for ---
 
 
-def endpoints(module: ModuleType, load_entry_points: Loader) -> list[str]:
-    """``mlx_vlm.server.openai`` and ``.anthropic``, which are given what they call when they start."""
-    return each(module, _register_routes)
-
-
-def _register_routes(module: Any) -> str:
-    register = find(module, "register_routes", "app", "deps")
-    check_uses(register, *_OURS)
+def register_routes(module: Any, register: Any) -> Any:
+    """The endpoints are given what they call when they start."""
 
     @wraps(register)
     def register_routes(app: Any, deps: Any, *args: Any, **kwargs: Any) -> Any:
         return register(app, _Dependencies(deps), *args, **kwargs)
 
-    module.register_routes = register_routes
-    return "thinking modes and template arguments of requests"
+    return register_routes
 
 
 class _Dependencies:
@@ -98,9 +79,10 @@ def _refusal(why: str) -> Exception:
 def _with_no_m3_tags(count: Callable[..., int]) -> Callable[..., int]:
     """All that M3 has generated is counted: the prompt may have opened the reasoning."""
     check_takes(count, "thinking_start_token")
-    return for_m3(count, lambda given: _is_m3_marker(given["thinking_start_token"]), lambda given: 0)
+    return for_m3(count, _starts_with_m3, lambda given: 0)
 
 
+# By their names among what the endpoints are given.
 _OURS = {"build_gen_args": _with_m3_arguments, "count_thinking_tag_tokens": _with_no_m3_tags}
 
 
@@ -111,38 +93,29 @@ def _is_m3_marker(token: Any) -> bool:
 # --- replies ---
 
 
-def generation(module: ModuleType, load_entry_points: Loader) -> list[str]:
-    """``mlx_vlm.server.generation``: every reply of M3 comes through here."""
-    return each(module, _generate, _open_thinking)
-
-
-def _generate(module: Any) -> str:
-    generate = find(module, "ResponseGenerator.generate", "prompt")
+def generate(module: Any, original: Any) -> Any:
+    """Every reply of M3 comes through here."""
 
     def given_arguments(given: Mapping[str, Any]) -> Any:
         return named(given.values(), M3Arguments)
 
     def generate_rewritten(given: Arguments) -> Any:
-        context, tokens = call(generate, given)
+        context, tokens = call(original, given)
         rewriter = _rewriter(given.arguments["prompt"], given_arguments(given.arguments))
         return context, _RewrittenTokens(tokens, rewriter)
 
-    ours = for_m3(generate, lambda given: given_arguments(given) is not None, generate_rewritten)
-    module.ResponseGenerator.generate = ours
-    return "replies whose markers come whole"
+    return for_m3(original, lambda given: given_arguments(given) is not None, generate_rewritten)
 
 
-def _open_thinking(module: Any) -> str:
-    """M3's instructions, and what users write, hold both markers: only the prompt's end counts."""
-    generator = find(module, "ResponseGenerator")
-    markers = {"_prompt_has_open_thinking": THINK_START}
-    # Not there before mlx-vlm 0.7.
-    if hasattr(generator, "_prompt_thinking_already_closed"):
-        markers["_prompt_thinking_already_closed"] = THINK_END
-    asks = {name: find(module, f"ResponseGenerator.{name}", "args", "input_ids") for name in markers}
-    for name, marker in markers.items():
-        setattr(generator, name, _at_prompt_end(asks[name], marker))
-    return "reasoning that the end of a prompt opens"
+# M3's instructions, and what users write, hold both markers: only the prompt's end counts.
+
+
+def prompt_opens_reasoning(module: Any, original: Any) -> Any:
+    return _at_prompt_end(original, THINK_START)
+
+
+def prompt_closes_reasoning(module: Any, original: Any) -> Any:
+    return _at_prompt_end(original, THINK_END)
 
 
 def _rewriter(prompt: Any, arguments: Any) -> ReplyRewriter:
@@ -189,35 +162,29 @@ class _RewrittenTokens:
             yield dataclasses.replace(token, text=rest, token_count=0)
 
 
-def responses_state(module: ModuleType, load_entry_points: Loader) -> list[str]:
-    """``mlx_vlm.server.responses_state``: what takes replies apart, given M3's opening marker."""
-    return each(module, _thinking_stream, _split_thinking, _text_after_calls)
+# What takes replies apart is given M3's opening marker.
 
 
-def _thinking_stream(module: Any) -> str:
-    state = find(module, "ThinkingStreamState")
-    start, end = "thinking_start_token", "thinking_end_token"
-    init = find(module, "ThinkingStreamState.__init__", start, end)
-    pairs_of = find(module, "ThinkingStreamState._build_open_close_markers", start, end).__func__
-    find(module, "ThinkingStreamState.feed", "text")
-    find(module, "ThinkingStreamDelta", "reasoning", "content", "thinking_closed")
+def _starts_with_m3(given: Mapping[str, Any]) -> bool:
+    return _is_m3_marker(given["thinking_start_token"])
 
-    def starts_with_m3(given: Mapping[str, Any]) -> bool:
-        return _is_m3_marker(given[start])
 
+def thinking_stream_init(module: Any, init: Any) -> Any:
     def become_m3(given: Arguments) -> None:
         call(init, given)
         made = given.arguments["self"]
         base: Any = type(made)
         made.__class__ = _m3_stream(base, module.ThinkingStreamDelta)
 
+    return for_m3(init, _starts_with_m3, become_m3)
+
+
+def thinking_stream_markers(module: Any, pairs_of: Any) -> Any:
     def pairs_of_m3(given: Arguments) -> Any:
         # ``<think>`` in a reply of M3 is text.
-        return ((given.arguments[start], given.arguments[end]),)
+        return ((given.arguments["thinking_start_token"], given.arguments["thinking_end_token"]),)
 
-    state.__init__ = for_m3(init, starts_with_m3, become_m3)
-    state._build_open_close_markers = classmethod(for_m3(pairs_of, starts_with_m3, pairs_of_m3))
-    return f"{THINK_START} in replies that stream"
+    return for_m3(pairs_of, _starts_with_m3, pairs_of_m3)
 
 
 @cache
@@ -235,18 +202,15 @@ def _m3_stream(base: Any, delta: Any) -> Any:
     return M3Stream
 
 
-def _split_thinking(module: Any) -> str:
-    split = find(module, "_split_thinking", "text", "thinking_start_token")
-
+def split_thinking(module: Any, split: Any) -> Any:
     def split_m3(given: Arguments) -> Any:
         reasoning, content = _split(ReplySplitter(), given.arguments["text"])
         return reasoning or None, content
 
     def is_m3_text(given: Mapping[str, Any]) -> bool:
-        return _is_m3_marker(given["thinking_start_token"]) and bool(given["text"])
+        return _starts_with_m3(given) and bool(given["text"])
 
-    module._split_thinking = for_m3(split, is_m3_text, split_m3)
-    return "several reasonings in one reply"
+    return for_m3(split, is_m3_text, split_m3)
 
 
 def _split(splitter: ReplySplitter, text: str) -> tuple[str, str]:
@@ -259,11 +223,9 @@ def _split(splitter: ReplySplitter, text: str) -> tuple[str, str]:
     return said["reasoning"], said["content"]
 
 
-def _text_after_calls(module: Any) -> str:
+# until: mlx-vlm 0.7
+def text_after_calls(module: Any, suppress: Any) -> Any:
     """mlx-vlm 0.6 shows nothing more of a reply once a call has begun."""
-    if not hasattr(module, "suppress_tool_call_content"):
-        return "text after calls, as mlx-vlm shows it"
-    suppress = find(module, "suppress_tool_call_content", "tc_start", "delta_content")
 
     def show(given: Arguments) -> Any:
         parser = ReplyParser()
@@ -274,20 +236,11 @@ def _text_after_calls(module: Any) -> str:
         start = given["tc_start"]
         return isinstance(start, str) and start == tool_call_start and bool(given["delta_content"])
 
-    module.suppress_tool_call_content = for_m3(suppress, is_m3_content, show)
-    return "text after calls"
+    return for_m3(suppress, is_m3_content, show)
 
 
-def tool_streaming(module: ModuleType, load_entry_points: Loader) -> list[str]:
-    """``mlx_vlm.tools.streaming``: a call of M3 is sent when it is complete, not when all are."""
-    return each(module, _tool_deltas)
-
-
-def _tool_deltas(module: Any) -> str:
-    feed = find(module, "ToolCallDeltaState.feed", "text")
-    check_uses(feed, "tools", "parser_name")
-    find(module, "ToolCallDeltaState._update", "index", "name", "arguments")
-    check_uses(find(module, "ToolCallDeltaState.__init__"), "calls")
+def tool_deltas(module: Any, feed: Any) -> Any:
+    """A call of M3 is sent when it is complete, not when all are."""
 
     def reads_m3(given: Mapping[str, Any]) -> bool:
         # In upstream's own order; what is not there is not read.
@@ -303,5 +256,4 @@ def _tool_deltas(module: Any) -> str:
             for call in calls
         ]
 
-    module.ToolCallDeltaState.feed = for_m3(feed, reads_m3, feed_m3)
-    return "calls as they are completed"
+    return for_m3(feed, reads_m3, feed_m3)

@@ -12,6 +12,7 @@ import mlx.core as mx
 
 from ...weights.quantization import AFFINE_BITS
 from ..checkpoint import Checkpoint
+from ..common import read_json_object
 from ..forward_pass import (
     HiddenStates,
     Progress,
@@ -27,7 +28,6 @@ from ..new_directory import LOCK, locked, replace_text
 from ..precision import Quantization
 from ..shards import TensorReader
 from ..streaming import StreamedLayer
-from ..text_files import read_json_object
 from .plan import plan_conversion
 from .recipe import Matrix, Recipe, RecipeError, matrices_of
 

@@ -8,13 +8,11 @@ from typing import Any
 
 from ...model.config import TextConfig
 from ..checkpoint import Checkpoint, open_checkpoint
+from ..common import bytes_bar, layers_bar, read_text, size_in_words
 from ..forward_pass import Texts, built_in_text, default_cache, read_texts
-from ..machine import default_memory
+from ..memory import default_memory
 from ..new_directory import STATE, new_directory, unfinished_of
 from ..precision import Quantization
-from ..progress import bytes_bar, layers_bar
-from ..sizes import size_in_words
-from ..text_files import read_text
 from .allocation import Scores, allocate_bits, measure_sensitivity, read_scores, scores_by_position
 from .config_and_card import components
 from .plan import ConversionPlan, plan_conversion

@@ -8,16 +8,15 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from ... import __version__
-from ...chat.template import CHAT_TEMPLATE
+from ...chat.prompt import CHAT_TEMPLATE
 from ...weights import with_quantization
 from ...weights.dtypes import name_of
 from ...weights.headers import INDEX
-from ..checkpoint import CHAT_TEMPLATE_FILES
 from ..checksums import SUMS
+from ..common import read_json_object, size_in_words
 from ..new_directory import LOCK, STATE
 from ..parameters import component_of
-from ..sizes import size_in_words
-from ..text_files import read_json_object
+from ..source import CHAT_TEMPLATE_FILES
 from .plan import ConversionPlan
 
 _WEIGHTS = (".safetensors", ".bin", ".gguf", ".pt", ".pth", ".npz")

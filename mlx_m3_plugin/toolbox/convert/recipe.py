@@ -26,10 +26,9 @@ from typing import Any
 from ...model.config import TextConfig
 from ...weights.names import layer_of
 from ...weights.quantization import AFFINE_BITS, AFFINE_GROUP_SIZES, MICROSCALING
+from ..common import did_you_mean, read_text
 from ..parameters import component_of, text_shapes
 from ..precision import Quantization
-from ..suggestions import did_you_mean
-from ..text_files import read_text
 
 if sys.version_info >= (3, 11):
     import tomllib

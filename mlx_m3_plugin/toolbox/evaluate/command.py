@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from ..checkpoint import Checkpoint, open_checkpoint
+from ..common import layers_bar, read_text
 from ..forward_pass import (
     ForwardPass,
     Texts,
@@ -18,12 +19,10 @@ from ..forward_pass import (
     pass_key,
     read_texts,
 )
-from ..machine import default_memory
+from ..memory import default_memory
 from ..new_directory import LOCK, locked, replace_text
-from ..progress import layers_bar
 from ..shards import TensorReader
 from ..streaming import Head
-from ..text_files import read_text
 from .metrics import Evaluation, compare_distributions, compare_layers, perplexity
 from .report import check_can_draw, draw, report_lines
 

@@ -4,8 +4,8 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+from ..common import size_in_words
 from ..new_directory import check_can_write
-from ..sizes import size_in_words
 from .metrics import Evaluation, LayerComparison
 
 _WORST = 5

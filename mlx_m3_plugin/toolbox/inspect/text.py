@@ -1,37 +1,38 @@
-"""An :class:`~mlx_m3_plugin.toolbox.inspect.Inspection` as lines of at most a hundred columns."""
+"""An :class:`Inspection` as lines of at most a hundred columns."""
 
 import textwrap
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 
 from ...weights import shorten
-from ..sizes import size_in_words
-from . import running
-from .describe import Component, bits_per_weight
-from .inspection import Attention, Inspection
-from .readers import Reader, Verdict
+from ..common import size_in_words
+from ..memory import Memory, is_mac
+from . import AttentionSummary, Inspection
+from .layout import Component, bits_per_weight
 
 _COLUMNS = 100
 _LABEL = 14
 _MOST_PROBLEMS = 20
+_WHY_SAMPLING = (
+    "(with the sampling that MiniMax recommends: greedy decoding, the default of these commands, can make "
+    "low-bit weights repeat themselves while thinking)"
+)
 
 
 def lines_of(found: Inspection) -> list[str]:
     lines = [found.name, *_what_it_is(found)]
     if found.components:
         lines += ["", *_component_table(found.components)]
-    lines += ["", *_reader_table(found.readers)]
     if found.memory is not None:
-        lines += ["", "Memory", *_indented(running.memory_lines(found.memory))]
+        lines += ["", "Memory", *_indented(memory_lines(found.memory))]
     if found.notes:
         lines += ["", "Notes", *_indented(found.notes)]
     if found.verified is not None:
         read = f"{_files(found.verified.files)}, {size_in_words(found.verified.bytes)}, read and compared"
-        result = "not as written, see the problems" if found.verified.problems else "as written"
+        result = "they differ, see the problems" if found.verified.problems else "all match"
         lines += ["", "Checksums", *_indented([f"{read}: {result}"])]
     lines += ["", "Problems", *_indented(shorten(found.problems, _MOST_PROBLEMS) or ["none"])]
     if found.commands:
-        lines += ["", "To run it", *map(_command, found.commands)]
-        lines += _indented([f"(sampling as MiniMax recommends it: {running.WHY_SAMPLING})"])
+        lines += ["", "To run it", *map(_command, found.commands), *_indented([_WHY_SAMPLING])]
     return lines
 
 
@@ -41,6 +42,7 @@ def _what_it_is(found: Inspection) -> list[str]:
     facts = {
         "model type": found.model_type,
         "layout": "; ".join(found.layout.in_words()),
+        "opens in": _opens(found.opens),
         "stored as": "; ".join(stored),
         "size": f"{found.tensors:,} tensors in {_files(found.files)}, {size}",
         "quantization": _quantization(found),
@@ -51,6 +53,13 @@ def _what_it_is(found: Inspection) -> list[str]:
     return [line for label, fact in facts.items() for line in _fact(label, fact)]
 
 
+def _opens(opens: Mapping[str, bool]) -> str:
+    yes, no = ([library for library in opens if opens[library] == answer] for answer in (True, False))
+    parts = [f"{' and '.join(yes)}, with this plugin"] if yes else []
+    parts += [f"not in {' and '.join(no)}: see the problems below"] if no else []
+    return "; ".join(parts)
+
+
 def _files(count: int) -> str:
     return f"{count:,} {'file' if count == 1 else 'files'}"
 
@@ -58,38 +67,37 @@ def _files(count: int) -> str:
 def _quantization(found: Inspection) -> str:
     if found.components is None:
         parts = found.layout.foreign_parts
-        return f"unclear ({', '.join(parts)})" if parts else "unclear"
+        return f"unknown ({', '.join(parts)})" if parts else "unknown"
     quantized = [p for p in found.precisions if p.group_size is not None]
     kept = [p for p in found.precisions if p.group_size is None]
-    in_floats = ", ".join(f"{p} {_count(p.parameters)}" for p in kept)
+    unquantized = ", ".join(f"{p} {_count(p.parameters)}" for p in kept)
     if not quantized:
-        return f"none: {in_floats}"
-    return ", ".join(f"{p} {_count(p.parameters)}" for p in quantized) + f"; not quantized: {in_floats}"
+        return f"none: {unquantized}"
+    return ", ".join(f"{p} {_count(p.parameters)}" for p in quantized) + f"; not quantized: {unquantized}"
 
 
-def _attention(attention: Attention) -> dict[str, str]:
+def _attention(attention: AttentionSummary) -> dict[str, str]:
     sparse, layers = attention.with_indexer, attention.layers
     indexer = f"{len(sparse)} of {layers} layers" + (f" ({_ranges(sparse)})" if sparse else "")
     budget = f"{attention.budget:,} tokens, {attention.blocks} blocks of {attention.block_size}"
     context = f"{attention.context:,} tokens"
     if attention.yarn is not None:
-        factor, original = (
-            attention.yarn.get("factor"),
-            attention.yarn.get("original_max_position_embeddings"),
-        )
+        factor, original = map(attention.yarn.get, ("factor", "original_max_position_embeddings"))
         context += f", by YaRN ({factor} x {original})"
     return {"indexer": indexer, "block budget": budget, "context": context}
 
 
 def _component_table(components: Sequence[Component]) -> list[str]:
-    rows = [("Component", "parameters", "bytes", "bits/weight", "stored as")]
+    table = [("Component", "parameters", "bytes", "bits/weight", "stored as")]
     for c in components:
-        rows.append((c.name, *_amounts(c.parameters, c.bytes), ", ".join(c.stored_as).replace("affine ", "")))
+        table.append(
+            (c.name, *_amounts(c.parameters, c.bytes), ", ".join(c.stored_as).replace("affine ", ""))
+        )
     parameters, size = sum(c.parameters for c in components), sum(c.bytes for c in components)
-    rows.append(("total", *_amounts(parameters, size), ""))
-    names, *numbers = [max(len(row[column]) for row in rows) for column in range(4)]
+    table.append(("total", *_amounts(parameters, size), ""))
+    names, *numbers = [max(len(line[column]) for line in table) for column in range(4)]
     lines = []
-    for name, *cells, stored_as in rows:
+    for name, *cells, stored_as in table:
         aligned = "  ".join(f"{cell:>{width}}" for cell, width in zip(cells, numbers, strict=True))
         line = f"{name:{names}}  {aligned}  "
         lines.append((line + textwrap.shorten(stored_as, _COLUMNS - len(line), placeholder=" ...")).rstrip())
@@ -101,25 +109,27 @@ def _amounts(parameters: int, size: int) -> tuple[str, str, str]:
     return f"{parameters:,}", f"{size:,}", "" if bits is None else f"{bits:.2f}"
 
 
-def _reader_table(readers: Sequence[Reader]) -> list[str]:
-    names = [f"{r.library} {r.version}" + ("" if r.installed else " (not installed)") for r in readers]
-    width = max(map(len, names))
-    lines = ["Opens with"]
-    for name, reader in zip(names, readers, strict=True):
-        without = f"  {name:{width}}  without the plugin  "
-        lines += _wrapped(_verdict(reader.without_plugin), without, " " * len(without))
-        lines.append(f"  {'':{width}}  with the plugin     {_verdict(reader.with_plugin)}")
+def memory_lines(memory: Memory) -> list[str]:
+    kv_8 = "--kv-bits 8" + ("" if memory.kv_group_size == 64 else f" --kv-group-size {memory.kv_group_size}")
+    lines = [f"context costs {memory.per_token:,} bytes per token, {memory.per_token_kv_8:,} with {kv_8}"]
+    if memory.machine is None:
+        return lines
+    here = f"{size_in_words(memory.weights)} of weights, {size_in_words(memory.machine)} of memory here"
+    if not memory.context_kv_8:
+        return [*lines, f"does not fit this machine: {here}"]
+    lines.append(
+        f"{here}, {size_in_words(memory.reserve)} of it reserved for the system: "
+        f"{memory.context:,} tokens fit, {memory.context_kv_8:,} with {kv_8}"
+    )
+    if is_mac() and memory.wired_limit_mb is not None:
+        lines.append(
+            f"to let the GPU use that much: sudo sysctl iogpu.wired_limit_mb={memory.wired_limit_mb}"
+        )
     return lines
 
 
-def _verdict(verdict: Verdict) -> str:
-    if verdict.not_yet:
-        return "not yet: as without"
-    return "yes" if verdict.opens else f"no: {verdict.reason}"
-
-
 def _command(command: str) -> str:
-    """In two lines where one is too long, and ready to paste all the same."""
+    """On two lines if one is too long, still ready to paste."""
     line = f"  {command}"
     return line if len(line) <= _COLUMNS else line.replace(" --max-tokens", " \\\n    --max-tokens")
 
@@ -150,7 +160,7 @@ def _indented(lines: Iterable[str]) -> list[str]:
 
 
 def _wrapped(text: str, first: str, following: str) -> list[str]:
-    # Paths and names of tensors stay in one piece.
+    # Paths and tensor names are not broken.
     return textwrap.wrap(
         text,
         _COLUMNS,

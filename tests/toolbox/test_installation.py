@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 
-from mlx_m3_plugin.toolbox.commands_on_path import find_command, how_to_install_into
+from mlx_m3_plugin.toolbox.installation import find_command, how_to_install_into
 
 
 @pytest.fixture

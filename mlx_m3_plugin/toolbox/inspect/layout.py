@@ -1,4 +1,4 @@
-"""What a checkpoint is, told by the names, shapes and dtypes of its tensors alone."""
+"""What a checkpoint contains, from the names, shapes and dtypes of its tensors alone."""
 
 import math
 import re
@@ -12,20 +12,21 @@ from ...weights.dtypes import name_of, size_in_bytes
 from ...weights.names import is_unused, is_vision
 from ...weights.quantization import PARTS
 from ...weights.tensor import Tensor
-from ..parameters import OTHER, Shapes, component_of, quantized_modules
+from ..parameters import COMPONENTS, OTHER, component_of
 from ..precision import Quantization
 
-PUBLISHED, AROUND, TRANSFORMERS, TEXT_ONLY = (
-    "language_model.model.layers",
-    "model.language_model.model.layers",
-    "model.language_model.layers",
-    "model.layers",
-)
+# How the layers' names begin.
 _NAMES_IN_WORDS = {
-    PUBLISHED: "published names",
-    AROUND: "published names behind another model.",
-    TRANSFORMERS: "transformers' names",
-    TEXT_ONLY: "text-only names",
+    "language_model.model.layers": "published names",
+    "model.language_model.model.layers": "published names under an extra model.",
+    "model.language_model.layers": "transformers' names",
+    "model.layers": "text-only names",
+}
+_EXPERTS_IN_WORDS = {
+    "one by one": "one tensor for each expert's projection",
+    "stacked": "experts stacked ({0} rows), gate and up separate",
+    "fused": "experts stacked ({0} rows), gate and up fused",
+    "none": "no experts",
 }
 _NUMBER = re.compile(r"\.\d+(?=\.)")
 _OUTER = re.compile(r"^((?:model\.|language_model\.)*)(?:layers\.N|embed_tokens|norm)\.")
@@ -34,28 +35,20 @@ _FOREIGN = re.compile(
     r"|qweight|qzeros|g_idx)$"
 )
 
-# In the order in which a token meets them.
-TABLE_ORDER = (
-    *("embeddings", "attention", "indexer", "dense MLP", "router", "routed experts", "shared expert"),
-    *("norms", "lm_head", "vision tower", "projector", "patch merge", OTHER),
-)
-
 
 @dataclass(frozen=True)
 class Layout:
     """How the tensors are named and arranged.
 
     Attributes:
-        names: how the layers' names begin, one of the four spellings, or several.
-        modules: ``published``, or ``transformers`` for its names of modules in memory.
-        experts: ``one by one``, ``stacked``, ``fused`` (stacked, gate and up as one) or ``none``.
-        expert_rows: rows of the stack.
+        names: how the layers' names begin: one of the four known spellings, or several.
+        modules: ``published``, or ``transformers`` for the names its modules have in memory.
+        experts: ``one by one``, ``stacked``, ``fused`` (stacked, gate and up in one tensor) or ``none``.
+        expert_rows: length of the stack.
         shared_expert: ``apart``, ``last row`` of the experts' stack, or ``none``.
         dense_under_moe: dense layers' MLPs are named ``block_sparse_moe``.
-        unused: tensors for predicting several tokens, which nothing reads.
-        foreign_parts: names of the parts of weights that are quantized in another library's format.
-        tensor_scales: quantized weights have a scale of the whole tensor.
-        quantized: there are quantized weights in MLX's own format.
+        unused: number of tensors for multi-token prediction, which nothing reads.
+        foreign_parts: suffixes of tensors that are quantized in another library's format.
     """
 
     names: str
@@ -68,33 +61,24 @@ class Layout:
     dense_under_moe: bool = False
     unused: int = 0
     foreign_parts: list[str] = field(default_factory=list)
-    tensor_scales: bool = False
-    quantized: bool = False
 
     def in_words(self) -> list[str]:
         words = [f"{_NAMES_IN_WORDS.get(self.names, 'unknown names')} ({self.names})"]
         if self.modules == "transformers":
-            words.append("modules as transformers names them in memory")
-        words.append(
-            {
-                "one by one": "one tensor for each expert's projection",
-                "stacked": f"experts stacked ({self.expert_rows} rows), gate and up apart",
-                "fused": f"experts stacked ({self.expert_rows} rows), gate and up fused",
-                "none": "no experts",
-            }[self.experts]
-        )
+            words.append("transformers' in-memory module names")
+        words.append(_EXPERTS_IN_WORDS[self.experts].format(self.expert_rows))
         if self.shared_expert == "last row":
-            words.append("shared expert packed as their last row")
+            words.append("shared expert packed as the last row")
         if self.dense_under_moe:
             words.append("dense MLPs under block_sparse_moe")
         if self.unused:
-            words.append(f"{self.unused} mtp tensors that nothing reads")
+            words.append(f"{self.unused} unused mtp tensors")
         return words
 
 
 @dataclass
 class StoredDtype:
-    """What is stored in one dtype, by safetensors' name of it."""
+    """How much is stored in one dtype, by its safetensors name."""
 
     dtype: str
     tensors: int = 0
@@ -106,9 +90,9 @@ class Component:
     """A part of the model.
 
     Attributes:
-        parameters: numbers in the model, whatever they are packed into.
-        bytes: of all its tensors, with scales and biases.
-        stored_as: the precisions in it, most parameters first.
+        parameters: of the model, before they are packed.
+        bytes: of all tensors, with scales and biases.
+        stored_as: the precisions, most parameters first.
     """
 
     name: str
@@ -119,7 +103,7 @@ class Component:
 
 
 def recognise_layout(tensors: Mapping[str, StoredTensor], config: TextConfig | None) -> Layout:
-    """Read the layout from the stored names.  ``config`` tells how many rows are routed experts."""
+    """Read the layout from the stored names; the number of routed experts is in ``config``."""
     kinds: dict[str, str] = {}
     for name in tensors:
         kinds.setdefault(_NUMBER.sub(".N", name), name)
@@ -142,8 +126,6 @@ def recognise_layout(tensors: Mapping[str, StoredTensor], config: TextConfig | N
         dense_under_moe=any(re.search(r"\.block_sparse_moe\.(gate|up|down)_proj\.", kind) for kind in text),
         unused=sum(map(is_unused, tensors)),
         foreign_parts=sorted({match[1] for kind in text if (match := _FOREIGN.search(kind))}),
-        tensor_scales=any(kind.endswith(".global_scale") for kind in text),
-        quantized=any(kind.endswith(".scales") for kind in text),
     )
 
 
@@ -156,8 +138,7 @@ def _arrangement(kinds: Iterable[str], stacks: Iterable[str]) -> str:
 
 
 def _is_transformers_module(kind: str) -> bool:
-    theirs = (".self_attn.indexer.", ".mlp.experts.", ".mlp.gate.", ".mlp.gate_up_proj.")
-    return _has(kind, theirs)
+    return _has(kind, (".self_attn.indexer.", ".mlp.experts.", ".mlp.gate.", ".mlp.gate_up_proj."))
 
 
 def _has(name: str, parts: Iterable[str]) -> bool:
@@ -188,26 +169,17 @@ class Precision:
         return f"affine {self.bits}-bit g{self.group_size}" if self.mode == "affine" else self.mode
 
 
-@dataclass
-class Contents:
-    """What a plan holds: its components and precisions, and what is wrong with quantized modules."""
-
-    components: list[Component]
-    precisions: list[Precision]
-    quantized: dict[str, Quantization]
-    problems: list[str]
-
-
-def measure(plan: Mapping[str, Tensor], shapes: Shapes, headers: Headers) -> Contents:
-    """Count parameters and bytes.
+def measure(
+    plan: Mapping[str, Tensor], quantized: Mapping[str, Quantization], headers: Headers
+) -> tuple[list[Component], list[Precision]]:
+    """Count parameters and bytes, by component and by precision.
 
     Args:
         plan: without a prefix, vision included.
-        shapes: of the model's parameters before quantization.
-        headers: for what the plan leaves out.
+        quantized: module -> its precision.
+        headers: of all tensors, including those that are not in the plan.
     """
-    quantized, problems = quantized_modules(plan, shapes)
-    components = {name: Component(name) for name in TABLE_ORDER}
+    components = {name: Component(name) for name in (*COMPONENTS, OTHER)}
     by_component: dict[str, dict[str, int]] = defaultdict(lambda: defaultdict(int))
     precisions: dict[str, Precision] = {}
     for name, tensor in plan.items():
@@ -227,16 +199,14 @@ def measure(plan: Mapping[str, Tensor], shapes: Shapes, headers: Headers) -> Con
     for name, stored_as in by_component.items():
         components[name].stored_as = sorted(stored_as, key=lambda spec: -stored_as[spec])
     other = components[OTHER]
-    # What a plan leaves out, such as heads for predicting several tokens.
+    # What is not in the plan, such as heads for multi-token prediction.
     other.bytes += sum(t.nbytes for t in headers.tensors.values()) - sum(c.bytes for c in components.values())
     other.parameters += sum(math.prod(t.shape) for n, t in headers.tensors.items() if is_unused(n))
     for component in components.values():
         component.bits_per_weight = bits_per_weight(component.bytes, component.parameters)
-    return Contents(
+    return (
         [component for component in components.values() if component.bytes],
         sorted(precisions.values(), key=lambda entry: -entry.parameters),
-        quantized,
-        problems,
     )
 
 

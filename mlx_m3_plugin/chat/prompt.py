@@ -1,19 +1,42 @@
-"""A conversation as servers get it, made into what M3's chat template takes."""
+"""What M3's prompts are made from: the chat template, thinking modes, conversations."""
 
 import json
 from collections.abc import Mapping, Sequence
+from pkgutil import get_data
 from typing import Any
+
+# For checkpoints that have no chat template of their own, and for those that we write.
+CHAT_TEMPLATE = (get_data(__package__, "chat_template.jinja") or b"").decode("utf-8")
+
+THINKING_MODES = ("enabled", "disabled", "adaptive")
+
+
+def thinking_mode(arguments: Mapping[str, Any]) -> str | None:
+    """The mode that a chat template's arguments ask for; None leaves it to the template.
+
+    ``thinking_mode`` is M3's own name and wins; ``enable_thinking`` is what other models and
+    their clients know.
+
+    Raises:
+        ValueError: ``thinking_mode`` is none of M3's.
+    """
+    mode = arguments.get("thinking_mode")
+    if mode is not None and mode not in THINKING_MODES:
+        raise ValueError(f"thinking_mode must be one of {', '.join(THINKING_MODES)}, not {mode!r}")
+    if mode is None and isinstance(arguments.get("enable_thinking"), bool):
+        return "enabled" if arguments["enable_thinking"] else "disabled"
+    return mode
 
 
 def prepared(messages: Any) -> Any:
     """The messages with reasoning under the template's name, and arguments as objects.
 
     Servers and clients send an assistant's reasoning as ``reasoning`` and arguments as a JSON
-    string; the template reads ``reasoning_content`` and goes through the arguments.  What is not
-    a list of messages is returned as it is; nothing is changed in place.
+    string; the template reads ``reasoning_content`` and goes through the arguments.  Anything
+    but a list of messages is returned as it is; nothing is changed in place.
 
     Raises:
-        ValueError: the arguments of a tool call are no JSON object.
+        ValueError: the arguments of a tool call are not a JSON object.
     """
     if not isinstance(messages, Sequence) or isinstance(messages, (str, bytes)):
         return messages

@@ -1,0 +1,127 @@
+"""What all commands use: sizes as text, text files, hints and progress bars."""
+
+import difflib
+import json
+import re
+from collections.abc import Callable, Iterable
+from pathlib import Path
+from typing import Any
+
+# --- sizes ---
+
+LEAST_MEMORY, MOST_MEMORY = 1 << 30, 16 << 40
+_UNITS = {
+    "": 1 << 30,
+    "B": 1,
+    **{f"{prefix}{end}": 1024**power for power, prefix in enumerate("KMGT", 1) for end in ("", "B", "IB")},
+}
+_SIZE = re.compile(r"\s*([0-9]+(?:\.[0-9]*)?|\.[0-9]+)\s*([A-Za-z]*)\s*\Z")
+
+
+def parse_memory(text: str) -> int:
+    """Bytes of ``256GB``, ``0.5TiB``, ``64G``, or ``256``, which is in GB.
+
+    Memory is sold by powers of 1024: a Mac with 256GB has 256 GiB.
+
+    Raises:
+        ValueError: not a size, or not one that a machine has.
+    """
+    match = _SIZE.match(text)
+    unit = match[2].upper() if match else None
+    if match is None or unit not in _UNITS:
+        raise ValueError(f"invalid size {text!r}: use 256GB or 64GiB")
+    size = int(float(match[1]) * _UNITS[unit])
+    if not LEAST_MEMORY <= size <= MOST_MEMORY:
+        raise ValueError(f"invalid memory size {text!r}: must be between 1GB and 16TB")
+    return size
+
+
+def parse_count(text: str) -> int:
+    """Tokens of ``131072``, ``128K`` or ``1M``, in units of 1024.
+
+    Raises:
+        ValueError: not a positive number.
+    """
+    match = _SIZE.match(text)
+    factor = {"": 1, "K": 1024, "M": 1024**2}.get(match[2].upper()) if match else None
+    count = 0 if match is None or factor is None else int(float(match[1]) * factor)
+    if not count:
+        raise ValueError(f"invalid number of tokens {text!r}: use 131072 or 128K")
+    return count
+
+
+def size_in_words(count: int) -> str:
+    """Bytes in GiB, MiB or bytes, in the largest unit that gives at least 1."""
+    return next(
+        (f"{count / (1 << n):,.1f} {unit}" for n, unit in ((30, "GiB"), (20, "MiB")) if count >= 1 << n),
+        f"{count:,} bytes",
+    )
+
+
+def tokens_in_words(count: int) -> str:
+    return f"{count:,} {'token' if count == 1 else 'tokens'}"
+
+
+# --- text files that people write or download ---
+
+
+class UnreadableText(ValueError):
+    """A file with the wrong content; the message names it."""
+
+
+def read_text(file: Path) -> str:
+    """Raises: OSError: it cannot be read.  UnreadableText: it is not UTF-8."""
+    try:
+        return file.read_text(encoding="utf-8")
+    except UnicodeDecodeError as error:
+        raise UnreadableText(f"{file} is not UTF-8 text ({error.reason} at byte {error.start:,})") from None
+
+
+def read_json_object(file: Path) -> dict[str, Any]:
+    """Raises: OSError: it cannot be read.  UnreadableText: it is not a JSON object."""
+    return parse_json_object(read_text(file), str(file))
+
+
+def parse_json_object(text: str, name: str) -> dict[str, Any]:
+    """``name`` is what errors call it."""
+    try:
+        content = json.loads(text)
+    except (ValueError, RecursionError) as error:
+        raise UnreadableText(f"{name} is not JSON ({error})") from None
+    if not isinstance(content, dict):
+        raise UnreadableText(f"{name} is not a JSON object")
+    return content
+
+
+# --- hints and progress ---
+
+
+def did_you_mean(word: str, known: Iterable[str]) -> str:
+    """`` (did you mean oq2.5?)``, or nothing if no known word is similar."""
+    near = difflib.get_close_matches(word, list(known), n=1, cutoff=0.8)
+    return f" (did you mean {near[0]}?)" if near else ""
+
+
+def layers_bar(title: str, layers: int) -> Callable[[int, int], None]:
+    """For a forward pass, layer by layer: call it with a layer's number, or -1, and how many are done."""
+    return _bar(title, layers, unit="layer")
+
+
+def bytes_bar(title: str, total: int) -> Callable[[Any, int], None]:
+    """For reading or writing files: call it with what was done, and its bytes."""
+    return _bar(title, total, unit="B", unit_scale=True, unit_divisor=1024, smoothing=0.05)
+
+
+def _bar(title: str, total: int, **options: Any) -> Callable[[Any, int], None]:
+    """On stderr, if that is a terminal."""
+    # Imported here: --help needs no bar.
+    from tqdm import tqdm
+
+    bar: Any = tqdm(total=total, desc=title, disable=None, **options)
+
+    def advance(_: Any, count: int) -> None:
+        bar.update(count)
+        if bar.n >= total:
+            bar.close()
+
+    return advance
