@@ -1,4 +1,4 @@
-"""A checkpoint opened for tools that read its weights: every weight of the model, and how it is stored."""
+"""A checkpoint opened by the tools that read its weights: every weight of the model, and how it is stored."""
 
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -11,23 +11,24 @@ from ..model.config import TextConfig, text_config_of
 from ..weights import Headers, lacks_indexers, plan_layout, read_headers, shorten
 from ..weights.files import MODEL_TYPES
 from ..weights.names import is_vision
+from ..weights.quantization import PARTS
 from ..weights.tensor import Tensor
 from .common import read_json_object
-from .parameters import Precision, differences, quantized_modules, text_shapes, vision_shapes
+from .parameters import differences, quantized_modules, text_shapes, vision_shapes
 from .precision import Quantization
 from .source import locate_weights
 
 
 @dataclass(frozen=True)
 class Checkpoint:
-    """What is to be converted, evaluated or measured.
+    """A checkpoint to convert, evaluate or measure.
 
     Attributes:
-        name: the directory as it was given, or ``owner/name`` of a repository in the cache.
+        name: the directory as given, or ``owner/name`` of a repository in the cache.
         title: the same without the path of a directory.
-        config: ``config.json``.  text_config: what the model is computed with.
+        config: ``config.json``.  text_config: the text model's part of it.
         plan: published parameter names, without a prefix -> how they are made from stored tensors.
-        quantized: module -> how it is stored, for those in one of MLX's modes.
+        quantized: the modules that are quantized in one of MLX's modes.
         indexers: whether the checkpoint has weights for them.
     """
 
@@ -38,7 +39,7 @@ class Checkpoint:
     text_config: TextConfig
     headers: Headers
     plan: Mapping[str, Tensor]
-    quantized: Mapping[str, Precision]
+    quantized: Mapping[str, Quantization]
     indexers: bool
 
     @property
@@ -46,12 +47,13 @@ class Checkpoint:
         """The names of the vision tower's parameters, and the projectors'."""
         return [name for name in self.plan if is_vision(name)]
 
+    def parts(self, module: str) -> dict[str, Tensor]:
+        """The tensors of a module by part: ``weight``, and those that belong to a quantized one."""
+        return {part: self.plan[name] for part in PARTS if (name := f"{module}.{part}") in self.plan}
+
     def spec(self, module: str) -> Quantization:
         """How a module's weight is stored."""
-        found = self.quantized.get(module)
-        return (
-            Quantization() if found is None else Quantization(found.bits, found.group_size or 0, found.mode)
-        )
+        return self.quantized.get(module, Quantization())
 
     def float_dtype(self, module: str) -> mx.Dtype:
         """The dtype of a module's weight, or of what it is dequantized to."""
@@ -66,7 +68,7 @@ def open_checkpoint(path_or_repository: str | Path) -> Checkpoint:
 
     Raises:
         OSError: there is no checkpoint in the directory, or the repository is not in the cache.
-        ValueError: it is no MiniMax-M3, or not all of one; says what is missing or wrong.
+        ValueError: it is not a whole MiniMax-M3; says what is missing or wrong.
     """
     place = locate_weights(path_or_repository)
     assert place.directory is not None
@@ -94,9 +96,9 @@ def _read_config(directory: Path) -> dict[str, Any]:
     try:
         config = read_json_object(directory / "config.json")
     except FileNotFoundError:
-        raise FileNotFoundError(f"{directory} holds no config.json") from None
+        raise FileNotFoundError(f"{directory} has no config.json") from None
     if config.get("model_type") not in MODEL_TYPES:
-        raise ValueError(f"{directory} is no MiniMax-M3: see its config.json")
+        raise ValueError(f"{directory} is not a MiniMax-M3: its config.json has another model_type")
     return config
 
 

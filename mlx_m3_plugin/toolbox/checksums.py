@@ -1,4 +1,4 @@
-"""``SHA256SUMS`` beside the shards, as ``sha256sum -c SHA256SUMS`` reads it, and shards compared with it."""
+"""``SHA256SUMS`` beside the shards, in the format of ``sha256sum -c``, and shards compared with it."""
 
 import hashlib
 import re
@@ -36,7 +36,7 @@ class Verification:
 def verify(directory: Path, watch: Watch) -> Verification:
     """Read all shards in ``directory``, and compare them with their checksums.
 
-    A download in the Hugging Face cache has them in the names of its blobs.
+    In the Hugging Face cache the names of the blobs are the checksums.
 
     Raises:
         ValueError: there are no checksums, so nothing can be verified.
@@ -46,8 +46,8 @@ def verify(directory: Path, watch: Watch) -> Verification:
     expected |= read_sums(directory)
     if not expected:
         raise ValueError(
-            f"{directory} has no {SUMS}, so nothing can be verified; "
-            "`mlx-m3 convert` writes one, and so does `sha256sum *.safetensors > SHA256SUMS` at the source"
+            f"{directory} has no {SUMS}, so nothing can be verified; `mlx-m3 convert` writes that file, "
+            "or run `sha256sum *.safetensors > SHA256SUMS` where the files are known to be whole"
         )
     found = Verification(problems=[f"{name}: has no checksum" for name in shards if name not in expected])
     there = {name: directory / name for name in expected if (directory / name).is_file()}
@@ -58,14 +58,14 @@ def verify(directory: Path, watch: Watch) -> Verification:
         found.bytes += file.stat().st_size
         try:
             if sha256_of(file, progress) != expected[name]:
-                found.problems.append(f"{name}: its content is not what was written (SHA-256 differs)")
+                found.problems.append(f"{name}: its content has changed (SHA-256 differs)")
         except OSError as error:
             found.problems.append(f"{name}: cannot be read: {error.strerror or error}")
     return found
 
 
 def sha256_of(file: Path, progress: Progress = lambda file, count: None) -> str:
-    """In hexadecimal digits, from one reading of the file."""
+    """In hexadecimal digits; reads the file once."""
     digest = hashlib.sha256()
     with file.open("rb", buffering=0) as stream:
         while piece := stream.read(_PIECE):
@@ -75,7 +75,7 @@ def sha256_of(file: Path, progress: Progress = lambda file, count: None) -> str:
 
 
 def read_sums(directory: Path) -> dict[str, str]:
-    """File name -> sum; none if there is no list.
+    """File name -> sum; empty if there is no list.
 
     Raises:
         ValueError: a line of the list is not a sum and a name.

@@ -36,11 +36,11 @@ def write_nano(directory: str | Path, bits: int = STORED_BITS) -> NanoReport:
     """Write M3-nano into ``directory``, which must not exist or be empty.
 
     Args:
-        bits: of its weights, one of ``AFFINE_BITS``.  It is stored in 8; others are converted from that.
+        bits: of its weights, one of ``AFFINE_BITS``.  It is stored in 8 bits; others are converted from that.
 
     Raises:
         FileExistsError: ``directory`` is not empty.
-        ValueError: ``bits`` is none of ``AFFINE_BITS``.
+        ValueError: ``bits`` is not in ``AFFINE_BITS``.
     """
     if bits not in AFFINE_BITS:
         raise ValueError(f"--bits {bits}: must be one of {', '.join(map(str, AFFINE_BITS))}")

@@ -1,4 +1,4 @@
-"""Files and directories that are there whole or not at all, whoever else writes them at the same time."""
+"""Files and directories that exist whole or not at all, also when several processes write them."""
 
 import errno
 import fcntl
@@ -10,10 +10,10 @@ from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
 
-# In ``DST.unfinished``: who writes there now, and what it is that was begun.
+# In ``DST.unfinished``: which process writes there, and what was begun.
 LOCK = "mlx-m3.lock"
 STATE = "mlx-m3-convert.json"
-# The state of what cannot be resumed: whoever holds the lock may delete all of it.
+# The state of something that cannot be resumed: the holder of the lock may delete all of it.
 _DISPOSABLE = {"resumable": False}
 _TRIES = 1000
 _NO_LOCKS = (errno.ENOLCK, errno.ENOTSUP, errno.EOPNOTSUPP, errno.ENOSYS)
@@ -21,13 +21,13 @@ _NO_LOCKS = (errno.ENOLCK, errno.ENOTSUP, errno.EOPNOTSUPP, errno.ENOSYS)
 
 @contextmanager
 def new_directory(directory: Path, command: str, *, resumable: bool = False) -> Iterator[Path]:
-    """Gives ``DST.unfinished`` to write into, which is renamed to ``directory`` when all went well.
+    """Yields ``DST.unfinished`` to write into, and renames it to ``directory`` if nothing failed.
 
-    It is locked meanwhile: ``mlx-m3 demo`` and ``mlx-m3 convert`` cannot write one target together.
+    It is locked until then: ``mlx-m3 demo`` and ``mlx-m3 convert`` cannot write one target together.
 
     Args:
-        command: of ``mlx-m3``, to tell others who is writing.
-        resumable: what was written stays there after an error, if the caller has left a ``STATE``.
+        command: of ``mlx-m3``, for the error in other processes.
+        resumable: after an error keep what was written, if the caller wrote a ``STATE``.
 
     Raises:
         FileExistsError: ``directory`` is not empty, or what is in ``DST.unfinished`` is not disposable.
@@ -57,23 +57,23 @@ def unfinished_of(directory: Path) -> Path:
 
 
 def contents(unfinished: Path) -> list[Path]:
-    """What is in it besides the lock and what a process was killed in the midst of writing first."""
+    """What is in it, except the lock and the first file of a process that was killed while writing it."""
     return [file for file in unfinished.iterdir() if file.name not in (LOCK, _temporary(file, STATE).name)]
 
 
 @contextmanager
 def locked(file: Path, doing: str, instead: str) -> Iterator[int]:
-    """Hold the lock ``file``, as one process at a time can.  The system frees it when the process ends.
+    """Hold the lock ``file``; one process at a time can.  The system frees it when the process ends.
 
-    The file and its directory are made if they are not there.  The holder may rename or delete them.
+    Creates the file and its directory.  The holder may rename or delete them.
 
     Args:
-        doing: what others are told, such as "`mlx-m3 convert` is writing to DST".
-        instead: what they are advised to do, besides waiting.
+        doing: for the error in other processes, such as "`mlx-m3 convert` is writing to DST".
+        instead: what those can do instead of waiting.
 
     Raises:
         BlockingIOError: another process holds it; says which one.
-        OSError: the file cannot be made.
+        OSError: the file cannot be created.
     """
     descriptor = _open_locked(file, instead)
     try:
@@ -85,7 +85,7 @@ def locked(file: Path, doing: str, instead: str) -> Iterator[int]:
 
 
 def replace_text(file: Path, text: str) -> None:
-    """Write ``file`` so that it is never there in part.  One process at a time."""
+    """Write ``file`` so that no part of it is ever seen alone.  One process at a time."""
     temporary = _temporary(file, file.name)
     temporary.write_text(text, encoding="utf-8")
     os.replace(temporary, file)
@@ -120,13 +120,13 @@ def _temporary(beside: Path, name: str) -> Path:
 def _refuse_existing(directory: Path) -> None:
     if directory.exists() and (not directory.is_dir() or any(directory.iterdir())):
         raise FileExistsError(
-            f"{directory} exists already, and nothing is written over; remove it or choose another directory"
+            f"{directory} exists already and is never overwritten; remove it or choose another directory"
         )
 
 
 def _begin(unfinished: Path, resumable: bool) -> None:
     if _is_disposable(unfinished):
-        # Left by a process that was killed.
+        # Left by a killed process.
         _clear(unfinished)
     if resumable:
         return
@@ -144,13 +144,13 @@ def _is_disposable(unfinished: Path) -> bool:
 
 
 def _clear(unfinished: Path) -> None:
-    """Delete all but the lock; last of all the word that it may be deleted."""
+    """Delete all but the lock, and the state that allows it last."""
     for file in sorted(contents(unfinished), key=lambda file: file.name == STATE):
         shutil.rmtree(file) if file.is_dir() and not file.is_symlink() else file.unlink()
 
 
 def _leave(lock: int, directory: Path, unfinished: Path) -> None:
-    """Take away what is there for a writer alone, just before the lock is let go."""
+    """Remove the files for a writer alone, just before the lock is freed."""
     # Only where our lock is: another process may have begun a new ``unfinished`` after the rename.
     if _is(lock, directory / LOCK):
         (directory / STATE).unlink(missing_ok=True)
@@ -182,12 +182,12 @@ def _open_locked(file: Path, instead: str) -> int:
             if error.errno not in _NO_LOCKS:
                 os.close(descriptor)
                 raise
-            warnings.warn(f"{file} cannot be locked here: let no other process write there", stacklevel=4)
-        # A lock on a file that was renamed or deleted since it was opened keeps nobody out.
+            warnings.warn(f"{file}: this disk has no locks; let one process write there", stacklevel=4)
+        # A lock on a file that was renamed or deleted since it was opened protects nothing.
         if _is(descriptor, file):
             return descriptor
         os.close(descriptor)
-    raise OSError(f"{file}: something deletes it as often as it is made")
+    raise OSError(f"{file}: cannot lock it, because something keeps deleting it")
 
 
 def _holder(descriptor: int) -> str:

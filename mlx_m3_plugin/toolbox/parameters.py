@@ -5,7 +5,6 @@ Names are the published ones without a prefix.  Shapes are those before any quan
 
 from collections import defaultdict
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass
 from types import SimpleNamespace
 from typing import Any
 
@@ -21,6 +20,7 @@ from ..weights.check import ShapeAndKind, compare
 from ..weights.names import layer_of
 from ..weights.quantization import PARTS, infer_module, quantized_in
 from ..weights.tensor import Tensor
+from .precision import Quantization
 
 Shapes = dict[str, tuple[int, ...]]
 
@@ -146,22 +146,10 @@ def _with_bias(module: str, *shape: int) -> Iterator[tuple[str, tuple[int, ...]]
 _PACKED, _FLOAT = "uint32", "float"
 
 
-@dataclass
-class Precision:
-    """One way in which weights are stored: quantized, with ``bits`` and ``group_size``, or as floats."""
-
-    mode: str
-    bits: int
-    group_size: int | None
-    modules: int = 0
-    parameters: int = 0
-
-    def __str__(self) -> str:
-        return f"affine {self.bits}-bit g{self.group_size}" if self.mode == "affine" else self.mode
-
-
-def quantized_modules(plan: Mapping[str, Tensor], shapes: Shapes) -> tuple[dict[str, Precision], list[str]]:
-    """The precision of each quantized module, and a line for each that MLX could not have quantized."""
+def quantized_modules(
+    plan: Mapping[str, Tensor], shapes: Shapes
+) -> tuple[dict[str, Quantization], list[str]]:
+    """The quantization of each quantized module, and a line for each that MLX could not have quantized."""
     quantized, problems = {}, []
     for module in quantized_in(plan):
         if (shape := shapes.get(f"{module}.weight")) is None:
@@ -171,12 +159,12 @@ def quantized_modules(plan: Mapping[str, Tensor], shapes: Shapes) -> tuple[dict[
         except ValueError as error:
             problems.append(str(error))
         else:
-            quantized[module] = Precision(found["mode"], found["bits"], found["group_size"])
+            quantized[module] = Quantization(found["bits"], found["group_size"], found["mode"])
     return quantized, problems
 
 
 def differences(
-    plan: Mapping[str, Tensor], shapes: Shapes, quantized: Mapping[str, Precision], prefix: str = ""
+    plan: Mapping[str, Tensor], shapes: Shapes, quantized: Mapping[str, Quantization], prefix: str = ""
 ) -> list[str]:
     """What is missing, left over, or of a wrong shape or dtype: one line for each kind of module.
 
@@ -198,7 +186,7 @@ def differences(
 
 
 def expected_parameters(
-    plan: Mapping[str, Tensor], shapes: Shapes, quantized: Mapping[str, Precision]
+    plan: Mapping[str, Tensor], shapes: Shapes, quantized: Mapping[str, Quantization]
 ) -> dict[str, ShapeAndKind | None]:
     """The parameters of the loaded model: those of ``shapes``, quantized as ``quantized`` says.
 
@@ -210,7 +198,7 @@ def expected_parameters(
     for name, shape in shapes.items():
         module = name.removesuffix(".weight")
         spec = quantized.get(module)
-        if spec is None or spec.group_size is None:
+        if spec is None or spec.bits is None:
             if name in plan and f"{module}.scales" in plan:
                 parts = (f"{module}.{part}" for part in PARTS)
                 expected |= dict.fromkeys(part for part in parts if part in plan)

@@ -1,4 +1,4 @@
-"""How a matrix is stored, and the way from one to another."""
+"""How a matrix is stored, and conversions from one way to another."""
 
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -24,14 +24,14 @@ class Quantization:
     dtype: str = "keep"
 
     def bytes_of(self, size: int, itemsize: int = 2) -> int:
-        """Of a matrix with ``size`` elements; ``itemsize`` is of its floats, or of its scales."""
+        """Of a matrix with ``size`` elements; ``itemsize``: bytes of its floats, or of its scales."""
         if self.bits is None:
             return size * (4 if self.dtype == "float32" else itemsize if self.dtype == "keep" else 2)
         per_group = 2 * itemsize if self.mode == "affine" else 1
         return size * self.bits // 8 + size // self.group_size * per_group
 
     def as_quantization(self) -> dict[str, Any]:
-        """The words of a config's ``quantization``."""
+        """As in a config's ``quantization``; also the arguments of ``mx.quantize``."""
         return {"group_size": self.group_size, "bits": self.bits, "mode": self.mode}
 
     def __str__(self) -> str:
@@ -43,7 +43,7 @@ class Quantization:
 def converted(
     stored: Mapping[str, mx.array], source: Quantization, spec: Quantization
 ) -> dict[str, mx.array]:
-    """Lazy rows of a matrix as ``spec`` has them, from the parts that ``source`` describes."""
+    """A matrix, or some of its rows, stored like ``spec`` instead of like ``source``.  Lazy."""
     values = dequantized(stored, source)
     if spec.bits is None:
         return {"weight": values if spec.dtype == "keep" else values.astype(getattr(mx, spec.dtype))}
@@ -52,7 +52,7 @@ def converted(
 
 
 def dequantized(stored: Mapping[str, mx.array], source: Quantization) -> mx.array:
-    """The values of a stored matrix, or of a stack of them."""
+    """The values of a matrix, or of a stack of them."""
     if source.bits is None:
         return stored["weight"]
     values = _unpacked(stored, source)
@@ -62,23 +62,23 @@ def dequantized(stored: Mapping[str, mx.array], source: Quantization) -> mx.arra
 
 
 def computes_in_float32() -> bool:
-    """Whether a text is taken through a layer in float32, whatever its weights are.
+    """Whether forward passes compute in float32, also with 16-bit and quantized weights.
 
-    MLX's CPU kernels for quantized matrices add up 16-bit products in 16 bits: thousands of them are
-    off by as much as they come to.  For many tokens they are slower than a product in float32, too.
+    MLX's CPU kernels for quantized matrices add up 16-bit products in 16 bits.  A sum of thousands is off by
+    as much as its value.  For many tokens they are also slower than a product in float32.
     """
     return bool(mx.default_device() == mx.cpu)
 
 
 def float32_values(stored: Mapping[str, mx.array], source: Quantization) -> mx.array:
-    """:func:`dequantized` without any rounding to 16 bits."""
+    """:func:`dequantized` without rounding to 16 bits."""
     if source.bits is None:
         return stored["weight"].astype(mx.float32)
     in_float32 = {
         part: array.astype(mx.float32) if mx.issubdtype(array.dtype, mx.floating) else array
         for part, array in stored.items()
     }
-    # Values of the modes without biases have few enough bits to be exact in bfloat16.
+    # Without biases (MXFP8, MXFP4, NVFP4) values have few enough bits to be exact in bfloat16.
     values = _unpacked(in_float32, source).astype(mx.float32)
     return values * _scale_of_each(stored) if "global_scale" in stored else values
 

@@ -1,7 +1,7 @@
-"""Shards read and written by byte ranges: no more of a checkpoint in memory than one piece.
+"""Shards read and written by byte ranges, with one piece of a checkpoint in memory at a time.
 
-``mx.load`` reads a stored tensor whole, of which one expert of 128 may be wanted.  A shard is written
-behind a header made from names, shapes and dtypes alone, in pieces that come in any order.
+``mx.load`` reads a stored tensor whole, also for one expert of 128.  A new shard begins with a header made
+from names, shapes and dtypes; its tensors are then written in pieces, in any order.
 """
 
 import json
@@ -18,7 +18,7 @@ from ..weights.dtypes import STORED_NAMES, from_bytes, size_in_bytes, to_bytes
 from ..weights.headers import StoredTensor
 from ..weights.tensor import Tensor, make_from
 
-# macOS refuses to read or write 2 GiB or more at once (EINVAL).  A piece is much smaller, for it is in
+# macOS refuses to read or write 2 GiB or more at once (EINVAL).  A piece is much smaller, because it is in
 # memory twice while it is read.
 LARGEST_PIECE = 1 << 26
 
@@ -109,7 +109,7 @@ class TensorReader:
     def _read_span(self, span: _Span) -> mx.array:
         stored = self._tensors[span.name]
         if stored.stored_dtype in _NOT_READ:
-            raise ValueError(f"{span.name}: tensors of dtype {stored.stored_dtype} are not read here")
+            raise ValueError(f"{span.name}: cannot read tensors of dtype {stored.stored_dtype}")
         start = stored.start + span.first * stored.dtype.size
         data = self._read_bytes(span.name, stored, start, size_in_bytes(span.shape, stored.dtype))
         return from_bytes(data, span.shape, stored.dtype)
@@ -130,7 +130,7 @@ class TensorReader:
 
 
 def _span(tensor: Tensor) -> _Span | None:
-    """Where a tensor lies, if it is a piece of a stored one."""
+    """Where a tensor lies, if it is a consecutive part of a stored one."""
     if tensor.operation == "stored":
         return _Span(tensor.detail, 0, tensor.shape)
     if tensor.operation == "reshape":
@@ -171,7 +171,7 @@ class ShardWriter:
         self._path = path
         self._unfinished = path.with_name(path.name + ".unfinished")
         header, self._places = _header(tensors, metadata)
-        # A new file: whoever has one of that name open already keeps writing to that one alone.
+        # A new file: a process that has one of that name open keeps writing to the old one.
         self._unfinished.unlink(missing_ok=True)
         self._file = self._unfinished.open("xb", buffering=0)
         self._begin = len(header)
@@ -179,17 +179,14 @@ class ShardWriter:
         write_at(self._file.fileno(), 0, header)
 
     def write(self, name: str, row: int, piece: mx.array) -> None:
-        """Put ``piece``, some rows of the tensor ``name`` seen as ``[rows, last axis]``, in its place.
-
-        ``row`` is the first one.
-        """
+        """Write ``piece``: rows of the tensor ``name``, seen as ``[rows, last axis]``, from ``row`` on."""
         tensor, offset = self._places[name]
         if piece.dtype != tensor.dtype:
-            raise TypeError(f"{name}: {piece.dtype} where {tensor.dtype} is to be written")
+            raise TypeError(f"{name}: got {piece.dtype} for a tensor of {tensor.dtype}")
         width = tensor.shape[-1] if tensor.shape else 1
         start = row * width * tensor.dtype.size
         if start + piece.nbytes > tensor.nbytes:
-            raise ValueError(f"{name}: {piece.shape} from row {row} on is more than {tensor.shape}")
+            raise ValueError(f"{name}: {piece.shape} from row {row} on does not fit into {tensor.shape}")
         write_at(self._file.fileno(), self._begin + offset + start, to_bytes(piece))
         self._missing -= piece.nbytes
 
@@ -204,7 +201,7 @@ class ShardWriter:
             raise ValueError(f"{self._path}: {self._missing:,} bytes of its tensors were not written")
         os.fsync(self._file.fileno())
         if not os.path.samestat(os.fstat(self._file.fileno()), os.stat(self._unfinished)):
-            raise OSError(f"{self._unfinished}: another process writes it, too")
+            raise OSError(f"{self._unfinished}: another process is writing it, too")
         self._file.close()
         os.replace(self._unfinished, self._path)
 

@@ -9,15 +9,14 @@ from pathlib import Path
 import mlx.core as mx
 
 from mlx_m3_plugin.model.config import text_config_of
+from mlx_m3_plugin.toolbox.checkpoint import open_checkpoint
 from mlx_m3_plugin.toolbox.convert import (
-    Plan,
+    ConversionPlan,
     convert,
     load_recipe,
-    open_checkpoint,
     plan_conversion,
 )
-from mlx_m3_plugin.toolbox.convert.budget import work_out
-from mlx_m3_plugin.toolbox.convert.sensitivity import scores_by_position
+from mlx_m3_plugin.toolbox.convert.allocation import allocate_bits, scores_by_position
 from mlx_m3_plugin.toolbox.precision import Quantization
 from mlx_m3_plugin.weights import map_weights
 from mlx_m3_plugin.weights.headers import weight_files
@@ -36,18 +35,18 @@ SOURCES = (
 MEMORY = 1 << 30
 
 
-def planned(source: Path, recipe: str) -> Plan:
-    """With a budget spent by position, where the recipe has one."""
+def planned(source: Path, recipe: str) -> ConversionPlan:
+    """With bits allocated by position, where the recipe has a [plan]."""
     checkpoint = open_checkpoint(source)
     loaded = load_recipe(recipe, checkpoint.text_config)
     specs = None
-    if loaded.plan:
+    if loaded.bit_targets:
         layers = checkpoint.text_config.num_hidden_layers
-        specs = work_out(checkpoint, loaded, scores_by_position(layers))
+        specs = allocate_bits(checkpoint, loaded, scores_by_position(layers))
     return plan_conversion(checkpoint, loaded, specs)
 
 
-def converted(source: Path, recipe: str, destination: Path, memory: int = MEMORY) -> Plan:
+def converted(source: Path, recipe: str, destination: Path, memory: int = MEMORY) -> ConversionPlan:
     plan = planned(source, recipe)
     convert(plan, destination, memory=memory, progress=lambda module, count: None)
     return plan
@@ -74,7 +73,7 @@ def dequantized(found: dict[str, mx.array], module: str, spec: Quantization) -> 
     return made
 
 
-def text_values(directory: Path, plan: Plan) -> dict[str, mx.array]:
+def text_values(directory: Path, plan: ConversionPlan) -> dict[str, mx.array]:
     """In float32, by name: what the tensors of a conversion stand for, without the vision tower."""
     # In float32 before anything is computed: dequantized in bf16, values would be rounded once more.
     found = {

@@ -19,9 +19,8 @@ from tokenizers import Tokenizer
 
 from mlx_m3_plugin.toolbox.checkpoint import Checkpoint, open_checkpoint
 from mlx_m3_plugin.toolbox.convert import load_recipe
-from mlx_m3_plugin.toolbox.convert.budget import work_out
-from mlx_m3_plugin.toolbox.convert.plan import Plan, plan_conversion
-from mlx_m3_plugin.toolbox.convert.sensitivity import scores_by_position
+from mlx_m3_plugin.toolbox.convert.allocation import allocate_bits, scores_by_position
+from mlx_m3_plugin.toolbox.convert.plan import ConversionPlan, plan_conversion
 from mlx_m3_plugin.toolbox.demo import NANO
 from mlx_m3_plugin.toolbox.precision import Quantization
 from tests.hosts.native_mlx_lm import needs_native
@@ -158,10 +157,10 @@ def test_what_the_page_says_of_recipes_that_nano_cannot_tell_apart() -> None:
     assert quality.WHAT_FOUR_LAYERS_HIDE in page
 
 
-def plan_of(checkpoint: Checkpoint, recipe: str) -> Plan:
+def plan_of(checkpoint: Checkpoint, recipe: str) -> ConversionPlan:
     wanted = load_recipe(recipe, checkpoint.text_config)
     layers = checkpoint.text_config.num_hidden_layers
-    specs = work_out(checkpoint, wanted, scores_by_position(layers)) if wanted.plan else None
+    specs = allocate_bits(checkpoint, wanted, scores_by_position(layers)) if wanted.bit_targets else None
     return plan_conversion(checkpoint, wanted, specs)
 
 

@@ -7,7 +7,7 @@ import mlx.core as mx
 import numpy as np
 from mlx_lm.utils import load_model
 
-from mlx_m3_plugin.toolbox.evaluate import Texts
+from mlx_m3_plugin.toolbox.forward_pass import Texts
 
 # As in the comparison with transformers.
 TIE = 1e-5

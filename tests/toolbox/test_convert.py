@@ -9,9 +9,10 @@ import mlx.core as mx
 import pytest
 
 from mlx_m3_plugin.cli import main
-from mlx_m3_plugin.toolbox.convert import open_checkpoint, recipe_names
+from mlx_m3_plugin.toolbox.checkpoint import open_checkpoint
 from mlx_m3_plugin.toolbox.convert import plan as planning
-from mlx_m3_plugin.toolbox.convert.matrices import matrices_of
+from mlx_m3_plugin.toolbox.convert import recipe_names
+from mlx_m3_plugin.toolbox.convert.recipe import matrices_of
 from mlx_m3_plugin.toolbox.inspect import inspect
 from mlx_m3_plugin.toolbox.precision import Quantization
 from mlx_m3_plugin.weights.dtypes import name_of
@@ -81,7 +82,7 @@ def test_inspect_reports_the_recipes_bits(tiny: Written, tmp_path: Path, recipe:
             assert spec.dtype in (dtype, "keep")
 
 
-def test_what_cannot_be_packed_is_told_to_mlx_vlm(tiny: Written, tmp_path: Path) -> None:
+def test_the_config_says_whether_the_shared_expert_is_packed(tiny: Written, tmp_path: Path) -> None:
     for recipe, packed in (("4bit", True), ("selector-safe", False)):
         plan = converted(tiny("published_float"), recipe, tmp_path / recipe)
         config = json.loads((tmp_path / recipe / "config.json").read_text())
@@ -158,9 +159,9 @@ def test_a_dry_run_reads_headers_and_writes_nothing(
     tiny: Written, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     assert main(["convert", str(tiny("published_float")), "--recipe", "oq4", "--dry-run", "--json"]) == 0
-    told = json.loads(capsys.readouterr().out)
-    assert told["bytes"] == planned(tiny("published_float"), "oq4").nbytes
-    assert told["sensitivity"] == "by position: nothing was measured"
+    printed = json.loads(capsys.readouterr().out)
+    assert printed["bytes"] == planned(tiny("published_float"), "oq4").nbytes
+    assert printed["sensitivity"] == "by position: nothing was measured"
     assert main(["convert", str(tiny("published_float")), "--recipe", "4bit", "--dry-run"]) == 0
     assert "total" in capsys.readouterr().out
     assert list(tmp_path.iterdir()) == []
@@ -170,14 +171,17 @@ def test_a_dry_run_reads_headers_and_writes_nothing(
     ("arguments", "complaint"),
     [
         (["nowhere", "made", "--recipe", "4bit"], "nowhere is neither a directory nor a repository id"),
-        (["{m3}", "made", "--recipe", "5bit"], "5bit is no recipe"),
+        (["{m3}", "made", "--recipe", "5bit"], "5bit"),
         (["{m3}", "made"], "convert needs SRC, DST and --recipe"),
         (["{m3}", "--recipe", "4bit"], "convert needs SRC, DST and --recipe"),
-        (["{m3}", "there", "--recipe", "4bit"], "there exists already, and nothing is written over"),
+        (["{m3}", "there", "--recipe", "4bit"], "there exists already"),
         (["{m3}", "{m3}", "--recipe", "4bit"], "exists already"),
-        (["{m3}", "made", "--recipe", "4bit", "--sensitivity", "position"], "4bit has fixed bits"),
-        (["{m3}", "made", "--recipe", "oq4", "--sensitivity", "there/x"], "there/x is no map of sensitivity"),
-        (["there", "made", "--recipe", "4bit"], "there holds no config.json"),
+        (
+            ["{m3}", "made", "--recipe", "4bit", "--sensitivity", "position"],
+            "--sensitivity does not",
+        ),
+        (["{m3}", "made", "--recipe", "oq4", "--sensitivity", "there/x"], "there/x is not a sensitivity map"),
+        (["there", "made", "--recipe", "4bit"], "there has no config.json"),
     ],
 )
 def test_what_cannot_be_converted_says_why(

@@ -12,10 +12,10 @@ import numpy as np
 import pytest
 
 from mlx_m3_plugin.cli import main
+from mlx_m3_plugin.toolbox import forward_pass as passing
 from mlx_m3_plugin.toolbox.checkpoint import open_checkpoint
-from mlx_m3_plugin.toolbox.evaluate import Evaluation, Texts, built_in_text, cut, evaluate
-from mlx_m3_plugin.toolbox.evaluate import walk as walking
-from mlx_m3_plugin.toolbox.evaluate.walk import walk, walk_key
+from mlx_m3_plugin.toolbox.evaluate import Evaluation, evaluate
+from mlx_m3_plugin.toolbox.forward_pass import Texts, built_in_text, cut, forward_pass, pass_key
 from mlx_m3_plugin.toolbox.new_directory import LOCK, locked
 from tests.checkpoints.conversions import Written, converted
 from tests.toolbox.in_memory import directly, share_of_ties
@@ -117,24 +117,24 @@ def test_overlaps_count_what_they_say() -> None:
     assert _overlap(np.full((2, 3), -1), expected[:2]) is None
 
 
-def test_an_interrupted_walk_goes_on(tiny: Written, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_an_interrupted_pass_goes_on(tiny: Written, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     texts = random_texts(5)
     whole = evaluate(tiny(REFERENCE), texts, cache=tmp_path / "whole").perplexity
     layers = []
 
     def interrupt(title: str, count: int) -> Callable[[int, int], None]:
-        def told(layer: int, done: int) -> None:
+        def progress(layer: int, done: int) -> None:
             layers.append(layer)
             if layer == 1:
                 raise KeyboardInterrupt
 
-        return told
+        return progress
 
     with pytest.raises(KeyboardInterrupt):
         evaluate(tiny(REFERENCE), texts, cache=tmp_path / "cut", watch=interrupt)
     # In the midst of a layer, after its file was begun.
     with monkeypatch.context() as patch:
-        patch.setattr(walking, "_sample", lambda *args: (_ for _ in ()).throw(KeyboardInterrupt))
+        patch.setattr(passing, "_sample", lambda *args: (_ for _ in ()).throw(KeyboardInterrupt))
         with pytest.raises(KeyboardInterrupt):
             evaluate(tiny(REFERENCE), texts, cache=tmp_path / "cut")
     layers.clear()
@@ -150,28 +150,28 @@ def test_an_interrupted_walk_goes_on(tiny: Written, tmp_path: Path, monkeypatch:
 
 def test_one_pass_of_the_reference_serves_many(tiny: Written, tmp_path: Path) -> None:
     texts = random_texts(6)
-    walks: list[tuple[str, int]] = []
+    passes: list[tuple[str, int]] = []
 
     def watch(title: str, count: int) -> Callable[[int, int], None]:
-        return lambda layer, done: walks.append((title, layer))
+        return lambda layer, done: passes.append((title, layer))
 
     for layout in ("mlx_fused_129_4bit", "mlx_config_i"):
         evaluate(tiny(layout), texts, reference=tiny(REFERENCE), cache=tmp_path, watch=watch)
-    read = [layer for title, layer in walks if title == REFERENCE]
+    read = [layer for title, layer in passes if title == REFERENCE]
     assert read == [-1, 0, 1, 2, -1]
 
 
-def test_walks_of_other_texts_or_other_weights_are_others(tiny: Written, tmp_path: Path) -> None:
+def test_passes_of_other_texts_or_other_weights_are_others(tiny: Written, tmp_path: Path) -> None:
     checkpoint, texts = open_checkpoint(tiny(REFERENCE)), random_texts(1)
-    key = walk_key(checkpoint, texts)
-    assert key == walk_key(open_checkpoint(tiny(REFERENCE)), random_texts(1))
-    assert key != walk_key(checkpoint, random_texts(2))
-    assert key != walk_key(open_checkpoint(tiny("mlx_config_i")), texts)
+    key = pass_key(checkpoint, texts)
+    assert key == pass_key(open_checkpoint(tiny(REFERENCE)), random_texts(1))
+    assert key != pass_key(checkpoint, random_texts(2))
+    assert key != pass_key(open_checkpoint(tiny("mlx_config_i")), texts)
 
 
-def test_no_two_processes_walk_in_one_directory(tiny: Written, tmp_path: Path) -> None:
+def test_no_two_processes_compute_in_one_directory(tiny: Written, tmp_path: Path) -> None:
     texts = random_texts(1)
-    directory = tmp_path / walk_key(open_checkpoint(tiny(REFERENCE)), texts)
+    directory = tmp_path / pass_key(open_checkpoint(tiny(REFERENCE)), texts)
     with (
         locked(directory / LOCK, "`mlx-m3 evaluate` is evaluating it", "something else"),
         pytest.raises(BlockingIOError, match=r"another `mlx-m3 evaluate` is evaluating it \(process \d+\)"),
@@ -179,20 +179,20 @@ def test_no_two_processes_walk_in_one_directory(tiny: Written, tmp_path: Path) -
         evaluate(tiny(REFERENCE), texts, cache=tmp_path)
 
 
-def test_the_second_walk_is_refused_before_the_first_begins(tiny: Written, tmp_path: Path) -> None:
-    texts, walks = random_texts(1), []
-    directory = tmp_path / walk_key(open_checkpoint(tiny("mlx_config_i")), texts)
+def test_the_second_pass_is_refused_before_the_first_begins(tiny: Written, tmp_path: Path) -> None:
+    texts, passes = random_texts(1), []
+    directory = tmp_path / pass_key(open_checkpoint(tiny("mlx_config_i")), texts)
 
     def watch(title: str, count: int) -> Callable[[int, int], None]:
-        walks.append(title)
+        passes.append(title)
         return lambda layer, done: None
 
     with locked(directory / LOCK, "it", "something else"), pytest.raises(BlockingIOError):
         evaluate(tiny("mlx_config_i"), texts, reference=tiny(REFERENCE), cache=tmp_path, watch=watch)
-    assert walks == []
+    assert passes == []
 
 
-def test_weights_that_are_not_numbers_are_told_by_layer(tmp_path: Path) -> None:
+def test_weights_that_are_not_numbers_are_reported_by_layer(tmp_path: Path) -> None:
     from tests.checkpoints.tiny_layouts import LAYOUTS as ALL
 
     ALL[REFERENCE].write(tmp_path / "m3")
@@ -201,11 +201,11 @@ def test_weights_that_are_not_numbers_are_told_by_layer(tmp_path: Path) -> None:
     with (tmp_path / "m3" / stored.file).open("r+b") as file:
         file.seek(stored.start)
         file.write(b"\xff" * 64)
-    with pytest.raises(ValueError, match="after layer 1 hidden states are not numbers"):
-        walk(
+    with pytest.raises(ValueError, match="m3: hidden states after layer 1 are not finite"):
+        forward_pass(
             open_checkpoint(tmp_path / "m3"),
             random_texts(1),
-            tmp_path / "walk",
+            tmp_path / "pass",
             memory=1 << 20,
             step=64,
             progress=lambda layer, done: None,
@@ -225,18 +225,18 @@ def test_the_command(tiny: Written, tmp_path: Path, capsys: pytest.CaptureFixtur
     assert "EAR" in said
     assert (tmp_path / "out.png").read_bytes().startswith(b"\x89PNG")
     assert main([*arguments, "--json"]) == 0
-    told = json.loads(capsys.readouterr().out)
-    assert (told["tokens"], len(told["layers"])) == (300, 3)
+    printed = json.loads(capsys.readouterr().out)
+    assert (printed["tokens"], len(printed["layers"])) == (300, 3)
 
 
 @pytest.mark.parametrize(
     ("arguments", "complaint"),
     [
         (["nowhere"], "nowhere"),
-        (["{m3}", "--tokens", "1000000"], "fewer than the 1,000,000 that are asked for"),
+        (["{m3}", "--tokens", "1000000"], "--tokens 1,000,000: "),
         (["{m3}", "--plot", "x.png"], "--plot compares layers; it needs --reference"),
-        (["{m3}", "--context", "1"], "a window has to have two tokens"),
-        (["{m3}", "--text", "empty"], "the text has less than two tokens"),
+        (["{m3}", "--context", "1"], "--context 1: "),
+        (["{m3}", "--text", "empty"], "two tokens"),
     ],
 )
 def test_what_cannot_be_evaluated_says_why(
@@ -257,7 +257,7 @@ def test_another_model_is_no_reference(tiny: Written, tmp_path: Path) -> None:
     from tests.checkpoints.random_model import write_random_model
 
     write_random_model(tmp_path / "demo")
-    with pytest.raises(ValueError, match=r"is no reference for .*: num_hidden_layers is 6 there and 3"):
+    with pytest.raises(ValueError, match=r"demo: its num_hidden_layers is 6, and that of .* is 3"):
         evaluate(tiny(REFERENCE), random_texts(1), reference=tmp_path / "demo", cache=tmp_path / "cache")
 
 

@@ -13,12 +13,12 @@ from typing import Any
 
 import pytest
 
-from mlx_m3_plugin.toolbox.evaluate import built_in_text
+from mlx_m3_plugin.toolbox.forward_pass import built_in_text
 from mlx_m3_plugin.toolbox.new_directory import LOCK, STATE
 from tests.checkpoints.conversions import Written, digest
 from tests.toolbox.race_server import BROKEN
 
-NAMES = {"made", "made.unfinished", "walks", "cache"}
+NAMES = {"made", "made.unfinished", "passes", "cache"}
 WRITERS = ("convert", "convert otherwise", "convert measured", "demo")
 READERS = ("evaluate the source", "evaluate the target")
 SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGKILL)
@@ -41,7 +41,7 @@ class Server:
     def arguments(self, kind: str, room: Path) -> list[str]:
         source, target = str(self.source), str(room / "made")
         evaluate = ["--text", str(self.text), "--tokens", "200", "--context", "100"]
-        evaluate += ["--cache", str(room / "walks"), "--json"]
+        evaluate += ["--cache", str(room / "passes"), "--json"]
         return {
             "convert": ["convert", source, target, "--recipe", "4bit"],
             "convert otherwise": ["convert", source, target, "--recipe", "selector-safe"],

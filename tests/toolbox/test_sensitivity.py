@@ -11,21 +11,21 @@ from mlx_lm.utils import load_model
 from mlx_m3_plugin.cli import main
 from mlx_m3_plugin.toolbox.checkpoint import Checkpoint, open_checkpoint
 from mlx_m3_plugin.toolbox.convert import RecipeError, load_recipe, parse_recipe, plan_conversion
-from mlx_m3_plugin.toolbox.convert.budget import work_out
-from mlx_m3_plugin.toolbox.convert.matrices import matrices_of
-from mlx_m3_plugin.toolbox.convert.sensitivity import (
+from mlx_m3_plugin.toolbox.convert.allocation import (
+    allocate_bits,
     measure_sensitivity,
     read_scores,
     scores_by_position,
     write_scores,
 )
-from mlx_m3_plugin.toolbox.evaluate import Texts, cut
+from mlx_m3_plugin.toolbox.convert.recipe import matrices_of
+from mlx_m3_plugin.toolbox.forward_pass import Texts, cut
 from mlx_m3_plugin.toolbox.precision import Quantization
 from tests.checkpoints import real_size
 from tests.checkpoints.conversions import Written
 
 BASE = Quantization(3)
-CHOOSERS = ("block_sparse_moe.gate", "index_q_proj", "index_k_proj")
+ROUTER_AND_INDEXER = ("block_sparse_moe.gate", "index_q_proj", "index_k_proj")
 
 
 def texts() -> Texts:
@@ -52,7 +52,7 @@ def scores_in_memory(directory: Path) -> dict[int, float]:
         out = mx.concatenate([layer(h, "causal") for h in states], axis=1)
         kept = {}
         for path, module in layer.named_modules():
-            if "weight" in module and module.weight.ndim > 1 and not path.endswith(CHOOSERS):
+            if "weight" in module and module.weight.ndim > 1 and not path.endswith(ROUTER_AND_INDEXER):
                 kept[path] = (module, module.weight)
                 words = BASE.as_quantization()
                 module.weight = mx.dequantize(*mx.quantize(module.weight, **words), **words)
@@ -135,9 +135,9 @@ def test_maps_are_saved_and_given_back(
 @pytest.mark.parametrize(
     "content", ["", "[]", "{}", '{"scores": [1]}', '{"scores": {"a": 1}}', '{"scores": {"0": []}}']
 )
-def test_what_is_no_map_is_refused(tmp_path: Path, content: str) -> None:
+def test_what_is_not_a_map_is_refused(tmp_path: Path, content: str) -> None:
     (tmp_path / "map").write_text(content)
-    with pytest.raises(ValueError, match="map is no map of sensitivity"):
+    with pytest.raises(ValueError, match="map is not a sensitivity map"):
         read_scores(tmp_path / "map")
 
 
@@ -164,7 +164,7 @@ def spent(
 ) -> dict[str, Quantization]:
     recipe = load_recipe(level, real.text_config)
     given = {n: scores(n) for n in range(60)} if scores else scores_by_position(60)
-    return work_out(real, recipe, given)
+    return allocate_bits(real, recipe, given)
 
 
 @pytest.mark.some(4)
@@ -173,8 +173,8 @@ def test_a_level_keeps_to_its_budget(real: Checkpoint, level: str) -> None:
     recipe = load_recipe(level, real.text_config)
     specs = spent(real, level)
     plan = plan_conversion(real, recipe, specs)
-    assert plan.bits_per_weight <= recipe.plan["cap_bpw"]
-    base = recipe.plan["base_bits"]
+    assert plan.bits_per_weight <= recipe.bit_targets["cap_bpw"]
+    base = recipe.bit_targets["base_bits"]
     for matrix in matrices_of(real.text_config):
         spec = specs[matrix.module]
         if matrix.part == "router":
@@ -208,10 +208,14 @@ def test_the_most_sensitive_layers_get_the_most(real: Checkpoint) -> None:
 
 def test_budgets_that_cannot_be_worked_out(real: Checkpoint) -> None:
     text = "[default]\nbits = 4\n[plan]\n"
-    with pytest.raises(RecipeError, match='the one method of a \\[plan\\] is "oq"'):
-        work_out(real, parse_recipe("mine", text + 'method = "x"', real.text_config), scores_by_position(60))
+    with pytest.raises(RecipeError, match=r'mine: \[plan\] .*"oq"'):
+        allocate_bits(
+            real, parse_recipe("mine", text + 'method = "x"', real.text_config), scores_by_position(60)
+        )
     with pytest.raises(RecipeError, match="lacks base_bits, target_bpw, cap_bpw"):
-        work_out(real, parse_recipe("mine", text + 'method = "oq"', real.text_config), scores_by_position(60))
-    with pytest.raises(RecipeError, match="no sensitivity for every one of 60 layers"):
-        work_out(real, load_recipe("oq4", real.text_config), scores_by_position(59))
+        allocate_bits(
+            real, parse_recipe("mine", text + 'method = "oq"', real.text_config), scores_by_position(60)
+        )
+    with pytest.raises(RecipeError, match=r"oq4: .* 1 of 60 layers: 59"):
+        allocate_bits(real, load_recipe("oq4", real.text_config), scores_by_position(59))
     assert json.loads(json.dumps(scores_by_position(3))) == {"0": 1.0, "1": 0.5, "2": 1.0}

@@ -11,35 +11,110 @@
     bits = 8
     group_size = 64
 
-Of several rules that fit a matrix, the last one decides.  ``docs/recipes.md`` tells the words.
+The last rule that fits a matrix decides.  ``docs/recipes.md`` explains every key.
 """
 
+import json
 import sys
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
+from functools import cache
 from importlib.resources import files
 from pathlib import Path
 from typing import Any
 
 from ...model.config import TextConfig
+from ...weights.names import layer_of
 from ...weights.quantization import AFFINE_BITS, AFFINE_GROUP_SIZES, MICROSCALING
 from ..common import did_you_mean, read_text
+from ..parameters import component_of, text_shapes
 from ..precision import Quantization
-from .matrices import PARTS, Matrix
 
 if sys.version_info >= (3, 11):
     import tomllib
 else:
     import tomli as tomllib
 
-_GROUP_SIZES = {"affine": 64} | {mode: group_size for mode, (_, group_size) in MICROSCALING.items()}
-_BITS = {"affine": AFFINE_BITS} | {mode: (bits,) for mode, (bits, _) in MICROSCALING.items()}
+# Mode -> bits and group sizes.
+_MODES: dict[str, tuple[tuple[int, ...], tuple[int, ...]]] = {
+    "affine": (AFFINE_BITS, AFFINE_GROUP_SIZES),
+    **{mode: ((bits,), (group_size,)) for mode, (bits, group_size) in MICROSCALING.items()},
+}
+_AFFINE_GROUP_SIZE = 64
 _DTYPES = ("bfloat16", "float16", "float32", "keep")
 _PLAN_KEYS = {"method", "base_bits", "target_bpw", "cap_bpw", "raise_down_proj", "raise_experts_to"}
+
+# A part's name in recipes -> its name in ``mlx-m3 inspect``, and its projections.
+_PARTS = {
+    "embeddings": ("embeddings", ()),
+    "lm_head": ("lm_head", ()),
+    "attention": ("attention", ("q_proj", "k_proj", "v_proj", "o_proj")),
+    "indexer": ("indexer", ("index_q_proj", "index_k_proj")),
+    "router": ("router", ()),
+    "dense_mlp": ("dense MLP", ("gate_proj", "up_proj", "down_proj")),
+    "experts": ("routed experts", ("gate_proj", "up_proj", "down_proj")),
+    "shared_expert": ("shared expert", ("gate_proj", "up_proj", "down_proj")),
+}
+_PART_OF_COMPONENT = {component: part for part, (component, _) in _PARTS.items()}
+# The tower, the projector and the patch merge, which are never quantized.
+VISION = "vision"
+PARTS = (
+    *_PARTS,
+    *(f"{part}.{projection}" for part, (_, projections) in _PARTS.items() for projection in projections),
+    VISION,
+)
 
 
 class RecipeError(ValueError):
     """A recipe that cannot be followed; the message names its file."""
+
+
+# --- the matrices that recipes are about ---
+
+
+@dataclass(frozen=True)
+class Matrix:
+    """A weight of the text model that may be quantized; for routed experts all of a layer's.
+
+    Attributes:
+        module: path of its module, published and without a prefix.
+        part: a recipe's name for where it belongs.  layer: None outside of the layers.
+        experts: how many; 0 for a matrix without an expert axis.
+        outputs, inputs: the shape of one.
+    """
+
+    module: str
+    part: str
+    layer: int | None
+    experts: int
+    outputs: int
+    inputs: int
+
+    @property
+    def size(self) -> int:
+        return max(self.experts, 1) * self.outputs * self.inputs
+
+    @property
+    def projection(self) -> str:
+        return self.module.rpartition(".")[2]
+
+    def is_one_of(self, parts: Iterable[str]) -> bool:
+        return any(part in (self.part, f"{self.part}.{self.projection}") for part in parts)
+
+
+def matrices_of(config: TextConfig, *, indexers: bool = True) -> list[Matrix]:
+    """All of them, in the order of a forward pass."""
+    found = []
+    for name, shape in text_shapes(config, indexers=indexers).items():
+        module = name.removesuffix(".weight")
+        part = _PART_OF_COMPONENT.get(component_of(name))
+        if module != name and len(shape) > 1 and part is not None:
+            *experts, outputs, inputs = shape
+            found.append(Matrix(module, part, layer_of(name), sum(experts), outputs, inputs))
+    return found
+
+
+# --- recipes ---
 
 
 @dataclass(frozen=True)
@@ -59,50 +134,60 @@ class Recipe:
     """What a recipe's file says.
 
     Attributes:
-        plan: for recipes whose bits are worked out to a budget; see :mod:`.budget`.
-        text: the file as it is.
+        bit_targets: the table ``[plan]``; where there is one, :mod:`.allocation` sets the bits.
+        text: the file's content.
     """
 
     name: str
     summary: str
     default: Quantization
     rules: tuple[Rule, ...] = ()
-    plan: Mapping[str, Any] = field(default_factory=dict)
+    bit_targets: Mapping[str, Any] = field(default_factory=dict)
     text: str = ""
 
     def spec(self, matrix: Matrix) -> Quantization:
         chosen = next((rule.spec for rule in reversed(self.rules) if rule.fits(matrix)), self.default)
-        if chosen.bits is not None and matrix.columns % chosen.group_size:
+        if chosen.bits is not None and matrix.inputs % chosen.group_size:
             raise RecipeError(
-                f"{self.name}: {matrix.module} has {matrix.columns} inputs, which do not divide into groups "
-                f"of {chosen.group_size}"
+                f"{self.name}: {matrix.module} has {matrix.inputs} inputs, which is not a multiple of the "
+                f"group size {chosen.group_size}; choose another group_size"
             )
         return chosen
 
 
 def recipe_names() -> list[str]:
     """Of the recipes that come with the package."""
-    folder = files(__package__) / "recipes"
-    return sorted(
-        entry.name.removesuffix(".toml") for entry in folder.iterdir() if entry.name.endswith(".toml")
-    )
+    return sorted(_built_in())
+
+
+@cache
+def _built_in() -> dict[str, str]:
+    """Name -> TOML of the recipes that come with the package."""
+    texts = {}
+    for file in (files(__package__) / "recipes").iterdir():
+        name, _, ending = file.name.rpartition(".")
+        if ending == "toml" and name != "oq":
+            texts[name] = file.read_text(encoding="utf-8")
+    oq = tomllib.loads((files(__package__) / "recipes" / "oq.toml").read_text(encoding="utf-8"))
+    for name, level in oq["levels"].items():
+        lines = "\n".join(f"{key} = {json.dumps(value)}" for key, value in level.items())
+        texts[name] = oq["template"].format(**level, level=lines)
+    return texts
 
 
 def load_recipe(name_or_path: str, config: TextConfig) -> Recipe:
-    """A recipe by its name, or from a file of one's own.
+    """A recipe that comes with the package, by its name, or one in a file.
 
     Raises:
-        RecipeError: there is none, or it does not fit a model of this config.
+        RecipeError: there is no such recipe, or it does not fit a model of this config.
     """
-    if name_or_path in recipe_names():
-        text = (files(__package__) / "recipes" / f"{name_or_path}.toml").read_text(encoding="utf-8")
-        return parse_recipe(name_or_path, text, config)
+    if name_or_path in _built_in():
+        return parse_recipe(name_or_path, _built_in()[name_or_path], config)
     path = Path(name_or_path).expanduser()
     if not path.is_file():
-        meant = did_you_mean(name_or_path, recipe_names())
-        raise RecipeError(
-            f"{name_or_path} is no recipe{meant}: neither a file nor one of {', '.join(recipe_names())}"
-        )
+        names = recipe_names()
+        meant = did_you_mean(name_or_path, names)
+        raise RecipeError(f"no recipe {name_or_path}{meant}: give a file, or one of {', '.join(names)}")
     return parse_recipe(path.stem, read_text(path), config, file=path)
 
 
@@ -112,23 +197,23 @@ def parse_recipe(name: str, text: str, config: TextConfig, file: Path | None = N
     try:
         content = tomllib.loads(text)
     except tomllib.TOMLDecodeError as error:
-        raise RecipeError(f"{where}: not TOML ({error})") from None
+        raise RecipeError(f"{where}: not valid TOML ({error})") from None
     _check_keys(where, content, {"summary", "default", "rule", "plan"})
     if not isinstance(content.get("default"), dict):
-        raise RecipeError(f"{where}: there is no [default] to say how most matrices are stored")
+        raise RecipeError(f"{where}: the table [default] is missing; it says how most matrices are stored")
     rules = content.get("rule", [])
     if not isinstance(rules, list) or not all(isinstance(rule, dict) for rule in rules):
-        raise RecipeError(f"{where}: rules are written as [[rule]]")
-    plan = content.get("plan", {})
-    if not isinstance(plan, dict):
-        raise RecipeError(f"{where}: a plan is written as [plan]")
-    _check_keys(f"{where}: [plan]", plan, _PLAN_KEYS)
+        raise RecipeError(f"{where}: write each rule as [[rule]]")
+    bit_targets = content.get("plan", {})
+    if not isinstance(bit_targets, dict):
+        raise RecipeError(f"{where}: write the plan as a table, [plan]")
+    _check_keys(f"{where}: [plan]", bit_targets, _PLAN_KEYS)
     return Recipe(
         name,
         str(content.get("summary", "")),
         _spec(f"{where}: [default]", content["default"]),
         tuple(_rule(f"{where}: rule {n}", rule, config) for n, rule in enumerate(rules, 1)),
-        plan,
+        bit_targets,
         text,
     )
 
@@ -136,20 +221,20 @@ def parse_recipe(name: str, text: str, config: TextConfig, file: Path | None = N
 def _rule(where: str, content: dict[str, Any], config: TextConfig) -> Rule:
     parts = content.pop("parts", None)
     if not isinstance(parts, list) or not parts:
-        raise RecipeError(f'{where} names no parts, such as parts = ["attention", "experts.down_proj"]')
+        raise RecipeError(f'{where}: parts are missing; write parts = ["attention", "experts.down_proj"]')
     unknown = [part for part in parts if part not in PARTS]
     if unknown:
-        words = ", ".join(map(str, unknown)) + did_you_mean(str(unknown[0]), PARTS)
-        raise RecipeError(f"{where}: M3 has no {words}; its parts are {', '.join(PARTS)}")
+        given = ", ".join(map(str, unknown)) + did_you_mean(str(unknown[0]), PARTS)
+        raise RecipeError(f"{where}: unknown part {given}; the parts are {', '.join(PARTS)}")
     layers = content.pop("layers", None)
     spec = _spec(where, content)
-    if spec.bits is not None and any(part.startswith("vision") for part in parts):
-        raise RecipeError(f"{where}: the vision tower is not quantized; give it a dtype")
+    if spec.bits is not None and VISION in parts:
+        raise RecipeError(f"{where}: the vision tower cannot be quantized; give it a dtype instead")
     return Rule(tuple(parts), None if layers is None else _layers(where, layers, config), spec)
 
 
 def _layers(where: str, entries: Any, config: TextConfig) -> frozenset[int]:
-    """``[0, 1, "3-57", -1]``: numbers, ranges with both ends in them, and numbers from the end."""
+    """``[0, 1, "3-57", -1]``: numbers, inclusive ranges, and numbers from the end."""
     count = config.num_hidden_layers
     chosen: set[int] = set()
     for entry in entries if isinstance(entries, list) else [entries]:
@@ -157,9 +242,9 @@ def _layers(where: str, entries: Any, config: TextConfig) -> frozenset[int]:
             first, _, last = entry.partition("-") if isinstance(entry, str) else (entry, "", "")
             numbers = range(int(first), int(last or first) + 1)
         except (ValueError, TypeError):
-            raise RecipeError(f'{where}: a layer is a number or a range like "3-57", not {entry!r}') from None
+            raise RecipeError(f'{where}: invalid layer {entry!r}; write 3, -1 or "3-57"') from None
         if not numbers or not all(-count <= number < count for number in numbers):
-            raise RecipeError(f"{where}: of {count} layers there is no {entry}")
+            raise RecipeError(f"{where}: the model has {count} layers, and {entry} is not among them")
         chosen |= {number % count for number in numbers}
     return frozenset(chosen)
 
@@ -168,18 +253,18 @@ def _spec(where: str, content: dict[str, Any]) -> Quantization:
     _check_keys(where, content, {"bits", "group_size", "mode", "dtype"})
     if "dtype" in content:
         if content["dtype"] not in _DTYPES or len(content) > 1:
-            raise RecipeError(f"{where}: dtype stands alone and is one of {', '.join(_DTYPES)}")
+            raise RecipeError(f"{where}: dtype must be one of {', '.join(_DTYPES)}, without other keys")
         return Quantization(dtype=content["dtype"])
     mode = content.get("mode", "affine")
-    if not isinstance(mode, str) or mode not in _BITS:
-        raise RecipeError(f"{where}: mode is one of {', '.join(_BITS)}, not {mode!r}")
-    bits = content.get("bits", _BITS[mode][0] if len(_BITS[mode]) == 1 else None)
-    group_size = content.get("group_size", _GROUP_SIZES[mode])
-    if type(bits) is not int or bits not in _BITS[mode]:
-        raise RecipeError(f"{where}: {mode} has {_or(_BITS[mode])} bits, not {bits!r}")
-    allowed = AFFINE_GROUP_SIZES if mode == "affine" else (_GROUP_SIZES[mode],)
-    if type(group_size) is not int or group_size not in allowed:
-        raise RecipeError(f"{where}: {mode} has groups of {_or(allowed)}, not {group_size!r}")
+    if not isinstance(mode, str) or mode not in _MODES:
+        raise RecipeError(f"{where}: mode must be one of {', '.join(_MODES)}, not {mode!r}")
+    all_bits, group_sizes = _MODES[mode]
+    bits = content.get("bits", all_bits[0] if len(all_bits) == 1 else None)
+    group_size = content.get("group_size", _AFFINE_GROUP_SIZE if mode == "affine" else group_sizes[0])
+    if type(bits) is not int or bits not in all_bits:
+        raise RecipeError(f"{where}: bits of {mode} must be {_or(all_bits)}, not {bits!r}")
+    if type(group_size) is not int or group_size not in group_sizes:
+        raise RecipeError(f"{where}: group_size of {mode} must be {_or(group_sizes)}, not {group_size!r}")
     return Quantization(bits, group_size, mode)
 
 
@@ -190,7 +275,7 @@ def _or(numbers: Iterable[int]) -> str:
 def _check_keys(where: str, content: Mapping[str, Any], known: set[str]) -> None:
     unknown = sorted(content.keys() - known)
     if unknown:
+        meant = did_you_mean(unknown[0], known)
         raise RecipeError(
-            f"{where}: {', '.join(unknown)} is no word of a recipe{did_you_mean(unknown[0], known)}; "
-            f"these are: {', '.join(sorted(known))}"
+            f"{where}: unknown key {', '.join(unknown)}{meant}; the keys are {', '.join(sorted(known))}"
         )

@@ -1,42 +1,49 @@
-"""A conversion carried out: resumable, and never complete to look at before it is.
+"""A conversion carried out: it can be resumed, and never looks complete before it is.
 
-Everything is written into ``DST.unfinished``, by one process at a time.  A file that has its final name
-there is finished and is not written again; the directory gets its own name last of all.
+Everything is written into ``DST.unfinished``, by one process at a time.  A shard that has its final name
+there is finished and is not written again.  The directory gets its own name last.
 """
 
 import hashlib
 import json
 import shutil
-from collections.abc import Callable, Container, Mapping
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NamedTuple
+
+import mlx.core as mx
 
 from ... import __version__
 from ...weights.headers import INDEX, weight_files
 from ..checksums import read_sums, sha256_of, write_sums
 from ..new_directory import STATE, contents, new_directory, replace_text
+from ..precision import Quantization, converted
 from ..shards import ShardWriter, TensorReader
-from . import settings
-from .pieces import made_pieces
-from .plan import Module, Plan
-from .sensitivity import Scores, write_scores
+from .allocation import Scores, write_scores
+from .config_and_card import write_config_and_card
+from .plan import ConversionPlan, NewModule, SourceMatrix
 
 SENSITIVITY = "mlx-m3-sensitivity.json"
 _METADATA = {"format": "mlx"}
-# For headers, settings and the card.
+# Bytes for headers, config, tokenizer and the card.
 _SMALL_FILES = 64 << 20
-# What a piece may take of the memory given: besides it there are Python, MLX and the file cache.
-_SHARE_OF_MEMORY = 8
-_LARGEST_PIECE = 1 << 30
+# Of the memory, for the rows that are converted at once; Python, MLX and the file cache need some, too.
+_PART_OF_MEMORY = 8
+_MOST_AT_ONCE = 1 << 30
+# Quantizing makes some copies in float32 of what it works on.
+_BYTES_PER_ELEMENT = 24
+
+# What a fingerprint says of the bits.
+_OF_BITS = {"precisions", "bytes"}
 
 # Called with the module that was written, and its bytes.
-Progress = Callable[[Module, int], None]
+Progress = Callable[[NewModule, int], None]
 
 
 @dataclass(frozen=True)
 class Report:
-    """What a conversion has done.
+    """What a conversion did.
 
     Attributes:
         files: weight files.  resumed: how many of them were there from an earlier run.
@@ -53,7 +60,7 @@ class Report:
 
 
 def convert(
-    plan: Plan,
+    plan: ConversionPlan,
     destination: str | Path,
     *,
     memory: int,
@@ -65,13 +72,13 @@ def convert(
     Args:
         memory: bytes that the work may take.
         progress: called after each module.
-        scores: the sensitivity of layers that the plan was worked out from, to be kept with it.
+        scores: the sensitivity that the bits are from, to be saved with the weights.
 
     Raises:
         FileExistsError: ``destination`` is there already.
         BlockingIOError: another process is writing it.
         OSError: the disk is full, or a file cannot be read or written.
-        ValueError: an unfinished conversion in its place is another one.
+        ValueError: ``DST.unfinished`` holds another conversion, or other files.
     """
     directory = Path(destination)
     with new_directory(directory, "convert", resumable=True) as unfinished:
@@ -80,9 +87,9 @@ def convert(
 
 
 def write(
-    plan: Plan, unfinished: Path, *, memory: int, progress: Progress, scores: Scores | None = None
+    plan: ConversionPlan, unfinished: Path, *, memory: int, progress: Progress, scores: Scores | None = None
 ) -> int:
-    """The same into a directory that this process has locked; how many files were there already."""
+    """The same into a directory that this process has locked; returns how many files were there already."""
     check_unfinished(unfinished, plan)
     replace_text(unfinished / STATE, json.dumps(fingerprint(plan), indent=2))
     names = plan.file_names()
@@ -95,13 +102,13 @@ def write(
                 sums[name] = sha256_of(unfinished / name)
                 write_sums(unfinished, sums)
     _write_index(unfinished, plan)
-    settings.write_settings(unfinished, plan)
+    write_config_and_card(unfinished, plan)
     if scores is not None:
         write_scores(unfinished / SENSITIVITY, scores)
     return resumed
 
 
-def report(plan: Plan, destination: Path, resumed: int) -> Report:
+def report(plan: ConversionPlan, destination: Path, resumed: int) -> Report:
     return Report(
         str(destination.expanduser().absolute()),
         plan.recipe.name,
@@ -114,11 +121,11 @@ def report(plan: Plan, destination: Path, resumed: int) -> Report:
     )
 
 
-def check_unfinished(unfinished: Path, plan: Plan, *, is_draft: bool = False) -> None:
-    """See that ``plan`` can be written into ``unfinished``, or gone on with there.
+def check_unfinished(unfinished: Path, plan: ConversionPlan, *, is_draft: bool = False) -> None:
+    """See that ``plan`` can be written into ``unfinished``, or resumed there.
 
     Args:
-        is_draft: precisions are yet to be worked out.
+        is_draft: the bits of ``plan`` are not final yet.
 
     Raises:
         ValueError: another conversion was begun there, or it holds other files.
@@ -126,14 +133,18 @@ def check_unfinished(unfinished: Path, plan: Plan, *, is_draft: bool = False) ->
     """
     file = unfinished / STATE
     if file.exists():
-        unknown = ("precisions", "bytes") if is_draft else ()
-        if _known(_begun(file), unknown) != _known(fingerprint(plan), unknown):
+        wanted = fingerprint(plan)
+        same = wanted.keys() - (_OF_BITS if is_draft else set())
+        begun = _begun(file)
+        if any(begun.get(key) != wanted[key] for key in same):
             raise ValueError(
                 f"{unfinished} holds an unfinished conversion of another source, recipe or version; "
                 "finish that one, or delete the directory"
             )
     elif contents(unfinished):
-        raise ValueError(f"{unfinished} is there and holds no conversion of ours; delete it, or name another")
+        raise ValueError(
+            f"{unfinished} holds files that are not of a conversion; delete it, or choose another destination"
+        )
     space = space_for(plan, unfinished)
     if not space.is_enough:
         raise OSError(f"{unfinished.parent} has {space}")
@@ -147,11 +158,7 @@ def _begun(state: Path) -> dict[str, Any]:
     return content if isinstance(content, dict) else {}
 
 
-def _known(content: Mapping[str, Any], unknown: Container[str]) -> dict[str, Any]:
-    return {key: value for key, value in content.items() if key not in unknown}
-
-
-def fingerprint(plan: Plan) -> dict[str, Any]:
+def fingerprint(plan: ConversionPlan) -> dict[str, Any]:
     """What has to be the same for two runs to write the same bytes."""
     files = {}
     for file in weight_files(plan.source.directory):
@@ -169,7 +176,7 @@ def fingerprint(plan: Plan) -> dict[str, Any]:
 
 
 class Space(NamedTuple):
-    """Bytes that are still to be written, and those that are free on the disk."""
+    """Bytes still to be written, and bytes free on the disk."""
 
     needed: int
     free: int
@@ -179,35 +186,72 @@ class Space(NamedTuple):
         return self.needed <= self.free
 
     def __str__(self) -> str:
-        return f"{self.free / 1e9:,.1f} GB free, and {self.needed / 1e9:,.1f} GB are to be written"
+        return f"{self.free / 1e9:,.1f} GB free, and {self.needed / 1e9:,.1f} GB are needed"
 
 
-def space_for(plan: Plan, unfinished: Path) -> Space:
+def space_for(plan: ConversionPlan, unfinished: Path) -> Space:
     """On the disk where ``unfinished`` is or will be."""
     finished = sum(file.stat().st_size for file in unfinished.glob("*.safetensors"))
     there = next(parent for parent in (unfinished, *unfinished.parents) if parent.exists())
     return Space(plan.nbytes + _SMALL_FILES - finished, shutil.disk_usage(there).free)
 
 
+# --- shards ---
+
+
 def _write_shard(
-    path: Path, modules: list[Module], reader: TensorReader, memory: int, progress: Progress
+    path: Path, modules: list[NewModule], reader: TensorReader, memory: int, progress: Progress
 ) -> None:
     if path.exists():
         for module in modules:
             progress(module, module.nbytes)
         return
     tensors = [tensor for module in modules for tensor in module.tensors.values()]
-    largest = min(memory // _SHARE_OF_MEMORY, _LARGEST_PIECE)
+    at_once = min(memory // _PART_OF_MEMORY, _MOST_AT_ONCE)
     with ShardWriter(path, tensors, _METADATA) as writer:
         for module in modules:
-            for row, parts in made_pieces(module, reader, largest):
-                for part, array in parts.items():
-                    writer.write(module.tensors[part].name, row, array)
+            for first, arrays in _converted_rows(module, reader, at_once):
+                for part, array in arrays.items():
+                    writer.write(module.tensors[part].name, first, array)
             progress(module, module.nbytes)
         writer.finish()
 
 
-def _write_index(unfinished: Path, plan: Plan) -> None:
+def _converted_rows(
+    module: NewModule, reader: TensorReader, memory: int
+) -> Iterator[tuple[int, dict[str, mx.array]]]:
+    """All of a module's tensors in pieces of some matrix rows: the first row, and the rows by part.
+
+    Rows are quantized one by one, so it makes no difference where they are cut.
+
+    Args:
+        memory: bytes that the work on one piece may take.
+    """
+    before = 0
+    for matrix in module.matrices:
+        step = max(1, memory // (_BYTES_PER_ELEMENT * max(matrix.inputs, 1)))
+        for start in range(0, matrix.outputs, step):
+            rows = (start, min(start + step, matrix.outputs))
+            yield before + start, _converted(matrix, module.spec, reader, rows)
+        before += matrix.outputs
+
+
+def _converted(
+    matrix: SourceMatrix, spec: Quantization, reader: TensorReader, rows: tuple[int, int]
+) -> dict[str, mx.array]:
+    is_whole = rows == (0, matrix.outputs)
+    stored = {
+        part: reader.read(tensor if is_whole or part == "global_scale" else tensor.taken(*rows))
+        for part, tensor in matrix.parts.items()
+    }
+    if spec == matrix.spec and "global_scale" not in stored:
+        return stored
+    made = converted(stored, matrix.spec, spec)
+    mx.eval(made)
+    return made
+
+
+def _write_index(unfinished: Path, plan: ConversionPlan) -> None:
     weight_map = {
         tensor.name: name
         for name, modules in zip(plan.file_names(), plan.shards, strict=True)

@@ -1,6 +1,6 @@
-"""``mlx-m3 evaluate``: how good a checkpoint is, without the memory to load it."""
+"""``mlx-m3 evaluate``: how good a checkpoint is, with one layer of it in memory at a time."""
 
-from .evaluation import Evaluation, evaluate
-from .texts import Texts, built_in_text, cut, read_texts
+from .command import evaluate
+from .metrics import Evaluation
 
-__all__ = ["Evaluation", "Texts", "built_in_text", "cut", "evaluate", "read_texts"]
+__all__ = ["Evaluation", "evaluate"]

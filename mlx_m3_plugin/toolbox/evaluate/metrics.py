@@ -1,18 +1,17 @@
-"""What two walks say of each other, and one of its text.  Sums are in float64."""
+"""What a forward pass says of its text, and how it differs from a reference.  Sums are in float64."""
 
 import math
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import mlx.core as mx
 import numpy as np
 
-from ..streaming import Head, States
-from .texts import Texts
-from .walk import Walk
+from ..forward_pass import ForwardPass, HiddenStates, Texts
+from ..streaming import Head
 
-# Logits of a vocabulary of 200,000 in float64 take 1.6 MB a token, and some copies.
-_BYTES_PER_ROW = 256 << 20
+# Of float64 logits at a time, in some copies; with a vocabulary of 200,000 they take 1.6 MB a token.
+_BYTES_OF_LOGITS = 256 << 20
 
 
 @dataclass(frozen=True)
@@ -21,7 +20,7 @@ class Distributions:
 
     Attributes:
         kl_mean, kl_95: of KL(reference || this), in nats, over the positions that predict a token.
-        top_1: share of positions where both find the same token most likely.
+        top_1: fraction of positions where both have the same most likely token.
         ear: expected acceptance rate, the mean over positions of ``sum_v min(p_ref(v), p(v))``
             (arXiv 2605.02404): how often speculative sampling would accept this one's tokens.
     """
@@ -34,13 +33,12 @@ class Distributions:
 
 @dataclass(frozen=True)
 class LayerComparison:
-    """What a layer puts out, and what it chooses, beside the reference.
+    """How a layer's output and choices differ from the reference's.
 
     Attributes:
-        hidden_error: squared error of hidden states, as a share of the reference's squares.
-        router_overlap: share of the reference's experts that are chosen here too; None where there
-            is no choice.
-        block_overlap: the same of blocks of keys, over the queries that could not take all.
+        hidden_error: squared error of hidden states, relative to the reference's squares.
+        router_overlap: fraction of the reference's experts that are chosen here too; None without a router.
+        block_overlap: the same of key blocks, over the queries that could not attend all.
     """
 
     layer: int
@@ -49,18 +47,39 @@ class LayerComparison:
     block_overlap: float | None = None
 
 
-def perplexity(states: States, head: Head, texts: Texts) -> float:
+@dataclass
+class Evaluation:
+    """What was measured.
+
+    Attributes:
+        bytes: of the whole checkpoint on disk.
+        distributions, layers: compared with the reference, if there is one.
+    """
+
+    checkpoint: str
+    tokens: int
+    windows: int
+    context: int
+    bytes: int
+    perplexity: float
+    reference: str | None = None
+    reference_perplexity: float | None = None
+    distributions: Distributions | None = None
+    layers: list[LayerComparison] = field(default_factory=list)
+
+
+def perplexity(hidden: HiddenStates, head: Head, texts: Texts) -> float:
     """``exp`` of the mean negative log-likelihood of each window's tokens after its first."""
     total = 0.0
     positions, targets = texts.predictions()
-    for at, logits in _logits(states, head, positions):
-        rows = np.arange(len(logits))
-        total += (_log_sums(logits) - logits[rows, targets[at : at + len(logits)]]).sum()
+    for at, logits in _logits(hidden, head, positions):
+        each = np.arange(len(logits))
+        total += (_log_sums(logits) - logits[each, targets[at : at + len(logits)]]).sum()
     return math.exp(total / len(positions))
 
 
 def compare_distributions(
-    ours: tuple[States, Head], reference: tuple[States, Head], texts: Texts
+    ours: tuple[HiddenStates, Head], reference: tuple[HiddenStates, Head], texts: Texts
 ) -> Distributions:
     positions, _ = texts.predictions()
     kl, top_1, ear = [], 0, 0.0
@@ -78,7 +97,7 @@ def compare_distributions(
     )
 
 
-def compare_layers(ours: Walk, reference: Walk) -> Iterator[LayerComparison]:
+def compare_layers(ours: ForwardPass, reference: ForwardPass) -> Iterator[LayerComparison]:
     for number in range(ours.layers):
         found, expected = ours.layer(number), reference.layer(number)
         difference = found["sample"].astype(np.float64) - expected["sample"]
@@ -90,7 +109,7 @@ def compare_layers(ours: Walk, reference: Walk) -> Iterator[LayerComparison]:
 
 
 def _overlap(found: np.ndarray | None, expected: np.ndarray | None) -> float | None:
-    """Share of the ids in the last axis of ``expected`` that are in ``found``'s; -1 is none."""
+    """Fraction of the ids in the last axis of ``expected`` that are in ``found``'s; -1 is none."""
     if found is None or expected is None:
         return None
     found, expected = (a.reshape(-1, a.shape[-1]).astype(np.int64) for a in (found, expected))
@@ -104,16 +123,16 @@ def _overlap(found: np.ndarray | None, expected: np.ndarray | None) -> float | N
     return float(common / there)
 
 
-def _logits(states: States, head: Head, positions: list[int]) -> Iterator[tuple[int, np.ndarray]]:
+def _logits(hidden: HiddenStates, head: Head, positions: list[int]) -> Iterator[tuple[int, np.ndarray]]:
     """Float64 logits of consecutive parts of ``positions``, with the index of the first."""
     step, at = 1, 0
     while at < len(positions):
         part = positions[at : at + step]
-        rows = states.read(part[0], part[-1] + 1)[mx.array([p - part[0] for p in part])]
-        logits = np.array(head(rows).astype(mx.float32)).astype(np.float64)
+        h = hidden.read(part[0], part[-1] + 1)[mx.array([p - part[0] for p in part])]
+        logits = np.array(head(h).astype(mx.float32)).astype(np.float64)
         yield at, logits
         at += len(part)
-        step = max(1, _BYTES_PER_ROW // logits[0].nbytes // 4)
+        step = max(1, _BYTES_OF_LOGITS // logits[0].nbytes // 4)
 
 
 def _log_sums(logits: np.ndarray) -> np.ndarray:

@@ -6,8 +6,7 @@ from typing import Any
 
 from ..common import size_in_words
 from ..new_directory import check_can_write
-from .evaluation import Evaluation
-from .metrics import LayerComparison
+from .metrics import Evaluation, LayerComparison
 
 _WORST = 5
 _PANELS: tuple[tuple[str, Callable[[LayerComparison], Any]], ...] = (
@@ -39,32 +38,29 @@ def report_lines(found: Evaluation) -> list[str]:
 
 
 def _layer_lines(layers: list[LayerComparison]) -> list[str]:
-    """All of few layers; of many those that change most, and the last."""
-    rows = layers
+    """All of few layers; of many those that differ most, the first and the last."""
+    shown = layers
     title = "Layer  hidden error  experts in common  blocks in common"
     if len(layers) > 2 * _WORST:
         worst = sorted(layers, key=lambda layer: layer.router_overlap or 1)[:_WORST]
         worst += sorted(layers, key=lambda layer: layer.block_overlap or 1)[:_WORST]
-        rows = sorted({layer.layer: layer for layer in [*worst, layers[0], layers[-1]]}.values(), key=_number)
-        title += "   (those that choose worst; --json has all)"
+        by_number = {layer.layer: layer for layer in [*worst, layers[0], layers[-1]]}
+        shown = [by_number[number] for number in sorted(by_number)]
+        title += "   (those that differ most; --json has all)"
     cells = [
-        f"{row.layer:>5}  {row.hidden_error:>12.6f}  {_share(row.router_overlap):>17}  "
-        f"{_share(row.block_overlap):>16}"
-        for row in rows
+        f"{layer.layer:>5}  {layer.hidden_error:>12.6f}  {_percent(layer.router_overlap):>17}  "
+        f"{_percent(layer.block_overlap):>16}"
+        for layer in shown
     ]
     return [title, *cells]
 
 
-def _number(layer: LayerComparison) -> int:
-    return layer.layer
-
-
-def _share(value: float | None) -> str:
+def _percent(value: float | None) -> str:
     return "-" if value is None else f"{value:.2%}"
 
 
 def check_can_draw(path: Path) -> None:
-    """See, before anything is computed, that a picture can be made and written to ``path``.
+    """See, before anything is computed, that a plot can be drawn and written to ``path``.
 
     Raises:
         ValueError: matplotlib is not installed, or cannot write such a file.
@@ -74,7 +70,7 @@ def check_can_draw(path: Path) -> None:
     _pyplot().close(canvas.figure)
     kinds = canvas.get_supported_filetypes()
     if path.suffix[1:].lower() not in kinds:
-        raise ValueError(f"a plot cannot be written to {path}: its name has to end in .{', .'.join(kinds)}")
+        raise ValueError(f"--plot {path}: the name must end in .{', .'.join(kinds)}")
     check_can_write(path)
 
 
@@ -82,7 +78,7 @@ def _pyplot() -> Any:
     try:
         import matplotlib
     except ModuleNotFoundError:
-        raise ValueError('a plot needs matplotlib: pip install "mlx-m3-plugin[plot]"') from None
+        raise ValueError('--plot needs matplotlib: pip install "mlx-m3-plugin[plot]"') from None
     matplotlib.use("Agg")
     from matplotlib import pyplot
 
@@ -90,13 +86,7 @@ def _pyplot() -> Any:
 
 
 def draw(found: Evaluation, path: Path) -> None:
-    """Error and choices by layer, as a picture.
-
-    Raises:
-        ValueError: there is nothing to compare, or matplotlib is not installed.
-    """
-    if not found.layers:
-        raise ValueError("a plot compares layers; it needs --reference")
+    """Draw the error and the choices of each layer of an evaluation with a reference."""
     pyplot = _pyplot()
     figure, panels = pyplot.subplots(len(_PANELS), 1, sharex=True, figsize=(9, 9), layout="constrained")
     for axes, (title, value) in zip(panels, _PANELS, strict=True):

@@ -17,7 +17,6 @@ from ..checksums import Verification, Watch, verify
 from ..memory import Memory, machine_memory, memory_for
 from ..parameters import (
     NOT_IN_THE_TEXT_MODEL,
-    Precision,
     Shapes,
     differences,
     quantized_modules,
@@ -25,7 +24,7 @@ from ..parameters import (
     vision_shapes,
 )
 from ..source import CHAT_TEMPLATE_FILES, Source, open_source
-from .layout import Component, Layout, StoredDtype, dtype_histogram, measure, recognise_layout
+from .layout import Component, Layout, Precision, StoredDtype, dtype_histogram, measure, recognise_layout
 
 __all__ = ["Inspection", "inspect", "inspect_source"]
 

@@ -12,7 +12,8 @@ from ...weights.dtypes import name_of, size_in_bytes
 from ...weights.names import is_unused, is_vision
 from ...weights.quantization import PARTS
 from ...weights.tensor import Tensor
-from ..parameters import COMPONENTS, OTHER, Precision, component_of
+from ..parameters import COMPONENTS, OTHER, component_of
+from ..precision import Quantization
 
 # How the layers' names begin.
 _NAMES_IN_WORDS = {
@@ -154,8 +155,22 @@ def dtype_histogram(headers: Headers) -> list[StoredDtype]:
     return sorted(found.values(), key=lambda entry: -entry.bytes)
 
 
+@dataclass
+class Precision:
+    """How many modules and parameters are stored in one way; group_size is None for floats."""
+
+    mode: str
+    bits: int
+    group_size: int | None
+    modules: int = 0
+    parameters: int = 0
+
+    def __str__(self) -> str:
+        return f"affine {self.bits}-bit g{self.group_size}" if self.mode == "affine" else self.mode
+
+
 def measure(
-    plan: Mapping[str, Tensor], quantized: Mapping[str, Precision], headers: Headers
+    plan: Mapping[str, Tensor], quantized: Mapping[str, Quantization], headers: Headers
 ) -> tuple[list[Component], list[Precision]]:
     """Count parameters and bytes, by component and by precision.
 
@@ -175,10 +190,8 @@ def measure(
             continue
         spec = quantized.get(module) if part == "weight" else None
         parameters = _count(tensor, spec)
-        precision = spec or _float_precision(tensor)
-        entry = precisions.setdefault(
-            str(precision), Precision(precision.mode, precision.bits, precision.group_size)
-        )
+        precision = _precision(tensor, spec)
+        entry = precisions.setdefault(str(precision), precision)
         entry.modules += 1
         entry.parameters += parameters
         component.parameters += parameters
@@ -201,10 +214,12 @@ def bits_per_weight(stored_bytes: int, parameters: int) -> float | None:
     return 8 * stored_bytes / parameters if parameters else None
 
 
-def _count(tensor: Tensor, spec: Precision | None) -> int:
+def _count(tensor: Tensor, spec: Quantization | None) -> int:
     stored = math.prod(tensor.shape)
-    return stored if spec is None else stored * 32 // spec.bits
+    return stored if spec is None or spec.bits is None else stored * 32 // spec.bits
 
 
-def _float_precision(tensor: Tensor) -> Precision:
-    return Precision(name_of(tensor.dtype), 8 * tensor.dtype.size, None)
+def _precision(tensor: Tensor, spec: Quantization | None) -> Precision:
+    if spec is None or spec.bits is None:
+        return Precision(name_of(tensor.dtype), 8 * tensor.dtype.size, None)
+    return Precision(spec.mode, spec.bits, spec.group_size)

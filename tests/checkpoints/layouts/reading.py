@@ -7,7 +7,6 @@ import mlx.core as mx
 from mlx_m3_plugin.toolbox.checkpoint import Checkpoint, open_checkpoint
 from mlx_m3_plugin.toolbox.precision import float32_values
 from mlx_m3_plugin.toolbox.shards import TensorReader
-from mlx_m3_plugin.toolbox.streaming.linear import parts_of
 from mlx_m3_plugin.weights import with_quantization
 from mlx_m3_plugin.weights.headers import INDEX
 from mlx_m3_plugin.weights.names import is_vision
@@ -47,5 +46,5 @@ def _read(checkpoint: Checkpoint, reader: TensorReader, name: str) -> mx.array:
     module = name.removesuffix(".weight")
     if module == name:
         return reader.read(checkpoint.plan[name]).astype(mx.float32)
-    stored = {part: reader.read(tensor) for part, tensor in parts_of(checkpoint.plan, module).items()}
+    stored = {part: reader.read(tensor) for part, tensor in checkpoint.parts(module).items()}
     return float32_values(stored, checkpoint.spec(module))

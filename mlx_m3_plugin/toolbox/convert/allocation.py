@@ -1,0 +1,232 @@
+"""Bits for each matrix, so that the whole model has the bits per weight of a recipe: the levels of oMLX's oQ.
+
+First the sensitivity of each layer is measured: how much its output changes when its weights get fewer bits.
+Then :func:`allocate_bits` gives bits to the most sensitive layers first, in the order of ``docs/recipes.md``.
+"""
+
+import json
+from collections.abc import Iterable, Mapping, Sequence
+from pathlib import Path
+
+import mlx.core as mx
+
+from ...weights.quantization import AFFINE_BITS
+from ..checkpoint import Checkpoint
+from ..common import read_json_object
+from ..forward_pass import (
+    HiddenStates,
+    Progress,
+    Texts,
+    begin,
+    hidden_states,
+    pass_key,
+    run_layer,
+    tokens_at_once,
+    write_state,
+)
+from ..new_directory import LOCK, locked, replace_text
+from ..precision import Quantization
+from ..shards import TensorReader
+from ..streaming import StreamedLayer
+from .plan import plan_conversion
+from .recipe import Matrix, Recipe, RecipeError, matrices_of
+
+# Layer -> sensitivity: the squared error of its output with quantized weights, relative to the output,
+# ``mean((out - out_q)^2) / max(mean(out^2), 1e-10)``, as in oQ.
+Scores = Mapping[int, float]
+
+# Scores relative to the highest, from which a layer's matrices get 8 bits, or two more bits.
+_MOST_SENSITIVE, _SENSITIVE = 0.5, 0.2
+_LEAST_BITS = 4
+_RAISED = ("attention", "dense_mlp")
+# The router and the indexer, which no level of oQ quantizes: their bits are not tried either.
+_ROUTER_AND_INDEXER = (".block_sparse_moe.gate", ".index_q_proj", ".index_k_proj")
+# Tokens compared at a time.
+_TOKENS = 1024
+
+
+def allocate_bits(checkpoint: Checkpoint, recipe: Recipe, scores: Scores) -> dict[str, Quantization]:
+    """Module path -> how it is stored, so that the whole has the recipe's bits per weight.
+
+    Raises:
+        RecipeError: the recipe's [plan] has another method or lacks a key, or a layer has no score.
+    """
+    targets = recipe.bit_targets
+    if targets.get("method") != "oq":
+        raise RecipeError(f'{recipe.name}: [plan] needs method = "oq", the only one')
+    missing = [key for key in ("base_bits", "target_bpw", "cap_bpw") if key not in targets]
+    if missing:
+        raise RecipeError(f"{recipe.name}: [plan] lacks {', '.join(missing)}")
+    layers = checkpoint.text_config.num_hidden_layers
+    unknown = sorted(set(range(layers)) - set(scores))
+    if unknown:
+        raise RecipeError(
+            f"{recipe.name}: the sensitivity map lacks {len(unknown)} of {layers} layers: {unknown[0]}, ..."
+        )
+    return _Allocation(checkpoint, recipe, scores).run()
+
+
+class _Allocation:
+    """The quantization of each matrix so far, and the bytes of all."""
+
+    def __init__(self, checkpoint: Checkpoint, recipe: Recipe, scores: Scores):
+        self._targets = recipe.bit_targets
+        self._scores = scores
+        self._matrices = matrices_of(checkpoint.text_config, indexers=checkpoint.indexers)
+        self._specs = {matrix.module: recipe.spec(matrix) for matrix in self._matrices}
+        plan = plan_conversion(checkpoint, recipe)
+        self._parameters, self._bytes = plan.parameters, plan.nbytes
+        # Bytes of a scale: as many as a float of the source has.
+        self._itemsize = {m.module: checkpoint.float_dtype(m.module).size for m in self._matrices}
+
+    def run(self) -> dict[str, Quantization]:
+        target, cap = float(self._targets["target_bpw"]), float(self._targets["cap_bpw"])
+        for part in ("lm_head", "embeddings"):
+            self._raise(self._of([part]), 8, cap)
+        if self._targets.get("raise_down_proj"):
+            self._raise(self._of(["experts.down_proj"]), int(self._targets["base_bits"]) + 1, cap)
+        raised = sorted(self._of(_RAISED), key=lambda matrix: -self._score(matrix))
+        for matrix in raised:
+            self._raise([matrix], _LEAST_BITS, cap)
+        for matrix in raised:
+            self._raise_by_sensitivity(matrix, target)
+        if "raise_experts_to" in self._targets:
+            self._raise_experts(int(self._targets["raise_experts_to"]), target)
+        for bits in AFFINE_BITS:
+            for matrix in raised:
+                self._raise([matrix], bits, target)
+        return self._specs
+
+    def _raise_by_sensitivity(self, matrix: Matrix, most: float) -> None:
+        relative = self._score(matrix) / (max(self._scores.values()) or 1)
+        bits = self._bits(matrix)
+        wanted = 8 if relative >= _MOST_SENSITIVE else bits + (2 if relative >= _SENSITIVE else 1)
+        wanted = next((width for width in AFFINE_BITS if width >= wanted), 8)
+        for width in reversed([w for w in AFFINE_BITS if bits < w <= wanted]):
+            if self._raise([matrix], width, most):
+                return
+
+    def _raise_experts(self, bits: int, most: float) -> None:
+        for projections in (["down_proj"], ["gate_proj", "up_proj"]):
+            by_layer = zip(*(self._of([f"experts.{projection}"]) for projection in projections), strict=True)
+            for together in sorted(by_layer, key=lambda matrices: -self._score(matrices[0])):
+                self._raise(together, bits, most)
+
+    def _raise(self, matrices: Sequence[Matrix], bits: int, most: float) -> bool:
+        """Give them more bits, if the model then has at most ``most`` bits per weight."""
+        lower = [matrix for matrix in matrices if self._bits(matrix) < bits]
+        raised = {m.module: Quantization(bits, self._specs[m.module].group_size) for m in lower}
+        more = sum(self._nbytes(m, raised[m.module]) - self._nbytes(m, self._specs[m.module]) for m in lower)
+        if 8 * (self._bytes + more) > most * self._parameters:
+            return False
+        self._bytes += more
+        self._specs |= raised
+        return True
+
+    def _nbytes(self, matrix: Matrix, spec: Quantization) -> int:
+        return spec.bytes_of(matrix.size, self._itemsize[matrix.module])
+
+    def _bits(self, matrix: Matrix) -> int:
+        # Floats have more than any quantization.
+        return self._specs[matrix.module].bits or 16
+
+    def _score(self, matrix: Matrix) -> float:
+        return 0.0 if matrix.layer is None else self._scores[matrix.layer]
+
+    def _of(self, parts: Iterable[str]) -> list[Matrix]:
+        wanted = tuple(parts)
+        return [matrix for matrix in self._matrices if matrix.is_one_of(wanted)]
+
+
+# --- sensitivity ---
+
+
+def measure_sensitivity(
+    checkpoint: Checkpoint,
+    texts: Texts,
+    base: Quantization,
+    cache: Path,
+    *,
+    memory: int,
+    step: int,
+    progress: Progress,
+) -> dict[int, float]:
+    """The score of every layer with the bits of ``base``; continues an interrupted measurement.
+
+    The next layer gets the output of the unquantized one.
+
+    Raises:
+        BlockingIOError: another process measures the same.
+        OSError: a shard or the cache cannot be read or written.
+    """
+    directory = cache / f"{pass_key(checkpoint, texts)}-{base.bits}-bits"
+    doing = f"`mlx-m3 convert` is measuring {checkpoint.directory} in {directory}"
+    file = directory / "scores.json"
+    width = checkpoint.text_config.hidden_size
+    with (
+        locked(directory / LOCK, doing, "give a map with --sensitivity"),
+        TensorReader(checkpoint.directory, checkpoint.headers.tensors) as reader,
+    ):
+        scores = read_scores(file) if file.exists() else {}
+        done, dtype = begin(directory, checkpoint, reader, texts.tokens)
+        done = min(done, len(scores))
+        progress(-1, done)
+        at_once = tokens_at_once(checkpoint, dtype, memory)
+        tried = HiddenStates(directory / "tried.bin", width, dtype)
+        for number in range(done, checkpoint.text_config.num_hidden_layers):
+            before, after = (hidden_states(directory, n, width, dtype) for n in (number, number + 1))
+            run_layer(StreamedLayer(checkpoint, reader, number), before, after, texts, at_once, step)
+            trial = StreamedLayer(
+                checkpoint, reader, number, lambda path, spec: _fewer_bits(path, spec, base)
+            )
+            run_layer(trial, before, tried, texts, at_once, step)
+            after.sync()
+            scores[number] = _relative_error(after, tried, len(texts.tokens))
+            write_scores(file, scores)
+            write_state(directory, number + 1, dtype)
+            before.remove()
+            progress(number, 1)
+    return scores
+
+
+def _fewer_bits(path: str, spec: Quantization, base: Quantization) -> Quantization:
+    """``base``; for a matrix that has no more bits already, the next fewer bits."""
+    if path.endswith(_ROUTER_AND_INDEXER):
+        return spec
+    if spec.bits is None or spec.bits > (base.bits or 0):
+        return base
+    fewer = [bits for bits in AFFINE_BITS if bits < spec.bits]
+    return Quantization(fewer[-1], base.group_size) if fewer else spec
+
+
+def _relative_error(expected: HiddenStates, tried: HiddenStates, tokens: int) -> float:
+    error = squares = 0.0
+    for first in range(0, tokens, _TOKENS):
+        last = min(first + _TOKENS, tokens)
+        out, out_q = (hidden.read(first, last).astype(mx.float32) for hidden in (expected, tried))
+        error += float(mx.square(out - out_q).sum())
+        squares += float(mx.square(out).sum())
+    return error / max(squares, 1e-10 * tokens)
+
+
+def scores_by_position(layers: int) -> dict[int, float]:
+    """Without a measurement: the nearer to the first or last layer, the more sensitive."""
+    return {n: 1 / (1 + min(n, layers - 1 - n)) for n in range(layers)}
+
+
+def read_scores(file: Path) -> dict[int, float]:
+    """A saved map.
+
+    Raises:
+        ValueError: the file holds something else.
+    """
+    try:
+        content = read_json_object(file)
+        return {int(layer): float(score) for layer, score in content["scores"].items()}
+    except (ValueError, KeyError, TypeError, AttributeError):
+        raise ValueError(f'{file} is not a sensitivity map: {{"scores": {{"0": 0.01, ...}}}}') from None
+
+
+def write_scores(file: Path, scores: Scores) -> None:
+    content = {"scores": {str(layer): score for layer, score in sorted(scores.items())}}
+    replace_text(file, json.dumps(content, indent=2) + "\n")

@@ -1,0 +1,230 @@
+"""The files beside the weights: config, tokenizer, chat template, processors, licence and model card."""
+
+import json
+import shutil
+from collections import defaultdict
+from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
+from typing import Any, NamedTuple
+
+from ... import __version__
+from ...chat.prompt import CHAT_TEMPLATE
+from ...weights import with_quantization
+from ...weights.dtypes import name_of
+from ...weights.headers import INDEX
+from ..checksums import SUMS
+from ..common import read_json_object, size_in_words
+from ..new_directory import LOCK, STATE
+from ..parameters import component_of
+from ..source import CHAT_TEMPLATE_FILES
+from .plan import ConversionPlan
+
+_WEIGHTS = (".safetensors", ".bin", ".gguf", ".pt", ".pth", ".npz")
+# Written anew, or about the source's weights.
+_NOT_COPIED = (
+    "config.json",
+    "README.md",
+    INDEX,
+    "hf_quant_config.json",
+    "offload_index.json",
+    SUMS,
+    LOCK,
+    STATE,
+)
+_LARGEST = 200 << 20
+# What mlx-lm's and mlx-vlm's classes read outside of ``text_config``.
+_OUTER = (
+    "quantization",
+    "quantization_config",
+    "tie_word_embeddings",
+    "eos_token_id",
+    "transformers_version",
+)
+_PACKAGES = ("mlx", "mlx-lm", "mlx-vlm")
+
+_CARD = """---
+license: other
+license_name: minimax-community
+base_model: MiniMaxAI/MiniMax-M3
+base_model_relation: quantized
+library_name: mlx
+pipeline_tag: {pipeline}
+tags:
+- mlx
+- minimax_m3_vl
+---
+
+# MiniMax-M3, {recipe}
+
+**Built with MiniMax M3.** {summary}.
+
+| | |
+|---|---|
+| made from | {source} |
+| recipe | `{recipe}` of mlx-m3-plugin {version} |
+| size | {size}, {bits:.2f} bits per weight of {parameters:,} parameters |
+| made with | {packages} |
+
+| part | parameters | stored as |
+|---|---:|---|
+{components}
+
+## Use
+
+```bash
+pip install mlx-lm
+mlx_lm.generate --model path/to/this --prompt "Hello" --max-tokens 4096 --temp 1.0 --top-p 0.95 --top-k 40
+```
+
+It opens in stock mlx-lm 0.32 and newer and in stock mlx-vlm {vlm} and newer. With
+`pip install mlx-m3-plugin` both answer exactly as the reference does past 2,048 tokens, in batches too, and
+their servers understand M3's reasoning and tool calls.
+
+`sha256sum -c SHA256SUMS` or `mlx-m3 inspect --verify` checks that a download is whole.
+
+`mlx-m3 evaluate` measures how much this quantization loses. This card makes no claim about it.
+
+## Licence
+
+The MiniMax Community License of the source's weights applies. Commercial use has conditions: see the LICENSE
+of the source.
+
+## Recipe
+
+```toml
+{text}
+```
+"""
+
+
+def write_config_and_card(directory: Path, plan: ConversionPlan) -> None:
+    source = plan.source.directory
+    for file in sorted(source.iterdir()):
+        if _is_copied(file) and (plan.source.vision or not _is_for_vision(file)):
+            shutil.copyfile(file, directory / file.name)
+    _write_json(directory / "config.json", new_config(plan))
+    _remove_wrong_parser(directory / "tokenizer_config.json")
+    if not _has_template(directory):
+        (directory / CHAT_TEMPLATE_FILES[0]).write_text(CHAT_TEMPLATE, encoding="utf-8")
+    (directory / "README.md").write_text(model_card(plan), encoding="utf-8")
+
+
+def _is_copied(file: Path) -> bool:
+    return (
+        file.is_file()
+        and not file.name.startswith(".")
+        and file.suffix not in _WEIGHTS
+        and file.name not in _NOT_COPIED
+        and not file.name.endswith(".index.json")
+        and file.stat().st_size <= _LARGEST
+    )
+
+
+def _is_for_vision(file: Path) -> bool:
+    """Processors of images and videos: a model without a vision tower must not ask for them."""
+    return file.name.endswith("processor_config.json")
+
+
+def _remove_wrong_parser(file: Path) -> None:
+    """Older mlx-lm writes the tool parser ``json_tools`` into its conversions, which drops M3's calls."""
+    try:
+        content = read_json_object(file)
+    except FileNotFoundError:
+        return
+    if content.pop("tool_parser_type", None) is not None:
+        _write_json(file, content)
+
+
+def _has_template(directory: Path) -> bool:
+    if any((directory / name).exists() for name in CHAT_TEMPLATE_FILES):
+        return True
+    file = directory / "tokenizer_config.json"
+    return file.exists() and bool(read_json_object(file).get("chat_template"))
+
+
+def _write_json(file: Path, content: dict[str, Any]) -> None:
+    file.write_text(json.dumps(content, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
+
+
+# --- config ---
+
+
+def new_config(plan: ConversionPlan) -> dict[str, Any]:
+    """The source's ``config.json``, changed to describe the new weights."""
+    config = with_quantization(plan.source.config, plan.quantization())
+    # mlx-vlm packs the shared expert unless this is false.
+    packed = {"pack_shared_expert": plan.packed}
+    nested = config.get("text_config")
+    if not isinstance(nested, dict):
+        return _as_vision_language_config(config, packed)
+    return {**config, "text_config": with_quantization(nested, None) | packed}
+
+
+def _as_vision_language_config(flat: dict[str, Any], packed: dict[str, bool]) -> dict[str, Any]:
+    """A text-only model's config as that of ``minimax_m3_vl``, the only M3 that mlx-lm has."""
+    text = {k: v for k, v in with_quantization(flat, None).items() if k != "architectures"}
+    return {
+        "architectures": ["MiniMaxM3SparseForConditionalGeneration"],
+        "model_type": "minimax_m3_vl",
+        **{k: flat[k] for k in _OUTER if k in flat},
+        "text_config": text | packed,
+    }
+
+
+# --- card ---
+
+
+def model_card(plan: ConversionPlan) -> str:
+    return _CARD.format(
+        pipeline="image-text-to-text" if plan.source.vision else "text-generation",
+        recipe=plan.recipe.name,
+        summary=plan.recipe.summary.rstrip("."),
+        source=plan.source.title,
+        version=__version__,
+        size=size_in_words(plan.nbytes),
+        bits=plan.bits_per_weight,
+        parameters=plan.parameters,
+        packages=", ".join(f"{name} {found}" for name in _PACKAGES if (found := _version(name))),
+        components="\n".join(f"| {c.name} | {c.parameters:,} | {c.stored_as} |" for c in components(plan)),
+        # mlx-vlm 0.6.4 packs the shared expert always.
+        vlm="0.6.4" if plan.packed else "0.6.5",
+        text=plan.recipe.text.strip(),
+    )
+
+
+class NewComponent(NamedTuple):
+    """A part of the new model; ``stored_as``: its quantizations, the one of most parameters first."""
+
+    name: str
+    parameters: int
+    nbytes: int
+    stored_as: str
+
+
+def components(plan: ConversionPlan) -> list[NewComponent]:
+    counts: dict[str, dict[str, int]] = defaultdict(lambda: defaultdict(int))
+    sizes: dict[str, int] = defaultdict(int)
+    for module in plan.modules:
+        spec = str(module.spec)
+        if module.spec.bits is None:
+            spec = name_of(next(iter(module.tensors.values())).dtype)
+        for matrix in module.matrices:
+            # The component of the matrix: a packed shared expert is in a module of routed experts.
+            name = (
+                component_of(f"{matrix.module}.weight") if matrix.module in plan.specs else module.component
+            )
+            counts[name][spec] += matrix.size
+            sizes[name] += module.nbytes * matrix.size // module.parameters
+    return [
+        NewComponent(
+            name, sum(specs.values()), sizes[name], ", ".join(sorted(specs, key=lambda spec: -specs[spec]))
+        )
+        for name, specs in counts.items()
+    ]
+
+
+def _version(package: str) -> str | None:
+    try:
+        return version(package)
+    except PackageNotFoundError:
+        return None

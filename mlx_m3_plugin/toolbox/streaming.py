@@ -1,0 +1,264 @@
+"""The parts of an M3 computed straight from its files: embedding, layers, head.
+
+The arithmetic is the model's own (:mod:`mlx_m3_plugin.model`).  What differs is memory: a layer's attention
+is loaded whole, its experts one at a time.
+"""
+
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import mlx.core as mx
+import mlx.nn as nn
+import numpy as np
+
+from ..hosts.mlx_lm.cache import make_layer_cache
+from ..hosts.mlx_lm.host import MLX_LM
+from ..model.attention import Attention
+from ..model.decoder import DecoderLayer
+from ..model.moe import SwiGLUOAI
+from ..model.norm import make_norm
+from ..model.tensor_scales import hold_scale
+from ..weights.tensor import Tensor
+from .checkpoint import Checkpoint
+from .precision import Quantization, computes_in_float32, converted, dequantized, float32_values
+from .shards import TensorReader
+
+_EMBEDDING = "model.embed_tokens"
+_PROJECTIONS = ("gate_proj", "up_proj", "down_proj")
+# Of a matrix's values in float32 at a time.
+_BYTES_OF_VALUES = 256 << 20
+
+# Module path and stored quantization -> the quantization to compute with, for trying other bits.
+Change = Callable[[str, Quantization], Quantization]
+# Called with the router's choices: expert ids [N, k].
+Record = Callable[[mx.array], None]
+
+
+def keep(path: str, spec: Quantization) -> Quantization:
+    return spec
+
+
+class Embedding:
+    """The embedding, of which only the needed rows are read."""
+
+    def __init__(self, source: Checkpoint, reader: TensorReader):
+        self._reader = reader
+        self._parts = source.parts(_EMBEDDING)
+        self._spec = source.spec(_EMBEDDING)
+        self._vectors: dict[int, mx.array] = {}
+
+    def __call__(self, tokens: Sequence[int]) -> mx.array:
+        """``[N]`` -> ``[N, D]``."""
+        values = float32_values if computes_in_float32() else dequantized
+        for token in set(tokens) - self._vectors.keys():
+            stored = {p: self._reader.read(t.taken(token, token + 1)) for p, t in self._parts.items()}
+            self._vectors[token] = values(stored, self._spec)
+        return mx.concatenate([self._vectors[token] for token in tokens])
+
+
+class Head:
+    """The final norm and the head."""
+
+    def __init__(self, source: Checkpoint, reader: TensorReader):
+        config = source.text_config
+        self._norm = make_norm(config, config.hidden_size)
+        self._norm.weight = reader.read(source.plan["model.norm.weight"])
+        path = _EMBEDDING if config.tie_word_embeddings else "lm_head"
+        self._head = _read_linear(reader, source.parts(path), source.spec(path), path)
+
+    def __call__(self, hidden: mx.array) -> mx.array:
+        """Hidden states ``[N, D]`` before the final norm -> logits ``[N, vocab_size]``."""
+        logits: mx.array = self._head(self._norm(hidden))
+        return logits
+
+
+# --- layers ---
+
+
+@dataclass
+class Choices:
+    """What the router and the indexer of a layer chose, in the order of the calls.
+
+    Attributes:
+        experts: ids ``[N, k]``.
+        blocks: ids ``[1, G, L, k]``, or None where every block was attended.
+    """
+
+    experts: list[mx.array] = field(default_factory=list)
+    blocks: list[mx.array | None] = field(default_factory=list)
+
+
+class _RecordingAttention(Attention):
+    """Keeps the blocks that its indexer chooses."""
+
+    def _select_blocks(self, x: mx.array, offset: Any, left_padding: Any, cache: Any) -> mx.array | None:
+        block_ids = super()._select_blocks(x, offset, left_padding, cache)
+        self._choices.blocks.append(block_ids)
+        return block_ids
+
+
+class StreamedLayer:
+    """A decoder layer in two halves, so that tokens of many texts go through each expert together.
+
+    Args:
+        change: other bits for the weights, to measure what they would do.
+    """
+
+    def __init__(self, source: Checkpoint, reader: TensorReader, number: int, change: Change = keep):
+        self.choices = Choices()
+        layer = DecoderLayer(source.text_config, number, MLX_LM)
+        layer.self_attn.__class__ = _RecordingAttention
+        layer.self_attn._choices = self.choices
+        if layer.self_attn.is_sparse_attn and not source.indexers:
+            layer.self_attn.drop_indexer()
+        base = f"model.layers.{number}"
+        if layer.is_moe:
+            del layer.block_sparse_moe.switch_mlp
+        _read_weights(source, reader, layer, base, change)
+        if layer.is_moe:
+            path = f"{base}.block_sparse_moe.switch_mlp"
+            experts: Any = _StreamedExperts(source, reader, path, change, self.choices.experts.append)
+            layer.block_sparse_moe.switch_mlp = experts
+        self._layer = layer
+
+    def attend(self, text: mx.array, step: int) -> Iterator[mx.array]:
+        """The first half for one text ``[1, L, D]``, ``step`` tokens at a time."""
+        cache = make_layer_cache(self._layer.self_attn.is_sparse_attn)
+        for start in range(0, text.shape[1], step):
+            x = text[:, start : start + step]
+            mask = MLX_LM.attention_mask(x, MLX_LM.kv_cache(cache))
+            h = x + self._layer.self_attn(self._layer.input_layernorm(x), mask, cache)
+            mx.eval(h)
+            yield h
+
+    def feed_forward(self, tokens: mx.array) -> mx.array:
+        """The second half, for tokens ``[N, D]`` of any texts."""
+        layer = self._layer
+        feed_forward = layer.block_sparse_moe if layer.is_moe else layer.mlp
+        h = tokens + feed_forward(layer.post_attention_layernorm(tokens))
+        mx.eval(h)
+        return h
+
+
+def _read_weights(
+    source: Checkpoint, reader: TensorReader, layer: DecoderLayer, base: str, change: Change
+) -> None:
+    for path, module in layer.named_modules():
+        parameters = [name for name, value in module.items() if isinstance(value, mx.array)]
+        if "rope" in path or not path or not parameters:
+            continue
+        full = f"{base}.{path}"
+        if type(module).__name__ == "Linear":
+            owner, _, name = path.rpartition(".")
+            linear = _read_linear(reader, source.parts(full), source.spec(full), full, change)
+            setattr(_submodule(layer, owner), name, linear)
+            continue
+        for name in parameters:
+            setattr(module, name, reader.read(source.plan[f"{full}.{name}"]))
+
+
+def _submodule(module: Any, path: str) -> Any:
+    for name in filter(None, path.split(".")):
+        module = getattr(module, name)
+    return module
+
+
+@dataclass
+class _StreamedExperts:
+    """In place of a host's ``SwitchGLU``: tokens ``[N, D]``, expert ids ``[N, k]`` -> ``[N, k, D]``.
+
+    Each call reads each expert once, for all tokens that go to it.
+    """
+
+    source: Checkpoint
+    reader: TensorReader
+    path: str
+    change: Change
+    record: Record
+
+    def __post_init__(self) -> None:
+        self._activation = SwiGLUOAI(self.source.text_config)
+        self._parts = {name: self.source.parts(f"{self.path}.{name}") for name in _PROJECTIONS}
+
+    def __call__(self, tokens: mx.array, experts: mx.array) -> mx.array:
+        self.record(experts)
+        chosen = np.array(experts).reshape(-1)
+        order = np.argsort(chosen, kind="stable")
+        numbers, starts = np.unique(chosen[order], return_index=True)
+        results = []
+        for number, slots in zip(numbers, np.split(order, starts[1:]), strict=True):
+            gate, up, down = (self._read(name, int(number)) for name in _PROJECTIONS)
+            x = tokens[mx.array(slots // experts.shape[1])]
+            results.append(down(self._activation(up(x), gate(x))))
+            mx.eval(results[-1])
+        back = mx.array(np.argsort(order))
+        return mx.concatenate(results)[back].reshape(*experts.shape, -1)
+
+    def _read(self, name: str, number: int) -> nn.Module:
+        parts = {part: tensor.expert(number) for part, tensor in self._parts[name].items()}
+        path = f"{self.path}.{name}"
+        return _read_linear(self.reader, parts, self.source.spec(path), path, self.change)
+
+
+# --- matrices ---
+
+
+def _read_linear(
+    reader: TensorReader, parts: Mapping[str, Tensor], stored: Quantization, path: str, change: Change = keep
+) -> nn.Module:
+    """One matrix as a module that multiplies by it just as a loaded model does."""
+    arrays = {part: reader.read(tensor) for part, tensor in parts.items()}
+    spec = change(path, stored)
+    if spec != stored:
+        arrays, stored = converted(arrays, stored, spec), spec
+    if computes_in_float32():
+        return _Float32Linear(arrays, stored)
+    if stored.bits is None:
+        return _linear(arrays["weight"])
+    linear = _quantized_linear(arrays, stored)
+    return hold_scale(linear, arrays["global_scale"]) if "global_scale" in arrays else linear
+
+
+class _Float32Linear(nn.Module):
+    """On the CPU: multiplies by the values of a matrix in float32, some of its rows at a time.
+
+    With numpy, whose BLAS is ten times and more as fast as the one in MLX's wheels.
+    """
+
+    def __init__(self, stored: Mapping[str, mx.array], spec: Quantization):
+        super().__init__()
+        self._stored, self._spec = stored, spec
+        mx.eval(stored)
+
+    def __call__(self, x: mx.array) -> mx.array:
+        inputs = np.asarray(x.reshape(-1, x.shape[-1]).astype(mx.float32))
+        outputs = self._stored["weight"].shape[0]
+        y = np.empty((len(inputs), outputs), np.float32)
+        step = max(1, _BYTES_OF_VALUES // (4 * x.shape[-1]))
+        for start in range(0, outputs, step):
+            some = {
+                # NVFP4's ``global_scale`` is one number for the whole matrix.
+                name: array[start : start + step] if array.ndim == 2 else array
+                for name, array in self._stored.items()
+            }
+            y[:, start : start + step] = inputs @ np.asarray(float32_values(some, self._spec)).T
+        return mx.array(y).reshape(*x.shape[:-1], outputs).astype(x.dtype)
+
+
+def _linear(weight: mx.array) -> nn.Module:
+    linear = nn.Linear(1, 1, bias=False)
+    linear.weight = weight
+    mx.eval(weight)
+    return linear
+
+
+def _quantized_linear(arrays: Mapping[str, mx.array], spec: Quantization) -> nn.Module:
+    # The size does not matter: MLX is lazy, and the arrays are replaced before they are computed.
+    linear = nn.QuantizedLinear(
+        128, 128, bias=False, group_size=spec.group_size, bits=spec.bits or 0, mode=spec.mode
+    )
+    for part in ("weight", "scales", "biases"):
+        setattr(linear, part, arrays.get(part))
+    mx.eval(arrays)
+    return linear
