@@ -41,9 +41,9 @@ class Status:
 
     def __repr__(self) -> str:
         sections = {
-            "Who serves": [f"{m['name']}: {m['source']}, {m['why']}" for m in self.modules],
+            "Modules": [f"{m['name']}: {m['source']}, {m['why']}" for m in self.modules],
             "Settings": lines_of(self.settings),
-            "Extended": patch_lines(self.patches),
+            "Patches": patch_lines(self.patches),
             "Errors": self.errors,
             "What to do": self.advice,
         }
