@@ -203,5 +203,5 @@ def test_it_prints_for_people(guest: Environment) -> None:
     assert lines[0].endswith(" is active in this process")
     assert any(line.startswith("  mlx_lm.models.minimax_m3_vl: plugin, ") for line in lines)
     assert lines[lines.index("Settings") + 1] == "  MLX_M3_PLUGIN_ATTENTION: attention is dense"
-    assert "  mlx_lm.generate: markers are no content" in lines
+    assert "  mlx_lm.generate: markers are not content" in lines
     assert lines[lines.index("What to do") + 1].startswith("  mlx_lm came before the plugin")
