@@ -85,6 +85,6 @@ def test_no_other_file_reads_our_variables() -> None:
     # The other two read what is not ours: where caches are kept, and whether a notebook asks.
     assert readers == {
         "startup/settings.py",
-        "toolbox/evaluate/evaluation.py",
+        "toolbox/forward_pass.py",
         "toolbox/doctor.py",
     }
