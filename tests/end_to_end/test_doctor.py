@@ -275,9 +275,9 @@ def test_an_empty_start_up_file_is_seen(own_guest: Environment) -> None:
 
 def test_a_patch_that_does_not_fit(own_guest: Environment) -> None:
     file = own_guest.plugin / "hosts" / "mlx_lm" / "patches.py"
-    text = file.read_text()
-    assert "tokenizer_utils:TokenizerWrapper.__init__" in text
-    file.write_text(text.replace("tokenizer_utils:TokenizerWrapper.__init__", "tokenizer_utils:Renamed.__init__"))
+    text, name = file.read_text(), "tokenizer_utils:TokenizerWrapper.__init__"
+    assert name in text
+    file.write_text(text.replace(name, "tokenizer_utils:Renamed.__init__"))
     what, fix = problem(doctor(own_guest))
     assert "cannot extend mlx_lm.tokenizer_utils" in what
     assert fix == "pip install --upgrade mlx-m3-plugin"
