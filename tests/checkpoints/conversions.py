@@ -5,6 +5,7 @@ import json
 import random
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import mlx.core as mx
 
@@ -92,6 +93,23 @@ def one_of_each(pairs: list[tuple[str, str]]) -> list[tuple[str, str]]:
     recipes = {recipe: (recipe, source) for recipe, source in shuffled}
     sources = {source: (recipe, source) for recipe, source in shuffled}
     return sorted({*recipes.values(), *sources.values()})
+
+
+def after(modules: int, do: Callable[[], None]) -> Callable[[Any, int], None]:
+    """A conversion's progress that does something else in the midst of it, once."""
+    count = 0
+
+    def progress(module: Any, size: int) -> None:
+        nonlocal count
+        count += 1
+        if count == modules:
+            do()
+
+    return progress
+
+
+def interrupt() -> None:
+    raise KeyboardInterrupt
 
 
 def digest(directory: Path) -> dict[str, str]:

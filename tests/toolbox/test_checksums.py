@@ -14,7 +14,7 @@ from mlx_m3_plugin.toolbox.checksums import SUMS, read_sums
 from mlx_m3_plugin.toolbox.convert import convert
 from mlx_m3_plugin.toolbox.convert import plan as planning
 from mlx_m3_plugin.weights.headers import weight_files
-from tests.checkpoints.conversions import MEMORY, Written, converted, planned
+from tests.checkpoints.conversions import MEMORY, Written, after, converted, interrupt, planned
 
 
 @pytest.fixture
@@ -61,16 +61,8 @@ def test_a_resumed_conversion_has_all_sums(
 ) -> None:
     monkeypatch.setattr(planning, "SHARD_BYTES", 60_000)
     plan = planned(tiny("published_float"), "4bit")
-    modules = 0
-
-    def interrupt(module: Any, size: int) -> None:
-        nonlocal modules
-        modules += 1
-        if modules == 20:
-            raise KeyboardInterrupt
-
     with pytest.raises(KeyboardInterrupt):
-        convert(plan, tmp_path / "made", memory=MEMORY, progress=interrupt)
+        convert(plan, tmp_path / "made", memory=MEMORY, progress=after(20, interrupt))
     unfinished = tmp_path / "made.unfinished"
     # Killed after a shard got its name, before its sum was written.
     lines = (unfinished / SUMS).read_text().splitlines(keepends=True)

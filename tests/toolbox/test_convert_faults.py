@@ -19,7 +19,7 @@ from mlx_m3_plugin.cli import main
 from mlx_m3_plugin.toolbox.convert import convert
 from mlx_m3_plugin.toolbox.convert import plan as planning
 from mlx_m3_plugin.weights.headers import weight_files
-from tests.checkpoints.conversions import Written, converted, digest, planned
+from tests.checkpoints.conversions import Written, after, converted, digest, interrupt, planned
 
 # A conversion into many files that takes its time.
 SLOWLY = """
@@ -84,16 +84,8 @@ def test_finished_files_are_not_written_again(
 ) -> None:
     monkeypatch.setattr(planning, "SHARD_BYTES", 60_000)
     plan = planned(tiny("published_float"), "4bit")
-    modules = 0
-
-    def interrupt(module: Any, size: int) -> None:
-        nonlocal modules
-        modules += 1
-        if modules == 20:
-            raise KeyboardInterrupt
-
     with pytest.raises(KeyboardInterrupt):
-        convert(plan, tmp_path / "made", memory=1 << 30, progress=interrupt)
+        convert(plan, tmp_path / "made", memory=1 << 30, progress=after(20, interrupt))
     finished = sorted((tmp_path / "made.unfinished").glob("*.safetensors"))
     times = [file.stat().st_mtime_ns for file in finished]
     assert finished

@@ -6,7 +6,6 @@ import os
 import signal
 import subprocess
 import sys
-from collections.abc import Callable
 from contextlib import suppress
 from pathlib import Path
 from types import SimpleNamespace
@@ -18,27 +17,10 @@ from mlx_m3_plugin.toolbox import new_directory as module
 from mlx_m3_plugin.toolbox.convert import convert
 from mlx_m3_plugin.toolbox.demo import write_nano
 from mlx_m3_plugin.toolbox.new_directory import LOCK, STATE, locked, new_directory
-from tests.checkpoints.conversions import MEMORY, Written, converted, digest, planned
+from tests.checkpoints.conversions import MEMORY, Written, after, converted, digest, interrupt, planned
 from tests.toolbox.test_convert_faults import start
 
 SOURCE = "published_float"
-
-
-def after(modules: int, do: Callable[[], None]) -> Callable[[Any, int], None]:
-    """A conversion's progress that does something else in the midst of it, once."""
-    count = 0
-
-    def progress(module: Any, size: int) -> None:
-        nonlocal count
-        count += 1
-        if count == modules:
-            do()
-
-    return progress
-
-
-def interrupt(module: Any, size: int) -> None:
-    raise KeyboardInterrupt
 
 
 @pytest.mark.parametrize("recipe", ["4bit", "6bit"])
@@ -53,7 +35,7 @@ def test_a_second_conversion_does_not_spoil_the_first(
         with suppress(KeyboardInterrupt):
             try:
                 second = planned(tiny(SOURCE), recipe)
-                convert(second, tmp_path / "made", memory=MEMORY, progress=after(10, lambda: interrupt(0, 0)))
+                convert(second, tmp_path / "made", memory=MEMORY, progress=after(10, interrupt))
             except (OSError, ValueError) as error:
                 refused.append(str(error))
 
