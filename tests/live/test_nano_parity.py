@@ -11,7 +11,6 @@ import pytest
 import score
 import torch
 from answers import WAYS, prompt_of
-from case import Case
 from mlx_lm import load
 from sizes import BUDGET
 from transformers import MiniMaxM3SparseForConditionalGeneration
@@ -19,6 +18,8 @@ from transformers import MiniMaxM3SparseForConditionalGeneration
 from mlx_m3_plugin.toolbox.demo import NANO
 from tests.checkpoints.layouts import LAYOUTS
 from tests.checkpoints.layouts.reading import source_of
+from tests.live import oracle
+from tests.live.vlm_oracle import without_ties
 
 TIMES = (1, 4, 8)
 
@@ -31,20 +32,19 @@ def whole(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return directory
 
 
-@pytest.fixture(params=TIMES)
-def case(request: pytest.FixtureRequest, fresh_seed: int) -> Case:
-    (drawn,) = needles.draw(random.Random(fresh_seed), request.param * BUDGET, lambda text: len(text.split()))
-    return drawn
-
-
-def test_logits_at_every_position(whole: Path, case: Case) -> None:
+@pytest.mark.parametrize("times", TIMES)
+def test_logits_at_every_position(whole: Path, fresh_seed: int, times: int) -> None:
     model, tokenizer = load(str(whole))[:2]
-    oracle = MiniMaxM3SparseForConditionalGeneration.from_pretrained(whole, dtype=torch.float32).eval()
-    ids = tokenizer.encode(prompt_of(tokenizer, case), add_special_tokens=False)
+    reference = MiniMaxM3SparseForConditionalGeneration.from_pretrained(whole, dtype=torch.float32).eval()
+
+    def make(attempt: int) -> np.ndarray:
+        draw = random.Random(fresh_seed + attempt)
+        (case,) = needles.draw(draw, times * BUDGET, lambda text: len(text.split()))
+        return np.array(tokenizer.encode(prompt_of(tokenizer, case), add_special_tokens=False))
+
+    ids, expected = without_ties(reference, make, oracle.forward)
     assert len(ids) > 3 * BUDGET
-    with torch.inference_mode():
-        expected = oracle(input_ids=torch.tensor([ids])).logits[0].numpy()
-    logits = np.array(model(mx.array([ids]))[0])
+    logits = np.array(model(mx.array(ids[None]))[0])
     # Trained logits are of the order of ten, so rounding is, too.
     assert np.abs(logits - expected).max() < 1e-5 * np.abs(expected).max() + 1e-4
 
