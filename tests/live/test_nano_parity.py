@@ -19,7 +19,6 @@ from mlx_m3_plugin.toolbox.demo import NANO
 from tests.checkpoints.layouts import LAYOUTS
 from tests.checkpoints.layouts.reading import source_of
 from tests.live import oracle
-from tests.live.vlm_oracle import without_ties
 
 TIMES = (1, 4, 8)
 
@@ -37,12 +36,17 @@ def test_logits_at_every_position(whole: Path, fresh_seed: int, times: int) -> N
     model, tokenizer = load(str(whole))[:2]
     reference = MiniMaxM3SparseForConditionalGeneration.from_pretrained(whole, dtype=torch.float32).eval()
 
-    def make(attempt: int) -> np.ndarray:
-        draw = random.Random(fresh_seed + attempt)
-        (case,) = needles.draw(draw, times * BUDGET, lambda text: len(text.split()))
-        return np.array(tokenizer.encode(prompt_of(tokenizer, case), add_special_tokens=False))
-
-    ids, expected = without_ties(reference, make, oracle.forward)
+    # Selection is sharp in a trained model, and its ties are many: one prompt in three of this length has one.
+    for attempt in range(20):
+        (case,) = needles.draw(
+            random.Random(fresh_seed + attempt), times * BUDGET, lambda text: len(text.split())
+        )
+        ids = np.array(tokenizer.encode(prompt_of(tokenizer, case), add_special_tokens=False))
+        with oracle.recorded_ties(reference) as ties:
+            expected = oracle.forward(reference, ids)
+        if not ties:
+            break
+    assert not ties
     assert len(ids) > 3 * BUDGET
     logits = np.array(model(mx.array(ids[None]))[0])
     # Trained logits are of the order of ten, so rounding is, too.
