@@ -36,7 +36,7 @@ def test_logits_at_every_position(whole: Path, fresh_seed: int, times: int) -> N
     model, tokenizer = load(str(whole))[:2]
     reference = MiniMaxM3SparseForConditionalGeneration.from_pretrained(whole, dtype=torch.float32).eval()
 
-    # Selection is sharp in a trained model, and its ties are many: one prompt in three of this length has one.
+    # A trained model meets ties often: one prompt in three of this length has one.
     for attempt in range(20):
         (case,) = needles.draw(
             random.Random(fresh_seed + attempt), times * BUDGET, lambda text: len(text.split())
