@@ -9,7 +9,7 @@ from .. import msa
 from . import kv_cache as kv
 from .config import TextConfig
 from .host import Host
-from .norm import make_norm
+from .norm import GemmaRMSNorm, make_norm, norm_heads
 
 
 class Attention(nn.Module):
@@ -69,27 +69,24 @@ class Attention(nn.Module):
         """
         batch, length, _ = x.shape
         kv_cache = self.host.kv_cache(cache)
-        offset, left_padding = kv.offset(kv_cache), kv.left_padding(kv_cache)
-        queries = self._queries(x, offset)
-        keys, values = self._keys_values(x, offset)
-        block_ids = None
-        if self.is_sparse_attn:
-            index_keys = self._index_keys(x, offset)
-            if cache is not None:
-                # Cached even while no block can be dropped: later steps need them.
-                index_keys, arrays = self.host.append_index_keys(cache, index_keys)
-                # Until then nothing reads them: left alone they pile up as unevaluated graph until
-                # Metal runs out of buffers.
-                keys = mx.depends(keys, arrays)
-            block_ids = self._select_blocks(x, offset, left_padding, index_keys)
-        if block_ids is None:
+        n_slots, left_padding = kv.n_slots(kv_cache), kv.left_padding(kv_cache)
+        offset = n_slots if left_padding is None else [n_slots - padding for padding in left_padding]
+        queries, keys, index_keys, index_queries = self._heads(x, offset, n_slots + length)
+        values = _split_heads(self.v_proj(x), self.num_key_value_heads).swapaxes(1, 2)
+        if index_keys is not None and cache is not None:
+            # Cached even while no block can be dropped: later steps need them.
+            index_keys, arrays = self.host.append_index_keys(cache, index_keys)
+            # Until then nothing reads them: left alone they pile up as unevaluated graph until
+            # Metal runs out of buffers.
+            keys = mx.depends(keys, arrays)
+        if index_queries is None:
             keys, values = kv.append(kv_cache, keys, values)
             out = self.host.attention(queries, keys, values, cache=kv_cache, scale=self.scale, mask=mask)
         else:
             out = msa.attend(
                 queries,
                 *kv.append_to_slots(kv_cache, keys, values),
-                block_ids,
+                self._select_blocks(index_queries, index_keys, offset, left_padding),
                 offset,
                 left_padding,
                 block_size=self.index_block_size,
@@ -97,14 +94,47 @@ class Attention(nn.Module):
             )
         return self.o_proj(out.transpose(0, 2, 1, 3).reshape(batch, length, -1))
 
+    def _heads(self, x: mx.array, offset: msa.Offset, n_keys: int) -> list[Any]:
+        """Normed and rotated queries, keys, index keys and index queries, each ``[B, heads, L, D]`` or None.
+
+        Without an indexer there are no index keys, and without a block to drop no index queries.
+        """
+        heads = [
+            _split_heads(self.q_proj(x), self.num_attention_heads),
+            _split_heads(self.k_proj(x), self.num_key_value_heads),
+        ]
+        norms: list[Any] = [self.q_norm, self.k_norm] if self.use_qk_norm else [None, None]
+        if self.is_sparse_attn:
+            heads.append(_split_heads(self.index_k_proj(x), 1))
+            norms.append(self.index_k_norm)
+            if n_keys > self.index_budget and not self.attends_densely:
+                heads.append(_split_heads(self.index_q_proj(x), self.index_n_heads))
+                norms.append(self.index_q_norm)
+        # An array of positions, for rows of different lengths.
+        rotated = self._norm_and_rotate(heads, norms, offset if isinstance(offset, int) else mx.array(offset))
+        return rotated + [None] * (4 - len(rotated))
+
+    def _norm_and_rotate(self, heads: list[mx.array], norms: list[Any], offset: int | mx.array) -> list[Any]:
+        """``[B, L, H, D]`` -> ``[B, H, L, D]`` each; in one go where all are of one width, as in M3."""
+        widths = {part.shape[-1] for part in heads}
+        if len(widths) > 1 or not all(isinstance(norm, GemmaRMSNorm) for norm in norms):
+            normed = [part if norm is None else norm(part) for part, norm in zip(heads, norms, strict=True)]
+            return [self.rope(part.swapaxes(1, 2), offset=offset) for part in normed]
+        counts = [part.shape[2] for part in heads]
+        together = norm_heads(mx.concatenate(heads, axis=2), norms, counts)
+        rotated = self.rope(together.swapaxes(1, 2), offset=offset)
+        return list(mx.split(rotated, [sum(counts[:i]) for i in range(1, len(counts))], axis=1))
+
     def _select_blocks(
-        self, x: mx.array, offset: Any, left_padding: mx.array | None, index_keys: mx.array
-    ) -> mx.array | None:
-        """Block ids ``[B, G, L, k]`` from all index keys ``[B, 1, S, D]``; None if every block is read."""
-        if self.attends_densely or index_keys.shape[2] <= self.index_budget:
-            return None
+        self,
+        index_queries: mx.array,
+        index_keys: mx.array,
+        offset: msa.Offset,
+        left_padding: msa.Padding,
+    ) -> mx.array:
+        """Block ids ``[B, G, L, k]`` from all index keys ``[B, 1, S, D]``."""
         return msa.select_blocks(
-            self._index_queries(x, offset),
+            index_queries,
             index_keys,
             offset,
             left_padding,
@@ -120,28 +150,7 @@ class Attention(nn.Module):
         for name in ("index_q_proj", "index_k_proj", "index_q_norm", "index_k_norm"):
             delattr(self, name)
 
-    def _queries(self, x: mx.array, offset: Any) -> mx.array:
-        queries = self._heads(self.q_proj(x), self.num_attention_heads)
-        if self.use_qk_norm:
-            queries = self.q_norm(queries)
-        return self.rope(queries, offset=offset)
 
-    def _keys_values(self, x: mx.array, offset: Any) -> tuple[mx.array, mx.array]:
-        keys = self._heads(self.k_proj(x), self.num_key_value_heads)
-        if self.use_qk_norm:
-            keys = self.k_norm(keys)
-        values = self._heads(self.v_proj(x), self.num_key_value_heads)
-        return self.rope(keys, offset=offset), values
-
-    def _index_queries(self, x: mx.array, offset: Any) -> mx.array:
-        queries = self._heads(self.index_q_proj(x), self.index_n_heads)
-        return self.rope(self.index_q_norm(queries), offset=offset)
-
-    def _index_keys(self, x: mx.array, offset: Any) -> mx.array:
-        keys = self._heads(self.index_k_proj(x), 1)
-        return self.rope(self.index_k_norm(keys), offset=offset)
-
-    @staticmethod
-    def _heads(x: mx.array, n_heads: int) -> mx.array:
-        """``[B, L, H * D]`` -> ``[B, H, L, D]``."""
-        return x.reshape(*x.shape[:2], n_heads, -1).transpose(0, 2, 1, 3)
+def _split_heads(x: mx.array, n_heads: int) -> mx.array:
+    """``[B, L, H * D]`` -> ``[B, L, H, D]``."""
+    return mx.unflatten(x, -1, (n_heads, -1))

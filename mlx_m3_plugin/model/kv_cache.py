@@ -7,17 +7,25 @@ import mlx.core as mx
 from ..msa import KeysValues, Quantized
 
 
-def offset(cache: Any) -> Any:
-    """The content position of the next token: an int, or ``[B]`` int32."""
+def n_slots(cache: Any) -> int:
+    """Slots in use, padding included."""
     if cache is None:
         return 0
-    # A copy: batch caches of mlx-vlm, and of mlx-lm before 0.32, move their offsets in place.
-    return cache.offset if isinstance(cache.offset, int) else cache.offset + 0
+    # A batch cache counts its rows' tokens in ``offset``.
+    return cache._idx if is_batch(cache) else cache.offset
 
 
-def left_padding(cache: Any) -> mx.array | None:
-    """Padding slots before each row's first token, ``[B]``; None where there can be none."""
-    return getattr(cache, "left_padding", None)
+def is_batch(cache: Any) -> bool:
+    return hasattr(cache, "left_padding")
+
+
+def left_padding(cache: Any) -> list[int] | None:
+    """Padding slots before each row's first token; None where there are none.
+
+    The array changes when rows join or leave the batch.  Only then does this wait for its values.
+    """
+    paddings = cache.left_padding.tolist() if is_batch(cache) else []
+    return paddings if any(paddings) else None
 
 
 def append(cache: Any, keys: mx.array, values: mx.array) -> tuple[Any, Any]:

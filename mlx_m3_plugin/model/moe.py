@@ -1,16 +1,15 @@
 """Feed-forward layers: the dense MLP, the router, and the mixture of experts."""
 
-from functools import partial
-
 import mlx.core as mx
 import mlx.nn as nn
 from mlx.nn.layers.distributed import sum_gradients
 
+from ..msa import fused
 from .config import TextConfig
 from .host import Host
 
 
-@partial(mx.compile, shapeless=True)
+@fused
 def swiglu_oai(gate: mx.array, up: mx.array, alpha: float, limit: float) -> mx.array:
     """``g * sigmoid(alpha * g) * (u + 1)`` with ``g = min(gate, limit)``, ``u = clip(up, -limit, limit)``.
 
@@ -76,21 +75,41 @@ class SparseMoeBlock(nn.Module):
             ``routed_scaling_factor``.
         """
         k = self.num_experts_per_tok
-        scores = mx.sigmoid(self.gate(x.astype(mx.float32)).astype(mx.float32))
-        for_choice = scores + self.e_score_correction_bias.astype(mx.float32)
-        experts = mx.stop_gradient(mx.argpartition(-for_choice, kth=k - 1, axis=-1)[..., :k])
+        scores, costs = _scores_and_costs(self.gate(x.astype(mx.float32)), self.e_score_correction_bias)
+        experts = mx.stop_gradient(mx.argpartition(costs, kth=k - 1, axis=-1)[..., :k])
         weights = mx.take_along_axis(scores, experts, axis=-1)
-        # 1e-20 is below every real sum; it keeps a token whose scores all underflow finite.
-        weights = weights / (weights.sum(axis=-1, keepdims=True) + 1e-20)
-        return experts, weights * self.routed_scaling_factor
+        return experts, _shares(weights, weights.sum(axis=-1, keepdims=True), self.routed_scaling_factor)
 
     def __call__(self, x: mx.array) -> mx.array:
         if self.sharding_group is not None:
             x = sum_gradients(self.sharding_group)(x)
         tokens = x.reshape(-1, x.shape[-1])
         experts, weights = self.route(tokens)
-        y = (self.switch_mlp(tokens, experts) * weights[..., None]).sum(axis=-2)
-        y = (y + self.shared_experts(tokens)).astype(x.dtype)
+        y = _weighted(self.switch_mlp(tokens, experts), weights[..., None]).sum(axis=-2)
+        y = _sum_as(y, self.shared_experts(tokens), x)
         if self.sharding_group is not None:
             y = mx.distributed.all_sum(y, group=self.sharding_group)
         return y.reshape(x.shape)
+
+
+@fused
+def _scores_and_costs(logits: mx.array, bias: mx.array) -> tuple[mx.array, mx.array]:
+    """Scores of experts, and what to choose the smallest of."""
+    scores = mx.sigmoid(logits.astype(mx.float32))
+    return scores, -(scores + bias.astype(mx.float32))
+
+
+@fused
+def _shares(weights: mx.array, total: mx.array, scale: float) -> mx.array:
+    # 1e-20 is below every real sum; it keeps a token whose scores all underflow finite.
+    return weights / (total + 1e-20) * scale
+
+
+@fused
+def _weighted(outputs: mx.array, weights: mx.array) -> mx.array:
+    return outputs.astype(mx.float32) * weights
+
+
+@fused
+def _sum_as(routed: mx.array, shared: mx.array, like: mx.array) -> mx.array:
+    return (routed + shared).astype(like.dtype)

@@ -1,8 +1,11 @@
 """RMSNorm with a weight stored around zero, as in Gemma."""
 
+from collections.abc import Sequence
+
 import mlx.core as mx
 import mlx.nn as nn
 
+from ..msa import arange, fused
 from .config import TextConfig
 
 
@@ -23,8 +26,29 @@ class GemmaRMSNorm(nn.Module):
         return f"{self.weight.shape[0]}, eps={self.eps}"
 
     def __call__(self, x: mx.array) -> mx.array:
-        scale = 1.0 + self.weight.astype(mx.float32)
-        return mx.fast.rms_norm(x.astype(mx.float32), scale, self.eps).astype(x.dtype)
+        return _scaled(mx.fast.rms_norm(x.astype(mx.float32), None, self.eps), self.weight, x)
+
+
+def norm_heads(x: mx.array, norms: Sequence[GemmaRMSNorm], n_heads: Sequence[int]) -> mx.array:
+    """``norms[i]`` of its ``n_heads[i]`` heads of ``x`` ``[B, L, H, D]``, all in one go."""
+    normed = mx.fast.rms_norm(x.astype(mx.float32), None, norms[0].eps)
+    starts = [sum(n_heads[:i]) for i in range(1, len(n_heads))]
+    return _scaled_heads(normed, arange(x.shape[2])[:, None], starts, [norm.weight for norm in norms], x)
+
+
+@fused
+def _scaled(normed: mx.array, weight: mx.array, like: mx.array) -> mx.array:
+    return (normed * (1.0 + weight.astype(mx.float32))).astype(like.dtype)
+
+
+@fused
+def _scaled_heads(
+    normed: mx.array, head: mx.array, starts: list[int], weights: list[mx.array], like: mx.array
+) -> mx.array:
+    weight = weights[0]
+    for start, following in zip(starts, weights[1:], strict=True):
+        weight = mx.where(head >= start, following, weight)
+    return (normed * (1.0 + weight.astype(mx.float32))).astype(like.dtype)
 
 
 def make_norm(config: TextConfig, dims: int) -> nn.Module:

@@ -11,7 +11,16 @@ tokens ``b * block_size`` to ``(b + 1) * block_size - 1``.
 """
 
 from .attend import attend
-from .common import KeysValues, Quantized
+from .common import KeysValues, Offset, Padding, Quantized, arange, fused
 from .select import select_blocks
 
-__all__ = ["KeysValues", "Quantized", "attend", "select_blocks"]
+__all__ = [
+    "KeysValues",
+    "Offset",
+    "Padding",
+    "Quantized",
+    "arange",
+    "attend",
+    "fused",
+    "select_blocks",
+]

@@ -1,12 +1,15 @@
 """Keys and values as MLX holds them, positions of queries, and computing in tiles."""
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
+from functools import lru_cache, wraps
 from typing import Any, NamedTuple, TypeAlias
 
 import mlx.core as mx
 
-# The content position of the first query: one for all rows, or ``[B]`` int32.
-Position: TypeAlias = int | mx.array
+# The content position of the first query: one for all rows, or one for each.
+Offset: TypeAlias = int | list[int]
+# The cache slots before each row's first token; None where there are none.
+Padding: TypeAlias = list[int] | None
 
 
 class Quantized(NamedTuple):
@@ -44,26 +47,56 @@ def map_arrays(function: Callable[[mx.array], mx.array], x: KeysValues) -> KeysV
     return x._replace(weight=function(x.weight), scales=function(x.scales), biases=function(x.biases))
 
 
+def without_padding(x: KeysValues, row: slice, padding: int) -> KeysValues:
+    """One row of ``[B, G, S, D]`` from its first token on."""
+
+    def cut(a: mx.array) -> mx.array:
+        # One slot of padding is left where the row has nothing else yet.
+        return a[row, :, min(padding, a.shape[2] - 1) :]
+
+    return map_arrays(cut, x)
+
+
+def on_gpu() -> bool:
+    return mx.default_device() != mx.cpu
+
+
 def default_tile_bytes() -> int:
-    """Bytes for the intermediate arrays of a tile.
+    """Bytes that all intermediate arrays of a tile may take, with casts of keys and values."""
+    return (512 if on_gpu() else 64) << 20
 
-    A CPU is fastest with tiles about the size of its caches, because memory that is new to the
-    process costs it more than arithmetic.  A GPU needs enough work in each kernel to repay its start.
+
+def fused(function: Callable[..., Any]) -> Callable[..., Any]:
+    """``function``, a chain of elementwise operations, as one kernel on a GPU.
+
+    On a CPU it runs as it is: there MLX would start a C++ compiler, and gain nothing.
     """
-    return 16 << 20 if mx.default_device() == mx.cpu else 512 << 20
+    compiled = mx.compile(function, shapeless=True)
+
+    @wraps(function)
+    def call(*args: Any) -> Any:
+        return compiled(*args) if on_gpu() else function(*args)
+
+    return call
 
 
-def query_positions(offset: Position, length: int) -> mx.array:
-    """Content positions of ``length`` queries, ``[1 or B, 1, length, 1]``."""
-    return (mx.array(offset).reshape(-1, 1) + mx.arange(length))[:, None, :, None]
+@lru_cache(maxsize=64)
+def arange(n: int) -> mx.array:
+    """``[n]`` int32, made once: every layer of every token needs the same ones."""
+    numbers = mx.arange(n)
+    mx.eval(numbers)
+    return numbers
 
 
-def rows_apart(offset: Position, left_padding: mx.array) -> Iterator[tuple[slice, int, int]]:
-    """Each row as ``(slice of the batch axis, its offset, its padding)``; waits for their values."""
-    paddings: Any = left_padding.tolist()
-    offsets: Any = [offset] * len(paddings) if isinstance(offset, int) else offset.tolist()
-    for row, (first, padding) in enumerate(zip(offsets, paddings, strict=True)):
-        yield slice(row, row + 1), first, padding
+def query_positions(offset: Offset, length: int) -> mx.array:
+    """Content positions of ``length`` queries, ``[1 or B, 1, length, 1]`` int32."""
+    first = mx.array(offset, mx.int32).reshape(-1, 1, 1, 1)
+    return first if length == 1 else first + arange(length)[:, None]
+
+
+def later(offset: Offset, n: int) -> Offset:
+    """The position of the query ``n`` after the first."""
+    return offset + n if isinstance(offset, int) else [first + n for first in offset]
 
 
 def in_sequence(
@@ -80,13 +113,34 @@ def in_sequence(
     return results
 
 
+def row_by_row(
+    compute: Callable[[slice, mx.array, int, int], mx.array],
+    queries: mx.array,
+    offset: Offset,
+    left_padding: list[int],
+) -> mx.array:
+    """``compute(slice of the batch axis, queries, offset, padding)`` of each row, put together."""
+    offsets = [offset] * len(left_padding) if isinstance(offset, int) else offset
+
+    def compute_row(row: int, queries: mx.array) -> mx.array:
+        return compute(slice(row, row + 1), queries, offsets[row], left_padding[row])
+
+    rows = [(row, queries[row : row + 1]) for row in range(len(left_padding))]
+    return joined(in_sequence(compute_row, rows), axis=0)
+
+
 def over_queries(
     compute: Callable[[int, mx.array], mx.array], queries: mx.array, tile_length: int
 ) -> mx.array:
     """``compute(start, tile)`` for tiles of queries ``[B, H, tile_length, D]``, put together along L."""
     starts = range(0, queries.shape[2], tile_length)
     tiles = [(start, queries[:, :, start : start + tile_length]) for start in starts]
-    return mx.concatenate(in_sequence(compute, tiles), axis=2)
+    return joined(in_sequence(compute, tiles), axis=2)
+
+
+def joined(arrays: Sequence[mx.array], axis: int) -> mx.array:
+    """``mx.concatenate``, which copies even a single array."""
+    return arrays[0] if len(arrays) == 1 else mx.concatenate(list(arrays), axis=axis)
 
 
 def transposed(x: mx.array, uses: int) -> mx.array:
@@ -96,4 +150,4 @@ def transposed(x: mx.array, uses: int) -> mx.array:
     from some tens of rows on it is worth a copy there (``benchmarks/kernels.py``).
     """
     x = x.swapaxes(-1, -2)
-    return mx.contiguous(x) if uses >= 64 and mx.default_device() == mx.cpu else x
+    return mx.contiguous(x) if uses >= 64 and not on_gpu() else x

@@ -4,26 +4,36 @@ As ``tests/msa/reference.py`` defines it, but the scores of all queries with all
 at once, and nothing is compiled for a length.
 """
 
+from collections.abc import Callable
 from functools import partial
 
 import mlx.core as mx
 
 from .common import (
-    Position,
+    Offset,
+    Padding,
+    arange,
     default_tile_bytes,
+    fused,
     in_sequence,
+    joined,
+    later,
     over_queries,
     query_positions,
-    rows_apart,
+    row_by_row,
     transposed,
 )
+
+# MLX allocates the outputs of some ten operations ahead of the one that runs: all arrays of a tile's
+# scores, and the keys of two tiles.
+_SCORES_AHEAD, _KEYS_AHEAD = 10, 2
 
 
 def select_blocks(
     index_queries: mx.array,
     index_keys: mx.array,
-    offset: Position,
-    left_padding: mx.array | None = None,
+    offset: Offset,
+    left_padding: Padding = None,
     *,
     block_size: int,
     topk_blocks: int,
@@ -36,8 +46,8 @@ def select_blocks(
     Args:
         index_queries: ``[B, G, L, D]``, one head per KV group.
         index_keys: ``[B, 1, S, D]``, one head shared by all groups; the queries' own are the last.
-        offset: content position of the first query; an int, or ``[B]`` int32.
-        left_padding: ``[B]`` int32 cache slots before each row's first token, or None.
+        offset: content position of the first query, for all rows or for each.
+        left_padding: cache slots before each row's first token, or None.
         block_size: keys per block.
         topk_blocks: the most blocks a query may attend to.
         local_blocks: blocks up to and with the query's own that are always in.
@@ -49,7 +59,7 @@ def select_blocks(
         ``k = min(topk_blocks, ceil(S / block_size))``; -1 marks an unused slot.
     """
     tile_bytes = tile_bytes or default_tile_bytes()
-    batch, groups, length, dims = index_queries.shape
+    _, groups, length, dims = index_queries.shape
     n_keys = index_keys.shape[2]
     k = min(topk_blocks, -(-n_keys // block_size))
     choose = partial(_choose, k=k, block_size=block_size, local_blocks=local_blocks, init_blocks=init_blocks)
@@ -57,101 +67,171 @@ def select_blocks(
         return _in_tiles(choose, index_queries, index_keys, offset, block_size, tile_bytes)
     if groups * length < dims:
         # Few queries: fewer scores per key than a key has channels, so the scores are moved.
-        tile_length = max(1, tile_bytes // (6 * 4 * batch * groups * n_keys))
+        return _of_padded_rows(
+            choose, index_queries, index_keys, offset, left_padding, block_size, tile_bytes
+        )
 
-        def choose_tile(start: int, queries: mx.array) -> mx.array:
-            first = offset + start
-            return choose(_scores_of_padded_rows(queries, index_keys, first, left_padding, block_size), first)
+    def choose_row(row: slice, queries: mx.array, first: int, padding: int) -> mx.array:
+        keys = index_keys[row, :, min(padding, n_keys - 1) :]
+        return _in_tiles(choose, queries, keys, first, block_size, tile_bytes)
 
-        return over_queries(choose_tile, index_queries, tile_length)
-    rows_of_ids = []
-    for row, first, padding in rows_apart(offset, left_padding):
-        queries, keys = index_queries[row], index_keys[row, :, min(padding, n_keys - 1) :]
-        rows_of_ids.append(_in_tiles(choose, queries, keys, first, block_size, tile_bytes))
-    return mx.concatenate(rows_of_ids)
+    return row_by_row(choose_row, index_queries, offset, left_padding)
 
 
 def _choose(
-    scores: mx.array, offset: Position, *, k: int, block_size: int, local_blocks: int, init_blocks: int
+    scores: mx.array, offset: Offset, *, k: int, block_size: int, local_blocks: int, init_blocks: int
 ) -> mx.array:
     """Ids ``[B, G, l, k]`` of the best blocks from their scores ``[B, G, l, n_blocks]``."""
-    own_block = query_positions(offset, scores.shape[2]) // block_size
-    block = mx.arange(scores.shape[3])
-    forced = ((block > own_block - local_blocks) | (block < init_blocks)) & (block <= own_block)
-    scores = mx.where(forced, mx.inf, scores)
     missing = k - scores.shape[3]
     if missing > 0:
         # A row with more padding than the others has fewer blocks.
         scores = mx.pad(scores, [(0, 0), (0, 0), (0, 0), (0, missing)], constant_values=-mx.inf)
-    ids = mx.argpartition(-scores, kth=k - 1, axis=-1)[..., :k]
-    chosen = mx.take_along_axis(scores, ids, axis=-1)
+    query_at = query_positions(offset, scores.shape[2])
+    costs = _costs(scores, query_at, arange(scores.shape[3]), block_size, local_blocks, init_blocks)
+    ids = mx.argpartition(costs, kth=k - 1, axis=-1)[..., :k]
+    first = offset if isinstance(offset, int) else min(offset)
+    if first // block_size + 1 >= k:
+        # Every query has k blocks with a visible key.
+        return mx.stop_gradient(ids.astype(mx.int32))
     # Block ids are choices, not numbers to differentiate: MLX refuses a gradient of an index.
-    return mx.stop_gradient(mx.where(chosen == -mx.inf, -1, ids.astype(mx.int32)))
+    return mx.stop_gradient(_used(ids, mx.take_along_axis(costs, ids, axis=-1)))
+
+
+@fused
+def _costs(
+    scores: mx.array,
+    query_at: mx.array,
+    block: mx.array,
+    block_size: int,
+    local_blocks: int,
+    init_blocks: int,
+) -> mx.array:
+    """The smaller, the better: -inf for blocks that are always in, inf for those without visible keys."""
+    own_block = query_at // block_size
+    forced = ((block > own_block - local_blocks) | (block < init_blocks)) & (block <= own_block)
+    return mx.where(forced, -mx.inf, -scores)
+
+
+@fused
+def _used(ids: mx.array, costs: mx.array) -> mx.array:
+    return mx.where(costs == mx.inf, -1, ids.astype(mx.int32))
 
 
 def _in_tiles(
     choose: partial[mx.array],
     index_queries: mx.array,
     index_keys: mx.array,
-    offset: Position,
+    offset: Offset,
     block_size: int,
     tile_bytes: int,
 ) -> mx.array:
     """Choose blocks for rows without padding, a tile of queries at a time."""
-    batch, groups = index_queries.shape[:2]
+    batch, groups, length, _ = index_queries.shape
     n_blocks = -(-index_keys.shape[2] // block_size)
-    # Half of the bytes for the scores of blocks, of which choosing makes about eight copies.
-    tile_length = max(1, tile_bytes // (2 * 8 * 4 * batch * groups * n_blocks))
+    if index_keys.size * 4 <= tile_bytes // 8:
+        # Cast once for all tiles, where that leaves most of the memory to the scores.
+        index_keys = index_keys.astype(mx.float32)
+        tile_bytes -= index_keys.size * 4
+    # Choosing makes about eight copies of the scores of blocks.  They take half of the bytes at most.
+    bytes_per_query = 8 * 4 * batch * groups * n_blocks
+    tile_length = min(length, max(1, tile_bytes // (2 * bytes_per_query)))
+    scores_bytes = tile_bytes - tile_length * bytes_per_query
 
     def choose_tile(start: int, queries: mx.array) -> mx.array:
-        first = offset + start
-        return choose(_block_scores(queries, index_keys, first, block_size, tile_bytes // 2), first)
+        first = later(offset, start)
+        return choose(_block_scores(queries, index_keys, first, block_size, scores_bytes), first)
 
     return over_queries(choose_tile, index_queries, tile_length)
 
 
 def _block_scores(
-    queries: mx.array, index_keys: mx.array, offset: Position, block_size: int, tile_bytes: int
+    queries: mx.array, index_keys: mx.array, offset: Offset, block_size: int, tile_bytes: int
 ) -> mx.array:
     """``[B, G, l, n_blocks]`` float32: the best visible key of each block, -inf where there is none."""
     batch, groups, length, _ = queries.shape
     n_keys = index_keys.shape[2]
-    # MLX allocates some ten operations ahead of the one that runs.
-    keys_per_tile = max(1, tile_bytes // (10 * 4 * batch * groups * length * block_size)) * block_size
 
     def pool_tile(start: int, queries: mx.array) -> mx.array:
-        stop = min(start + keys_per_tile, n_keys)
+        keys = index_keys[:, :, start : start + keys_per_tile]
+        stop = start + keys.shape[2]
         if isinstance(offset, int) and start > offset + length - 1:
             # The whole tile is in the future of all queries.
             return mx.full((batch, groups, length, -(-(stop - start) // block_size)), -mx.inf)
-        keys = index_keys[:, :, start:stop].astype(mx.float32)
-        scores = queries @ transposed(keys, uses=groups * length)
+        scores = _scores(queries, keys, groups)
         if not isinstance(offset, int) or stop - 1 > offset:
             scores = _mask_future(scores, start, offset)
         return _pool(scores, block_size)
 
-    queries = queries.astype(mx.float32)
-    tiles = [(start, queries) for start in range(0, n_keys, keys_per_tile)]
-    return mx.concatenate(in_sequence(pool_tile, tiles), axis=-1)
+    keys_per_tile = _keys_per_tile(queries, index_keys, block_size, tile_bytes)
+    return _over_keys(pool_tile, queries, n_keys, keys_per_tile)
 
 
-def _scores_of_padded_rows(
-    queries: mx.array, index_keys: mx.array, offset: Position, left_padding: mx.array, block_size: int
+def _keys_per_tile(queries: mx.array, index_keys: mx.array, block_size: int, tile_bytes: int) -> int:
+    batch, groups, length, dims = queries.shape
+    casts = 0 if index_keys.dtype == mx.float32 else _KEYS_AHEAD * 4 * dims
+    bytes_per_key = batch * (_SCORES_AHEAD * 4 * groups * length + casts)
+    return max(1, tile_bytes // (bytes_per_key * block_size)) * block_size
+
+
+def _over_keys(
+    compute: Callable[[int, mx.array], mx.array], queries: mx.array, n_keys: int, keys_per_tile: int
 ) -> mx.array:
-    """As :func:`_block_scores`: scores in the order of the slots, moved to content order, pooled."""
+    """``compute(start, float32 rows of queries)`` for tiles of keys, put together along the last axis."""
+    rows = queries.astype(mx.float32).flatten(1, 2)[:, None]
+    tiles = [(start, rows) for start in range(0, n_keys, keys_per_tile)]
+    return joined(in_sequence(compute, tiles), axis=-1)
+
+
+def _scores(rows: mx.array, keys: mx.array, groups: int) -> mx.array:
+    """``[B, 1, G * l, D]`` float32 and keys ``[B, 1, n, D]`` -> ``[B, G, l, n]``.
+
+    The raw dot product: a positive scale would not change any choice.  The heads are rows of one
+    product, so that keys are read once for all of them.
+    """
+    scores = rows @ transposed(keys, uses=rows.shape[2]).astype(mx.float32)
+    return mx.unflatten(scores.squeeze(1), 1, (groups, -1))
+
+
+def _of_padded_rows(
+    choose: partial[mx.array],
+    index_queries: mx.array,
+    index_keys: mx.array,
+    offset: Offset,
+    left_padding: list[int],
+    block_size: int,
+    tile_bytes: int,
+) -> mx.array:
+    """Choose blocks for all rows at once: scores in the order of the slots, moved to content order."""
+    batch, groups = index_queries.shape[:2]
     n_keys = index_keys.shape[2]
-    scores = queries.astype(mx.float32) @ index_keys.astype(mx.float32).swapaxes(-1, -2)
+    # Half of the bytes for scores in both orders and what pooling makes of them.
+    tile_length = max(1, tile_bytes // (2 * 6 * 4 * batch * groups * n_keys))
     # Slots past a row's last token repeat a score, which no query of that row is late enough to see.
-    slots = mx.minimum(mx.arange(n_keys) + left_padding[:, None], n_keys - 1)
-    scores = mx.take_along_axis(scores, slots[:, None, None], axis=-1)
-    return _pool(_mask_future(scores, 0, offset), block_size)
+    slots = mx.minimum(arange(n_keys) + mx.array(left_padding)[:, None], n_keys - 1)[:, None, None]
+
+    def choose_tile(start: int, queries: mx.array) -> mx.array:
+        first = later(offset, start)
+        keys_per_tile = _keys_per_tile(queries, index_keys, block_size, tile_bytes // 2)
+
+        def score_tile(key: int, rows: mx.array) -> mx.array:
+            return _scores(rows, index_keys[:, :, key : key + keys_per_tile], groups)
+
+        scores = _over_keys(score_tile, queries, n_keys, keys_per_tile)
+        scores = mx.take_along_axis(scores, slots, axis=-1)
+        return choose(_pool(_mask_future(scores, 0, first), block_size), first)
+
+    return over_queries(choose_tile, index_queries, tile_length)
 
 
-def _mask_future(scores: mx.array, first_key: int, offset: Position) -> mx.array:
+def _mask_future(scores: mx.array, first_key: int, offset: Offset) -> mx.array:
     # Before pooling: a future key must not win a block for itself.
     length, n_keys = scores.shape[-2:]
-    visible = mx.arange(first_key, first_key + n_keys) <= query_positions(offset, length)
-    return mx.where(visible, scores, -mx.inf)
+    return _visible_only(scores, arange(n_keys), mx.array(first_key), query_positions(offset, length))
+
+
+@fused
+def _visible_only(scores: mx.array, key: mx.array, first_key: mx.array, query_at: mx.array) -> mx.array:
+    return mx.where(key + first_key <= query_at, scores, -mx.inf)
 
 
 def _pool(scores: mx.array, block_size: int) -> mx.array:

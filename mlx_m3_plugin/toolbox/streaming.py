@@ -92,9 +92,13 @@ class Choices:
 class _RecordingAttention(Attention):
     """Keeps the blocks that its indexer chooses."""
 
-    def _select_blocks(self, x: mx.array, offset: Any, left_padding: Any, cache: Any) -> mx.array | None:
-        block_ids = super()._select_blocks(x, offset, left_padding, cache)
-        self._choices.blocks.append(block_ids)
+    def __call__(self, x: mx.array, mask: Any = None, cache: Any = None) -> mx.array:
+        self._choices.blocks.append(None)
+        return super().__call__(x, mask, cache)
+
+    def _select_blocks(self, *args: Any) -> mx.array:
+        block_ids = super()._select_blocks(*args)
+        self._choices.blocks[-1] = block_ids
         return block_ids
 
 

@@ -11,6 +11,7 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from mlx_m3_plugin.msa import Quantized, attend, select_blocks
+from mlx_m3_plugin.msa.attend import FORMS
 from mlx_m3_plugin.msa.common import in_sequence
 from tests.msa import reference
 
@@ -35,6 +36,7 @@ def cases(draw: st.DrawFn) -> dict:
         "padded": draw(st.booleans()),
         "seed": draw(st.integers(0, 2**31)),
         "budget": draw(BUDGETS),
+        "form": draw(st.sampled_from([None, *FORMS])),
         "options": {
             "block_size": block_size,
             "topk_blocks": topk,
@@ -70,7 +72,7 @@ def positions(case: dict) -> tuple:
     padding = mx.array(case["padding"][: case["batch"]])
     offset = first - padding
     query = offset[:, None] + mx.arange(case["length"])
-    return (offset, padding), (query, mx.arange(case["n_keys"]) - padding[:, None])
+    return (offset.tolist(), padding.tolist()), (query, mx.arange(case["n_keys"]) - padding[:, None])
 
 
 def assert_same_choice(ids: mx.array, expected: mx.array, real: mx.array, scores: mx.array) -> None:
@@ -108,9 +110,8 @@ def test_equal_to_the_reference(sweep: settings) -> None:
         expected = reference.attend(
             q, k[:, :, :n], v[:, :, :n], ids, query_at, key_at, block_size=block_size, scale=0.2
         )
-        out = attend(
-            q, k, v, ids, offset, padding, block_size=block_size, scale=0.2, tile_bytes=case["budget"]
-        )
+        limits = {"tile_bytes": case["budget"], "form": case["form"]}
+        out = attend(q, k, v, ids, offset, padding, block_size=block_size, scale=0.2, **limits)
         assert mx.isfinite(out).all().item()
         difference = mx.where(real, mx.abs(out - expected), 0).max().item()
         assert difference <= TOLERANCE
@@ -118,9 +119,9 @@ def test_equal_to_the_reference(sweep: settings) -> None:
     check()
 
 
-@pytest.mark.parametrize(("length", "padded"), itertools.product([1, 7, 16, 300], [False, True]))
-def test_both_forms_at_any_length(length: int, padded: bool) -> None:
-    """Lengths on both sides of the choice between gathering and sorting pairs."""
+@pytest.mark.parametrize("form", FORMS)
+@pytest.mark.parametrize(("length", "padded"), itertools.product([1, 7, 300], [False, True]))
+def test_every_form_at_any_length(length: int, padded: bool, form: str) -> None:
     case = {
         "batch": 2, "groups": 2, "heads": 2, "n_keys": 333, "length": length, "spare": 5,
         "padding": [13, 200], "padded": padded, "seed": length, "budget": 100_000,
@@ -129,17 +130,19 @@ def test_both_forms_at_any_length(length: int, padded: bool) -> None:
     q, k, v, iq, ik = arrays(case)
     (offset, padding), (query_at, key_at) = positions(case)
     ids = select_blocks(iq, ik, offset, padding, tile_bytes=case["budget"], **case["options"])
-    out = attend(q, k, v, ids, offset, padding, block_size=8, scale=0.2, tile_bytes=case["budget"])
+    limits = {"tile_bytes": case["budget"], "form": form}
+    out = attend(q, k, v, ids, offset, padding, block_size=8, scale=0.2, **limits)
     k, v = k[:, :, :333], v[:, :, :333]
     expected = reference.attend(q, k, v, ids, query_at, key_at, block_size=8, scale=0.2)
     real = (query_at >= 0)[:, None, :, None]
     assert mx.where(real, mx.abs(out - expected), 0).max().item() <= TOLERANCE
 
 
+@pytest.mark.parametrize("form", FORMS)
 @pytest.mark.parametrize("length", [1, 40])
 @pytest.mark.parametrize(("dtype", "half_step"), [(mx.float16, 2**-11), (mx.bfloat16, 2**-8)])
 def test_sixteen_bits_in_and_out_with_a_float32_softmax(
-    dtype: mx.Dtype, half_step: float, length: int
+    dtype: mx.Dtype, half_step: float, length: int, form: str
 ) -> None:
     case = {"batch": 1, "groups": 2, "heads": 2, "n_keys": 90, "length": length, "spare": 0, "seed": 3}
     q, k, v, iq, ik = (x.astype(dtype) for x in arrays(case))
@@ -147,7 +150,7 @@ def test_sixteen_bits_in_and_out_with_a_float32_softmax(
     options = {"block_size": 8, "topk_blocks": 4}
     ids = select_blocks(iq, ik, first, **options)
     wide = [x.astype(mx.float32) for x in (q, k, v)]
-    out = attend(q, k, v, ids, first, block_size=8, scale=0.2)
+    out = attend(q, k, v, ids, first, block_size=8, scale=0.2, form=form)
     expected = attend(*wide, ids, first, block_size=8, scale=0.2)
     assert out.dtype == dtype
     # The only rounding to 16 bits is that of the result itself.
@@ -155,10 +158,11 @@ def test_sixteen_bits_in_and_out_with_a_float32_softmax(
     assert (error <= half_step * mx.abs(expected) + 1e-6).all().item()
 
 
+@pytest.mark.parametrize("form", FORMS)
 @pytest.mark.parametrize(("bits", "group_size"), itertools.product([4, 8], [32]))
 @pytest.mark.parametrize(("length", "padded"), itertools.product([1, 40], [False, True]))
 def test_quantized_equals_attention_over_what_was_quantized(
-    bits: int, group_size: int, length: int, padded: bool
+    bits: int, group_size: int, length: int, padded: bool, form: str
 ) -> None:
     case = {
         "batch": 2, "groups": 2, "heads": 2, "n_keys": 90, "length": length, "spare": 6, "padding": [3, 41],
@@ -170,7 +174,7 @@ def test_quantized_equals_attention_over_what_was_quantized(
     quantized = [
         Quantized(*mx.quantize(x, group_size=group_size, bits=bits), group_size, bits) for x in (k, v)
     ]
-    out = attend(q, *quantized, ids, offset, padding, block_size=8, scale=0.2)
+    out = attend(q, *quantized, ids, offset, padding, block_size=8, scale=0.2, form=form)
     rounded = [x.dequantize()[:, :, :90] for x in quantized]
     expected = reference.attend(q, *rounded, ids, query_at, key_at, block_size=8, scale=0.2)
     real = (query_at >= 0)[:, None, :, None]

@@ -6,7 +6,7 @@ import mlx.core as mx
 from mlx_vlm.models.base import create_attention_mask, scaled_dot_product_attention
 
 from mlx_m3_plugin.model.host import Host
-from mlx_m3_plugin.model.kv_cache import left_padding
+from mlx_m3_plugin.model.kv_cache import is_batch
 
 from . import cache as caches
 from . import parts
@@ -19,7 +19,7 @@ def attention(queries: mx.array, keys: Any, values: Any, *, cache: Any, scale: f
         NotImplementedError: a batch with quantized K and V.  mlx-vlm has no such cache for
             MiniMax-M3; 0.6.4 would go on with the wrong masks.
     """
-    if left_padding(cache) is not None and "Quant" in type(cache).__name__:
+    if is_batch(cache) and "Quant" in type(cache).__name__:
         raise NotImplementedError(
             "MiniMax-M3 cannot quantize K and V in a batch: leave --kv-bits out, or send one request "
             "at a time"

@@ -25,8 +25,8 @@ def add_padding(cache: list[Any], mask: mx.array, shape: tuple[int, ...]) -> Non
     """
     batch, length = shape
     first = caches.kv_cache(cache[0])
-    padding, position = kv_cache.left_padding(first), kv_cache.offset(first)
-    held = position if padding is None else int((position + padding).max().item())
+    held = kv_cache.n_slots(first)
+    padding = first.left_padding if kv_cache.is_batch(first) else None
     tokens = _tokens(mask, (batch, length), (batch, held + length))
     slots = mx.arange(held + length - mask.shape[1], held + length)
     if (tokens == (slots >= (0 if padding is None else padding[:, None]))).all().item():
