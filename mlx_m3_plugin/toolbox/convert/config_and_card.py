@@ -3,42 +3,27 @@
 import json
 import shutil
 from collections import defaultdict
-from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 from ... import __version__
 from ...chat.prompt import CHAT_TEMPLATE
 from ...weights import with_quantization
 from ...weights.dtypes import name_of
-from ...weights.headers import INDEX
+from ..checkpoint import CHAT_TEMPLATE_FILES
 from ..checksums import SUMS
-from ..common import read_json_object, size_in_words
+from ..common import read_json_object, size_in_words, version_of
 from ..new_directory import LOCK, STATE
 from ..parameters import component_of
-from ..source import CHAT_TEMPLATE_FILES
 from .plan import ConversionPlan
 
 _WEIGHTS = (".safetensors", ".bin", ".gguf", ".pt", ".pth", ".npz")
 # Written anew, or about the source's weights.
-_NOT_COPIED = (
-    "config.json",
-    "README.md",
-    INDEX,
-    "hf_quant_config.json",
-    "offload_index.json",
-    SUMS,
-    LOCK,
-    STATE,
-)
+_NOT_COPIED = ("config.json", "README.md", "hf_quant_config.json", "offload_index.json", SUMS, LOCK, STATE)
 _LARGEST = 200 << 20
 # What mlx-lm's and mlx-vlm's classes read outside of ``text_config``.
 _OUTER = (
-    "quantization",
-    "quantization_config",
-    "tie_word_embeddings",
-    "eos_token_id",
-    "transformers_version",
+    *("quantization", "quantization_config", "tie_word_embeddings", "eos_token_id", "transformers_version"),
 )
 _PACKAGES = ("mlx", "mlx-lm", "mlx-vlm")
 
@@ -103,8 +88,9 @@ def write_config_and_card(directory: Path, plan: ConversionPlan) -> None:
         if _is_copied(file) and (plan.source.vision or not _is_for_vision(file)):
             shutil.copyfile(file, directory / file.name)
     _write_json(directory / "config.json", new_config(plan))
-    _remove_wrong_parser(directory / "tokenizer_config.json")
-    if not _has_template(directory):
+    tokenizer_config = _without_wrong_parser(directory / "tokenizer_config.json")
+    templates = [name for name in CHAT_TEMPLATE_FILES if (directory / name).exists()]
+    if not templates and not tokenizer_config.get("chat_template"):
         (directory / CHAT_TEMPLATE_FILES[0]).write_text(CHAT_TEMPLATE, encoding="utf-8")
     (directory / "README.md").write_text(model_card(plan), encoding="utf-8")
 
@@ -113,9 +99,8 @@ def _is_copied(file: Path) -> bool:
     return (
         file.is_file()
         and not file.name.startswith(".")
-        and file.suffix not in _WEIGHTS
+        and not file.name.endswith((*_WEIGHTS, ".index.json"))
         and file.name not in _NOT_COPIED
-        and not file.name.endswith(".index.json")
         and file.stat().st_size <= _LARGEST
     )
 
@@ -125,21 +110,12 @@ def _is_for_vision(file: Path) -> bool:
     return file.name.endswith("processor_config.json")
 
 
-def _remove_wrong_parser(file: Path) -> None:
+def _without_wrong_parser(file: Path) -> dict[str, Any]:
     """Older mlx-lm writes the tool parser ``json_tools`` into its conversions, which drops M3's calls."""
-    try:
-        content = read_json_object(file)
-    except FileNotFoundError:
-        return
+    content = read_json_object(file) if file.exists() else {}
     if content.pop("tool_parser_type", None) is not None:
         _write_json(file, content)
-
-
-def _has_template(directory: Path) -> bool:
-    if any((directory / name).exists() for name in CHAT_TEMPLATE_FILES):
-        return True
-    file = directory / "tokenizer_config.json"
-    return file.exists() and bool(read_json_object(file).get("chat_template"))
+    return content
 
 
 def _write_json(file: Path, content: dict[str, Any]) -> None:
@@ -184,24 +160,16 @@ def model_card(plan: ConversionPlan) -> str:
         size=size_in_words(plan.nbytes),
         bits=plan.bits_per_weight,
         parameters=plan.parameters,
-        packages=", ".join(f"{name} {found}" for name in _PACKAGES if (found := _version(name))),
-        components="\n".join(f"| {c.name} | {c.parameters:,} | {c.stored_as} |" for c in components(plan)),
+        packages=", ".join(f"{name} {found}" for name in _PACKAGES if (found := version_of(name))),
+        components="\n".join(f"| {name} | {count:,} | {spec} |" for name, count, _, spec in components(plan)),
         # mlx-vlm 0.6.4 packs the shared expert always.
         vlm="0.6.4" if plan.packed else "0.6.5",
         text=plan.recipe.text.strip(),
     )
 
 
-class NewComponent(NamedTuple):
-    """A part of the new model; ``stored_as``: its quantizations, the one of most parameters first."""
-
-    name: str
-    parameters: int
-    nbytes: int
-    stored_as: str
-
-
-def components(plan: ConversionPlan) -> list[NewComponent]:
+def components(plan: ConversionPlan) -> list[tuple[str, int, int, str]]:
+    """Parts of the new model: name, parameters, bytes and quantizations, the one of most parameters first."""
     counts: dict[str, dict[str, int]] = defaultdict(lambda: defaultdict(int))
     sizes: dict[str, int] = defaultdict(int)
     for module in plan.modules:
@@ -216,15 +184,11 @@ def components(plan: ConversionPlan) -> list[NewComponent]:
             counts[name][spec] += matrix.size
             sizes[name] += module.nbytes * matrix.size // module.parameters
     return [
-        NewComponent(
-            name, sum(specs.values()), sizes[name], ", ".join(sorted(specs, key=lambda spec: -specs[spec]))
+        (
+            name,
+            sum(specs.values()),
+            sizes[name],
+            ", ".join(sorted(specs, key=specs.__getitem__, reverse=True)),
         )
         for name, specs in counts.items()
     ]
-
-
-def _version(package: str) -> str | None:
-    try:
-        return version(package)
-    except PackageNotFoundError:
-        return None
