@@ -118,7 +118,7 @@ def _parse(arguments: Sequence[str]) -> argparse.Namespace:
             commands[name].error(f"{error}; {_JSON_IS_A_FLAG}")
         raise
     # Before Python 3.12 argparse leaves out positional arguments that come after an option.
-    for positional in ("source", "destination", "directory"):
+    for positional in ("source", "destination"):
         if rest and not rest[0].startswith("-") and getattr(args, positional, "") is None:
             setattr(args, positional, rest.pop(0))
     if rest:

@@ -311,6 +311,12 @@ class Contents:
     of_text: list[str]
     of_vision: list[str]
 
+    @property
+    def with_indexer(self) -> list[int]:
+        """The numbers of the layers that select blocks."""
+        layers = range(self.text_config.num_hidden_layers)
+        return [layer for layer in layers if self.indexers and self.text_config.is_sparse_attention(layer)]
+
 
 def read_text_config(config: dict[str, Any], name: str = "config.json") -> TextConfig:
     """As the checkpoint says, without environment variables; errors call it ``name``."""

@@ -114,18 +114,16 @@ def fit(
         OSError: there is no checkpoint.
         ValueError: not a MiniMax-M3 checkpoint, a format is unknown, or an option has an invalid value.
     """
-    _check_kv_bits(kv_bits)
     # NaN fails the comparison as well.
     if bandwidth is not None and not _LEAST_BANDWIDTH <= bandwidth <= _MOST_BANDWIDTH:
         raise ValueError(
             f"--bandwidth must be between {_LEAST_BANDWIDTH} and {_MOST_BANDWIDTH:,} GB/s, not {bandwidth}"
         )
-    source, contents = _open_whole(path_or_repository)
+    source, contents = _open_whole(path_or_repository, kv_bits)
     config = contents.text_config
     parts = bytes_of_components(source.headers, contents.plan)
     weights = sum(size for name, size in parts.items() if name not in NOT_IN_THE_TEXT_MODEL)
-    layers = range(config.num_hidden_layers)
-    sparse = sum(contents.indexers and config.is_sparse_attention(layer) for layer in layers)
+    sparse = len(contents.with_indexer)
     per_token = bytes_per_token(config, sparse, kv_bits)
     reserve = reserve_of(memory)
     largest = context_that_fits(config, per_token, memory - reserve - weights, prefill_step)
@@ -159,11 +157,13 @@ def fit(
     )
 
 
-def _open_whole(path_or_repository: str | Path) -> tuple[Source, Contents]:
+def _open_whole(path_or_repository: str | Path, kv_bits: int | None) -> tuple[Source, Contents]:
     """Open a checkpoint of which every part can be counted.
 
     Missing or damaged shards would count as nothing and fit anywhere.
     """
+    if kv_bits not in (None, 4, 8):
+        raise ValueError(f"--kv-bits must be 4 or 8, not {kv_bits}")
     source = open_source(path_or_repository)
     contents, problems = None, source.headers.problems
     try:
@@ -173,11 +173,6 @@ def _open_whole(path_or_repository: str | Path) -> tuple[Source, Contents]:
     if contents is None or problems:
         raise ValueError("\n  ".join([f"{source.name}: its size is unknown:", *problems[:10]]))
     return source, contents
-
-
-def _check_kv_bits(kv_bits: int | None) -> None:
-    if kv_bits not in (None, 4, 8):
-        raise ValueError(f"--kv-bits must be 4 or 8, not {kv_bits}")
 
 
 # --- how fast ---
@@ -324,8 +319,7 @@ def fit_pipeline(
 
     Like :func:`fit`; ``memories`` are bytes of each machine, by rank.
     """
-    _check_kv_bits(kv_bits)
-    source, contents = _open_whole(path_or_repository)
+    source, contents = _open_whole(path_or_repository, kv_bits)
     layers = _Layers(contents, memories, kv_bits, prefill_step)
     if len(memories) > len(layers.weights):
         raise ValueError(
@@ -360,9 +354,9 @@ class _Layers:
             elif layer < len(self.weights):
                 self.weights[layer] += size
         keys_values = bytes_per_token(config, 0, kv_bits) // config.num_hidden_layers
-        index = 2 * config.index_head_dim * contents.indexers
-        layers = range(config.num_hidden_layers)
-        self.per_token = [keys_values + index * config.is_sparse_attention(layer) for layer in layers]
+        self.per_token = [keys_values] * config.num_hidden_layers
+        for layer in contents.with_indexer:
+            self.per_token[layer] += 2 * config.index_head_dim
 
     def fit(self, context: int, slack: int = 0) -> bool:
         return self._split(context, slack) is not None

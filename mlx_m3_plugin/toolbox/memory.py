@@ -150,7 +150,9 @@ def transient_bytes(config: TextConfig, step: int, context: int) -> int:
     """Memory of computing a chunk in 16 bits on a GPU: that of attention or of experts, the larger one."""
     step = min(step, context)
     attention = attention_transient(config, step, context, itemsize=2, tile=512 << 20, copies_keys=False)
-    return max(attention, _experts_transient(config, step))
+    # Tokens sorted by expert, gate, up and their product, then the output, sorted back and weighted.
+    wide, hidden = config.intermediate_size, config.hidden_size
+    return max(attention, step * config.num_experts_per_tok * (2 * (3 * hidden + 3 * wide) + 4 * hidden))
 
 
 def attention_transient(
@@ -168,12 +170,6 @@ def attention_transient(
         return int(_ARRAYS_AT_ITS_END * one)
     in_groups = _ARRAYS_IN_GROUPS * one + keys + int(_FRACTION_OF_TILE * tile)
     return max(int(_ARRAYS_AT_ITS_END * one), in_groups)
-
-
-def _experts_transient(config: TextConfig, step: int) -> int:
-    """Tokens sorted by expert, gate, up and their product, then the output, sorted back and weighted."""
-    routed = step * config.num_experts_per_tok
-    return routed * (2 * (3 * config.hidden_size + 3 * config.intermediate_size) + 4 * config.hidden_size)
 
 
 def stock_transients(config: TextConfig, step: int, context: int) -> dict[str, int]:

@@ -4,7 +4,6 @@ from argparse import Namespace
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
 
 from ...model.config import TextConfig
 from ..checkpoint import Checkpoint, open_checkpoint
@@ -34,15 +33,23 @@ def command(args: Namespace) -> Answer:
     text = text_of(args.text)
     target = None if args.destination is None else Path(args.destination)
     if args.dry_run or target is None:
-        plan, _, measured = _prepare(args, text, None)
-        return _planned(plan, measured, target)
+        plan, _, origin = _prepare(args, text, None)
+        return _planned(plan, origin, target)
     with _hint(unfinished_of(target)), new_directory(target, "convert", resumable=True) as unfinished:
         plan, scores, _ = _prepare(args, text, unfinished)
         bar = bytes_bar(plan.recipe.name, plan.nbytes)
         memory = args.memory or default_memory()
         resumed = write(plan, unfinished, memory=memory, progress=bar, scores=scores)
     made = report(plan, target, resumed)
-    return Answer(made, _report_lines(made))
+    lines = [
+        f"Wrote {made['path']}: {size_in_words(plan.nbytes)} in {made['files']} files, "
+        f"{plan.bits_per_weight:.2f} bits per weight"
+    ]
+    if resumed:
+        lines.append(f"{resumed} of the files were there from an earlier run")
+    return Answer(
+        made, [*lines, f"To measure its quality: mlx-m3 evaluate {made['path']} --reference SOURCE"]
+    )
 
 
 def _recipes() -> Answer:
@@ -60,9 +67,9 @@ def _recipes() -> Answer:
 def _prepare(
     args: Namespace, text: str, unfinished: Path | None
 ) -> tuple[ConversionPlan, Scores | None, str | None]:
-    """A plan; and for recipes with a [plan] the sensitivity behind its bits, and in words where it is from.
+    """A plan; and for recipes with a [plan] the sensitivity behind its bits, and its origin in words.
 
-    Nothing is measured without ``unfinished``.
+    Without ``unfinished``, which is for a dry run, nothing is measured.
     """
     checkpoint = open_checkpoint(args.source)
     recipe = load_recipe(args.recipe, checkpoint.text_config)
@@ -73,26 +80,25 @@ def _prepare(
             )
         return plan_conversion(checkpoint, recipe), None, None
     scores: Scores = scores_by_position(checkpoint.text_config.num_hidden_layers)
-    measured = "by position: nothing was measured"
+    origin = "by position: nothing was measured"
     if args.sensitivity is None and unfinished is not None:
         # First see that a plan of about the final size can be written: measuring takes hours.
         draft = plan_conversion(checkpoint, recipe, allocate_bits(checkpoint, recipe, scores))
         check_unfinished(unfinished, draft, is_draft=True)
-        scores, measured = _measured(checkpoint, recipe, text, (args.memory or default_memory()) // 2)
+        scores = _measured(checkpoint, recipe, text, (args.memory or default_memory()) // 2)
     elif args.sensitivity not in (None, _BY_POSITION):
         scores = read_scores(Path(args.sensitivity).expanduser())
-        measured = f"from {args.sensitivity}"
-    return plan_conversion(checkpoint, recipe, allocate_bits(checkpoint, recipe, scores)), scores, measured
+        origin = f"from {args.sensitivity}"
+    return plan_conversion(checkpoint, recipe, allocate_bits(checkpoint, recipe, scores)), scores, origin
 
 
-def _measured(checkpoint: Checkpoint, recipe: Recipe, text: str, memory: int) -> tuple[Scores, str]:
+def _measured(checkpoint: Checkpoint, recipe: Recipe, text: str, memory: int) -> Scores:
     texts = Texts(read_texts(checkpoint.directory, text, None, _WINDOW).windows[:_SAMPLES])
     base = Quantization(int(recipe.bit_targets.get("base_bits", 4)), recipe.default.group_size)
     progress = layers_bar(f"sensitivity of {checkpoint.title}", checkpoint.text_config.num_hidden_layers)
-    scores = measure_sensitivity(
+    return measure_sensitivity(
         checkpoint, texts, base, default_cache(), memory=memory, step=_WINDOW, progress=progress
     )
-    return scores, f"measured at {base} on {len(texts.tokens):,} tokens"
 
 
 @contextmanager
@@ -113,35 +119,22 @@ def _hint(unfinished: Path) -> Iterator[None]:
 # --- output ---
 
 
-def _planned(plan: ConversionPlan, measured: str | None, target: Path | None) -> Answer:
+def _planned(plan: ConversionPlan, origin: str | None, target: Path | None) -> Answer:
     """The plan, and whether the disk of ``target`` has room for it."""
     space = None if target is None else space_for(plan, unfinished_of(target))
     content = {
         **plan.summary(),
         "modules": {path: str(spec) for path, spec in plan.specs.items()},
-        "sensitivity": measured,
+        "sensitivity": origin,
         "space": None if space is None else {**space._asdict(), "is_enough": space.is_enough},
     }
     lines = [f"{plan.recipe.name}: {plan.recipe.summary}", "", *component_table(components(plan)), ""]
-    lines.append(f"{size_in_words(plan.nbytes)} in {len(plan.shards)} files; {_packing(plan)}")
-    if measured:
-        lines.append(f"sensitivity of layers: {measured}")
+    packing = "experts unfused, for their bits differ: for mlx-lm 0.32, mlx-vlm 0.6.5 and newer"
+    if plan.packed:
+        packing = "experts fused and packed with the shared one: for mlx-lm 0.32, mlx-vlm 0.6.4 and newer"
+    lines.append(f"{size_in_words(plan.nbytes)} in {len(plan.shards)} files; {packing}")
+    if origin:
+        lines.append(f"sensitivity of layers: {origin}")
     if space is not None:
         lines.append(f"disk: {space}: {'enough' if space.is_enough else 'NOT ENOUGH'}")
     return Answer(content, lines)
-
-
-def _packing(plan: ConversionPlan) -> str:
-    if plan.packed:
-        return "experts fused and packed with the shared one: for mlx-lm 0.32, mlx-vlm 0.6.4 and newer"
-    return "experts unfused, for their bits differ: for mlx-lm 0.32, mlx-vlm 0.6.5 and newer"
-
-
-def _report_lines(made: dict[str, Any]) -> list[str]:
-    lines = [
-        f"Wrote {made['path']}: {size_in_words(made['bytes'])} in {made['files']} files, "
-        f"{made['bits_per_weight']:.2f} bits per weight"
-    ]
-    if made["resumed"]:
-        lines.append(f"{made['resumed']} of the files were there from an earlier run")
-    return [*lines, f"To measure its quality: mlx-m3 evaluate {made['path']} --reference SOURCE"]

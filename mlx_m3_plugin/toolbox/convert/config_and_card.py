@@ -85,7 +85,9 @@ of the source.
 def write_config_and_card(directory: Path, plan: ConversionPlan) -> None:
     source = plan.source.directory
     for file in sorted(source.iterdir()):
-        if _is_copied(file) and (plan.source.vision or not _is_for_vision(file)):
+        # Processors of images and videos: a model without a vision tower must not ask for them.
+        is_for_vision = file.name.endswith("processor_config.json")
+        if _is_copied(file) and (plan.source.vision or not is_for_vision):
             shutil.copyfile(file, directory / file.name)
     _write_json(directory / "config.json", new_config(plan))
     tokenizer_config = _without_wrong_parser(directory / "tokenizer_config.json")
@@ -103,11 +105,6 @@ def _is_copied(file: Path) -> bool:
         and file.name not in _NOT_COPIED
         and file.stat().st_size <= _LARGEST
     )
-
-
-def _is_for_vision(file: Path) -> bool:
-    """Processors of images and videos: a model without a vision tower must not ask for them."""
-    return file.name.endswith("processor_config.json")
 
 
 def _without_wrong_parser(file: Path) -> dict[str, Any]:
@@ -130,19 +127,14 @@ def new_config(plan: ConversionPlan) -> dict[str, Any]:
     config = with_quantization(plan.source.config, plan.quantization())
     # mlx-vlm packs the shared expert unless this is false.
     packed = {"pack_shared_expert": plan.packed}
-    nested = config.get("text_config")
-    if not isinstance(nested, dict):
-        return _as_vision_language_config(config, packed)
-    return {**config, "text_config": with_quantization(nested, None) | packed}
-
-
-def _as_vision_language_config(flat: dict[str, Any], packed: dict[str, bool]) -> dict[str, Any]:
-    """A text-only model's config as that of ``minimax_m3_vl``, the only M3 that mlx-lm has."""
-    text = {k: v for k, v in with_quantization(flat, None).items() if k != "architectures"}
+    if isinstance(nested := config.get("text_config"), dict):
+        return {**config, "text_config": with_quantization(nested, None) | packed}
+    # A text-only model's config as that of ``minimax_m3_vl``, the only M3 that mlx-lm has.
+    text = {k: v for k, v in with_quantization(config, None).items() if k != "architectures"}
     return {
         "architectures": ["MiniMaxM3SparseForConditionalGeneration"],
         "model_type": "minimax_m3_vl",
-        **{k: flat[k] for k in _OUTER if k in flat},
+        **{k: config[k] for k in _OUTER if k in config},
         "text_config": text | packed,
     }
 
@@ -177,10 +169,8 @@ def components(plan: ConversionPlan) -> list[tuple[str, int, int, str]]:
         if module.spec.bits is None:
             spec = name_of(next(iter(module.tensors.values())).dtype)
         for matrix in module.matrices:
-            # The component of the matrix: a packed shared expert is in a module of routed experts.
-            name = (
-                component_of(f"{matrix.module}.weight") if matrix.module in plan.specs else module.component
-            )
+            # Of the matrix: a packed shared expert is in a module of routed experts.
+            name = component_of(f"{matrix.module}.weight" if matrix.module in plan.specs else matrix.module)
             counts[name][spec] += matrix.size
             sizes[name] += module.nbytes * matrix.size // module.parameters
     return [

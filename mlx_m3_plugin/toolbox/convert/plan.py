@@ -12,7 +12,7 @@ from ...weights.names import TEXT_PREFIX
 from ...weights.quantization import quantization_entry
 from ...weights.tensor import Tensor
 from ..checkpoint import Checkpoint
-from ..parameters import component_of, text_shapes
+from ..parameters import text_shapes
 from ..precision import Quantization
 from ..shards import NewTensor
 from .recipe import VISION, Matrix, Recipe, matrices_of
@@ -45,13 +45,12 @@ class NewModule:
     """What is written under one path.
 
     Attributes:
-        path: with the prefix.  component: as ``mlx-m3 inspect`` names it.
+        path: with the prefix.
         matrices: those of the source in it, one below the other, experts one after the other.
         tensors: by part: ``weight``, ``scales``, ``biases``.
     """
 
     path: str
-    component: str
     spec: Quantization
     matrices: tuple[SourceMatrix, ...]
     tensors: Mapping[str, NewTensor]
@@ -205,7 +204,7 @@ def _module(
     leading = (experts, outputs) if experts else (outputs,)
     stored = spec.parts((*leading, first.inputs), source.float_dtype(first.module))
     tensors = {part: NewTensor(f"{path}.{part}", *what) for part, what in stored.items()}
-    return NewModule(path, component_of(first.module + ".weight"), spec, tuple(matrices), tensors)
+    return NewModule(path, spec, tuple(matrices), tensors)
 
 
 def _copied(source: Checkpoint, name: str, new_name: str, spec: Quantization) -> NewModule:
@@ -216,7 +215,7 @@ def _copied(source: Checkpoint, name: str, new_name: str, spec: Quantization) ->
     parts = {"weight": tensor.reshape(outputs, inputs)}
     matrix = SourceMatrix(name, Quantization(), parts, outputs, inputs)
     tensors = {"weight": NewTensor(new_name, *spec.parts(tensor.shape, tensor.dtype)["weight"])}
-    return NewModule(new_name.rpartition(".")[0], component_of(name), spec, (matrix,), tensors)
+    return NewModule(new_name.rpartition(".")[0], spec, (matrix,), tensors)
 
 
 # --- files ---

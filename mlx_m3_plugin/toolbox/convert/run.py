@@ -8,6 +8,7 @@ import hashlib
 import json
 import shutil
 from collections.abc import Iterator
+from contextlib import suppress
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -50,7 +51,6 @@ def convert(
 
     Args:
         memory: bytes that the work may take.
-        progress: called after each module.
         scores: the sensitivity that the bits are from, to be saved with the weights.
 
     Raises:
@@ -93,17 +93,16 @@ def report(plan: ConversionPlan, destination: Path, resumed: int) -> dict[str, A
 
 
 def check_unfinished(unfinished: Path, plan: ConversionPlan, *, is_draft: bool = False) -> None:
-    """See that ``plan`` can be written into ``unfinished``, or resumed there.
-
-    Args:
-        is_draft: the bits of ``plan`` are not final yet.
+    """See that ``plan``, whose bits may still change in a draft, can be written or resumed in ``unfinished``.
 
     Raises:
         ValueError: another conversion was begun there, or it holds other files.
         OSError: the disk has too little space.
     """
     if (unfinished / STATE).exists():
-        wanted, begun = fingerprint(plan), _begun(unfinished / STATE)
+        wanted, begun = fingerprint(plan), {}
+        with suppress(ValueError):
+            begun = read_json_object(unfinished / STATE)
         if any(begun.get(key) != wanted[key] for key in wanted.keys() - (_OF_BITS if is_draft else set())):
             raise ValueError(
                 f"{unfinished} holds an unfinished conversion of another source, recipe or version; "
@@ -116,13 +115,6 @@ def check_unfinished(unfinished: Path, plan: ConversionPlan, *, is_draft: bool =
     space = space_for(plan, unfinished)
     if not space.is_enough:
         raise OSError(f"{unfinished.parent} has {space}")
-
-
-def _begun(state: Path) -> dict[str, Any]:
-    try:
-        return read_json_object(state)
-    except ValueError:
-        return {}
 
 
 def fingerprint(plan: ConversionPlan) -> dict[str, Any]:

@@ -11,7 +11,6 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
-from ...model.config import TextConfig
 from ...weights import Headers, shorten
 from ..checkpoint import (
     CHAT_TEMPLATE_FILES,
@@ -134,9 +133,11 @@ def inspect(path_or_repository: str | Path) -> Inspection:
     )
     if config is not None:
         try:
-            _inspect_tensors(found, headers, read_contents(headers, source.config, config))
+            contents = read_contents(headers, source.config, config)
         except ValueError as error:
             found.problems.append(str(error))
+        else:
+            _inspect_tensors(found, headers, contents)
     found.problems += source.problems + _tokenizer_problems(source)
     if source.model is None:
         found.notes.append(
@@ -154,14 +155,25 @@ def _inspect_tensors(found: Inspection, headers: Headers, contents: Contents) ->
     config = contents.text_config
     found.components, found.precisions = measure(contents.plan, contents.quantized, headers)
     found.parameters = sum(component.parameters for component in found.components)
-    found.attention = _attention(config, contents.indexers)
-    found.memory = memory_for(
-        config,
-        sum(part.bytes for part in found.components if part.name not in NOT_IN_THE_TEXT_MODEL),
-        len(found.attention.with_indexer),
-        machine_memory(),
+    rope = config.rope_parameters
+    found.attention = AttentionSummary(
+        layers=config.num_hidden_layers,
+        with_indexer=contents.with_indexer,
+        budget=config.budget,
+        blocks=config.index_topk_blocks,
+        block_size=config.index_block_size,
+        context=config.max_position_embeddings,
+        yarn=dict(rope) if "yarn" in (rope.get("rope_type"), rope.get("type")) else None,
     )
-    found.notes += _notes(found.attention, config)
+    weights = sum(part.bytes for part in found.components if part.name not in NOT_IN_THE_TEXT_MODEL)
+    found.memory = memory_for(config, weights, len(contents.with_indexer), machine_memory())
+    if not contents.with_indexer:
+        has_sparse_layers = "minimax_m3_sparse" in config.layer_types
+        why = "the checkpoint has no indexer" if has_sparse_layers else "the config has no sparse layers"
+        found.notes.append(
+            f"{why}: every layer attends to all tokens, which differs from MiniMax-M3's training past "
+            f"{config.budget:,} tokens"
+        )
     found.problems += contents.problems
     if headers.problems:
         # Tensors of damaged files would only be reported twice.
@@ -169,32 +181,6 @@ def _inspect_tensors(found: Inspection, headers: Headers, contents: Contents) ->
     found.problems += contents.of_text + contents.of_vision
     text_is_whole = not (contents.of_text or contents.problems)
     found.opens = {"mlx-lm": text_is_whole, "mlx-vlm": text_is_whole and not contents.of_vision}
-
-
-def _attention(config: TextConfig, indexers: bool) -> AttentionSummary:
-    layers = range(config.num_hidden_layers)
-    rope = config.rope_parameters
-    is_yarn = "yarn" in (rope.get("rope_type"), rope.get("type"))
-    return AttentionSummary(
-        layers=config.num_hidden_layers,
-        with_indexer=[layer for layer in layers if indexers and config.is_sparse_attention(layer)],
-        budget=config.budget,
-        blocks=config.index_topk_blocks,
-        block_size=config.index_block_size,
-        context=config.max_position_embeddings,
-        yarn=dict(rope) if is_yarn else None,
-    )
-
-
-def _notes(attention: AttentionSummary, config: TextConfig) -> list[str]:
-    if attention.with_indexer:
-        return []
-    has_sparse_layers = "minimax_m3_sparse" in config.layer_types
-    why = "the checkpoint has no indexer" if has_sparse_layers else "the config has no sparse layers"
-    return [
-        f"{why}: every layer attends to all tokens, which differs from MiniMax-M3's training past "
-        f"{config.budget:,} tokens"
-    ]
 
 
 def _tokenizer_problems(source: Source) -> list[str]:
@@ -272,7 +258,7 @@ def _what_it_is(found: Inspection) -> list[str]:
         "vision": "yes" if found.vision else "none",
     }
     if found.attention is not None:
-        facts |= _attention_facts(found.attention)
+        facts |= _attention(found.attention)
     return [
         line
         for label, fact in facts.items()
@@ -303,7 +289,7 @@ def _quantization(found: Inspection) -> str:
     return ", ".join(f"{p} {_count(p.parameters)}" for p in quantized) + f"; not quantized: {unquantized}"
 
 
-def _attention_facts(attention: AttentionSummary) -> dict[str, str]:
+def _attention(attention: AttentionSummary) -> dict[str, str]:
     sparse, layers = attention.with_indexer, attention.layers
     indexer = f"{len(sparse)} of {layers} layers" + (f" ({_ranges(sparse)})" if sparse else "")
     budget = f"{attention.budget:,} tokens, {attention.blocks} blocks of {attention.block_size}"

@@ -28,6 +28,8 @@ _EXPERTS_IN_WORDS = {
     "fused": "experts stacked ({0} rows), gate and up fused",
     "none": "no experts",
 }
+# In the names that transformers' modules have in memory.
+_TRANSFORMERS_MODULES = (".self_attn.indexer.", ".mlp.experts.", ".mlp.gate.", ".mlp.gate_up_proj.")
 _NUMBER = re.compile(r"\.\d+(?=\.)")
 _OUTER = re.compile(r"^((?:model\.|language_model\.)*)(?:layers\.N|embed_tokens|norm)\.")
 _FOREIGN = re.compile(
@@ -117,7 +119,7 @@ def recognise_layout(tensors: Mapping[str, StoredTensor], config: TextConfig | N
     packed = not apart and config is not None and rows == config.num_local_experts + 1
     return Layout(
         names=" and ".join(sorted(f"{prefix}layers" for prefix in outer)) or "none",
-        modules="transformers" if any(map(_is_transformers_module, text)) else "published",
+        modules="transformers" if any(_has(kind, _TRANSFORMERS_MODULES) for kind in text) else "published",
         experts=_arrangement(text, stacks),
         expert_rows=rows,
         shared_expert="apart" if apart else "last row" if packed else "none",
@@ -135,10 +137,6 @@ def _arrangement(kinds: Iterable[str], stacks: Iterable[str]) -> str:
     if any(".gate_up_proj" in kind for kind in stacks):
         return "fused"
     return "stacked" if stacks else "none"
-
-
-def _is_transformers_module(kind: str) -> bool:
-    return _has(kind, (".self_attn.indexer.", ".mlp.experts.", ".mlp.gate.", ".mlp.gate_up_proj."))
 
 
 def _has(name: str, parts: Iterable[str]) -> bool:
