@@ -13,7 +13,7 @@ hold for every patch:
 import inspect
 import re
 from collections.abc import Callable, Iterable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import wraps
 from types import ModuleType
 from typing import Any
@@ -30,10 +30,11 @@ class Patch:
     """One function, method or class of upstream that we replace.
 
     Attributes:
-        name: where upstream has it, such as ``"mlx_lm.generate:TextStateMachine.flush"``.
+        target: where upstream has it, and what ours uses of it: a module and a need, in the form that
+            :func:`check_needs` takes, such as ``"mlx_lm.generate:TextStateMachine.flush(state)"``.
         what: what M3 gets from it, in a few words for ``status()`` and ``mlx-m3 doctor``.
         replace: makes ours from upstream's module and upstream's function.
-        needs: what ours uses of the module, in the form that :func:`check_needs` takes.
+        others: what else ours uses of the module, in the same form.
         until: when the patch can go: ``"never"`` with the reason; or what upstream lacks today; or
             ``"mlx-lm 0.32"``, the first release without what is replaced.  A patch of the last kind is
             left out where the function is missing.
@@ -41,17 +42,26 @@ class Patch:
         since: the first release that has all that is needed.  Older ones go without the patch.
     """
 
-    name: str
+    target: str
     what: str
     replace: Callable[[Any, Any], Any]
-    needs: tuple[str, ...]
-    until: str
+    others: tuple[str, ...] = ()
+    until: str = field(kw_only=True)
     fault: str = ""
     since: str = ""
 
     @property
     def module(self) -> str:
-        return self.name.partition(":")[0]
+        return self.target.partition(":")[0]
+
+    @property
+    def needs(self) -> tuple[str, ...]:
+        return self.target.partition(":")[2], *self.others
+
+    @property
+    def path(self) -> str:
+        """Of what is replaced, in its module."""
+        return parse_need(self.needs[0])[0]
 
     def apply(self, module: ModuleType) -> bool:
         """Replace upstream's function in ``module``; False where this release has no need of it.
@@ -59,15 +69,13 @@ class Patch:
         Raises:
             UpstreamChangedError: something that is needed is missing; the module is as it was.
         """
-        path = self.name.partition(":")[2]
-        owner_path, _, leaf = path.rpartition(".")
         try:
-            find(module, path)
             check_needs(module, *self.needs)
         except UpstreamChangedError:
-            if self._is_for_other_release(module, path):
+            if self._is_for_other_release(module):
                 return False
             raise
+        owner_path, _, leaf = self.path.rpartition(".")
         owner = find(module, owner_path) if owner_path else module
         original = vars(owner).get(leaf, getattr(owner, leaf))
         if isinstance(original, (staticmethod, classmethod)):
@@ -76,10 +84,14 @@ class Patch:
             setattr(owner, leaf, self.replace(module, original))
         return True
 
-    def _is_for_other_release(self, module: ModuleType, path: str) -> bool:
-        if re.fullmatch(r"mlx-v?lm [\d.]+", self.until):
-            return not _has(module, path)
-        return bool(self.since) and _installed_release(module) < _release(self.since)
+    def _is_for_other_release(self, module: ModuleType) -> bool:
+        if not re.fullmatch(r"mlx-v?lm [\d.]+", self.until):
+            return bool(self.since) and _installed_release(module) < _release(self.since)
+        try:
+            find(module, self.path)
+        except UpstreamChangedError:
+            return True
+        return False
 
 
 def check_needs(module: ModuleType, *needs: str) -> None:
@@ -97,11 +109,14 @@ def check_needs(module: ModuleType, *needs: str) -> None:
         name, parameters, attributes = parse_need(need)
         function = find(module, name)
         check_takes(function, *parameters)
-        check_uses(function, *attributes)
+        code = getattr(inspect.unwrap(function), "__code__", None)
+        for attribute in attributes:
+            if attribute not in (code.co_names if code else ()):
+                raise UpstreamChangedError(f"{_full_name(function)} does not use {attribute}")
 
 
 def parse_need(need: str) -> tuple[str, list[str], list[str]]:
-    """The name, the parameters and the attributes in a string of :attr:`Patch.needs`."""
+    """The name, the parameters and the attributes in one of :attr:`Patch.needs`."""
     function, _, attributes = need.partition(": ")
     name, _, parameters = function.rstrip(")").partition("(")
     return name, parameters.split(", ") if parameters else [], attributes.split(", ") if attributes else []
@@ -121,13 +136,6 @@ def find(module: ModuleType, name: str) -> Any:
     return found
 
 
-def _has(module: ModuleType, name: str) -> bool:
-    try:
-        return find(module, name) is not None
-    except UpstreamChangedError:
-        return False
-
-
 def check_takes(function: Any, *parameters: str) -> None:
     """Check that ``function`` has parameters with these names.
 
@@ -138,19 +146,6 @@ def check_takes(function: Any, *parameters: str) -> None:
     for parameter in parameters:
         if parameter not in taken:
             raise UpstreamChangedError(f"{_full_name(function)} has no parameter {parameter}")
-
-
-def check_uses(function: Any, *names: str) -> None:
-    """Check that the code of ``function`` sets or reads attributes with these names.
-
-    Raises:
-        UpstreamChangedError: names the first one that it does not use.
-    """
-    code = getattr(inspect.unwrap(function), "__code__", None)
-    used = code.co_names if code else ()
-    for name in names:
-        if name not in used:
-            raise UpstreamChangedError(f"{_full_name(function)} does not use {name}")
 
 
 def for_m3(
