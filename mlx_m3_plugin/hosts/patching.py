@@ -106,13 +106,13 @@ def check_needs(module: ModuleType, *needs: str) -> None:
         UpstreamChangedError: names the first thing that is missing.
     """
     for need in needs:
-        name, parameters, attributes = parse_need(need)
-        function = find(module, name)
-        check_takes(function, *parameters)
+        path, parameters, attributes = parse_need(need)
+        function, name = find(module, path), f"{module.__name__}.{path}"
+        check_takes(name, function, *parameters)
         code = getattr(inspect.unwrap(function), "__code__", None)
         for attribute in attributes:
             if attribute not in (code.co_names if code else ()):
-                raise UpstreamChangedError(f"{_full_name(function)} does not use {attribute}")
+                raise UpstreamChangedError(f"{name} does not use {attribute}")
 
 
 def parse_need(need: str) -> tuple[str, list[str], list[str]]:
@@ -136,8 +136,8 @@ def find(module: ModuleType, name: str) -> Any:
     return found
 
 
-def check_takes(function: Any, *parameters: str) -> None:
-    """Check that ``function`` has parameters with these names.
+def check_takes(name: str, function: Any, *parameters: str) -> None:
+    """Check that ``function``, called ``name`` in errors, has parameters with these names.
 
     Raises:
         UpstreamChangedError: names the first one that it does not have.
@@ -145,7 +145,7 @@ def check_takes(function: Any, *parameters: str) -> None:
     taken = _signature(function).parameters if parameters else ()
     for parameter in parameters:
         if parameter not in taken:
-            raise UpstreamChangedError(f"{_full_name(function)} has no parameter {parameter}")
+            raise UpstreamChangedError(f"{name} has no parameter {parameter}")
 
 
 def for_m3(
@@ -181,11 +181,6 @@ def call(function: Callable[..., Any], given: Arguments) -> Any:
 def named(values: Iterable[Any], kind: type) -> Any:
     """The first of ``values`` that is of this type, at any position; None without one."""
     return next((value for value in values if isinstance(value, kind)), None)
-
-
-def _full_name(function: Any) -> str:
-    name = getattr(function, "__qualname__", type(function).__qualname__)
-    return f"{getattr(function, '__module__', '?')}.{name}"
 
 
 def _signature(function: Any) -> inspect.Signature:

@@ -10,7 +10,7 @@ import mlx.core as mx
 import mlx.nn as nn
 import pytest
 
-from mlx_m3_plugin.hosts.mlx_vlm import identity
+from mlx_m3_plugin.hosts.mlx_vlm import prompts
 from mlx_m3_plugin.hosts.mlx_vlm.patches import PATCHES
 from tests.hosts.upstream_copies import (
     RENAMED,
@@ -224,11 +224,11 @@ def test_processors_are_known_by_identity() -> None:
 
     processor, another = Equal(), Equal()
     processor.tokenizer = Equal()  # type: ignore[attr-defined]
-    identity.remember(processor)
-    identity.remember(None)
-    assert identity.is_m3(processor)
-    assert identity.is_m3(processor.tokenizer)  # type: ignore[attr-defined]
-    assert not any(map(identity.is_m3, (another, None, 3, "minimax_m3_vl")))
-    known = len(identity._known)
+    prompts.remember(processor)
+    prompts.remember(None)
+    assert prompts.is_m3(processor)
+    assert prompts.is_m3(processor.tokenizer)  # type: ignore[attr-defined]
+    assert not any(map(prompts.is_m3, (another, None, 3, "minimax_m3_vl")))
+    known = len(prompts._known)
     del processor
-    assert len(identity._known) == known - 2
+    assert len(prompts._known) == known - 2

@@ -12,7 +12,7 @@ def load_model(module: Any, original: Any) -> Any:
     """Have it look at the files of M3 checkpoints, under any names."""
 
     def load(given: Arguments) -> Any:
-        from mlx_m3_plugin.hosts.mlx_lm.links import with_shards_named_as_expected
+        from mlx_m3_plugin.hosts.mlx_lm.sharded import with_shards_named_as_expected
 
         with with_shards_named_as_expected(given.arguments["model_path"]) as path:
             given.arguments["model_path"] = path

@@ -4,15 +4,16 @@ from collections.abc import Sequence
 from typing import Any
 
 import mlx.core as mx
-from mlx_vlm.models.base import LanguageModelOutput
+from mlx_vlm.models.base import LanguageModelOutput, create_attention_mask, scaled_dot_product_attention
 
 from mlx_m3_plugin.model import decoder
 from mlx_m3_plugin.model.config import TextConfig
+from mlx_m3_plugin.model.host import Host
+from mlx_m3_plugin.model.kv_cache import left_padding
 from mlx_m3_plugin.model.sharding import shard_layers
 
+from . import cache as caches
 from . import parts
-from .cache import make_layer_cache
-from .host import MLX_VLM
 from .padding import add_padding, cache_for_padding
 
 # Arguments that other models take.  Ignoring them would make the answer wrong.
@@ -28,6 +29,34 @@ _NOT_TAKEN = (
 )
 
 upstream: Any = parts.upstream("language")
+
+
+def attention(queries: mx.array, keys: Any, values: Any, *, cache: Any, scale: float, mask: Any) -> mx.array:
+    """mlx-vlm's fused attention, for layers and steps that attend to everything.
+
+    Raises:
+        NotImplementedError: a batch with quantized K and V.  mlx-vlm has no such cache for
+            MiniMax-M3; 0.6.4 would go on with the wrong masks.
+    """
+    if left_padding(cache) is not None and "Quant" in type(cache).__name__:
+        raise NotImplementedError(
+            "MiniMax-M3 cannot quantize K and V in a batch: leave --kv-bits out, or send one request "
+            "at a time"
+        )
+    return scaled_dot_product_attention(queries, keys, values, cache=cache, scale=scale, mask=mask)
+
+
+initialize_rope, SwitchGLU = parts.rope_and_experts()
+
+MLX_VLM = Host(
+    SwitchGLU=SwitchGLU,
+    initialize_rope=initialize_rope,
+    attention_mask=create_attention_mask,
+    attention=attention,
+    kv_cache=caches.kv_cache,
+    append_index_keys=caches.append_index_keys,
+    adopt=caches.adopt,
+)
 
 
 class TextModel(decoder.TextModel):
@@ -74,7 +103,7 @@ class TextModel(decoder.TextModel):
         return self.norm(h)
 
     def make_cache(self) -> list[Any]:
-        return [make_layer_cache(layer.self_attn.is_sparse_attn) for layer in self.pipeline_layers]
+        return [caches.make_layer_cache(layer.self_attn.is_sparse_attn) for layer in self.pipeline_layers]
 
 
 class LanguageModel(decoder.LanguageModel):

@@ -12,8 +12,7 @@ from functools import cache, wraps
 from typing import TYPE_CHECKING, Any
 
 from mlx_m3_plugin.chat.markers import THINK_END, THINK_START, TOOL_CALL_START
-from mlx_m3_plugin.hosts.mlx_vlm.identity import is_m3
-from mlx_m3_plugin.hosts.mlx_vlm.prompts import PARSER_NAME
+from mlx_m3_plugin.hosts.mlx_vlm.prompts import PARSER_NAME, is_m3
 from mlx_m3_plugin.hosts.mlx_vlm.requests import M3Arguments, arguments_of
 from mlx_m3_plugin.hosts.patching import Arguments, UpstreamChangedError, call, check_takes, for_m3, named
 
@@ -63,7 +62,7 @@ def _with_m3_arguments(build_gen_args: Callable[..., Any]) -> Callable[..., Any]
         except ValueError as error:
             raise _refusal(str(error)) from error
 
-    check_takes(build_gen_args, "request", "processor")
+    check_takes("build_gen_args", build_gen_args, "request", "processor")
     return for_m3(build_gen_args, lambda given: is_m3(given["processor"]), build)
 
 
@@ -80,7 +79,7 @@ def _refusal(why: str) -> Exception:
 
 def _with_no_m3_tags(count: Callable[..., int]) -> Callable[..., int]:
     """All that M3 has generated is counted: the prompt may have opened the reasoning."""
-    check_takes(count, "thinking_start_token")
+    check_takes("count_thinking_tag_tokens", count, "thinking_start_token")
     return for_m3(count, _starts_with_m3, lambda given: 0)
 
 
