@@ -9,7 +9,7 @@ import mlx.core as mx
 
 from ..model.config import TextConfig, text_config_of
 from ..weights import Headers, lacks_indexers, plan_layout, read_headers, shorten
-from ..weights.files import MODEL_TYPES
+from ..weights.headers import MODEL_TYPES
 from ..weights.names import is_vision
 from ..weights.quantization import PARTS
 from ..weights.tensor import Tensor

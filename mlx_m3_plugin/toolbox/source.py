@@ -12,8 +12,7 @@ from typing import Any
 from urllib.parse import unquote, urlsplit
 
 from ..weights import Headers, StoredTensor, read_headers, shorten
-from ..weights.files import MODEL_TYPES
-from ..weights.headers import INDEX
+from ..weights.headers import INDEX, MODEL_TYPES
 from .common import UnreadableText, parse_json_object, read_text
 
 CHAT_TEMPLATE_FILES = ("chat_template.jinja", "chat_template.json")

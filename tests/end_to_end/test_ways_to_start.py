@@ -359,7 +359,7 @@ class TestManners:
             "chat.markers",
         }
         assert {name for name in ours if name.startswith("hosts")} == {
-            *("hosts", "hosts.checks", "hosts.patching", "hosts.mlx_lm"),
+            *("hosts", "hosts.patching", "hosts.mlx_lm"),
             *("hosts.mlx_lm.patches", "hosts.mlx_lm.chat"),
         }
 

@@ -17,7 +17,7 @@ from mlx_m3_plugin.hosts.mlx_lm.chat import ATTRIBUTES, become_m3, is_m3_wrapper
 from mlx_m3_plugin.hosts.mlx_lm.patches import PATCHES
 from mlx_m3_plugin.hosts.mlx_vlm.patches import PATCHES as VLM_PATCHES
 from mlx_m3_plugin.startup.hook import PATCH_GROUP
-from mlx_m3_plugin.weights.files import is_m3 as is_m3_checkpoint
+from mlx_m3_plugin.weights.headers import is_m3 as is_m3_checkpoint
 from tests.hosts.upstream_copies import (
     Recorder,
     Use,

@@ -58,7 +58,7 @@ def test_padding_on_the_left_with_a_plain_cache(
 
 
 def test_with_the_cache_of_a_batch_the_mask_may_say_the_same(model: Any, more: mx.array) -> None:
-    from mlx_m3_plugin.hosts.mlx_vlm.padding import batch_caches
+    from mlx_m3_plugin.hosts.mlx_vlm.cache import batch_caches
 
     tokens, mask = padded()
     paddings = [90 - length for length in LENGTHS]

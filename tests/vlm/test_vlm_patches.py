@@ -175,6 +175,23 @@ def test_endpoints_that_are_given_other_functions_keep_them(caplog: pytest.LogCa
         _ = deps.count_thinking_tag_tokens
 
 
+def test_arguments_without_a_field_that_ours_sets_stay_upstreams(
+    monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    from mlx_m3_plugin.hosts.mlx_vlm.server import _Dependencies
+
+    class OtherArguments(Recorder):
+        def to_template_kwargs(self) -> dict[str, Any]:
+            return {}
+
+    monkeypatch.setattr("mlx_vlm.server.generation.GenerationArguments", OtherArguments)
+    processor, made = nn.Identity(), OtherArguments()
+    prompts.remember(processor)
+    deps = _Dependencies(SimpleNamespace(build_gen_args=lambda request, processor: made))
+    assert deps.build_gen_args(SimpleNamespace(), processor) is made
+    assert "GenerationArguments has no parameter enable_thinking" in caplog.text
+
+
 # --- what is saved ---
 
 

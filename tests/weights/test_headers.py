@@ -4,7 +4,7 @@ import mlx.core as mx
 import pytest
 
 from mlx_m3_plugin.weights import read_headers
-from mlx_m3_plugin.weights.files import check_files, is_m3
+from mlx_m3_plugin.weights.headers import check_files, is_m3
 from tests.checkpoints.tiny_layouts import LAYOUTS
 
 FIRST, SECOND, THIRD = (f"model-0000{n}-of-00003.safetensors" for n in (1, 2, 3))

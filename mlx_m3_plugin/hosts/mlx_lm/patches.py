@@ -3,9 +3,8 @@
 from functools import partial
 from typing import Any
 
-from mlx_m3_plugin.hosts.checks import is_m3_checkpoint, with_checks
 from mlx_m3_plugin.hosts.mlx_lm import chat
-from mlx_m3_plugin.hosts.patching import Arguments, Patch, call, for_m3
+from mlx_m3_plugin.hosts.patching import Arguments, Patch, call, for_m3, is_m3_checkpoint, with_checks
 
 
 def load_model(module: Any, original: Any) -> Any:

@@ -14,7 +14,6 @@ from mlx_m3_plugin.model.sharding import shard_layers
 
 from . import cache as caches
 from . import parts
-from .padding import add_padding, cache_for_padding
 
 # Arguments that other models take.  Ignoring them would make the answer wrong.
 _NOT_TAKEN = (
@@ -77,7 +76,7 @@ class TextModel(decoder.TextModel):
         Args:
             mask: ``[B, L]``, 1 for tokens and 0 for padding.  Without a ``cache`` padding may be on
                 both sides.  With one it is on the left, and an empty ``cache`` becomes that of a
-                padded batch, in place; see :func:`.padding.add_padding`.
+                padded batch, in place; see :func:`.cache.add_padding`.
             capture_layer_ids: layers whose output goes into ``hidden_sink``; without them it
                 gets the last hidden states before the final norm.
             position_ids: ignored; positions follow from the cache, in content.
@@ -87,10 +86,10 @@ class TextModel(decoder.TextModel):
         """
         h = self.embed_tokens(inputs) if inputs_embeds is None else inputs_embeds
         if mask is not None and cache is None:
-            cache = cache_for_padding(self.make_cache(), mask, h.shape[:2])
+            cache = caches.cache_for_padding(self.make_cache(), mask, h.shape[:2])
         elif mask is not None:
             self.host.adopt(cache)
-            add_padding(cache, mask, h.shape[:2])
+            caches.add_padding(cache, mask, h.shape[:2])
         captured = set(capture_layer_ids or ())
 
         def capture(layer: int, output: mx.array) -> None:

@@ -5,9 +5,9 @@ from os import PathLike
 from pathlib import Path
 from typing import Any
 
-from mlx_m3_plugin.hosts.checks import strictly, with_checks
 from mlx_m3_plugin.hosts.mlx_vlm import prompts, server
-from mlx_m3_plugin.hosts.patching import Arguments, Patch, call, for_m3
+from mlx_m3_plugin.hosts.mlx_vlm.requests import ARGUMENTS
+from mlx_m3_plugin.hosts.patching import Arguments, Patch, call, for_m3, strictly, with_checks
 
 # What save_config has to say of the weights that save_weights has written: by directory.
 _described: dict[Path | None, dict[str, Any]] = {}
@@ -31,7 +31,7 @@ def save_config(module: Any, original: Any) -> Any:
     def is_described(given: Any) -> bool:
         if not _described or _real(given["config_path"], parent=True) not in _described:
             return False
-        from mlx_m3_plugin.weights.files import MODEL_TYPES
+        from mlx_m3_plugin.weights.headers import MODEL_TYPES
 
         config = given["config"]
         return isinstance(config, dict) and config.get("model_type") in MODEL_TYPES
@@ -159,7 +159,7 @@ PATCHES = [
         "mlx_vlm.server.generation:ResponseGenerator.generate(prompt)",
         "replies whose markers come whole",
         server.generate,
-        ("StreamingToken(text, finish_reason, token_count)",),
+        ("StreamingToken(text, finish_reason, token_count)", *ARGUMENTS),
     ),
     until_markers(
         "mlx_vlm.server.generation:ResponseGenerator._prompt_has_open_thinking(args, input_ids)",

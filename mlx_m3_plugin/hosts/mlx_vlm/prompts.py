@@ -8,8 +8,7 @@ from weakref import ref
 
 from mlx_m3_plugin.chat.markers import THINK_END, THINK_START
 from mlx_m3_plugin.chat.prompt import CHAT_TEMPLATE, prepared, thinking_mode
-from mlx_m3_plugin.hosts.checks import is_m3_checkpoint
-from mlx_m3_plugin.hosts.patching import Arguments, call, for_m3
+from mlx_m3_plugin.hosts.patching import Arguments, call, for_m3, is_m3_checkpoint
 
 PARSER_NAME = "minimax_m3"
 
@@ -82,7 +81,7 @@ def auto_processor(module: Any, original: Any) -> Any:
     class AutoProcessor(original):  # type: ignore[misc]
         @classmethod
         def from_pretrained(cls, path: Any, *args: Any, **kwargs: Any) -> Any:
-            from mlx_m3_plugin.weights.files import TEXT_ONLY, model_type_of
+            from mlx_m3_plugin.weights.headers import TEXT_ONLY, model_type_of
 
             if model_type_of(path) == TEXT_ONLY:
                 from transformers import AutoTokenizer
@@ -118,7 +117,7 @@ def apply_chat_template(module: Any, original: Any) -> Any:
     """mlx-vlm rebuilds messages from role and content, but for those with ``tool_calls``."""
 
     def is_m3_config(given: Any) -> bool:
-        from mlx_m3_plugin.weights.files import MODEL_TYPES
+        from mlx_m3_plugin.weights.headers import MODEL_TYPES
 
         config = given["config"]
         fields = config if isinstance(config, dict) else getattr(config, "__dict__", {})

@@ -9,6 +9,13 @@ from typing import Any
 from mlx_m3_plugin.chat.markers import THINK_END, THINK_START
 from mlx_m3_plugin.chat.prompt import prepared, thinking_mode
 
+# What ours reads and sets of upstream's arguments, in the form that ``Patch.needs`` has.
+ARGUMENTS = (
+    "GenerationArguments(enable_thinking, thinking_budget, thinking_start_token, thinking_end_token,"
+    " skip_special_tokens, logits_processors)",
+    "GenerationArguments.to_template_kwargs",
+)
+
 
 def arguments_of(made: Any, request: Any) -> Any:
     """``GenerationArguments`` for M3, from upstream's and the request.

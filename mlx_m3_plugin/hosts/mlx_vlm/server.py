@@ -9,12 +9,21 @@ import json
 import logging
 from collections.abc import Callable, Iterator, Mapping
 from functools import cache, wraps
+from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 from mlx_m3_plugin.chat.markers import THINK_END, THINK_START, TOOL_CALL_START
 from mlx_m3_plugin.hosts.mlx_vlm.prompts import PARSER_NAME, is_m3
-from mlx_m3_plugin.hosts.mlx_vlm.requests import M3Arguments, arguments_of
-from mlx_m3_plugin.hosts.patching import Arguments, UpstreamChangedError, call, check_takes, for_m3, named
+from mlx_m3_plugin.hosts.mlx_vlm.requests import ARGUMENTS, M3Arguments, arguments_of
+from mlx_m3_plugin.hosts.patching import (
+    Arguments,
+    UpstreamChangedError,
+    call,
+    check_needs,
+    check_takes,
+    for_m3,
+    named,
+)
 
 if TYPE_CHECKING:
     # Their parsers take milliseconds to import, for which other models are not to wait.
@@ -63,6 +72,7 @@ def _with_m3_arguments(build_gen_args: Callable[..., Any]) -> Callable[..., Any]
             raise _refusal(str(error)) from error
 
     check_takes("build_gen_args", build_gen_args, "request", "processor")
+    check_needs(import_module("mlx_vlm.server.generation"), *ARGUMENTS)
     return for_m3(build_gen_args, lambda given: is_m3(given["processor"]), build)
 
 
