@@ -12,10 +12,10 @@ hold for every patch:
 
 import inspect
 import re
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Mapping
 from contextvars import ContextVar
 from dataclasses import dataclass, field
-from functools import wraps
+from functools import partial, wraps
 from types import ModuleType
 from typing import Any
 
@@ -175,13 +175,22 @@ def for_m3(
     return patched
 
 
+def where(
+    is_m3: Callable[[Mapping[str, Any]], bool],
+) -> Callable[[Callable[[Any, Arguments], Any]], Callable[[Any, Any], Any]]:
+    """Makes :attr:`Patch.replace` from a function of upstream's function and the arguments of a call.
+
+    It is called where ``is_m3`` says so; see :func:`for_m3`.
+    """
+
+    def decorate(ours: Callable[[Any, Arguments], Any]) -> Callable[[Any, Any], Any]:
+        return lambda module, original: for_m3(original, is_m3, partial(ours, original))
+
+    return decorate
+
+
 def call(function: Callable[..., Any], given: Arguments) -> Any:
     return function(*given.args, **given.kwargs)
-
-
-def named(values: Iterable[Any], kind: type) -> Any:
-    """The first of ``values`` that is of this type, at any position; None without one."""
-    return next((value for value in values if isinstance(value, kind)), None)
 
 
 def _signature(function: Any) -> inspect.Signature:

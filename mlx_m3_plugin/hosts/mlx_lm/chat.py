@@ -8,7 +8,7 @@ from functools import cache, wraps
 from typing import Any
 
 from mlx_m3_plugin.chat.markers import NAMESPACE, THINK_END, THINK_START, has_m3_markers
-from mlx_m3_plugin.hosts.patching import Arguments, UpstreamChangedError, call, for_m3
+from mlx_m3_plugin.hosts.patching import Arguments, UpstreamChangedError, call, for_m3, where
 
 # --- TokenizerWrapper: markers, tool parser, thinking modes, template ---
 
@@ -204,20 +204,17 @@ def _shown(text: str, name: str) -> str:
 
 
 # until: mlx-lm 0.32
-def sequence_init(module: Any, original: Any) -> Any:
+@where(lambda given: bool(_swallowed(given["transitions"])))
+def sequence_init(init: Any, given: Arguments) -> None:
     """As in mlx-lm 0.32, the closing marker is not content, and a call may come within reasoning."""
-
-    def init_for_m3(given: Arguments) -> None:
-        transitions = given.arguments["transitions"]
-        reasoning, normal = transitions["reasoning"], transitions.get("normal", ())
-        calls = [edge for edge in normal if edge[1] == "tool"]
-        normal = [*normal, *((tokens, "normal") for tokens in _swallowed(transitions))]
-        given.arguments["transitions"] = {**transitions, "normal": normal, "reasoning": [*reasoning, *calls]}
-        call(original, given)
-        made = given.arguments["self"]
-        made._states = M3States(made._states, calls[0][0][0] if calls else None)
-
-    return for_m3(original, lambda given: bool(_swallowed(given["transitions"])), init_for_m3)
+    transitions = given.arguments["transitions"]
+    reasoning, normal = transitions["reasoning"], transitions.get("normal", ())
+    calls = [edge for edge in normal if edge[1] == "tool"]
+    normal = [*normal, *((tokens, "normal") for tokens in _swallowed(transitions))]
+    given.arguments["transitions"] = {**transitions, "normal": normal, "reasoning": [*reasoning, *calls]}
+    call(init, given)
+    made = given.arguments["self"]
+    made._states = M3States(made._states, calls[0][0][0] if calls else None)
 
 
 # until: mlx-lm 0.32

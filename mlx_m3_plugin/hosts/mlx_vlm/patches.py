@@ -1,47 +1,44 @@
 """All that we replace in mlx-vlm, beside the modules that it looks up by name."""
 
+from collections.abc import Mapping
 from functools import partial
 from os import PathLike
 from pathlib import Path
 from typing import Any
 
+from mlx_m3_plugin.chat.markers import THINK_END, THINK_START
 from mlx_m3_plugin.hosts.mlx_vlm import prompts, server
 from mlx_m3_plugin.hosts.mlx_vlm.requests import ARGUMENTS
-from mlx_m3_plugin.hosts.patching import Arguments, Patch, call, for_m3, strictly, with_checks
+from mlx_m3_plugin.hosts.patching import Arguments, Patch, call, strictly, where, with_checks
 
 # What save_config has to say of the weights that save_weights has written: by directory.
 _described: dict[Path | None, dict[str, Any]] = {}
 
 
-def save_weights(module: Any, original: Any) -> Any:
-    """Have it write mlx-vlm's own layout."""
-
-    def save_m3(given: Arguments) -> None:
-        given.arguments["model"], description = given.arguments["model"].as_stored()
-        call(original, given)
-        _described[_real(given.arguments["save_path"])] = description
-
-    # Only our classes have the method.
-    return for_m3(original, lambda given: hasattr(type(given["model"]), "as_stored"), save_m3)
+# Only our classes have the method.
+@where(lambda given: hasattr(type(given["model"]), "as_stored"))
+def save_weights(save: Any, given: Arguments) -> None:
+    """In mlx-vlm's own layout."""
+    given.arguments["model"], description = given.arguments["model"].as_stored()
+    call(save, given)
+    _described[_real(given.arguments["save_path"])] = description
 
 
-def save_config(module: Any, original: Any) -> Any:
-    """Have it describe what :func:`save_weights` has written."""
+def _is_described(given: Mapping[str, Any]) -> bool:
+    if not _described or _real(given["config_path"], parent=True) not in _described:
+        return False
+    from mlx_m3_plugin.weights.headers import MODEL_TYPES
 
-    def is_described(given: Any) -> bool:
-        if not _described or _real(given["config_path"], parent=True) not in _described:
-            return False
-        from mlx_m3_plugin.weights.headers import MODEL_TYPES
+    config = given["config"]
+    return isinstance(config, dict) and config.get("model_type") in MODEL_TYPES
 
-        config = given["config"]
-        return isinstance(config, dict) and config.get("model_type") in MODEL_TYPES
 
-    def save_described(given: Arguments) -> None:
-        description = _described.pop(_real(given.arguments["config_path"], parent=True))
-        given.arguments["config"] = describe(given.arguments["config"], description)
-        call(original, given)
-
-    return for_m3(original, is_described, save_described)
+@where(_is_described)
+def save_config(save: Any, given: Arguments) -> None:
+    """Describes what :func:`save_weights` has written."""
+    description = _described.pop(_real(given.arguments["config_path"], parent=True))
+    given.arguments["config"] = describe(given.arguments["config"], description)
+    call(save, given)
 
 
 def _real(path: Any, parent: bool = False) -> Path | None:
@@ -164,13 +161,13 @@ PATCHES = [
     until_markers(
         "mlx_vlm.server.generation:ResponseGenerator._prompt_has_open_thinking(args, input_ids)",
         "reasoning that the end of a prompt opens",
-        server.prompt_opens_reasoning,
+        server.at_prompt_end(THINK_START),
         _HAS_TOKENIZER,
     ),
     until_markers(
         "mlx_vlm.server.generation:ResponseGenerator._prompt_thinking_already_closed(args, input_ids)",
         "reasoning that the end of a prompt closes",
-        server.prompt_closes_reasoning,
+        server.at_prompt_end(THINK_END),
         _HAS_TOKENIZER,
         since="0.7",
     ),

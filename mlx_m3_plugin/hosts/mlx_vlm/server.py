@@ -12,7 +12,7 @@ from functools import cache, wraps
 from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
-from mlx_m3_plugin.chat.markers import THINK_END, THINK_START, TOOL_CALL_START
+from mlx_m3_plugin.chat.markers import THINK_START, TOOL_CALL_START
 from mlx_m3_plugin.hosts.mlx_vlm.prompts import PARSER_NAME, is_m3
 from mlx_m3_plugin.hosts.mlx_vlm.requests import ARGUMENTS, M3Arguments, arguments_of
 from mlx_m3_plugin.hosts.patching import (
@@ -22,7 +22,7 @@ from mlx_m3_plugin.hosts.patching import (
     check_needs,
     check_takes,
     for_m3,
-    named,
+    where,
 )
 
 if TYPE_CHECKING:
@@ -97,36 +97,20 @@ def _with_no_m3_tags(count: Callable[..., int]) -> Callable[..., int]:
 _OURS = {"build_gen_args": _with_m3_arguments, "count_thinking_tag_tokens": _with_no_m3_tags}
 
 
-def _is_m3_marker(token: Any) -> bool:
-    return isinstance(token, str) and token == THINK_START
-
-
 # --- replies ---
 
 
-def generate(module: Any, original: Any) -> Any:
+def _m3_arguments(given: Mapping[str, Any]) -> Any:
+    """Those of this call, at any position; None without any."""
+    return next((value for value in given.values() if isinstance(value, M3Arguments)), None)
+
+
+@where(lambda given: _m3_arguments(given) is not None)
+def generate(original: Any, given: Arguments) -> Any:
     """Every reply of M3 comes through here."""
-
-    def given_arguments(given: Mapping[str, Any]) -> Any:
-        return named(given.values(), M3Arguments)
-
-    def generate_rewritten(given: Arguments) -> Any:
-        context, tokens = call(original, given)
-        rewriter = _rewriter(given.arguments["prompt"], given_arguments(given.arguments))
-        return context, _RewrittenTokens(tokens, rewriter)
-
-    return for_m3(original, lambda given: given_arguments(given) is not None, generate_rewritten)
-
-
-# M3's instructions, and what users write, hold both markers: only the prompt's end counts.
-
-
-def prompt_opens_reasoning(module: Any, original: Any) -> Any:
-    return _at_prompt_end(original, THINK_START)
-
-
-def prompt_closes_reasoning(module: Any, original: Any) -> Any:
-    return _at_prompt_end(original, THINK_END)
+    context, tokens = call(original, given)
+    rewriter = _rewriter(given.arguments["prompt"], _m3_arguments(given.arguments))
+    return context, _RewrittenTokens(tokens, rewriter)
 
 
 def _rewriter(prompt: Any, arguments: Any) -> "ReplyRewriter":
@@ -137,14 +121,17 @@ def _rewriter(prompt: Any, arguments: Any) -> "ReplyRewriter":
     return ReplyRewriter(tools, in_reasoning, calls_are_text=not tools)
 
 
-def _at_prompt_end(asks: Callable[..., bool], marker: str) -> Callable[..., bool]:
-    def answer(given: Arguments) -> bool:
+def at_prompt_end(marker: str) -> Callable[[Any, Any], Any]:
+    """M3's instructions, and what users write, hold both markers: only the prompt's end counts."""
+
+    @where(lambda given: isinstance(given["args"], M3Arguments))
+    def is_at_end(original: Any, given: Arguments) -> bool:
         generator, arguments, input_ids = (given.arguments[name] for name in ("self", "args", "input_ids"))
         tokens = input_ids.flatten().tolist() if input_ids is not None else []
         end = [generator.tokenizer.convert_tokens_to_ids(marker)]
         return arguments.enable_thinking and tokens[-1:] == end
 
-    return for_m3(asks, lambda given: isinstance(given["args"], M3Arguments), answer)
+    return is_at_end
 
 
 class _RewrittenTokens:
@@ -178,8 +165,13 @@ class _RewrittenTokens:
 # What takes replies apart is given M3's opening marker.
 
 
+def _is(token: Any, marker: str) -> bool:
+    # An object that is not a string may refuse to be compared.
+    return isinstance(token, str) and token == marker
+
+
 def _starts_with_m3(given: Mapping[str, Any]) -> bool:
-    return _is_m3_marker(given["thinking_start_token"])
+    return _is(given["thinking_start_token"], THINK_START)
 
 
 def thinking_stream_init(module: Any, init: Any) -> Any:
@@ -192,12 +184,10 @@ def thinking_stream_init(module: Any, init: Any) -> Any:
     return for_m3(init, _starts_with_m3, become_m3)
 
 
-def thinking_stream_markers(module: Any, pairs_of: Any) -> Any:
-    def pairs_of_m3(given: Arguments) -> Any:
-        # ``<think>`` in a reply of M3 is text.
-        return ((given.arguments["thinking_start_token"], given.arguments["thinking_end_token"]),)
-
-    return for_m3(pairs_of, _starts_with_m3, pairs_of_m3)
+@where(_starts_with_m3)
+def thinking_stream_markers(original: Any, given: Arguments) -> Any:
+    """``<think>`` in a reply of M3 is text."""
+    return ((given.arguments["thinking_start_token"], given.arguments["thinking_end_token"]),)
 
 
 @cache
@@ -215,15 +205,10 @@ def _m3_stream(base: Any, delta: Any) -> Any:
     return M3Stream
 
 
-def split_thinking(module: Any, split: Any) -> Any:
-    def split_m3(given: Arguments) -> Any:
-        reasoning, content = _split(_splitter(), given.arguments["text"])
-        return reasoning or None, content
-
-    def is_m3_text(given: Mapping[str, Any]) -> bool:
-        return _starts_with_m3(given) and bool(given["text"])
-
-    return for_m3(split, is_m3_text, split_m3)
+@where(lambda given: _starts_with_m3(given) and bool(given["text"]))
+def split_thinking(original: Any, given: Arguments) -> Any:
+    reasoning, content = _split(_splitter(), given.arguments["text"])
+    return reasoning or None, content
 
 
 def _splitter() -> "ReplySplitter":
@@ -243,40 +228,31 @@ def _split(splitter: "ReplySplitter", text: str) -> tuple[str, str]:
 
 
 # until: mlx-vlm 0.7
-def text_after_calls(module: Any, suppress: Any) -> Any:
+@where(lambda given: _is(given["tc_start"], TOOL_CALL_START) and bool(given["delta_content"]))
+def text_after_calls(original: Any, given: Arguments) -> Any:
     """mlx-vlm 0.6 shows nothing more of a reply once a call has begun."""
+    from mlx_m3_plugin.chat.reply import ReplyParser
 
-    def show(given: Arguments) -> Any:
-        from mlx_m3_plugin.chat.reply import ReplyParser
-
-        parser = ReplyParser()
-        events = parser.feed(given.arguments["delta_content"]) + parser.finish()
-        return False, "".join(event.text for event in events if event.kind == "content") or None
-
-    def is_m3_content(given: Mapping[str, Any]) -> bool:
-        start = given["tc_start"]
-        return isinstance(start, str) and start == TOOL_CALL_START and bool(given["delta_content"])
-
-    return for_m3(suppress, is_m3_content, show)
+    parser = ReplyParser()
+    events = parser.feed(given.arguments["delta_content"]) + parser.finish()
+    return False, "".join(event.text for event in events if event.kind == "content") or None
 
 
-def tool_deltas(module: Any, feed: Any) -> Any:
+def _parses_m3(given: Mapping[str, Any]) -> bool:
+    # In upstream's own order; what is not there is not read.
+    state = given["self"]
+    return bool(getattr(state, "tools", None)) and getattr(state, "parser_name", None) == PARSER_NAME
+
+
+@where(_parses_m3)
+def tool_deltas(original: Any, given: Arguments) -> Any:
     """A call of M3 is sent when it is complete, not when all are."""
+    from mlx_m3_plugin.chat.reply import ReplyParser
 
-    def reads_m3(given: Mapping[str, Any]) -> bool:
-        # In upstream's own order; what is not there is not read.
-        state = given["self"]
-        return bool(getattr(state, "tools", None)) and getattr(state, "parser_name", None) == PARSER_NAME
-
-    def feed_m3(given: Arguments) -> Any:
-        from mlx_m3_plugin.chat.reply import ReplyParser
-
-        state, text = given.arguments["self"], given.arguments["text"]
-        parser = ReplyParser(state.tools)
-        calls = [event.call for event in parser.feed(text or "") + parser.finish() if event.call]
-        return [
-            state._update(len(state.calls), call.name.strip(), json.dumps(call.arguments, ensure_ascii=False))
-            for call in calls
-        ]
-
-    return for_m3(feed, reads_m3, feed_m3)
+    state, text = given.arguments["self"], given.arguments["text"]
+    parser = ReplyParser(state.tools)
+    calls = [event.call for event in parser.feed(text or "") + parser.finish() if event.call]
+    return [
+        state._update(len(state.calls), call.name.strip(), json.dumps(call.arguments, ensure_ascii=False))
+        for call in calls
+    ]
