@@ -120,7 +120,7 @@ class PluginFinder:
         for name in [
             n for n in list(sys.modules) if self._module_for(n) and not self._settings.prefer_native
         ]:
-            # The next look-up shall find ours.  Objects made from the native module keep working.
+            # The next look-up must find ours.  Objects made from the native module keep working.
             replaced_modules.append(sys.modules.pop(name))
             status["caught_up"].append(name)
             parent, _, leaf = name.rpartition(".")
@@ -185,7 +185,7 @@ class PluginFinder:
         if done:
             status["patched"][module.__name__] = done
         if problems:
-            message = f"cannot extend {module.__name__} for MiniMax-M3 as planned: {'; '.join(problems)}"
+            message = f"cannot extend {module.__name__} for MiniMax-M3: {'; '.join(problems)}"
             _report(message, self._settings, next(iter(problems.values())))
 
 

@@ -107,4 +107,4 @@ def _misspelt(environ: Mapping[str, str]) -> list[str]:
     from difflib import get_close_matches
 
     nearest = {name: get_close_matches(name.upper(), _VARIABLES, n=1, cutoff=0) for name in unknown}
-    return [f"there is no variable {name}; did you mean {meant[0]}?" for name, meant in nearest.items()]
+    return [f"unknown variable {name}; did you mean {meant[0]}?" for name, meant in nearest.items()]

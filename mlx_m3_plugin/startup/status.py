@@ -124,15 +124,15 @@ def _advice_on_restart(running_version: str) -> list[str]:
     models = sum(_instances(module) for module in hook.replaced_modules)
     if models:
         advice.append(
-            f"M3 models in memory that are of upstream's class, loaded before the plugin came: {models}; "
+            f"M3 models in memory that were loaded before the plugin and have upstream's class: {models}; "
             "load them again"
         )
     libraries = sorted({name.partition(".")[0] for name in hook.status["caught_up"]})
     if libraries:
         advice.append(
-            f"{' and '.join(libraries)} came before the plugin: load older tokenizers and processors again. "
-            "Functions imported by name have been renewed; functools.partial objects, subclasses and other "
-            "references to them have not. A restart renews everything"
+            f"imported before the plugin: {' and '.join(libraries)}. Load older tokenizers and processors "
+            "again. Functions imported by name are up to date; functools.partial objects, "
+            "subclasses and other references to them are not. A restart updates everything"
         )
     return advice
 

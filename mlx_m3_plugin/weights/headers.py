@@ -53,7 +53,7 @@ def check_files(directory: str | Path) -> None:
         return
     problems = read_headers(directory).problems
     if problems:
-        head = f"{directory} is not a whole checkpoint (mlx-m3-plugin):"
+        head = f"{directory} is not a complete checkpoint (mlx-m3-plugin):"
         raise ValueError("\n  ".join([head, *shorten(problems)]))
 
 
@@ -131,13 +131,13 @@ def read_header(file: Path) -> dict[str, StoredTensor]:
     """The tensors of one file.
 
     Raises:
-        ValueError: the file is not a whole safetensors file; says what is wrong.
+        ValueError: the file is not a complete safetensors file; says what is wrong.
     """
     size = file.stat().st_size
     with file.open("rb") as stream:
         length = int.from_bytes(stream.read(8), "little")
         if size < 8 or length > min(size - 8, _LARGEST_HEADER):
-            raise ValueError(f"not a whole safetensors file (a header of {length} bytes); download it again")
+            raise ValueError(f"incomplete safetensors file (a header of {length} bytes); download it again")
         text = stream.read(length)
     entries = _parse(text)
     entries.pop("__metadata__", None)

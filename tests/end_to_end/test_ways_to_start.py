@@ -258,7 +258,7 @@ class TestNotebookKernel:
             )
             status = execute("print(mlx_m3_plugin.status())")
             assert "is active in this process" in status
-            assert "mlx_lm came before the plugin: load older tokenizers and processors again" in status
+            assert "imported before the plugin: mlx_lm. Load older tokenizers" in status
 
 
 @contextmanager

@@ -44,13 +44,11 @@ def load_shared(module: Any, options: Mapping[str, Any]) -> Any:
         tensor_group = mx.distributed.init()
     path = module._download(options["repo"], allow_patterns=_BESIDE_WEIGHTS)
     config = text_config_as_set(module.load_config(path))
-    wanted = (
-        None
-        if pipeline_group is None
-        else _fetch_stage(module, options["repo"], path, config, pipeline_group)
-    )
-    if wanted is None:
-        module._download(options["repo"])
+    wanted = None
+    if pipeline_group is not None:
+        layers = range(*split_layers(config.num_hidden_layers, pipeline_group, config.pipeline_split))
+        wanted = shards_with(path, config, layers)
+    module._download(options["repo"], **({} if wanted is None else {"allow_patterns": wanted}))
 
     def classes(config: dict[str, Any]) -> tuple[Callable[[Any], Any], Any]:
         model_class, args_class = module._get_classes(config)
@@ -75,17 +73,6 @@ def load_shared(module: Any, options: Mapping[str, Any]) -> Any:
     # Wait for all processes: the first exchange of the model has a short timeout.
     mx.eval(mx.distributed.all_sum(mx.array(1.0), stream=mx.cpu))
     return (model, tokenizer, config) if options["return_config"] else (model, tokenizer)
-
-
-def _fetch_stage(
-    module: Any, repo: str, path: Path, config: TextConfig, group: mx.distributed.Group
-) -> list[str] | None:
-    """Fetch the shards of this process's layers and return their names; None without an index."""
-    layers = range(*split_layers(config.num_hidden_layers, group, config.pipeline_split))
-    wanted = shards_with(path, config, layers)
-    if wanted is not None:
-        module._download(repo, allow_patterns=wanted)
-    return wanted
 
 
 def shards_with(directory: Path, config: TextConfig, layers: Container[int]) -> list[str] | None:

@@ -141,7 +141,7 @@ def add_padding(cache: list[Any], mask: mx.array, shape: tuple[int, ...]) -> Non
     left = mx.argmax(tokens, axis=1)
     if (tokens != (slots >= left[:, None])).any().item():
         raise ValueError(
-            "with a cache, MiniMax-M3 takes padding on the left only, and a token in every row after it"
+            "with a cache, MiniMax-M3 supports padding on the left only, and needs a token in every row"
         )
     cache[:] = batch_caches(cache, left.tolist())
 
@@ -157,7 +157,7 @@ def cache_for_padding(empty: list[Any], mask: mx.array, shape: tuple[int, ...]) 
     slots, left = mx.arange(shape[1]), mx.argmax(tokens, axis=1)
     run = (slots >= left[:, None]) & (slots < (left + tokens.sum(axis=1))[:, None])
     if (run != tokens).any().item():
-        raise ValueError("MiniMax-M3 takes a mask of one run of tokens per row, with padding around it")
+        raise ValueError("the mask of MiniMax-M3 must have one run of tokens per row, with padding around it")
     # Nothing sees padding on the right.
     return batch_caches(empty, left.tolist()) if left.any().item() else None
 
@@ -186,9 +186,9 @@ def _tokens(mask: mx.array, *shapes: tuple[int, ...]) -> mx.array:
     """Where the mask has tokens: bool, of the mask's shape."""
     if mask.shape not in shapes:
         raise ValueError(
-            f"MiniMax-M3 takes a mask of shape [B, L], here {tuple(shapes[0])}, not {tuple(mask.shape)}"
+            f"the mask must have the shape [B, L], here {tuple(shapes[0])}, not {tuple(mask.shape)}"
         )
     tokens = mask == 1
     if not (tokens | (mask == 0)).all().item():
-        raise ValueError("MiniMax-M3 takes a mask of 1 for tokens and 0 for padding, not of other values")
+        raise ValueError("the mask must be 1 for tokens and 0 for padding, without other values")
     return tokens

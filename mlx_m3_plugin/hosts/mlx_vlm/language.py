@@ -35,8 +35,9 @@ def attention(queries: mx.array, keys: Any, values: Any, *, cache: Any, scale: f
 
     Raises:
         NotImplementedError: a batch with quantized K and V.  mlx-vlm has no such cache for
-            MiniMax-M3; 0.6.4 would go on with the wrong masks.
+            MiniMax-M3, and would go on with wrong masks.
     """
+    # until: mlx-vlm 0.7
     if left_padding(cache) is not None and "Quant" in type(cache).__name__:
         raise NotImplementedError(
             "MiniMax-M3 cannot quantize K and V in a batch: leave --kv-bits out, or send one request "
@@ -154,7 +155,7 @@ class LanguageModel(decoder.LanguageModel):
         """
         for name in _NOT_TAKEN:
             if kwargs.get(name) is not None:
-                raise ValueError(f"MiniMax-M3 takes no {name}")
+                raise ValueError(f"MiniMax-M3 does not support {name}: leave it out")
         if hidden_sink is None and (capture_layer_ids is not None or return_hidden):
             hidden_sink = []
         h = self.model(
@@ -213,7 +214,7 @@ class LanguageModel(decoder.LanguageModel):
         counts: Any = mx.array(accepted).reshape(-1).tolist()
         if len(set(counts)) > 1:
             raise RuntimeError(
-                f"MiniMax-M3 takes uniform acceptance: the rows of a batch accepted {counts} tokens"
+                f"MiniMax-M3 needs uniform acceptance, but the rows of a batch accepted {counts} tokens"
             )
         return upstream.LanguageModel.rollback_speculative_cache(
             self, caches, gdn_states, accepted, block_size

@@ -7,51 +7,10 @@ import mlx.nn as nn
 from mlx.utils import tree_flatten, tree_map, tree_unflatten
 
 from mlx_m3_plugin.hosts.loading import CheckpointMixin
-from mlx_m3_plugin.model.config import TextConfig
 from mlx_m3_plugin.weights import fuse_experts, quantization_entry
 from mlx_m3_plugin.weights.tensor import Tensor
 
 from .language import LanguageModel
-
-
-class MlxVlmModel(CheckpointMixin):
-    """Base of the two ``Model`` classes; they differ in their configs and in vision."""
-
-    text_prefix = "language_model."
-    config: Any
-    language_model: LanguageModel
-
-    @property
-    def loader_config(self) -> dict[str, Any]:
-        return self.config.loader_config
-
-    def make_cache(self) -> list[Any]:
-        return self.language_model.make_cache()
-
-    def as_stored(self) -> tuple["StoredModel", dict[str, Any]]:
-        """See :func:`as_stored`."""
-        return as_stored(self, self.text_config, self.text_prefix)
-
-    def speculative_logits_from_hidden(self, hidden: mx.array) -> mx.array:
-        return self.language_model.speculative_logits_from_hidden(hidden)
-
-    def rollback_speculative_cache(self, *args: Any, **kwargs: Any) -> int:
-        return self.language_model.rollback_speculative_cache(*args, **kwargs)
-
-
-def refuse_pixels(pixel_values: mx.array | None, kwargs: dict[str, Any]) -> None:
-    """For a model without a vision tower.
-
-    Raises:
-        ValueError: the arguments of a call hold an image or a video.
-    """
-    if pixel_values is not None or kwargs.get("pixel_values_videos") is not None:
-        raise ValueError("this MiniMax-M3 checkpoint has no vision tower: it takes text only")
-
-
-# --- saving: gate and up fused, the shared expert as one more row of the experts ---
-
-# Without us mlx-vlm opens no other layout; from 0.6.5 on it does if the config says so.
 
 
 class StoredModel:
@@ -70,20 +29,50 @@ class StoredModel:
         self._model.update(tree_map(lambda _: mx.array([]), self._model.parameters()))
 
 
-def as_stored(model: nn.Module, config: TextConfig, prefix: str) -> tuple[StoredModel, dict[str, Any]]:
-    """The model to save, and its description for the config.
+class MlxVlmModel(CheckpointMixin):
+    """Base of the two ``Model`` classes; they differ in their configs and in vision."""
 
-    Experts stay as they are if some could not be fused: where gate and up, or the shared and the
-    routed experts, differ in bits.
+    text_prefix = "language_model."
+    config: Any
+    language_model: LanguageModel
+
+    @property
+    def loader_config(self) -> dict[str, Any]:
+        return self.config.loader_config
+
+    def make_cache(self) -> list[Any]:
+        return self.language_model.make_cache()
+
+    def as_stored(self) -> tuple[StoredModel, dict[str, Any]]:
+        """The model to save, and its description for the config.
+
+        In mlx-vlm's layout: gate and up fused, the shared expert as one more row of the experts.  Without
+        us mlx-vlm opens no other (until: mlx-vlm 0.6.5, which does if the config says so).  Experts stay
+        apart if some differ in bits: gate and up, or the shared and the routed experts.
+        """
+        arrays = dict(tree_flatten(self.parameters()))
+        plan = {name: Tensor.stored(name, array) for name, array in arrays.items()}
+        fused = fuse_experts(plan, self.text_config, self.text_prefix, pack_shared=True)
+        packed = not any(".switch_mlp.gate_proj." in name or ".shared_experts." in name for name in fused)
+        made = {name: tensor.make(arrays) for name, tensor in (fused if packed else plan).items()}
+        description = {"quantization": _quantization(self, made), "pack_shared_expert": packed}
+        return StoredModel(made, self), description
+
+    def speculative_logits_from_hidden(self, hidden: mx.array) -> mx.array:
+        return self.language_model.speculative_logits_from_hidden(hidden)
+
+    def rollback_speculative_cache(self, *args: Any, **kwargs: Any) -> int:
+        return self.language_model.rollback_speculative_cache(*args, **kwargs)
+
+
+def refuse_pixels(pixel_values: mx.array | None, kwargs: dict[str, Any]) -> None:
+    """For a model without a vision tower.
+
+    Raises:
+        ValueError: the arguments of a call hold an image or a video.
     """
-    arrays = dict(tree_flatten(model.parameters()))
-    plan = {name: Tensor.stored(name, array) for name, array in arrays.items()}
-    fused = fuse_experts(plan, config, prefix, pack_shared=True)
-    packed = not any(".switch_mlp.gate_proj." in name or ".shared_experts." in name for name in fused)
-    chosen = fused if packed else plan
-    made = {name: tensor.make(arrays) for name, tensor in chosen.items()}
-    description = {"quantization": _quantization(model, made), "pack_shared_expert": packed}
-    return StoredModel(made, model), description
+    if pixel_values is not None or kwargs.get("pixel_values_videos") is not None:
+        raise ValueError("this MiniMax-M3 checkpoint has no vision tower: give it text only")
 
 
 def _quantization(model: nn.Module, stored: dict[str, mx.array]) -> dict[str, Any] | None:

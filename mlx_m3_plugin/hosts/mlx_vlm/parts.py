@@ -76,7 +76,7 @@ def _bound(name: str) -> ModuleType:
 def rope_and_experts() -> tuple[Any, Any]:
     """``initialize_rope`` and ``SwitchGLU``.
 
-    mlx-vlm has its own from 0.6.4 on, and takes those of mlx-lm before.
+    mlx-vlm's own, or those of mlx-lm that it uses (until: mlx-vlm 0.6.4).
 
     Raises:
         PartsDoNotFitError: one of them is missing.
@@ -89,7 +89,7 @@ def rope_and_experts() -> tuple[Any, Any]:
         from mlx_vlm.models import switch_layers
     except ImportError:  # until: mlx-vlm 0.6.4
         from mlx_lm.models import switch_layers
-    # Where mlx-vlm has the module its tools know no other class.
+    # Where mlx-vlm has the module, its tools know no other class.
     return initialize_rope, _checked(switch_layers.__name__, "SwitchGLU").SwitchGLU
 
 

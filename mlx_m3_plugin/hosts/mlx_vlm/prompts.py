@@ -3,9 +3,8 @@
 from collections import UserList
 from collections.abc import Mapping
 from contextlib import suppress
-from functools import partial
 from typing import Any
-from weakref import ref
+from weakref import WeakValueDictionary
 
 from mlx_m3_plugin.chat.markers import THINK_END, THINK_START
 from mlx_m3_plugin.chat.prompt import CHAT_TEMPLATE, prepared, thinking_mode
@@ -15,12 +14,12 @@ PARSER_NAME = "minimax_m3"
 
 # --- which processors and tokenizers are M3's ---
 
-# Nothing is read of an object to find that out: stock would not read it, and an object may refuse.
-# It is M3's if it was loaded from an M3 checkpoint, used with an M3 config, or is of a class that was
+# This reads no attribute of an object: stock would not read it, and an object may refuse.
+# It is M3's if it was loaded from an M3 checkpoint or used with an M3 config, or if its class was
 # written for M3.
 
 # By identity: to compare or to hash an object may run code of its own.
-_known: dict[int, "ref[Any]"] = {}
+_known: WeakValueDictionary[int, Any] = WeakValueDictionary()
 
 
 def tokenizer_of(processor: Any) -> Any:
@@ -28,23 +27,18 @@ def tokenizer_of(processor: Any) -> Any:
 
 
 def remember(processor: Any) -> None:
-    """Keep in mind that a processor is M3's, and so its tokenizer."""
+    """Remember that a processor is M3's, and so its tokenizer."""
     if processor is None:
         return
     for part in (processor, tokenizer_of(processor)):
         # Some objects take no weak references.
         with suppress(TypeError):
-            _known[id(part)] = ref(part, partial(_forget, id(part)))
-
-
-def _forget(key: int, _: Any) -> None:
-    _known.pop(key, None)
+            _known[id(part)] = part
 
 
 def is_m3(processor: Any) -> bool:
     """Whether a processor or a tokenizer is M3's.  Never raises."""
-    known = _known.get(id(processor))
-    if known is not None and known() is processor:
+    if processor is not None and _known.get(id(processor)) is processor:
         return True
     if not any("minimax_m3_vl" in str(cls.__module__).split(".") for cls in type(processor).__mro__):
         return False
@@ -133,7 +127,7 @@ def _kept_whole(message: Any) -> Any:
 
 
 class _InTheirOrder(UserList):  # type: ignore[type-arg]
-    """Tools whose keys mlx-vlm, which sorts those of lists, leaves as they are."""
+    """Tools whose keys mlx-vlm leaves in their order; it sorts those in lists."""
 
 
 @where(lambda given: is_m3(given["processor"]))

@@ -42,18 +42,18 @@ def arguments_of(made: Any, request: Any) -> Any:
 
 
 def _mode_of(request: Any, template: dict[str, Any], made: Any) -> str | None:
-    """M3's own name goes first, then what the request says otherwise, then the command line."""
-    asked = [
+    """From M3's own option, or else from others in the request, or else from the command line."""
+    sources = [
         {"thinking_mode": getattr(request, "thinking_mode", None)},
         {"thinking_mode": template.get("thinking_mode")},
         {"thinking_mode": "adaptive" if _field(request, "thinking", "type") == "adaptive" else None},
-        {"enable_thinking": _said(request, "enable_thinking")},
+        {"enable_thinking": _sent(request, "enable_thinking")},
         {"enable_thinking": template.get("enable_thinking")},
         # Upstream's reading of ``reasoning`` and ``reasoning_effort``; None if there was none.
         {"enable_thinking": getattr(made, "reasoning", None)},
         {"enable_thinking": made.enable_thinking or None},
     ]
-    return next(filter(None, map(thinking_mode, asked)), None)
+    return next(filter(None, map(thinking_mode, sources)), None)
 
 
 def _may_think(mode: str | None, made: Any) -> bool:
@@ -74,7 +74,7 @@ def knows_open_prompts() -> bool:
     return "prompt_preopens_thinking" in signature(ThinkingBudgetCriteria.__init__).parameters
 
 
-def _said(request: Any, name: str) -> Any:
+def _sent(request: Any, name: str) -> Any:
     """A field's value if the client has sent it, and not if it is a default."""
     return getattr(request, name, None) if name in getattr(request, "model_fields_set", ()) else None
 
@@ -99,7 +99,7 @@ def _check_history(request: Any) -> None:
 
 
 def _offered_tools(request: Any) -> list[Any]:
-    """In the form of chat completions, whichever of three forms they have come in."""
+    """In the form of chat completions, from any of the three forms that clients send."""
     if getattr(request, "tool_choice", None) == "none":
         return []
     offered = []

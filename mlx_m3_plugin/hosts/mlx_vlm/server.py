@@ -1,7 +1,7 @@
 """``mlx_vlm.server`` for M3: what requests ask for, and replies taken apart by M3's markers.
 
-A request is M3's if its processor is; from then on :func:`arguments_of` says it, by its class and by
-the opening marker, which others leave to be guessed.
+A request is M3's if its processor is.  From then on the class of its arguments and their opening marker
+show it, which :func:`arguments_of` has set.
 """
 
 import dataclasses
@@ -37,7 +37,7 @@ log = logging.getLogger("mlx_m3_plugin")
 
 
 def register_routes(module: Any, register: Any) -> Any:
-    """The endpoints are given what they call when they start."""
+    """Upstream passes the endpoints the functions that they call, when it registers them."""
 
     @wraps(register)
     def register_routes(app: Any, deps: Any, *args: Any, **kwargs: Any) -> Any:
@@ -47,7 +47,7 @@ def register_routes(module: Any, register: Any) -> Any:
 
 
 class _Dependencies:
-    """What the endpoints are given, with ours in the place of some of it, as they ask for it."""
+    """The functions that the endpoints call, with ours in the place of some."""
 
     def __init__(self, deps: Any) -> None:
         self._deps = deps
@@ -59,7 +59,7 @@ class _Dependencies:
         try:
             return _OURS[name](given)
         except UpstreamChangedError as error:
-            log.warning("mlx-m3-plugin: %s; requests to MiniMax-M3 are read as those to other models", error)
+            log.warning("mlx-m3-plugin: %s; requests to MiniMax-M3 are read like any others", error)
             return given
 
 
