@@ -165,7 +165,7 @@ def test_a_name_that_is_gone_breaks_no_other_model(module: str, name: str, other
 
 
 def test_endpoints_that_are_given_other_functions_keep_them(caplog: pytest.LogCaptureFixture) -> None:
-    from mlx_m3_plugin.hosts.mlx_vlm.server import _Dependencies
+    from mlx_m3_plugin.hosts.mlx_vlm.requests import _Dependencies
 
     deps = _Dependencies(SimpleNamespace(build_gen_args=lambda asked, processor: asked, other=1))
     assert deps.build_gen_args("a request", None) == "a request"
@@ -178,7 +178,7 @@ def test_endpoints_that_are_given_other_functions_keep_them(caplog: pytest.LogCa
 def test_arguments_without_a_field_that_ours_sets_stay_upstreams(
     monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
-    from mlx_m3_plugin.hosts.mlx_vlm.server import _Dependencies
+    from mlx_m3_plugin.hosts.mlx_vlm.requests import _Dependencies
 
     class OtherArguments(Recorder):
         def to_template_kwargs(self) -> dict[str, Any]:

@@ -7,8 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from mlx_m3_plugin.chat.markers import THINK_END, THINK_START
-from mlx_m3_plugin.hosts.mlx_vlm import prompts, server
-from mlx_m3_plugin.hosts.mlx_vlm.requests import ARGUMENTS
+from mlx_m3_plugin.hosts.mlx_vlm import prompts, replies, requests
 from mlx_m3_plugin.hosts.patching import Arguments, Patch, call, strictly, where, with_checks
 
 # What save_config has to say of the weights that save_weights has written: by directory.
@@ -147,7 +146,7 @@ PATCHES = [
         Patch(
             f"mlx_vlm.server.{api}:register_routes(app, deps): build_gen_args, count_thinking_tag_tokens",
             "thinking modes and template arguments of requests",
-            server.register_routes,
+            requests.register_routes,
             until=_M3_ONLY,
         )
         for api in ("openai", "anthropic")
@@ -155,49 +154,49 @@ PATCHES = [
     until_markers(
         "mlx_vlm.server.generation:ResponseGenerator.generate(prompt)",
         "replies whose markers come whole",
-        server.generate,
-        ("StreamingToken(text, finish_reason, token_count)", *ARGUMENTS),
+        replies.generate,
+        ("StreamingToken(text, finish_reason, token_count)", *requests.ARGUMENTS),
     ),
     until_markers(
         "mlx_vlm.server.generation:ResponseGenerator._prompt_has_open_thinking(args, input_ids)",
         "reasoning that the end of a prompt opens",
-        server.at_prompt_end(THINK_START),
+        replies.at_prompt_end(THINK_START),
         _HAS_TOKENIZER,
     ),
     until_markers(
         "mlx_vlm.server.generation:ResponseGenerator._prompt_thinking_already_closed(args, input_ids)",
         "reasoning that the end of a prompt closes",
-        server.at_prompt_end(THINK_END),
+        replies.at_prompt_end(THINK_END),
         _HAS_TOKENIZER,
         since="0.7",
     ),
     until_markers(
         f"mlx_vlm.server.responses_state:{_STREAM_INIT}",
         "<mm:think> in replies that stream",
-        server.thinking_stream_init,
+        replies.thinking_stream_init,
         (_STREAM_MARKERS, *_STREAM),
     ),
     until_markers(
         f"mlx_vlm.server.responses_state:{_STREAM_MARKERS}",
         "<think> in them is text",
-        server.thinking_stream_markers,
+        replies.thinking_stream_markers,
         (_STREAM_INIT, *_STREAM),
     ),
     until_markers(
         "mlx_vlm.server.responses_state:_split_thinking(text, thinking_start_token)",
         "several reasonings in one reply",
-        server.split_thinking,
+        replies.split_thinking,
     ),
     Patch(
         "mlx_vlm.server.responses_state:suppress_tool_call_content(tc_start, delta_content)",
         "text after calls",
-        server.text_after_calls,
+        replies.text_after_calls,
         until="mlx-vlm 0.7",
     ),
     Patch(
         "mlx_vlm.tools.streaming:ToolCallDeltaState.feed(text): tools, parser_name",
         "calls as they are completed",
-        server.tool_deltas,
+        replies.tool_deltas,
         ("ToolCallDeltaState._update(index, name, arguments)", "ToolCallDeltaState.__init__: calls"),
         until="never: mlx-vlm reads a block of calls when it is closed",
     ),

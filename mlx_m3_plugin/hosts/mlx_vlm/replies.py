@@ -1,103 +1,23 @@
-"""``mlx_vlm.server`` for M3: what requests ask for, and replies taken apart by M3's markers.
+"""``mlx_vlm.server``'s replies of M3, taken apart by its markers.
 
-A request is M3's if its processor is.  From then on the class of its arguments and their opening marker
-show it, which :func:`arguments_of` has set.
+A reply is M3's if the arguments of its request are, or by M3's opening marker in them.
 """
 
 import dataclasses
 import json
-import logging
 from collections.abc import Callable, Iterator, Mapping
-from functools import cache, wraps
-from importlib import import_module
+from functools import cache
 from typing import TYPE_CHECKING, Any
 
 from mlx_m3_plugin.chat.markers import THINK_START, TOOL_CALL_START
-from mlx_m3_plugin.hosts.mlx_vlm.prompts import PARSER_NAME, is_m3
-from mlx_m3_plugin.hosts.mlx_vlm.requests import ARGUMENTS, M3Arguments, arguments_of
-from mlx_m3_plugin.hosts.patching import (
-    Arguments,
-    UpstreamChangedError,
-    call,
-    check_needs,
-    check_takes,
-    for_m3,
-    where,
-)
+from mlx_m3_plugin.hosts.mlx_vlm.prompts import PARSER_NAME
+from mlx_m3_plugin.hosts.mlx_vlm.requests import M3Arguments, is_text, starts_with_m3
+from mlx_m3_plugin.hosts.patching import Arguments, call, for_m3, where
 
 if TYPE_CHECKING:
     # Their parsers take milliseconds to import, for which other models are not to wait.
     from mlx_m3_plugin.chat.reply import ReplySplitter
     from mlx_m3_plugin.chat.rewriting import ReplyRewriter
-
-log = logging.getLogger("mlx_m3_plugin")
-
-
-# --- what requests ask for ---
-
-
-def register_routes(module: Any, register: Any) -> Any:
-    """Upstream passes the endpoints the functions that they call, when it registers them."""
-
-    @wraps(register)
-    def register_routes(app: Any, deps: Any, *args: Any, **kwargs: Any) -> Any:
-        return register(app, _Dependencies(deps), *args, **kwargs)
-
-    return register_routes
-
-
-class _Dependencies:
-    """The functions that the endpoints call, with ours in the place of some."""
-
-    def __init__(self, deps: Any) -> None:
-        self._deps = deps
-
-    def __getattr__(self, name: str) -> Any:
-        given = getattr(self._deps, name)
-        if name not in _OURS:
-            return given
-        try:
-            return _OURS[name](given)
-        except UpstreamChangedError as error:
-            log.warning("mlx-m3-plugin: %s; requests to MiniMax-M3 are read like any others", error)
-            return given
-
-
-def _with_m3_arguments(build_gen_args: Callable[..., Any]) -> Callable[..., Any]:
-    def build(given: Arguments) -> Any:
-        made = call(build_gen_args, given)
-        try:
-            return arguments_of(made, given.arguments["request"])
-        except ValueError as error:
-            raise _refusal(str(error)) from error
-
-    check_takes("build_gen_args", build_gen_args, "request", "processor")
-    check_needs(import_module("mlx_vlm.server.generation"), *ARGUMENTS)
-    return for_m3(build_gen_args, lambda given: is_m3(given["processor"]), build)
-
-
-def _refusal(why: str) -> Exception:
-    """What the server answers with status 400, wherever it asks for the arguments."""
-    from fastapi import HTTPException
-
-    class RefusedRequest(HTTPException):
-        def __str__(self) -> str:
-            return self.detail
-
-    return RefusedRequest(400, why)
-
-
-def _with_no_m3_tags(count: Callable[..., int]) -> Callable[..., int]:
-    """All that M3 has generated is counted: the prompt may have opened the reasoning."""
-    check_takes("count_thinking_tag_tokens", count, "thinking_start_token")
-    return for_m3(count, _starts_with_m3, lambda given: 0)
-
-
-# By their names among what the endpoints are given.
-_OURS = {"build_gen_args": _with_m3_arguments, "count_thinking_tag_tokens": _with_no_m3_tags}
-
-
-# --- replies ---
 
 
 def _m3_arguments(given: Mapping[str, Any]) -> Any:
@@ -165,15 +85,6 @@ class _RewrittenTokens:
 # What takes replies apart is given M3's opening marker.
 
 
-def _is(token: Any, marker: str) -> bool:
-    # An object that is not a string may refuse to be compared.
-    return isinstance(token, str) and token == marker
-
-
-def _starts_with_m3(given: Mapping[str, Any]) -> bool:
-    return _is(given["thinking_start_token"], THINK_START)
-
-
 def thinking_stream_init(module: Any, init: Any) -> Any:
     def become_m3(given: Arguments) -> None:
         call(init, given)
@@ -181,10 +92,10 @@ def thinking_stream_init(module: Any, init: Any) -> Any:
         base: Any = type(made)
         made.__class__ = _m3_stream(base, module.ThinkingStreamDelta)
 
-    return for_m3(init, _starts_with_m3, become_m3)
+    return for_m3(init, starts_with_m3, become_m3)
 
 
-@where(_starts_with_m3)
+@where(starts_with_m3)
 def thinking_stream_markers(original: Any, given: Arguments) -> Any:
     """``<think>`` in a reply of M3 is text."""
     return ((given.arguments["thinking_start_token"], given.arguments["thinking_end_token"]),)
@@ -205,7 +116,7 @@ def _m3_stream(base: Any, delta: Any) -> Any:
     return M3Stream
 
 
-@where(lambda given: _starts_with_m3(given) and bool(given["text"]))
+@where(lambda given: starts_with_m3(given) and bool(given["text"]))
 def split_thinking(original: Any, given: Arguments) -> Any:
     reasoning, content = _split(_splitter(), given.arguments["text"])
     return reasoning or None, content
@@ -228,7 +139,7 @@ def _split(splitter: "ReplySplitter", text: str) -> tuple[str, str]:
 
 
 # until: mlx-vlm 0.7
-@where(lambda given: _is(given["tc_start"], TOOL_CALL_START) and bool(given["delta_content"]))
+@where(lambda given: is_text(given["tc_start"], TOOL_CALL_START) and bool(given["delta_content"]))
 def text_after_calls(original: Any, given: Arguments) -> Any:
     """mlx-vlm 0.6 shows nothing more of a reply once a call has begun."""
     from mlx_m3_plugin.chat.reply import ReplyParser
