@@ -238,7 +238,9 @@ def with_checks(load_model: Callable[..., Any]) -> Callable[..., Any]:
         from ..weights.headers import check_files
 
         if _STRICT.get():
-            _set(given, "strict", True)
+            # mlx-vlm takes it in ``**kwargs``.
+            named = given.arguments if "strict" in given.arguments else given.arguments["kwargs"]
+            named["strict"] = True
         options = {**given.kwargs, **given.arguments}
         # strict=False is an explicit opt-out.
         if options.get("strict", True):
@@ -268,13 +270,3 @@ def strictly(load: Callable[..., Any]) -> Callable[..., Any]:
             _STRICT.reset(token)
 
     return strict
-
-
-def _set(given: Arguments, name: str, value: Any) -> None:
-    """Set an argument, which may be one of ``**kwargs``."""
-    parameters = given.signature.parameters
-    if name in parameters:
-        given.arguments[name] = value
-        return
-    (others,) = (p.name for p in parameters.values() if p.kind is inspect.Parameter.VAR_KEYWORD)
-    given.arguments[others] = {**given.arguments[others], name: value}

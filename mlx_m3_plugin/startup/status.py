@@ -87,7 +87,7 @@ def _modules(serves: bool, prefer_native: bool) -> list[dict[str, str | None]]:
 
 
 def _is_looked_up_in(namespace: str) -> bool:
-    """By this version of the library; what is not imported is installed, at least."""
+    """Whether the library looks there, in this version; if it is not imported, only ``models`` counts."""
     library = namespace.partition(".")[0]
     if library in sys.modules:
         return namespace in sys.modules
@@ -138,7 +138,7 @@ def _advice_on_restart(running_version: str) -> list[str]:
 
 
 def _instances(module: Any) -> int:
-    """How many models of a class that no look-up finds any more are alive."""
+    """How many models of a class that is no longer served are in memory."""
     model = getattr(module, "Model", None)
     return 0 if model is None else sum(type(thing) is model for thing in gc.get_objects())
 

@@ -19,7 +19,7 @@ ShapeAndKind = tuple[tuple[int, ...], str]
 
 @dataclass(frozen=True)
 class Differences:
-    """Between tensors and what a model takes: names; of ``wrong`` also what is stored and what is wanted."""
+    """Names of tensors that a model does not have, or lacks; of ``wrong`` also (stored, wanted)."""
 
     missing: set[str]
     left_over: set[str]

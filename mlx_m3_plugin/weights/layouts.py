@@ -90,7 +90,7 @@ def plan_layout(
 def lacks_indexers(plan: Mapping[str, object], config: TextConfig) -> bool:
     """Whether no tensor of any indexer is among these names, though the config has sparse layers.
 
-    Conversions by the early branches of mlx-lm have left them out.  Names may carry a prefix.
+    Conversions by early branches of mlx-lm lack them.  Names may carry a prefix.
     """
     in_sparse_layer = False
     for name in plan:
@@ -135,7 +135,7 @@ def _stack_experts(plan: TensorPlan, moe: str, num_experts: int) -> None:
 
 
 def _take_out_shared_expert(plan: TensorPlan, moe: str, num_experts: int) -> None:
-    """Some conversions store the shared expert as the last of the others; that axis is never packed."""
+    """Some conversions store the shared expert after the routed ones, on an axis that is never packed."""
     for projection in ("gate_up_proj", "gate_proj", "up_proj", "down_proj"):
         for part in PARTS:
             name = f"{moe}.switch_mlp.{projection}.{part}"

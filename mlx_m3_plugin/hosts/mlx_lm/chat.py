@@ -93,7 +93,7 @@ def become_m3(wrapper: Any) -> None:
 
 
 def is_m3_wrapper(tokenizer: Any) -> bool:
-    """Whether :func:`become_m3` has had it.  Reads nothing of it but its type."""
+    """Whether :func:`become_m3` has changed it.  Reads only its type."""
     return issubclass(type(tokenizer), _M3Behaviour)
 
 
@@ -148,7 +148,7 @@ class M3States(dict):  # type: ignore[type-arg]
 
 
 def _is_m3_state(state: Any) -> bool:
-    """Whether the state of an automaton, a tuple, is of one with ``M3States``."""
+    """Whether this is the state of an automaton of M3's: a tuple that holds its ``M3States``."""
     return isinstance(state, tuple) and len(state) > 2 and isinstance(state[2], M3States)
 
 
@@ -169,8 +169,8 @@ def make_text_state_machine(module: Any, original: Any) -> Any:
 
 
 def split(module: Any, original: Any) -> Any:
-    """It holds back text that a marker may begin with, and forgets it when the reply ends: each final
-    ``]``, for M3.  Its markers begin with a token that comes whole, so there is less to hold back.
+    """mlx-lm holds back text that may begin a marker, and drops it when the reply ends: each final ``]``,
+    for M3.  M3's markers begin with a token that comes whole, so there is less to hold back.
     """
 
     @wraps(original)

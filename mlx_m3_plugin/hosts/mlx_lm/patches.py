@@ -8,7 +8,7 @@ from mlx_m3_plugin.hosts.patching import Arguments, Patch, call, for_m3, is_m3_c
 
 
 def load_model(module: Any, original: Any) -> Any:
-    """Have it look at the files of M3 checkpoints, under any names."""
+    """Checks the files of M3 checkpoints, and finds shards of any name."""
 
     def load(given: Arguments) -> Any:
         from mlx_m3_plugin.hosts.mlx_lm.sharded import with_shards_named_as_expected

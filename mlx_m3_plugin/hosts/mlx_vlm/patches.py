@@ -73,7 +73,7 @@ until_markers = partial(
 
 PATCHES = [
     Patch(
-        "mlx_vlm.utils:load_model(model_path, lazy)",
+        "mlx_vlm.utils:load_model(model_path, lazy, kwargs)",
         "load_model checks the files of M3 checkpoints",
         lambda module, original: with_checks(original),
         until="never: MLX opens files that are cut off, and lets the second tensor of one name win",
