@@ -72,7 +72,7 @@ def refuse_pixels(pixel_values: mx.array | None, kwargs: dict[str, Any]) -> None
         ValueError: the arguments of a call hold an image or a video.
     """
     if pixel_values is not None or kwargs.get("pixel_values_videos") is not None:
-        raise ValueError("this MiniMax-M3 checkpoint has no vision tower: give it text only")
+        raise ValueError("this MiniMax-M3 checkpoint has no vision tower: it takes text only")
 
 
 def _quantization(model: nn.Module, stored: dict[str, mx.array]) -> dict[str, Any] | None:
