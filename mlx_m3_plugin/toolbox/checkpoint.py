@@ -16,8 +16,7 @@ import mlx.core as mx
 from ..model.config import TextConfig, text_config_of
 from ..weights import Headers, StoredTensor, lacks_indexers, plan_layout, read_headers, shorten
 from ..weights.dtypes import MLX_DTYPES
-from ..weights.files import MODEL_TYPES, TEXT_ONLY
-from ..weights.headers import INDEX
+from ..weights.headers import INDEX, MODEL_TYPES, TEXT_ONLY
 from ..weights.names import TEXT_PREFIX, is_vision
 from ..weights.quantization import PARTS
 from ..weights.tensor import Tensor

@@ -14,7 +14,7 @@ import numpy as np
 from mlx.utils import tree_unflatten
 
 from ..hosts.mlx_lm.cache import make_layer_cache
-from ..hosts.mlx_lm.host import MLX_LM
+from ..hosts.mlx_lm.model import MLX_LM
 from ..model.attention import Attention
 from ..model.decoder import DecoderLayer
 from ..model.moe import SwiGLUOAI
