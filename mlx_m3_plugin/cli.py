@@ -9,10 +9,11 @@ import os
 import re
 import sys
 from collections.abc import Callable, Mapping, Sequence
-from typing import Any, NamedTuple, NoReturn
+from importlib import import_module
+from typing import Any, NoReturn
 
 from . import __version__
-from .toolbox.common import did_you_mean, parse_count, parse_memory
+from .toolbox.common import Answer, did_you_mean, parse_count, parse_memories, parse_memory
 
 _ON_DISK = "a directory, or a repository (name or URL) in the Hugging Face cache"
 _ANYWHERE = "a directory, or a repository (name or URL) in the Hugging Face cache or on the Hub"
@@ -21,9 +22,7 @@ _SENSITIVITY = (
     "(default: measured layer by layer)"
 )
 _WORKING_MEMORY = "how much memory to use, such as 8GB (default: a quarter of the machine's)"
-_MACHINES = (
-    "memory of the machine, such as 256GB (default: of this one); several sizes for a pipeline, by rank"
-)
+_MACHINES = "memory of the machine, such as 256GB (default: this one's); for a pipeline, one size per rank"
 _PREFILL_STEP = "prompt tokens computed at a time (default: 2048)"
 _EXIT_CODES = """exit codes:
   0    done, and the answer is yes
@@ -52,14 +51,6 @@ class _Parser(argparse.ArgumentParser):
         raise UsageError(message, self)
 
 
-class Answer(NamedTuple):
-    """What a command prints, as JSON or as lines, and whether its answer is yes."""
-
-    content: Any
-    lines: Sequence[str]
-    yes: bool = True
-
-
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run a command, print its answer, and return the exit code; see ``_EXIT_CODES``."""
     try:
@@ -82,7 +73,7 @@ def _main(arguments: Sequence[str]) -> int:
 
     try:
         args = _parse(arguments)
-        answer: Answer = args.run(args)
+        answer: Answer = import_module(f"{__package__}.toolbox.{args.command}").command(args)
         _print_json(answer.content) if args.json else print("\n".join(answer.lines))
         return 0 if answer.yes else 1
     except UsageError as error:
@@ -96,7 +87,7 @@ def _main(arguments: Sequence[str]) -> int:
     except MemoryError as error:
         return failed("input", f"out of memory {error}".rstrip())
     except Exception as error:
-        from .toolbox.installation import what_to_install
+        from .toolbox.doctor import what_to_install
 
         if isinstance(error, ImportError) and (to_install := what_to_install(error)):
             return failed("missing", to_install)
@@ -119,7 +110,7 @@ def _parse(arguments: Sequence[str]) -> argparse.Namespace:
         arguments = ["--help"]
     name = next((argument for argument in arguments if not argument.startswith("-")), "")
     if name and name not in commands:
-        parser.error(f"there is no command {name}{did_you_mean(name, commands)}: see mlx-m3 --help")
+        parser.error(f"unknown command {name}{did_you_mean(name, commands)}: see mlx-m3 --help")
     try:
         args, rest = parser.parse_known_args(arguments)
     except UsageError as error:
@@ -127,7 +118,7 @@ def _parse(arguments: Sequence[str]) -> argparse.Namespace:
             commands[name].error(f"{error}; {_JSON_IS_A_FLAG}")
         raise
     # Before Python 3.12 argparse leaves out positional arguments that come after an option.
-    for positional in ("source", "destination", "directory"):
+    for positional in ("source", "destination"):
         if rest and not rest[0].startswith("-") and getattr(args, positional, "") is None:
             setattr(args, positional, rest.pop(0))
     if rest:
@@ -157,167 +148,52 @@ def _parser() -> tuple[_Parser, Mapping[str, argparse.ArgumentParser]]:
     parser.add_argument("--version", action="version", version=f"mlx-m3-plugin {__version__}")
     commands = parser.add_subparsers(metavar="command", required=True)
 
-    def add_command(name: str, run: Callable[..., Answer], summary: str) -> Callable[..., argparse.Action]:
+    def add_command(name: str, summary: str) -> Callable[..., argparse.Action]:
         command = commands.add_parser(name, help=summary, description=f"{summary[0].upper()}{summary[1:]}.")
-        command.set_defaults(run=run)
+        command.set_defaults(command=name)
         return command.add_argument
 
-    add = add_command("demo", _demo, "write M3-nano, a tiny trained M3, to try everything with")
+    add = add_command("demo", "write M3-nano, a tiny trained M3, to try everything with")
     add("directory", metavar="DIR", help="where to write; must not exist or must be empty")
     add("--bits", type=int, metavar="B", help="bits per weight: 2, 3, 4, 5, 6 or 8 (default: 8)")
 
-    add_command("doctor", _doctor, "check whether M3 checkpoints run correctly here")
+    add_command("doctor", "check whether M3 checkpoints run correctly here")
 
-    add = add_command(
-        "inspect", _inspect, "show what a checkpoint is, what is wrong with it, and how to run it"
-    )
+    add = add_command("inspect", "show what a checkpoint is, what is wrong with it, and how to run it")
     add("checkpoint", metavar="PATH_OR_REPO", help=_ANYWHERE)
     add("--verify", action="store_true", help="read all shards and compare them with their checksums")
 
-    add = add_command("convert", _convert, "quantize a checkpoint by a recipe, in little memory")
+    add = add_command("convert", "quantize a checkpoint by a recipe, in little memory")
     add("source", metavar="SRC", nargs="?", help=_ON_DISK)
     add("destination", metavar="DST", nargs="?", help="where to write; must not exist")
     add("--recipe", metavar="R", help="name of a recipe (see --list-recipes), or a TOML file")
     add("--list-recipes", action="store_true", help="list available recipes")
-    add("--dry-run", action="store_true", help="show what would be written, from headers alone")
+    add("--dry-run", action="store_true", help="show what would be written; reads only headers")
     add("--sensitivity", metavar="MAP", help=_SENSITIVITY)
     add("--text", metavar="FILE", help="calibration text for the map (default: a built-in sample)")
-    add("--memory", type=_memory, metavar="SIZE", help=_WORKING_MEMORY)
+    add("--memory", type=parse_memory, metavar="SIZE", help=_WORKING_MEMORY)
 
-    add = add_command(
-        "evaluate", _evaluate, "measure the quality of a checkpoint, with one layer in memory at a time"
-    )
+    add = add_command("evaluate", "measure the quality of a checkpoint, with one layer in memory at a time")
     add("checkpoint", metavar="PATH_OR_REPO", help=_ON_DISK)
-    add("--reference", metavar="SRC", help="checkpoint to compare with: the one that it was made from")
+    add("--reference", metavar="SRC", help="checkpoint to compare with, usually the one it was made from")
     add("--text", metavar="FILE", help="text to evaluate on (default: a built-in sample)")
-    add("--tokens", type=_tokens, metavar="N", help="tokens of it to use (default: all)")
-    add("--context", type=_tokens, default=4096, metavar="N", help="tokens per window (default: 4096)")
-    add("--plot", metavar="PNG", help="plot errors, and routers and indexers that agree, by layer")
+    add("--tokens", type=parse_count, metavar="N", help="how many of its tokens to use (default: all)")
+    add("--context", type=parse_count, default=4096, metavar="N", help="tokens per window (default: 4096)")
+    add("--plot", metavar="PNG", help="plot errors and the agreement of routers and indexers, by layer")
     add("--cache", metavar="DIR", help="where forward passes are kept (default: ~/.cache/mlx-m3)")
-    add("--memory", type=_memory, metavar="SIZE", help=_WORKING_MEMORY)
+    add("--memory", type=parse_memory, metavar="SIZE", help=_WORKING_MEMORY)
 
-    add = add_command("fit", _fit, "check whether a checkpoint fits a machine, and how much context")
+    add = add_command("fit", "check whether a checkpoint fits a machine, and how much context")
     add("checkpoint", metavar="PATH_OR_REPO", help=_ANYWHERE)
-    add("--memory", type=_memories, metavar="SIZE[,SIZE...]", help=_MACHINES)
-    add("--context", type=_tokens, metavar="N", help="tokens to plan for (default: the most that fit)")
+    add("--memory", type=parse_memories, metavar="SIZE[,SIZE...]", help=_MACHINES)
+    add("--context", type=parse_count, metavar="N", help="tokens to plan for (default: the most that fit)")
     add("--kv-bits", type=int, metavar="B", help="4 or 8, as in mlx_lm.generate")
-    add("--prefill-step", type=_tokens, default=2048, metavar="N", help=_PREFILL_STEP)
+    add("--prefill-step", type=parse_count, default=2048, metavar="N", help=_PREFILL_STEP)
     add("--bandwidth", type=float, metavar="GB/S", help="memory bandwidth of the machine")
 
     for command in commands.choices.values():
         command.add_argument("--json", action="store_true", help="print the result or the error as JSON")
     return parser, commands.choices
-
-
-def _memory(text: str) -> int:
-    return _checked(parse_memory, text)
-
-
-def _memories(text: str) -> list[int]:
-    return [_memory(part) for part in text.split(",")]
-
-
-def _tokens(text: str) -> int:
-    return _checked(parse_count, text)
-
-
-def _checked(parse: Callable[[str], int], text: str) -> int:
-    try:
-        return parse(text)
-    except ValueError as error:
-        # The only exception whose message argparse prints.
-        raise argparse.ArgumentTypeError(str(error)) from None
-
-
-# --- commands ---
-
-
-def _demo(args: argparse.Namespace) -> Answer:
-    from .toolbox.demo import demo_command
-
-    return Answer(*demo_command(args.directory, args.bits))
-
-
-def _doctor(args: argparse.Namespace) -> Answer:
-    from .toolbox.doctor import diagnose, doctor_lines
-
-    found = diagnose()
-    return Answer(found.as_dict(), doctor_lines(found), found.ok)
-
-
-def _inspect(args: argparse.Namespace) -> Answer:
-    from .toolbox.common import bytes_bar
-    from .toolbox.inspect import inspect
-    from .toolbox.inspect.text import lines_of
-    from .toolbox.source import locate_weights
-
-    found = inspect(args.checkpoint)
-    if args.verify:
-        directory = locate_weights(args.checkpoint).directory
-        assert directory is not None
-        found.verify(directory, bytes_bar)
-    return Answer(found.as_dict(), lines_of(found), found.is_sound)
-
-
-def _convert(args: argparse.Namespace) -> Answer:
-    from .toolbox.convert.command import convert_command, list_recipes
-
-    if args.list_recipes:
-        recipes = list_recipes()
-        width = max(map(len, recipes))
-        return Answer(
-            [{"name": name, "summary": summary} for name, summary in recipes.items()],
-            [f"{name.ljust(width)}  {summary}" for name, summary in recipes.items()],
-        )
-    if args.source is None or args.recipe is None or (args.destination is None and not args.dry_run):
-        raise ValueError(
-            "convert needs SRC, DST and --recipe; `mlx-m3 convert --list-recipes` lists the recipes"
-        )
-    return Answer(
-        *convert_command(
-            args.source,
-            args.destination,
-            args.recipe,
-            dry_run=args.dry_run,
-            sensitivity=args.sensitivity,
-            text_file=args.text,
-            memory=args.memory,
-        )
-    )
-
-
-def _evaluate(args: argparse.Namespace) -> Answer:
-    from .toolbox.evaluate.command import evaluate_command
-
-    return Answer(
-        *evaluate_command(
-            args.checkpoint,
-            args.reference,
-            text_file=args.text,
-            tokens=args.tokens,
-            context=args.context,
-            cache=args.cache,
-            memory=args.memory,
-            plot=args.plot,
-        )
-    )
-
-
-def _fit(args: argparse.Namespace) -> Answer:
-    from .toolbox.fit import fit, fit_lines, fit_pipeline, pipeline_lines
-    from .toolbox.memory import machine_memory
-
-    memories = args.memory or [machine_memory()]
-    if memories == [None]:
-        raise ValueError("the memory of this machine is unknown: give it, as in --memory 256GB")
-    options = {"context": args.context, "kv_bits": args.kv_bits, "prefill_step": args.prefill_step}
-    if len(memories) > 1:
-        if args.bandwidth is not None:
-            raise ValueError("--bandwidth is for one machine, but --memory names several")
-        split = fit_pipeline(args.checkpoint, memories, **options)
-        return Answer(split.as_dict(), pipeline_lines(split), split.fits)
-    found = fit(args.checkpoint, memories[0], bandwidth=args.bandwidth, **options)
-    return Answer(found.as_dict(), fit_lines(found), found.fits)
 
 
 if __name__ == "__main__":

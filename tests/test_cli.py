@@ -10,6 +10,7 @@ import sys
 import time
 from collections.abc import Callable
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -85,7 +86,7 @@ def test_lists_as_json(arguments: list[str], capsys: pytest.CaptureFixture[str])
         (["demo", "here", "--bits", "7"], "input", "--bits 7"),
         (["demo", "here", "--bits", "x"], "usage", "invalid int value: 'x'"),
         (["doctor", "--verbose"], "usage", "unrecognized arguments: --verbose"),
-        (["no-such-command"], "usage", "there is no command no-such-command"),
+        (["no-such-command"], "usage", "unknown command no-such-command"),
     ],
 )
 def test_errors_as_json(
@@ -220,7 +221,7 @@ def test_an_exception_is_one_line(
     def fail(args: Any) -> int:
         raise error
 
-    monkeypatch.setattr(cli, "_fit", fail)
+    monkeypatch.setattr(cli, "import_module", lambda name: SimpleNamespace(command=fail))
     assert main(["fit", "m3"]) == 2
     assert len(capsys.readouterr().err.splitlines()) == 1
     assert main(["fit", "m3", "--json"]) == 2
@@ -234,7 +235,7 @@ def test_ctrl_c_is_one_line(
     def interrupt(args: Any) -> int:
         raise KeyboardInterrupt
 
-    monkeypatch.setattr(cli, f"_{name}", interrupt)
+    monkeypatch.setattr(cli, "import_module", lambda name: SimpleNamespace(command=interrupt))
     arguments = [name] if name == "doctor" else [name, "m3"]
     assert main(arguments) == 130
     assert capsys.readouterr().err == "mlx-m3: interrupted\n"

@@ -20,7 +20,7 @@ import vocabulary
 from plots import plot, write_page
 from tokenizers import Tokenizer
 
-from mlx_m3_plugin.toolbox.convert import recipe_names
+from mlx_m3_plugin.toolbox.convert.recipe import recipe_names
 
 HERE = Path(__file__).parent
 BITS = (8, 6, 4, 3, 2)

@@ -1,7 +1,7 @@
 """Loading a checkpoint into a model, as both libraries do it: names, quantization, values."""
 
 import logging
-from collections.abc import Callable, Container, Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -10,7 +10,8 @@ import mlx.nn as nn
 from mlx.utils import tree_flatten
 
 from ..model.config import TextConfig, text_config_of
-from ..model.decoder import DecoderLayer
+from ..model.decoder import DecoderLayer, LanguageModel
+from ..model.sharding import shard_layers
 from ..model.tensor_scales import expect_scales
 from ..startup.settings import model_settings
 from ..weights import (
@@ -55,15 +56,23 @@ class CheckpointMixin(nn.Module):
 
     text_prefix: str
     takes_vision = False
+    language_model: LanguageModel
 
     @property
     def loader_config(self) -> dict[str, Any]:
         raise NotImplementedError
 
     @property
-    def held_layers(self) -> Container[int] | None:
-        """Numbers of the layers that this process runs; None for all."""
-        return None
+    def text_config(self) -> TextConfig:
+        return self.language_model.model.config
+
+    @property
+    def layers(self) -> list[DecoderLayer]:
+        """The layers that this process runs."""
+        return self.language_model.model.pipeline_layers
+
+    def shard(self, group: mx.distributed.Group | None = None) -> None:
+        shard_layers(self.layers, group or mx.distributed.init())
 
     def sanitize(self, weights: dict[str, mx.array]) -> dict[str, mx.array]:
         """Map the tensors of any known checkpoint layout to this model's parameter names.
@@ -71,13 +80,11 @@ class CheckpointMixin(nn.Module):
         Raises:
             ValueError: a tensor is there twice, or in a format that MLX cannot compute with.
         """
-        config: TextConfig = self.text_config
-        mapped = map_weights(
-            weights, config, self.text_prefix, vision=self.takes_vision, layers=self.held_layers
-        )
+        config, text_model = self.text_config, self.language_model.model
+        held = None if text_model.end_idx is None else range(text_model.start_idx, text_model.end_idx)
+        mapped = map_weights(weights, config, self.text_prefix, vision=self.takes_vision, layers=held)
         if lacks_indexers(mapped, config):
-            layers: list[DecoderLayer] = self.layers
-            for layer in layers:
+            for layer in self.layers:
                 if layer.self_attn.is_sparse_attn:
                     layer.self_attn.drop_indexer()
             warn_dense("this checkpoint has no indexer weights", config)

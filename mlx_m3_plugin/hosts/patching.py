@@ -12,9 +12,10 @@ hold for every patch:
 
 import inspect
 import re
-from collections.abc import Callable, Iterable, Mapping
-from dataclasses import dataclass
-from functools import wraps
+from collections.abc import Callable, Mapping
+from contextvars import ContextVar
+from dataclasses import dataclass, field
+from functools import partial, wraps
 from types import ModuleType
 from typing import Any
 
@@ -30,10 +31,11 @@ class Patch:
     """One function, method or class of upstream that we replace.
 
     Attributes:
-        name: where upstream has it, such as ``"mlx_lm.generate:TextStateMachine.flush"``.
+        target: where upstream has it, and what ours uses of it: a module and a need, in the form that
+            :func:`check_needs` takes, such as ``"mlx_lm.generate:TextStateMachine.flush(state)"``.
         what: what M3 gets from it, in a few words for ``status()`` and ``mlx-m3 doctor``.
         replace: makes ours from upstream's module and upstream's function.
-        needs: what ours uses of the module, in the form that :func:`check_needs` takes.
+        others: what else ours uses of the module, in the same form.
         until: when the patch can go: ``"never"`` with the reason; or what upstream lacks today; or
             ``"mlx-lm 0.32"``, the first release without what is replaced.  A patch of the last kind is
             left out where the function is missing.
@@ -41,17 +43,26 @@ class Patch:
         since: the first release that has all that is needed.  Older ones go without the patch.
     """
 
-    name: str
+    target: str
     what: str
     replace: Callable[[Any, Any], Any]
-    needs: tuple[str, ...]
-    until: str
+    others: tuple[str, ...] = ()
+    until: str = field(kw_only=True)
     fault: str = ""
     since: str = ""
 
     @property
     def module(self) -> str:
-        return self.name.partition(":")[0]
+        return self.target.partition(":")[0]
+
+    @property
+    def needs(self) -> tuple[str, ...]:
+        return self.target.partition(":")[2], *self.others
+
+    @property
+    def path(self) -> str:
+        """Of what is replaced, in its module."""
+        return parse_need(self.needs[0])[0]
 
     def apply(self, module: ModuleType) -> bool:
         """Replace upstream's function in ``module``; False where this release has no need of it.
@@ -59,15 +70,13 @@ class Patch:
         Raises:
             UpstreamChangedError: something that is needed is missing; the module is as it was.
         """
-        path = self.name.partition(":")[2]
-        owner_path, _, leaf = path.rpartition(".")
         try:
-            find(module, path)
             check_needs(module, *self.needs)
         except UpstreamChangedError:
-            if self._is_for_other_release(module, path):
+            if self._is_for_other_release(module):
                 return False
             raise
+        owner_path, _, leaf = self.path.rpartition(".")
         owner = find(module, owner_path) if owner_path else module
         original = vars(owner).get(leaf, getattr(owner, leaf))
         if isinstance(original, (staticmethod, classmethod)):
@@ -76,10 +85,14 @@ class Patch:
             setattr(owner, leaf, self.replace(module, original))
         return True
 
-    def _is_for_other_release(self, module: ModuleType, path: str) -> bool:
-        if re.fullmatch(r"mlx-v?lm [\d.]+", self.until):
-            return not _has(module, path)
-        return bool(self.since) and _installed_release(module) < _release(self.since)
+    def _is_for_other_release(self, module: ModuleType) -> bool:
+        if not re.fullmatch(r"mlx-v?lm [\d.]+", self.until):
+            return bool(self.since) and _installed_release(module) < _release(self.since)
+        try:
+            find(module, self.path)
+        except UpstreamChangedError:
+            return True
+        return False
 
 
 def check_needs(module: ModuleType, *needs: str) -> None:
@@ -94,14 +107,17 @@ def check_needs(module: ModuleType, *needs: str) -> None:
         UpstreamChangedError: names the first thing that is missing.
     """
     for need in needs:
-        name, parameters, attributes = parse_need(need)
-        function = find(module, name)
-        check_takes(function, *parameters)
-        check_uses(function, *attributes)
+        path, parameters, attributes = parse_need(need)
+        function, name = find(module, path), f"{module.__name__}.{path}"
+        check_takes(name, function, *parameters)
+        code = getattr(inspect.unwrap(function), "__code__", None)
+        for attribute in attributes:
+            if attribute not in (code.co_names if code else ()):
+                raise UpstreamChangedError(f"{name} does not use {attribute}")
 
 
 def parse_need(need: str) -> tuple[str, list[str], list[str]]:
-    """The name, the parameters and the attributes in a string of :attr:`Patch.needs`."""
+    """The name, the parameters and the attributes in one of :attr:`Patch.needs`."""
     function, _, attributes = need.partition(": ")
     name, _, parameters = function.rstrip(")").partition("(")
     return name, parameters.split(", ") if parameters else [], attributes.split(", ") if attributes else []
@@ -121,15 +137,8 @@ def find(module: ModuleType, name: str) -> Any:
     return found
 
 
-def _has(module: ModuleType, name: str) -> bool:
-    try:
-        return find(module, name) is not None
-    except UpstreamChangedError:
-        return False
-
-
-def check_takes(function: Any, *parameters: str) -> None:
-    """Check that ``function`` has parameters with these names.
+def check_takes(name: str, function: Any, *parameters: str) -> None:
+    """Check that ``function``, called ``name`` in errors, has parameters with these names.
 
     Raises:
         UpstreamChangedError: names the first one that it does not have.
@@ -137,20 +146,7 @@ def check_takes(function: Any, *parameters: str) -> None:
     taken = _signature(function).parameters if parameters else ()
     for parameter in parameters:
         if parameter not in taken:
-            raise UpstreamChangedError(f"{_full_name(function)} has no parameter {parameter}")
-
-
-def check_uses(function: Any, *names: str) -> None:
-    """Check that the code of ``function`` sets or reads attributes with these names.
-
-    Raises:
-        UpstreamChangedError: names the first one that it does not use.
-    """
-    code = getattr(inspect.unwrap(function), "__code__", None)
-    used = code.co_names if code else ()
-    for name in names:
-        if name not in used:
-            raise UpstreamChangedError(f"{_full_name(function)} does not use {name}")
+            raise UpstreamChangedError(f"{name} has no parameter {parameter}")
 
 
 def for_m3(
@@ -179,18 +175,22 @@ def for_m3(
     return patched
 
 
+def where(
+    is_m3: Callable[[Mapping[str, Any]], bool],
+) -> Callable[[Callable[[Any, Arguments], Any]], Callable[[Any, Any], Any]]:
+    """Makes :attr:`Patch.replace` from a function of upstream's function and the arguments of a call.
+
+    It is called where ``is_m3`` says so; see :func:`for_m3`.
+    """
+
+    def decorate(ours: Callable[[Any, Arguments], Any]) -> Callable[[Any, Any], Any]:
+        return lambda module, original: for_m3(original, is_m3, partial(ours, original))
+
+    return decorate
+
+
 def call(function: Callable[..., Any], given: Arguments) -> Any:
     return function(*given.args, **given.kwargs)
-
-
-def named(values: Iterable[Any], kind: type) -> Any:
-    """The first of ``values`` that is of this type, at any position; None without one."""
-    return next((value for value in values if isinstance(value, kind)), None)
-
-
-def _full_name(function: Any) -> str:
-    name = getattr(function, "__qualname__", type(function).__qualname__)
-    return f"{getattr(function, '__module__', '?')}.{name}"
 
 
 def _signature(function: Any) -> inspect.Signature:
@@ -213,3 +213,60 @@ def _installed_release(module: ModuleType) -> tuple[int, ...]:
     except PackageNotFoundError:
         # A copy without metadata: take it for a new one, in which nothing may be missing.
         return (10**9,)
+
+
+# --- load_model, which both libraries have ---
+
+_STRICT: ContextVar[bool] = ContextVar("strict", default=False)
+
+
+def is_m3_checkpoint(directory: object) -> bool:
+    """See :func:`mlx_m3_plugin.weights.headers.is_m3`."""
+    from ..weights.headers import is_m3
+
+    return is_m3(directory)
+
+
+def with_checks(load_model: Callable[..., Any]) -> Callable[..., Any]:
+    """A ``load_model(model_path, lazy=False, ...)`` that checks an M3 checkpoint's files before it
+    loads them, and the values after.
+
+    MLX opens shards that are cut off or absent, and lets the second of two tensors of one name win.
+    """
+
+    def checked(given: Arguments) -> Any:
+        from ..weights.headers import check_files
+
+        if _STRICT.get():
+            # mlx-vlm takes it in ``**kwargs``.
+            named = given.arguments if "strict" in given.arguments else given.arguments["kwargs"]
+            named["strict"] = True
+        options = {**given.kwargs, **given.arguments}
+        # strict=False is an explicit opt-out.
+        if options.get("strict", True):
+            check_files(given.arguments["model_path"])
+        loaded = call(load_model, given)
+        model = loaded[0] if isinstance(loaded, tuple) else loaded
+        # Reads scales, which a lazy load must leave alone.
+        if not options.get("lazy") and hasattr(model, "check_values"):
+            model.check_values()
+        return loaded
+
+    return for_m3(load_model, lambda given: is_m3_checkpoint(given.get("model_path")), checked)
+
+
+def strictly(load: Callable[..., Any]) -> Callable[..., Any]:
+    """A function that loads M3 checkpoints strictly, even if it does not ask for that.
+
+    What a checkpoint lacks would stay random.
+    """
+
+    @wraps(load)
+    def strict(*args: Any, **kwargs: Any) -> Any:
+        token = _STRICT.set(True)
+        try:
+            return load(*args, **kwargs)
+        finally:
+            _STRICT.reset(token)
+
+    return strict

@@ -1,7 +1,7 @@
 """NVFP4 with tensor scales: one more float32 scale for each matrix, or for each expert in a stack.
 
-MLX's layers have no tensor scale.  mlx-lm's experts have one from 0.32 on and give it to
-``gather_qmm``, which takes it on some GPUs only.  Here it multiplies the output of a matrix,
+MLX's layers have no tensor scale, and mlx-lm's experts have none (until: mlx-lm 0.32).  Those of 0.32
+give it to ``gather_qmm``, which takes it on some GPUs only.  Here it multiplies the output of a matrix,
 which works on every backend.
 """
 

@@ -46,7 +46,7 @@ status: dict[str, Any] = {
     "caught_up": [],  # upstream modules that were imported before us
     "errors": [],
 }
-# Upstream's own modules that ours have taken the place of after they were imported.
+# Upstream's own modules that were imported before ours replaced them.
 replaced_modules: list[ModuleType] = []
 
 
@@ -110,7 +110,7 @@ class PluginFinder:
         return graft_spec(fullname, value, native, self._settings)
 
     def catch_up(self) -> None:
-        """Do for modules that were imported before us what an import would have done."""
+        """Patch or replace the modules that were imported before us."""
         for name, entry_point in self._patches.items():
             if name in sys.modules:
                 before = dict(vars(sys.modules[name]))
@@ -120,7 +120,7 @@ class PluginFinder:
         for name in [
             n for n in list(sys.modules) if self._module_for(n) and not self._settings.prefer_native
         ]:
-            # The next look-up shall find ours.  Objects made from the native module keep working.
+            # The next look-up must find ours.  Objects made from the native module keep working.
             replaced_modules.append(sys.modules.pop(name))
             status["caught_up"].append(name)
             parent, _, leaf = name.rpartition(".")
@@ -170,7 +170,7 @@ class PluginFinder:
     def _run_patches(self, module: ModuleType, entry_point: EntryPoint) -> None:
         """Apply the patches of ``module`` in the list that the entry point names.
 
-        Upstream may have changed under us: then a patch is left out, and the others go on working.
+        Where upstream has changed, a patch is left out, and the others still work.
         """
         done, problems = [], {}
         try:
@@ -185,7 +185,7 @@ class PluginFinder:
         if done:
             status["patched"][module.__name__] = done
         if problems:
-            message = f"cannot extend {module.__name__} for MiniMax-M3 as planned: {'; '.join(problems)}"
+            message = f"cannot extend {module.__name__} for MiniMax-M3: {'; '.join(problems)}"
             _report(message, self._settings, next(iter(problems.values())))
 
 
@@ -216,10 +216,10 @@ def graft_spec(
 
 
 def _renew_imports_by_name(before: Mapping[str, Any], patched: ModuleType) -> None:
-    """Have ``from module import function`` of before mean the function that ``module`` has now.
+    """Update names that ``from module import function`` has bound to functions that are replaced now.
 
     Args:
-        before: what the names of ``patched`` meant before it was patched.
+        before: the names of ``patched`` and their values before it was patched.
     """
     now = vars(patched)
     renewed = {
@@ -235,7 +235,7 @@ def _renew_imports_by_name(before: Mapping[str, Any], patched: ModuleType) -> No
 class _GraftLoader(importlib.machinery.SourceFileLoader):
     """Executes our file under upstream's name and never fails with an ``ImportError``.
 
-    A file of ours that finds upstream's parts changed says so by an exception with the attribute
+    Where upstream has changed too much, our file raises an exception with the attribute
     ``fall_back_to_native``; then the native module takes its place, with a warning.
     """
 

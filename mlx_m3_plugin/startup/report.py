@@ -5,7 +5,7 @@ from typing import Any
 
 
 def report(first: str, sections: Mapping[str, Sequence[str]]) -> str:
-    """A first line, and under the title of each section that has any its indented lines."""
+    """The first line, then each section that is not empty: its title and its lines, indented."""
     lines = [first]
     for title, entries in sections.items():
         lines += [title, *(f"  {entry}" for entry in entries)] if entries else []

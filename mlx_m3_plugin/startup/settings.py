@@ -53,7 +53,7 @@ class Settings:
 
 
 def read_settings(environ: Mapping[str, str] = os.environ) -> Settings:
-    """All switches.  What is not understood keeps its default and gets a complaint."""
+    """All switches.  One with an unknown value keeps its default, with a complaint."""
     read: dict[str, Any] = {}
     complaints = [*_misspelt(environ)]
     for name, (attribute, _, _) in _VARIABLES.items():
@@ -78,7 +78,7 @@ def model_settings(environ: Mapping[str, str] = os.environ) -> dict[str, Any]:
 
 
 def lines_of(settings: Mapping[str, Any]) -> list[str]:
-    """For people: what is not as it would be without any variable set."""
+    """For people: the settings that are not the default."""
     defaults = Settings()
     return [
         f"{variable}: {attribute} is {settings[attribute]}"
@@ -103,8 +103,8 @@ def _misspelt(environ: Mapping[str, str]) -> list[str]:
     unknown = [name for name in environ if name.upper().startswith(_PREFIX) and name not in _VARIABLES]
     if not unknown:
         return []
-    # Imported here: nobody else needs it.
+    # Imported here, because it takes time and is rarely needed.
     from difflib import get_close_matches
 
     nearest = {name: get_close_matches(name.upper(), _VARIABLES, n=1, cutoff=0) for name in unknown}
-    return [f"there is no variable {name}; did you mean {meant[0]}?" for name, meant in nearest.items()]
+    return [f"unknown variable {name}; did you mean {meant[0]}?" for name, meant in nearest.items()]

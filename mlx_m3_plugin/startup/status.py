@@ -87,7 +87,7 @@ def _modules(serves: bool, prefer_native: bool) -> list[dict[str, str | None]]:
 
 
 def _is_looked_up_in(namespace: str) -> bool:
-    """By this version of the library; what is not imported is installed, at least."""
+    """Whether the library looks there, in this version; if it is not imported, only ``models`` counts."""
     library = namespace.partition(".")[0]
     if library in sys.modules:
         return namespace in sys.modules
@@ -124,21 +124,21 @@ def _advice_on_restart(running_version: str) -> list[str]:
     models = sum(_instances(module) for module in hook.replaced_modules)
     if models:
         advice.append(
-            f"M3 models in memory that are of upstream's class, loaded before the plugin came: {models}; "
+            f"M3 models in memory that were loaded before the plugin and have upstream's class: {models}; "
             "load them again"
         )
     libraries = sorted({name.partition(".")[0] for name in hook.status["caught_up"]})
     if libraries:
         advice.append(
-            f"{' and '.join(libraries)} came before the plugin: load older tokenizers and processors again. "
-            "Functions imported by name have been renewed; functools.partial objects, subclasses and other "
-            "references to them have not. A restart renews everything"
+            f"imported before the plugin: {' and '.join(libraries)}. Load older tokenizers and processors "
+            "again. Functions imported by name are up to date; functools.partial objects, "
+            "subclasses and other references to them are not. A restart updates everything"
         )
     return advice
 
 
 def _instances(module: Any) -> int:
-    """How many models of a class that no look-up finds any more are alive."""
+    """How many models of a class that is no longer served are in memory."""
     model = getattr(module, "Model", None)
     return 0 if model is None else sum(type(thing) is model for thing in gc.get_objects())
 

@@ -1,51 +1,375 @@
-"""A checkpoint opened by the tools that read its weights: every weight of the model, and how it is stored."""
+"""A checkpoint: where it is, on disk or on the Hugging Face Hub, and what its headers and settings say.
 
-from collections.abc import Mapping
-from dataclasses import dataclass
+No weight is read.
+"""
+
+import json
+import re
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
+from urllib.parse import unquote, urlsplit
 
 import mlx.core as mx
 
 from ..model.config import TextConfig, text_config_of
-from ..weights import Headers, lacks_indexers, plan_layout, read_headers, shorten
-from ..weights.files import MODEL_TYPES
-from ..weights.names import is_vision
+from ..weights import Headers, StoredTensor, lacks_indexers, plan_layout, read_headers, shorten
+from ..weights.dtypes import MLX_DTYPES
+from ..weights.headers import INDEX, MODEL_TYPES, TEXT_ONLY
+from ..weights.names import TEXT_PREFIX, is_vision
 from ..weights.quantization import PARTS
 from ..weights.tensor import Tensor
-from .common import read_json_object
+from .common import UnreadableText, parse_json_object, read_text
 from .parameters import differences, quantized_modules, text_shapes, vision_shapes
 from .precision import Quantization
-from .source import locate_weights
+from .shards import TensorReader
+
+CHAT_TEMPLATE_FILES = ("chat_template.jinja", "chat_template.json")
+_REPOSITORY = re.compile(r"^[\w-][\w.-]*/[\w.-]+$")
+_HUB_HOSTS = ("huggingface.co", "www.huggingface.co", "hf.co")
+# In ``https://huggingface.co/owner/name/tree/revision``.
+_BEFORE_REVISION = ("tree", "blob", "resolve", "raw", "commit")
+_SHARD_OF_SEVERAL = re.compile(r"-\d+-of-\d+\.safetensors$")
+# Seconds to wait for the Hub's first answer.
+_TIMEOUT = 20
+
+# Returns the text of one of a checkpoint's small files, None if there is no such file.
+ReadText = Callable[[str], str | None]
+
+
+# --- where it is ---
 
 
 @dataclass(frozen=True)
-class Checkpoint:
-    """A checkpoint to convert, evaluate or measure.
+class Place:
+    """Where a checkpoint is.
+
+    Attributes:
+        name: the directory as given, or ``owner/name``.
+        directory: of its files; None for a repository that is not in the cache.
+        repository: None for a directory.  revision: of the repository, None for the main one.
+        missing: files that are missing from the repository's directory in the cache.
+    """
+
+    name: str
+    directory: Path | None
+    repository: str | None = None
+    revision: str | None = None
+    missing: tuple[str, ...] = ()
+
+    @property
+    def absent(self) -> str:
+        """What of its files is not on disk, and the command that downloads it."""
+        revision = "" if self.revision is None else f" --revision {self.revision}"
+        command = f"`hf download {self.repository}{revision}`"
+        if self.missing:
+            missing = ", ".join(shorten(self.missing, 3))
+            where = f"in the Hugging Face cache ({self.directory})"
+            return f"{self.name} is incomplete {where}: {missing} missing; download the rest with {command}"
+        here = "neither a directory nor in the Hugging Face cache"
+        return f"{self.name} is {here}: download it with {command}"
+
+
+def locate(name: str | Path) -> Place:
+    """Find a checkpoint by its directory, or by a repository's name or URL on the Hub.
+
+    Uses no network.  A directory goes before a repository of the same name, as in mlx-lm.
+
+    Raises:
+        OSError: there is no such directory, and the name cannot be a repository.
+    """
+    name = str(name)
+    directory = Path(name).expanduser()
+    if directory.is_dir():
+        return Place(name, directory)
+    if directory.exists():
+        raise NotADirectoryError(f"{name} is a file: name the directory that contains it")
+    repository, revision = _path_on_the_hub(name)
+    if not _REPOSITORY.match(repository):
+        raise FileNotFoundError(
+            f"{name} is neither a directory nor a repository id such as MiniMaxAI/MiniMax-M3"
+        )
+    cached = _cached(repository, revision)
+    missing = () if cached is None else _missing_in(cached)
+    return Place(repository, cached, repository, revision, missing)
+
+
+def locate_weights(name: str | Path) -> Place:
+    """:func:`locate` for a checkpoint whose weights are to be read: all its files are on disk.
+
+    Raises:
+        OSError: they are not; says how to download them.
+    """
+    place = locate(name)
+    if place.directory is None or place.missing:
+        raise FileNotFoundError(place.absent)
+    return place
+
+
+def _path_on_the_hub(name: str) -> tuple[str, str | None]:
+    """Name and revision of the repository that a name or a URL means."""
+    from huggingface_hub import constants
+
+    address = urlsplit(name if "://" in name else f"https://{name}")
+    # HF_ENDPOINT names a mirror.
+    if address.netloc not in (*_HUB_HOSTS, urlsplit(constants.ENDPOINT).netloc):
+        return name, None
+    parts = [unquote(part) for part in address.path.split("/") if part]
+    if parts[:1] in (["datasets"], ["spaces"]):
+        raise FileNotFoundError(f"{name} is not a model repository")
+    revision = parts[3] if len(parts) > 3 and parts[2] in _BEFORE_REVISION else None
+    return "/".join(parts[:2]), None if revision == constants.DEFAULT_REVISION else revision
+
+
+def _cached(repository: str, revision: str | None) -> Path | None:
+    """The snapshot in the cache, complete or not."""
+    import huggingface_hub
+
+    try:
+        # Which files a checkpoint needs is for us to say: mlx-lm downloads only some of them as well.
+        return Path(
+            huggingface_hub.snapshot_download(
+                repository, revision=revision, local_files_only=True, allow_patterns="config.json"
+            )
+        )
+    except huggingface_hub.errors.LocalEntryNotFoundError as error:
+        # Newer versions distinguish a snapshot without such a file from no snapshot.
+        found = getattr(error, "snapshot_path", None)
+        return None if found is None else Path(found)
+
+
+def _missing_in(snapshot: Path) -> tuple[str, ...]:
+    """Files that an interrupted download has not fetched."""
+    needed = ["config.json"]
+    weights = list(snapshot.glob("*.safetensors"))
+    try:
+        index = json.loads((snapshot / INDEX).read_text(encoding="utf-8"))
+        needed += sorted(set(index["weight_map"].values()))
+    except FileNotFoundError:
+        if not weights:
+            needed.append("*.safetensors")
+        elif any(_SHARD_OF_SEVERAL.search(file.name) for file in weights):
+            needed.append(INDEX)
+    except (ValueError, KeyError, TypeError, AttributeError, RecursionError):
+        # Not interrupted, but damaged: whoever reads the index reports that.
+        pass
+    return tuple(file for file in needed if not (snapshot / file).exists())
+
+
+# --- its headers and settings ---
+
+
+@dataclass
+class Source:
+    """A checkpoint as its headers and settings describe it.
+
+    Attributes:
+        name: the path as given, or ``owner/name``.
+        model: what ``--model`` of the stock commands takes; None for a revision that is not on disk.
+        config: ``config.json``.
+        tokenizer_config: ``tokenizer_config.json``, None if there is none.
+        chat_template: its text, from any of the files that may contain it.
+        problems: settings that cannot be read, one line each.
+    """
+
+    name: str
+    model: str | None
+    headers: Headers
+    config: dict[str, Any]
+    tokenizer_config: dict[str, Any] | None = None
+    chat_template: str | None = None
+    problems: list[str] = field(default_factory=list)
+
+
+def open_source(path_or_repository: str | Path) -> Source:
+    """Read headers and settings.
+
+    Raises:
+        OSError: neither a directory nor a repository that can be read.
+        ValueError: not a MiniMax-M3 checkpoint.
+    """
+    place = locate(path_or_repository)
+    directory = place.directory
+    if directory is None or place.missing:
+        return _from_hub(place)
+    read_file = _reader_of(directory)
+    # The config first: if it is another model's, there is nothing more to say.
+    config = _read_config(place.name, read_file)
+    model = place.name if place.revision is None else str(directory)
+    return _with_settings(Source(place.name, model, read_headers(directory), config), read_file)
+
+
+def _from_hub(place: Place) -> Source:
+    import huggingface_hub
+
+    repository, model = place.name, place.name if place.revision is None else None
+    try:
+        # First, because it fails at once; a download retries for half a minute.
+        info = huggingface_hub.model_info(repository, revision=place.revision, timeout=_TIMEOUT)
+        files = {file.rfilename for file in info.siblings or ()}
+
+        def read_file(file: str) -> str | None:
+            if file not in files:
+                return None
+            return read_text(Path(huggingface_hub.hf_hub_download(repository, file, revision=info.sha)))
+
+        config = _read_config(repository, read_file)
+        metadata = huggingface_hub.get_safetensors_metadata(repository, revision=info.sha)
+        return _with_settings(Source(repository, model, _hub_headers(metadata), config), read_file)
+    except UnreadableText:
+        raise
+    # The Hub's client, its HTTP library and proxies each have exceptions of their own.
+    except Exception as error:
+        reason = str(error).strip().partition("\n")[0] or type(error).__name__
+        failed = "reading it from the Hugging Face Hub failed"
+        raise OSError(f"{place.absent}; {failed}: {reason}") from error
+
+
+def _hub_headers(metadata: Any) -> Headers:
+    headers, listed = Headers(), dict(metadata.weight_map)
+    for file, content in sorted(metadata.files_metadata.items()):
+        tensors = {}
+        for name, entry in content.tensors.items():
+            listed.pop(name, None)
+            start, end = entry.data_offsets
+            tensor = StoredTensor(tuple(entry.shape), entry.dtype, end - start, file)
+            if tensor.stored_dtype in MLX_DTYPES:
+                tensors[name] = tensor
+            else:
+                headers.problems.append(f"{file}: {name}: MLX does not read tensors of dtype {entry.dtype}")
+        headers.add(file, tensors)
+    headers.problems += [f"{name} is listed in the index but not in {file}" for name, file in listed.items()]
+    return headers
+
+
+def _read_config(name: str, read_file: ReadText) -> dict[str, Any]:
+    text = read_file("config.json")
+    if text is None:
+        raise FileNotFoundError(f"{name} has no config.json")
+    config = parse_json_object(text, f"{name}: config.json")
+    if config.get("model_type") not in MODEL_TYPES:
+        raise UnreadableText(
+            f"{name} is not a MiniMax-M3 checkpoint: its config.json has model_type "
+            f"{config.get('model_type')!r}"
+        )
+    return config
+
+
+def _with_settings(source: Source, read_file: ReadText) -> Source:
+    try:
+        text = read_file("tokenizer_config.json")
+        source.tokenizer_config = None if text is None else parse_json_object(text, "tokenizer_config.json")
+    except UnreadableText as error:
+        source.problems.append(str(error))
+        source.tokenizer_config = {}
+    try:
+        texts = (read_file(file) for file in CHAT_TEMPLATE_FILES)
+        source.chat_template = next((text for text in texts if text is not None), None)
+    except UnreadableText as error:
+        source.problems.append(str(error))
+        return source
+    kept = (source.tokenizer_config or {}).get("chat_template")
+    if source.chat_template is None and kept is not None:
+        # Several named templates are a list.
+        source.chat_template = kept if isinstance(kept, str) else json.dumps(kept, ensure_ascii=False)
+    return source
+
+
+def _reader_of(directory: Path) -> ReadText:
+    def read(file: str) -> str | None:
+        try:
+            return read_text(directory / file)
+        except FileNotFoundError:
+            return None
+
+    return read
+
+
+# --- what of the model it holds ---
+
+
+@dataclass(frozen=True)
+class Contents:
+    """What a checkpoint's tensors are.
+
+    Attributes:
+        text_config: the text model's part of ``config.json``.
+        plan: published parameter names, without a prefix -> how they are made from stored tensors.
+        quantized: the modules that are quantized in one of MLX's modes.
+        indexers: whether the checkpoint has weights for them.
+        problems: quantizations that MLX does not have, one line each.
+        of_text, of_vision: what differs from the model, one line each.
+    """
+
+    text_config: TextConfig
+    plan: Mapping[str, Tensor]
+    quantized: Mapping[str, Quantization]
+    indexers: bool
+    problems: list[str]
+    of_text: list[str]
+    of_vision: list[str]
+
+    @property
+    def with_indexer(self) -> list[int]:
+        """The numbers of the layers that select blocks."""
+        layers = range(self.text_config.num_hidden_layers)
+        return [layer for layer in layers if self.indexers and self.text_config.is_sparse_attention(layer)]
+
+
+def read_text_config(config: dict[str, Any], name: str = "config.json") -> TextConfig:
+    """As the checkpoint says, without environment variables; errors call it ``name``."""
+    try:
+        return text_config_of(config)
+    except ValueError as error:
+        raise ValueError(f"{name}: {str(error).removeprefix('config: ')}") from None
+
+
+def read_contents(headers: Headers, config: dict[str, Any], text_config: TextConfig) -> Contents:
+    """Compare what is stored with the model that ``config.json`` describes.
+
+    Raises:
+        ValueError: a tensor has a format that MLX has no mode for, or a size is out of range.
+    """
+    plan = plan_layout(headers.tensors, text_config, "", vision=True)
+    indexers = not lacks_indexers(plan, text_config)
+    text, vision = text_shapes(text_config, indexers=indexers), {}
+    seen = {name: tensor for name, tensor in plan.items() if is_vision(name)}
+    of_vision = []
+    try:
+        vision = vision_shapes(config) if seen else {}
+    except ValueError as error:
+        of_vision.append(str(error))
+    quantized, problems = quantized_modules(plan, text | vision)
+    prefix = "" if config["model_type"] == TEXT_ONLY else TEXT_PREFIX
+    of_text = differences({n: t for n, t in plan.items() if n not in seen}, text, quantized, prefix)
+    of_vision += differences(seen, vision, quantized)
+    return Contents(text_config, plan, quantized, indexers, problems, of_text, of_vision)
+
+
+@dataclass(frozen=True)
+class Checkpoint(Contents):
+    """A whole checkpoint, to convert, evaluate or measure.
 
     Attributes:
         name: the directory as given, or ``owner/name`` of a repository in the cache.
         title: the same without the path of a directory.
-        config: ``config.json``.  text_config: the text model's part of it.
-        plan: published parameter names, without a prefix -> how they are made from stored tensors.
-        quantized: the modules that are quantized in one of MLX's modes.
-        indexers: whether the checkpoint has weights for them.
+        config: ``config.json``.
     """
 
     name: str
     title: str
     directory: Path
     config: dict[str, Any]
-    text_config: TextConfig
     headers: Headers
-    plan: Mapping[str, Tensor]
-    quantized: Mapping[str, Quantization]
-    indexers: bool
 
     @property
     def vision(self) -> list[str]:
         """The names of the vision tower's parameters, and the projectors'."""
         return [name for name in self.plan if is_vision(name)]
+
+    def reader(self) -> TensorReader:
+        return TensorReader(self.directory, self.headers.tensors)
 
     def parts(self, module: str) -> dict[str, Tensor]:
         """The tensors of a module by part: ``weight``, and those that belong to a quantized one."""
@@ -71,37 +395,16 @@ def open_checkpoint(path_or_repository: str | Path) -> Checkpoint:
         ValueError: it is not a whole MiniMax-M3; says what is missing or wrong.
     """
     place = locate_weights(path_or_repository)
-    assert place.directory is not None
     directory = place.directory
-    title = place.repository or directory.name
-    config = _read_config(directory)
-    try:
-        text_config = text_config_of(config)
-    except ValueError as error:
-        raise ValueError(f"{directory / 'config.json'}: {str(error).removeprefix('config: ')}") from None
+    assert directory is not None
+    config = _read_config(str(directory), _reader_of(directory))
+    text_config = read_text_config(config, str(directory / "config.json"))
     headers = read_headers(directory)
-    _refuse(directory, headers.problems)
-    plan = plan_layout(headers.tensors, text_config, "", vision=True)
-    indexers = not lacks_indexers(plan, text_config)
-    shapes = text_shapes(text_config, indexers=indexers)
-    seen = {name: tensor for name, tensor in plan.items() if is_vision(name)}
-    if seen:
-        shapes |= vision_shapes(config)
-    quantized, problems = quantized_modules(plan, shapes)
-    _refuse(directory, problems or differences(plan, shapes, quantized))
-    return Checkpoint(place.name, title, directory, config, text_config, headers, plan, quantized, indexers)
-
-
-def _read_config(directory: Path) -> dict[str, Any]:
-    try:
-        config = read_json_object(directory / "config.json")
-    except FileNotFoundError:
-        raise FileNotFoundError(f"{directory} has no config.json") from None
-    if config.get("model_type") not in MODEL_TYPES:
-        raise ValueError(f"{directory} is not a MiniMax-M3: its config.json has another model_type")
-    return config
-
-
-def _refuse(directory: Path, problems: list[str]) -> None:
-    if problems:
+    found = None if headers.problems else read_contents(headers, config, text_config)
+    problems = headers.problems if found is None else found.problems or found.of_text + found.of_vision
+    if found is None or problems:
         raise ValueError("\n  ".join([f"{directory} is not a whole MiniMax-M3:", *shorten(problems)]))
+    title = place.repository or directory.name
+    return Checkpoint(
+        **vars(found), name=place.name, title=title, directory=directory, config=config, headers=headers
+    )

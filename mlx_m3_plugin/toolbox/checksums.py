@@ -2,21 +2,17 @@
 
 import hashlib
 import re
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 
 from ..weights.headers import weight_files
+from .common import Progress, Watch
 from .new_directory import replace_text
 
 SUMS = "SHA256SUMS"
 _LINE = re.compile(r"([0-9a-fA-F]{64}) [ *](.+)")
 _PIECE = 1 << 22
-
-# Called with the file, and how many more bytes of it were read.
-Progress = Callable[[Path, int], None]
-# Makes a progress bar from a title and how many bytes there are.
-Watch = Callable[[str, int], Progress]
 
 
 @dataclass
@@ -64,7 +60,7 @@ def verify(directory: Path, watch: Watch) -> Verification:
     return found
 
 
-def sha256_of(file: Path, progress: Progress = lambda file, count: None) -> str:
+def sha256_of(file: Path, progress: Progress = lambda *_: None) -> str:
     """In hexadecimal digits; reads the file once."""
     digest = hashlib.sha256()
     with file.open("rb", buffering=0) as stream:

@@ -3,9 +3,26 @@
 import difflib
 import json
 import re
-from collections.abc import Callable, Iterable, Mapping
+import textwrap
+from argparse import ArgumentTypeError
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
+
+# Called with what was done, and how much of it: the bytes of a file, or a number of layers.
+Progress = Callable[[Any, int], None]
+# Makes a progress bar from a title and how much there is to do.
+Watch = Callable[[str, int], Progress]
+
+
+class Answer(NamedTuple):
+    """What a command prints, as JSON or as lines, and whether its answer is yes."""
+
+    content: Any
+    lines: Sequence[str]
+    yes: bool = True
+
 
 # --- sizes ---
 
@@ -19,31 +36,32 @@ _TOKEN_UNITS = {"": 1, "K": 1024, "M": 1024**2}
 _SIZE = re.compile(r"\s*([0-9]+(?:\.[0-9]*)?|\.[0-9]+)\s*([A-Za-z]*)\s*\Z")
 
 
+class InvalidSize(ArgumentTypeError, ValueError):
+    """Not a size; argparse prints the message."""
+
+
 def parse_memory(text: str) -> int:
     """Bytes of ``256GB``, ``0.5TiB``, ``64G``, or ``256``, which is in GB.
 
     Memory is sold by powers of 1024: a Mac with 256GB has 256 GiB.
-
-    Raises:
-        ValueError: not a size, or not one that a machine has.
     """
     size = _parse(text, _MEMORY_UNITS)
     if size is None:
-        raise ValueError(f"invalid size {text!r}: use 256GB or 64GiB")
+        raise InvalidSize(f"invalid size {text!r}: use 256GB or 64GiB")
     if not LEAST_MEMORY <= size <= MOST_MEMORY:
-        raise ValueError(f"invalid memory size {text!r}: must be between 1GB and 16TB")
+        raise InvalidSize(f"invalid memory size {text!r}: must be between 1GB and 16TB")
     return size
 
 
-def parse_count(text: str) -> int:
-    """Tokens of ``131072``, ``128K`` or ``1M``, in units of 1024.
+def parse_memories(text: str) -> list[int]:
+    return [parse_memory(part) for part in text.split(",")]
 
-    Raises:
-        ValueError: not a positive number.
-    """
+
+def parse_count(text: str) -> int:
+    """Tokens of ``131072``, ``128K`` or ``1M``, in units of 1024."""
     count = _parse(text, _TOKEN_UNITS)
     if not count:
-        raise ValueError(f"invalid number of tokens {text!r}: use 131072 or 128K")
+        raise InvalidSize(f"invalid number of tokens {text!r}: use 131072 or 128K")
     return count
 
 
@@ -63,6 +81,26 @@ def size_in_words(count: int) -> str:
 
 def tokens_in_words(count: int) -> str:
     return f"{count:,} {'token' if count == 1 else 'tokens'}"
+
+
+def component_table(rows: Iterable[tuple[str, int, int, str]], columns: int = 1000) -> list[str]:
+    """Of a model's parts and all together: name, parameters, bytes, bits per weight, what they are stored as.
+
+    ``columns``: the longest line; what each part is stored as is cut to fit.
+    """
+    parts = list(rows)
+    parts.append(("total", sum(part[1] for part in parts), sum(part[2] for part in parts), ""))
+    table = [("Component", "parameters", "bytes", "bits/weight", "stored as")]
+    for name, parameters, size, stored_as in parts:
+        bits = f"{8 * size / parameters:.2f}" if parameters else ""
+        table.append((name, f"{parameters:,}", f"{size:,}", bits, stored_as))
+    names, *numbers = [max(len(line[column]) for line in table) for column in range(4)]
+    lines = []
+    for name, *cells, stored_as in table:
+        aligned = "  ".join(f"{cell:>{width}}" for cell, width in zip(cells, numbers, strict=True))
+        line = f"{name:{names}}  {aligned}  "
+        lines.append((line + textwrap.shorten(stored_as, columns - len(line), placeholder=" ...")).rstrip())
+    return lines
 
 
 # --- text files that people write or download ---
@@ -99,23 +137,31 @@ def parse_json_object(text: str, name: str) -> dict[str, Any]:
 # --- hints and progress ---
 
 
+def version_of(package: str) -> str | None:
+    """The installed version."""
+    try:
+        return version(package)
+    except PackageNotFoundError:
+        return None
+
+
 def did_you_mean(word: str, known: Iterable[str]) -> str:
     """`` (did you mean oq2.5?)``, or nothing if no known word is similar."""
     near = difflib.get_close_matches(word, list(known), n=1, cutoff=0.8)
     return f" (did you mean {near[0]}?)" if near else ""
 
 
-def layers_bar(title: str, layers: int) -> Callable[[int, int], None]:
-    """For a forward pass, layer by layer: call it with a layer's number, or -1, and how many are done."""
+def layers_bar(title: str, layers: int) -> Progress:
+    """For a forward pass: call it with a layer's number and 1, and first with -1 and how many are done."""
     return _bar(title, layers, unit="layer")
 
 
-def bytes_bar(title: str, total: int) -> Callable[[Any, int], None]:
-    """For reading or writing files: call it with what was done, and its bytes."""
+def bytes_bar(title: str, total: int) -> Progress:
+    """For reading or writing files."""
     return _bar(title, total, unit="B", unit_scale=True, unit_divisor=1024, smoothing=0.05)
 
 
-def _bar(title: str, total: int, **options: Any) -> Callable[[Any, int], None]:
+def _bar(title: str, total: int, **options: Any) -> Progress:
     """On stderr, if that is a terminal."""
     # Imported here: --help needs no bar.
     from tqdm import tqdm

@@ -7,13 +7,15 @@ beside this file its model card.
 
 import shlex
 import shutil
-from dataclasses import asdict, dataclass
+from argparse import Namespace
 from pathlib import Path
-from typing import Any
 
 from ..weights.quantization import AFFINE_BITS
 from .checkpoint import open_checkpoint
-from .convert import convert, parse_recipe, plan_conversion
+from .common import Answer
+from .convert.plan import plan_conversion
+from .convert.recipe import parse_recipe
+from .convert.run import convert
 from .new_directory import new_directory
 
 NANO = Path(__file__).with_name("nano")
@@ -23,17 +25,18 @@ STORED_BITS = 8
 _MEMORY = 1 << 28
 
 
-@dataclass(frozen=True)
-class NanoReport:
-    """What was written: the path, the bytes of its weights, and their bits."""
+def command(args: Namespace) -> Answer:
+    bits = STORED_BITS if args.bits is None else args.bits
+    size = write_nano(args.directory, bits)
+    path = str(Path(args.directory))
+    return Answer(
+        {"path": path, "bytes": size, "bits": bits},
+        [f"Wrote M3-nano ({bits} bits, {size / (1 << 20):.1f} MiB) to {path}", *_commands_to_try(path)],
+    )
 
-    path: str
-    bytes: int
-    bits: int
 
-
-def write_nano(directory: str | Path, bits: int = STORED_BITS) -> NanoReport:
-    """Write M3-nano into ``directory``, which must not exist or be empty.
+def write_nano(directory: str | Path, bits: int = STORED_BITS) -> int:
+    """Write M3-nano into ``directory``, which must not exist or be empty, and return its bytes of weights.
 
     Args:
         bits: of its weights, one of ``AFFINE_BITS``.  It is stored in 8 bits; others are converted from that.
@@ -44,14 +47,12 @@ def write_nano(directory: str | Path, bits: int = STORED_BITS) -> NanoReport:
     """
     if bits not in AFFINE_BITS:
         raise ValueError(f"--bits {bits}: must be one of {', '.join(map(str, AFFINE_BITS))}")
-    directory = Path(directory)
-    with new_directory(directory, "demo") as unfinished:
+    with new_directory(Path(directory), "demo") as unfinished:
         if bits == STORED_BITS:
             shutil.copytree(NANO, unfinished, dirs_exist_ok=True)
         else:
             _convert(unfinished, bits)
-        written = sum(file.stat().st_size for file in unfinished.glob("*.safetensors"))
-    return NanoReport(str(directory), written, bits)
+        return sum(file.stat().st_size for file in unfinished.glob("*.safetensors"))
 
 
 def _convert(directory: Path, bits: int) -> None:
@@ -66,17 +67,6 @@ def _convert(directory: Path, bits: int) -> None:
     for file in made.iterdir():
         file.rename(directory / file.name)
     made.rmdir()
-
-
-def demo_command(directory: str, bits: int | None = None) -> tuple[dict[str, Any], list[str]]:
-    """What to print, as JSON and as lines."""
-    written = write_nano(directory, STORED_BITS if bits is None else bits)
-    size = f"{written.bytes / (1 << 20):.1f} MiB"
-    lines = [
-        f"Wrote M3-nano ({written.bits} bits, {size}) to {written.path}",
-        *_commands_to_try(written.path),
-    ]
-    return asdict(written), lines
 
 
 def _commands_to_try(path: str) -> list[str]:

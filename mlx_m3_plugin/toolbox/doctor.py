@@ -5,30 +5,37 @@ The answer is about a new process that does not import the plugin, and about the
 
 import json
 import os
+import shlex
+import shutil
+import site
+import stat
 import subprocess
 import sys
+import sysconfig
+from argparse import Namespace
 from collections.abc import Iterator
 from dataclasses import asdict, dataclass, field
+from importlib.metadata import PackageNotFoundError, distribution
 from pathlib import Path
 from typing import Any
 
 from ..startup.report import patch_lines, report
 from ..startup.settings import read_settings
-from .installation import (
-    FOR_MLX,
-    REINSTALL,
-    Command,
-    StartupFile,
-    find_command,
-    find_startup_files,
-    how_to_install_into,
-    is_in_site_directory,
-    version_of,
-)
+from .common import Answer, version_of
 
 _PACKAGES = ("mlx-m3-plugin", "mlx", "mlx-lm", "mlx-vlm", "transformers")
 _LIBRARIES = {"mlx_lm": "mlx-lm", "mlx_vlm": "mlx-vlm"}
 _UPGRADE = "pip install --upgrade mlx-m3-plugin"
+REINSTALL = "pip install --force-reinstall --no-deps mlx-m3-plugin"
+FOR_MLX = (
+    'pip install "mlx-m3-plugin[cpu]", or with an NVIDIA GPU [cuda12] or [cuda13] in place of [cpu]'
+    if sys.platform == "linux"
+    else "pip install --force-reinstall mlx"
+)
+_EXTRAS = {"mlx_vlm": "vlm", "matplotlib": "plot"}
+STARTUP_FILES = ("mlx_m3_plugin_startup.pth", "mlx_m3_plugin_startup.start")
+# What the interpreter of another command is asked.
+_ASK = "import json, sys; print(json.dumps([sys.prefix, 'mlx_m3_plugin' in sys.modules]))"
 
 # Runs in a new process, which loads the plugin only through its start-up file.  Arguments: the libraries.
 _PROBE = """
@@ -83,6 +90,35 @@ class Problem:
 
 
 @dataclass
+class StartupFile:
+    """One of our start-up files; ``problem`` is why Python skips it, ``cure`` what helps."""
+
+    path: str
+    problem: str | None = None
+    cure: str | None = None
+
+
+@dataclass
+class Command:
+    """A stock command, as the shell finds it.
+
+    Attributes:
+        path: the script; None if it is not on PATH.
+        python: the interpreter that the script starts; None if unknown.
+        environment: that interpreter's ``sys.prefix``; None if it does not start.
+        is_here: whether that is the environment here; True if unknown, as for the shims of pyenv.
+        has_plugin: whether that interpreter loads the plugin at its start.
+    """
+
+    name: str
+    path: str | None = None
+    python: str | None = None
+    environment: str | None = None
+    is_here: bool = True
+    has_plugin: bool = False
+
+
+@dataclass
 class Diagnosis:
     """The result of ``mlx-m3 doctor``.
 
@@ -108,8 +144,10 @@ class Diagnosis:
     problems: list[Problem] = field(default_factory=list)
     notes: list[str] = field(default_factory=list)
 
-    def as_dict(self) -> dict[str, Any]:
-        return asdict(self)
+
+def command(args: Namespace) -> Answer:
+    found = diagnose()
+    return Answer(asdict(found), doctor_lines(found), found.ok)
 
 
 def diagnose() -> Diagnosis:
@@ -130,13 +168,7 @@ def diagnose() -> Diagnosis:
         patches=status.get("patched", {}),
         errors=[*status.get("errors", []), *(f"{name}: {e}" for name, e in probe["import_errors"].items())],
     )
-    found.problems = _crash(probe) or [
-        *_missing_packages(libraries, probe),
-        *_startup_problems(found.startup_files, probe),
-        *_setting_problems(found.settings),
-        *_failures(found, libraries, probe),
-        *(problem for command in found.commands for problem in _command_problems(command)),
-    ]
+    found.problems = list(_problems(found, libraries, probe))
     found.ok = not found.problems
     found.verdict = _verdict(found, libraries)
     found.notes = list(_notes(found.commands))
@@ -178,13 +210,30 @@ def _verdict(found: Diagnosis, libraries: list[str]) -> str:
     return f"Yes, MiniMax-M3 runs here: {'; '.join(parts)}."
 
 
-def _crash(probe: dict[str, Any]) -> list[Problem]:
-    """If the process crashed, nothing else is known."""
-    if probe["died"] is None:
-        return []
-    what = f"a new Python process that imports mlx, mlx_lm and mlx_vlm ends with exit code {probe['died']}"
-    ask = f"{sys.executable} -X importtime -c 'import mlx.core, mlx_lm'"
-    return [Problem(what, f"see how far this gets: {ask}")]
+# --- problems ---
+
+
+def _problems(found: Diagnosis, libraries: list[str], probe: dict[str, Any]) -> Iterator[Problem]:
+    if probe["died"] is not None:
+        # Nothing else is known.
+        yield Problem(
+            f"a new Python process that imports mlx, mlx_lm and mlx_vlm ends with exit code {probe['died']}",
+            f"see how far this gets: {sys.executable} -X importtime -c 'import mlx.core, mlx_lm'",
+        )
+        return
+    yield from _missing_packages(libraries, probe)
+    yield from _startup_problems(found.startup_files, probe)
+    if not found.settings["enabled"]:
+        yield Problem(
+            "MLX_M3_PLUGIN is off, so mlx-lm and mlx-vlm use their own M3 classes, if they have any",
+            "unset MLX_M3_PLUGIN",
+        )
+    for complaint in found.settings["complaints"]:
+        what, _, fix = complaint.partition("; ")
+        yield Problem(what, fix)
+    yield from _failures(found, libraries, probe)
+    for command in found.commands:
+        yield from _command_problems(command)
 
 
 def _missing_packages(libraries: list[str], probe: dict[str, Any]) -> Iterator[Problem]:
@@ -221,17 +270,6 @@ def _startup_problems(files: list[StartupFile], probe: dict[str, Any]) -> Iterat
         )
 
 
-def _setting_problems(settings: dict[str, Any]) -> Iterator[Problem]:
-    if not settings["enabled"]:
-        yield Problem(
-            "MLX_M3_PLUGIN is off, so mlx-lm and mlx-vlm use their own M3 classes, if they have any",
-            "unset MLX_M3_PLUGIN",
-        )
-    for complaint in settings["complaints"]:
-        what, _, fix = complaint.partition("; ")
-        yield Problem(what, fix)
-
-
 def _failures(found: Diagnosis, libraries: list[str], probe: dict[str, Any]) -> Iterator[Problem]:
     """What is installed and switched on, but fails."""
     if probe["mlx_error"] or not probe["hooked"] or not found.settings["enabled"]:
@@ -241,11 +279,12 @@ def _failures(found: Diagnosis, libraries: list[str], probe: dict[str, Any]) -> 
         yield Problem(f"the plugin cannot be activated{_printed(probe)}", REINSTALL)
         return
     errors = (probe["status"] or {}).get("errors", [])
-    unserved = [m for m in found.modules if m["source"] == "none" and m["why"] not in errors]
-    for what in [e for e in errors if e not in found.settings["complaints"]]:
-        yield Problem(what, _UPGRADE)
-    for module in unserved:
-        yield Problem(f"{module['name']} cannot be served: {module['why']}", _UPGRADE)
+    for what in errors:
+        if what not in found.settings["complaints"]:
+            yield Problem(what, _UPGRADE)
+    for module in found.modules:
+        if module["source"] == "none" and module["why"] not in errors:
+            yield Problem(f"{module['name']} cannot be served: {module['why']}", _UPGRADE)
 
 
 def _printed(probe: dict[str, Any]) -> str:
@@ -266,11 +305,8 @@ def _command_problems(command: Command) -> Iterator[Problem]:
             f"remove it, or reinstall its package{otherwise}",
         )
     elif command.has_plugin:
-        ask = f"{command.python} -m mlx_m3_plugin.cli doctor"
-        yield Problem(
-            f"{what}, {command.environment}, which has the plugin as well",
-            f"run doctor there: {ask}{otherwise}",
-        )
+        fix = f"run doctor there: {command.python} -m mlx_m3_plugin.cli doctor{otherwise}"
+        yield Problem(f"{what}, {command.environment}, which has the plugin as well", fix)
     else:
         install = how_to_install_into(Path(command.environment), command.python)
         yield Problem(f"{what}, {command.environment}, which does not have the plugin", install + otherwise)
@@ -303,3 +339,96 @@ def _probe(libraries: list[str]) -> dict[str, Any]:
         answer = {"hooked": False, "status": None, "modules": [], "mlx_error": None, "import_errors": {}}
         died = run.returncode
     return answer | {"stderr": run.stderr, "died": died}
+
+
+# --- what is installed ---
+
+
+def what_to_install(error: ImportError) -> str | None:
+    """What a user should install, in one line; None if the error is in our own package."""
+    package = (error.name or "").partition(".")[0]
+    if package in ("", "mlx_m3_plugin"):
+        return None
+    extra = f'pip install "mlx-m3-plugin[{_EXTRAS.get(package)}]"'
+    fixes = {"mlx": FOR_MLX} | dict.fromkeys(_EXTRAS, extra)
+    # The other packages that we import are mlx-lm and its dependencies.
+    return f"{package} cannot be imported ({error}): {fixes.get(package, 'pip install --upgrade mlx-lm')}"
+
+
+def find_startup_files() -> list[StartupFile]:
+    """Our start-up files in the directories where Python looks for them."""
+    paths = [directory / name for directory in _site_directories() for name in STARTUP_FILES]
+    return [StartupFile(str(path), *_why_skipped(path)) for path in paths if path.exists()]
+
+
+def is_in_site_directory() -> bool:
+    """Whether pip has put the plugin, or the link to its checkout, where Python reads start-up files."""
+    try:
+        metadata = distribution("mlx-m3-plugin").locate_file("")
+    except PackageNotFoundError:
+        return False
+    return Path(str(metadata)).resolve() in [directory.resolve() for directory in _site_directories()]
+
+
+def _why_skipped(path: Path) -> tuple[str | None, str | None]:
+    # macOS hides files in some folders, and ``site`` silently skips hidden files.
+    hidden = getattr(stat, "UF_HIDDEN", 0x8000)
+    flags = getattr(os.lstat(path), "st_flags", 0)
+    if flags & hidden:
+        return "hidden by macOS, so Python skips it", f"chflags nohidden {path}"
+    if not os.access(path, os.R_OK):
+        return "not readable", f"chmod a+r {path}"
+    if path.stat().st_size == 0:
+        return "empty", REINSTALL
+    return None, None
+
+
+def _site_directories() -> list[Path]:
+    names = [sysconfig.get_path("purelib"), sysconfig.get_path("platlib"), *site.getsitepackages()]
+    if site.ENABLE_USER_SITE:
+        names.append(site.getusersitepackages())
+    return [Path(name) for name in dict.fromkeys(names)]
+
+
+def find_command(name: str) -> Command:
+    path = shutil.which(name)
+    python = None if path is None else _interpreter_of(Path(path))
+    if python is None:
+        return Command(name, path)
+    try:
+        run = subprocess.run([python, "-c", _ASK], capture_output=True, text=True, cwd=Path(python).parent)
+        environment, has_plugin = json.loads(run.stdout.splitlines()[-1])
+    except (OSError, IndexError, ValueError):
+        return Command(name, path, python, is_here=False)
+    is_here = os.path.realpath(environment) == os.path.realpath(sys.prefix)
+    return Command(name, path, python, environment, is_here, has_plugin)
+
+
+def _interpreter_of(script: Path) -> str | None:
+    """From the first line ``#!/path/python``, or from the second if pip had to start it with a shell."""
+    try:
+        first, second = [*script.read_text(encoding="utf-8").splitlines(), "", ""][:2]
+        words = shlex.split(first.removeprefix("#!"))
+        if words == ["/bin/sh"]:
+            # '''exec' "/a path/with spaces/python" "$0" "$@"
+            words = shlex.split(second)[1:]
+        elif words[:1] == ["/usr/bin/env"]:
+            words = [shutil.which(word) or word for word in words[1:]]
+    except (OSError, ValueError):
+        return None
+    is_python = (
+        first.startswith("#!") and words and Path(words[0]).name.lower().startswith(("python", "pypy"))
+    )
+    return words[0] if is_python else None
+
+
+def how_to_install_into(environment: Path, python: str) -> str:
+    """The command that installs the plugin into the environment of another command."""
+    if (environment / "uv-receipt.toml").exists():
+        return f"uv tool install {environment.name} --with mlx-m3-plugin"
+    if (environment / "pipx_metadata.json").exists():
+        return f"pipx inject {environment.name} mlx-m3-plugin"
+    made_by = environment / "pyvenv.cfg"
+    if made_by.exists() and "\nuv = " in made_by.read_text(encoding="utf-8"):
+        return f"uv pip install --python {shlex.quote(python)} mlx-m3-plugin"
+    return f"{shlex.quote(python)} -m pip install mlx-m3-plugin"

@@ -3,18 +3,17 @@
 Reads headers alone; :mod:`.memory` has the calculation.
 """
 
+from argparse import Namespace
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any
 
-from ..model.config import TextConfig, text_config_of
+from ..model.config import TextConfig
 from ..startup.settings import PIPELINE_SPLIT
-from ..weights import lacks_indexers, plan_layout
 from ..weights.dtypes import size_in_bytes
-from ..weights.names import layer_of
-from .common import size_in_words, tokens_in_words
-from .inspect import Inspection, inspect_source
+from ..weights.names import is_vision, layer_of
+from .checkpoint import Contents, Source, open_source, read_contents, read_text_config
+from .common import Answer, size_in_words, tokens_in_words
 from .memory import (
     PREFILL_STEP,
     bisect,
@@ -22,13 +21,13 @@ from .memory import (
     context_that_fits,
     is_mac,
     largest_context,
+    machine_memory,
     reserve_of,
     stock_transients,
     transient_bytes,
     wired_limit,
 )
-from .parameters import NOT_IN_THE_TEXT_MODEL
-from .source import Source, open_source
+from .parameters import NOT_IN_THE_TEXT_MODEL, bytes_of_components
 
 # Components that a token does not read, or (embeddings, routed experts) reads only a part of.
 _NOT_READ_WHOLE = (*NOT_IN_THE_TEXT_MODEL, "routed experts", "embeddings")
@@ -78,8 +77,21 @@ class Fit:
     ceilings: dict[str, float]
     wired_limit_mb: int | None
 
-    def as_dict(self) -> dict[str, Any]:
-        return asdict(self)
+
+def command(args: Namespace) -> Answer:
+    memories = args.memory or [machine_memory()]
+    if memories == [None]:
+        raise ValueError("the memory of this machine is unknown: give it, as in --memory 256GB")
+    options = {"context": args.context, "kv_bits": args.kv_bits, "prefill_step": args.prefill_step}
+    if len(memories) > 1:
+        if args.bandwidth is not None:
+            raise ValueError("--bandwidth is for one machine, but --memory names several")
+        split = fit_pipeline(args.checkpoint, memories, **options)
+        return Answer(
+            {**asdict(split), "fits": split.fits, "split": split.split}, pipeline_lines(split), split.fits
+        )
+    found = fit(args.checkpoint, memories[0], bandwidth=args.bandwidth, **options)
+    return Answer(asdict(found), fit_lines(found), found.fits)
 
 
 def fit(
@@ -95,24 +107,23 @@ def fit(
 
     Args:
         context: tokens to plan for; None for the most that fit.
-        kv_bits: of ``--kv-bits``; None keeps K and V in 16 bits.
-        prefill_step: tokens of a prompt that are computed at a time.
+        kv_bits: None keeps K and V in 16 bits.
         bandwidth: of the memory, in GB/s; None for those of some Macs.
 
     Raises:
         OSError: there is no checkpoint.
         ValueError: not a MiniMax-M3 checkpoint, a format is unknown, or an option has an invalid value.
     """
-    _check_kv_bits(kv_bits)
-    _check_bandwidth(bandwidth)
-    source, found = _open_whole(path_or_repository)
-    assert found.components is not None
-    assert found.attention is not None
-    assert found.memory is not None
-    config = text_config_of(source.config)
-    parts = {component.name: component.bytes for component in found.components}
-    weights = found.memory.weights
-    sparse = len(found.attention.with_indexer)
+    # NaN fails the comparison as well.
+    if bandwidth is not None and not _LEAST_BANDWIDTH <= bandwidth <= _MOST_BANDWIDTH:
+        raise ValueError(
+            f"--bandwidth must be between {_LEAST_BANDWIDTH} and {_MOST_BANDWIDTH:,} GB/s, not {bandwidth}"
+        )
+    source, contents = _open_whole(path_or_repository, kv_bits)
+    config = contents.text_config
+    parts = bytes_of_components(source.headers, contents.plan)
+    weights = sum(size for name, size in parts.items() if name not in NOT_IN_THE_TEXT_MODEL)
+    sparse = len(contents.with_indexer)
     per_token = bytes_per_token(config, sparse, kv_bits)
     reserve = reserve_of(memory)
     largest = context_that_fits(config, per_token, memory - reserve - weights, prefill_step)
@@ -146,33 +157,22 @@ def fit(
     )
 
 
-def _open_whole(path_or_repository: str | Path) -> tuple[Source, Inspection]:
+def _open_whole(path_or_repository: str | Path, kv_bits: int | None) -> tuple[Source, Contents]:
     """Open a checkpoint of which every part can be counted.
 
-    Raises:
-        OSError: there is no checkpoint.
-        ValueError: not a MiniMax-M3 checkpoint, a format is unknown, or shards are missing or damaged,
-            which would count as nothing and fit anywhere.
+    Missing or damaged shards would count as nothing and fit anywhere.
     """
-    source = open_source(path_or_repository)
-    found = inspect_source(source)
-    problems = found.problems if found.components is None else source.headers.problems
-    if problems:
-        raise ValueError("\n  ".join([f"{source.name}: its size is unknown:", *problems[:10]]))
-    return source, found
-
-
-def _check_kv_bits(kv_bits: int | None) -> None:
     if kv_bits not in (None, 4, 8):
         raise ValueError(f"--kv-bits must be 4 or 8, not {kv_bits}")
-
-
-def _check_bandwidth(bandwidth: float | None) -> None:
-    # NaN fails the comparison as well.
-    if bandwidth is not None and not _LEAST_BANDWIDTH <= bandwidth <= _MOST_BANDWIDTH:
-        raise ValueError(
-            f"--bandwidth must be between {_LEAST_BANDWIDTH} and {_MOST_BANDWIDTH:,} GB/s, not {bandwidth}"
-        )
+    source = open_source(path_or_repository)
+    contents, problems = None, source.headers.problems
+    try:
+        contents = read_contents(source.headers, source.config, read_text_config(source.config))
+    except ValueError as error:
+        problems = [str(error), *problems]
+    if contents is None or problems:
+        raise ValueError("\n  ".join([f"{source.name}: its size is unknown:", *problems[:10]]))
+    return source, contents
 
 
 # --- how fast ---
@@ -192,9 +192,8 @@ def _touched(config: TextConfig, parts: dict[str, int], sparse: int, context: in
 
 def _ceilings(touched: int, bandwidth: float | None) -> dict[str, float]:
     rates = BANDWIDTHS if bandwidth is None else {f"{_plain(bandwidth)} GB/s": bandwidth}
-    return {
-        name: round(rate * 1e9 / touched, 2 if rate * 1e9 < touched else 1) for name, rate in rates.items()
-    }
+    each = {name: rate * 1e9 / touched for name, rate in rates.items()}
+    return {name: round(rate, 2 if rate < 1 else 1) for name, rate in each.items()}
 
 
 # --- one machine as text ---
@@ -226,9 +225,8 @@ def fit_lines(found: Fit) -> list[str]:
 
 def _verdict(found: Fit) -> str:
     machine = f"{size_in_words(found.memory)} minus {size_in_words(found.reserve)} reserved for the system"
-    if found.missing:
-        return f"does NOT fit in {machine}: {size_in_words(found.missing)} missing"
-    return f"fits in {machine}"
+    missing = f"does NOT fit in {machine}: {size_in_words(found.missing)} missing"
+    return missing if found.missing else f"fits in {machine}"
 
 
 def _largest_context(found: Fit) -> str:
@@ -252,8 +250,7 @@ def _at_most(largest: int) -> str:
 
 def _plain(number: float) -> str:
     """Without an exponent, however large: ``819``, ``51.5``, ``1,038,590.4``."""
-    text = f"{number:,.2f}"
-    return text.rstrip("0").rstrip(".")
+    return f"{number:,.2f}".rstrip("0").rstrip(".")
 
 
 # --- several machines ---
@@ -281,10 +278,6 @@ class Stage:
     def total(self) -> int:
         return self.weights + self.cache + self.transient
 
-    @property
-    def layers(self) -> int:
-        return self.last - self.first + 1
-
 
 @dataclass(frozen=True)
 class PipelineFit:
@@ -311,10 +304,7 @@ class PipelineFit:
 
     @property
     def split(self) -> list[int]:
-        return [stage.layers for stage in self.stages]
-
-    def as_dict(self) -> dict[str, Any]:
-        return {**asdict(self), "fits": self.fits, "split": self.split}
+        return [stage.last - stage.first + 1 for stage in self.stages]
 
 
 def fit_pipeline(
@@ -327,15 +317,10 @@ def fit_pipeline(
 ) -> PipelineFit:
     """Split a checkpoint's layers over machines so that the fullest one has as much memory left as possible.
 
-    Args:
-        memories: bytes of each machine, by rank.  The others are those of :func:`fit`.
-
-    Raises:
-        OSError, ValueError: see :func:`fit`.
+    Like :func:`fit`; ``memories`` are bytes of each machine, by rank.
     """
-    _check_kv_bits(kv_bits)
-    source, _ = _open_whole(path_or_repository)
-    layers = _Layers(source, memories, kv_bits, prefill_step)
+    source, contents = _open_whole(path_or_repository, kv_bits)
+    layers = _Layers(contents, memories, kv_bits, prefill_step)
     if len(memories) > len(layers.weights):
         raise ValueError(
             f"{source.name} has {len(layers.weights)} layers, fewer than {len(memories)} machines"
@@ -355,12 +340,13 @@ class _Layers:
     ``shared`` weights.
     """
 
-    def __init__(self, source: Source, memories: Sequence[int], kv_bits: int | None, step: int):
+    def __init__(self, contents: Contents, memories: Sequence[int], kv_bits: int | None, step: int):
         self.memories, self.step = memories, step
-        self.config = config = text_config_of(source.config)
+        self.config = config = contents.text_config
         self.shared, self.weights = 0, [0] * config.num_hidden_layers
-        plan = plan_layout(source.headers.tensors, config, "")
-        for name, tensor in plan.items():
+        for name, tensor in contents.plan.items():
+            if is_vision(name):
+                continue
             size = size_in_bytes(tensor.shape, tensor.dtype)
             layer = layer_of(name)
             if layer is None:
@@ -368,9 +354,9 @@ class _Layers:
             elif layer < len(self.weights):
                 self.weights[layer] += size
         keys_values = bytes_per_token(config, 0, kv_bits) // config.num_hidden_layers
-        index = 0 if lacks_indexers(plan, config) else 2 * config.index_head_dim
-        layers = range(config.num_hidden_layers)
-        self.per_token = [keys_values + index * config.is_sparse_attention(layer) for layer in layers]
+        self.per_token = [keys_values] * config.num_hidden_layers
+        for layer in contents.with_indexer:
+            self.per_token[layer] += 2 * config.index_head_dim
 
     def fit(self, context: int, slack: int = 0) -> bool:
         return self._split(context, slack) is not None
@@ -385,16 +371,15 @@ class _Layers:
             memory = self.memories[rank]
             free = memory - reserve_of(memory) - self._on_every_machine(context) - slack
             first = number
-            while number < n_layers - rank and (cost := self._cost(number, context)) <= free:
-                free -= cost
+            while number < n_layers - rank:
+                free -= self.weights[number] + context * self.per_token[number]
+                if free < 0:
+                    break
                 number += 1
             if number == first:
                 return None
             counts.append(number - first)
         return counts[::-1] if number == n_layers else None
-
-    def _cost(self, layer: int, context: int) -> int:
-        return self.weights[layer] + context * self.per_token[layer]
 
     def _on_every_machine(self, context: int) -> int:
         return self.shared + transient_bytes(self.config, self.step, context)
@@ -409,22 +394,14 @@ class _Layers:
         """The split that leaves the fullest machine the most memory, to a MiB; empty if none fits."""
         slack, _ = bisect(max(self.memories), lambda free: self.fit(context, free), 1 << 20)
         counts = self._split(context, slack) or []
+        transient = transient_bytes(self.config, self.step, context)
         stages = []
-        for rank, count in enumerate(counts):
+        for rank, (count, memory) in enumerate(zip(counts, self.memories, strict=False)):
             first = sum(counts[rank + 1 :])
             held = slice(first, first + count)
-            stages.append(
-                Stage(
-                    rank=rank,
-                    memory=self.memories[rank],
-                    reserve=reserve_of(self.memories[rank]),
-                    first=first,
-                    last=first + count - 1,
-                    weights=self.shared + sum(self.weights[held]),
-                    cache=context * sum(self.per_token[held]),
-                    transient=transient_bytes(self.config, self.step, context),
-                )
-            )
+            weights, cache = self.shared + sum(self.weights[held]), context * sum(self.per_token[held])
+            last = first + count - 1
+            stages.append(Stage(rank, memory, reserve_of(memory), first, last, weights, cache, transient))
         return tuple(stages)
 
 
@@ -438,22 +415,20 @@ def pipeline_lines(found: PipelineFit) -> list[str]:
     for stage in found.stages:
         left = stage.memory - stage.reserve - stage.total
         sizes = (stage.weights, stage.cache, stage.transient, left)
-        weights, cache, transient, spare = (size_in_words(size) for size in sizes)
-        held = f"{stage.first}-{stage.last}"
-        lines.append(
-            f"{stage.rank:>4} {size_in_words(stage.memory):>8} {held:>9} {weights:>14} {cache:>12} "
-            f"{transient:>9} {spare:>13}"
-        )
+        cells = [size_in_words(stage.memory), f"{stage.first}-{stage.last}", *map(size_in_words, sizes)]
+        widths = (8, 9, 14, 12, 9, 13)
+        aligned = (f"{cell:>{width}}" for cell, width in zip(cells, widths, strict=True))
+        lines.append(f"{stage.rank:>4} {' '.join(aligned)}")
     lines.append(
         f"The largest context that fits is {tokens_in_words(found.largest_context)}."
         if found.fits
         else _too_much_context(found.model_context, found.largest_context)
     )
-    limits = {stage.rank: wired_limit(stage.memory, stage.total) for stage in found.stages}
     lines += [
-        f"To let the GPU of rank {rank} use that much, on its Mac: sudo sysctl iogpu.wired_limit_mb={limit}"
-        for rank, limit in limits.items()
-        if limit is not None
+        f"To let the GPU of rank {stage.rank} use that much, on its Mac: "
+        f"sudo sysctl iogpu.wired_limit_mb={limit}"
+        for stage in found.stages
+        if (limit := wired_limit(stage.memory, stage.total)) is not None
     ]
     split = ",".join(map(str, found.split))
     return [

@@ -7,9 +7,8 @@ An interrupted pass continues in the layer that it was in.
 import hashlib
 import json
 import os
-from collections.abc import Callable
+from collections.abc import Iterator
 from dataclasses import dataclass
-from importlib.resources import files
 from pathlib import Path
 from typing import Any
 
@@ -20,20 +19,16 @@ from .. import __version__
 from ..weights.dtypes import from_bytes, name_of, to_bytes
 from ..weights.headers import weight_files
 from .checkpoint import Checkpoint
+from .common import Progress, read_text
 from .new_directory import replace_text
 from .shards import TensorReader, read_at, write_at
-from .streaming import Embedding, StreamedLayer
+from .streaming import Choices, Embedding, StreamedLayer
 
 # Tokens whose hidden states are kept after every layer, to compare.
 _SAMPLED = 1024
 # Copies of a token's hidden state in the second half of a layer, for each of its experts.
 _COPIES = 6
 _STATE = "walk.json"
-
-# Called after each layer with its number and 1, and once with -1 and the number of layers done before.
-Progress = Callable[[int, int], None]
-# Makes a Progress from a title and the number of layers.
-Watch = Callable[[str, int], Progress]
 
 
 def default_cache() -> Path:
@@ -70,20 +65,17 @@ class Texts:
         return hashlib.sha256(repr(self.windows).encode()).hexdigest()
 
 
-def built_in_text() -> str:
-    """Prose in several languages, code and tool calls, written for this purpose."""
-    return (files(__package__) / "calibration.txt").read_text(encoding="utf-8")
+def text_of(file: str | None = None) -> str:
+    """What is in ``file``, or the built-in text: prose in several languages, code and tool calls."""
+    return read_text(Path(__file__).with_name("calibration.txt") if file is None else Path(file).expanduser())
 
 
 def read_texts(checkpoint: Path, text: str, tokens: int | None, context: int) -> Texts:
     """The first ``tokens`` tokens of ``text`` in windows of ``context``.
 
     Raises:
-        FileNotFoundError: there is no checkpoint.
         ValueError: the text has too few tokens, or the checkpoint has no tokenizer.
     """
-    if not checkpoint.is_dir():
-        raise FileNotFoundError(f"{checkpoint} is not a directory")
     from transformers import AutoTokenizer
 
     try:
@@ -144,27 +136,31 @@ class HiddenStates:
         self._path.unlink(missing_ok=True)
 
 
-def hidden_states(directory: Path, layer: int, width: int, dtype: str) -> HiddenStates:
-    """Of all tokens, before ``layer``."""
-    return HiddenStates(directory / f"states-{layer:03}.bin", width, dtype)
-
-
 # --- the forward pass ---
 
 
-@dataclass(frozen=True)
+@dataclass
 class ForwardPass:
-    """A finished forward pass: what it left in ``directory``."""
+    """A text on its way through a checkpoint's layers, and what it leaves in ``directory``.
 
+    Attributes:
+        memory: bytes that tokens may take in a layer, in addition to its weights.
+        step: tokens of a window that attend at a time.
+        dtype: of the hidden states, once the pass has begun.
+    """
+
+    checkpoint: Checkpoint
+    texts: Texts
     directory: Path
-    layers: int
-    tokens: int
-    width: int
-    dtype: str
+    memory: int
+    step: int
+    dtype: str = ""
 
-    def hidden_states(self) -> HiddenStates:
-        """Of all tokens, after the last layer."""
-        return self._before(self.layers)
+    def hidden_states(self, layer: int | None = None) -> HiddenStates:
+        """Of all tokens, before ``layer``; None: after the last one."""
+        config = self.checkpoint.text_config
+        number = config.num_hidden_layers if layer is None else layer
+        return HiddenStates(self.directory / f"states-{number:03}.bin", config.hidden_size, self.dtype)
 
     def layer(self, number: int) -> dict[str, np.ndarray]:
         """``sample`` ``[S, D]``: some hidden states after the layer; and what it chose.
@@ -172,43 +168,85 @@ class ForwardPass:
         ``experts`` ``[T, k]`` only where there is a router.  ``blocks`` ``[T, G, k]`` only where a block was
         left out: -1 for none, and for all of a token that attended every block.
         """
-        with np.load(_layer_file(self.directory, number)) as arrays:
+        with np.load(self.file_of(number)) as arrays:
             return dict(arrays)
 
-    def _before(self, layer: int) -> HiddenStates:
-        return hidden_states(self.directory, layer, self.width, self.dtype)
+    def file_of(self, layer: int) -> Path:
+        return self.directory / f"layer-{layer:03}.npz"
+
+    def run(
+        self, reader: TensorReader, progress: Progress
+    ) -> Iterator[tuple[int, HiddenStates, HiddenStates, Choices]]:
+        """Take the texts through all layers that an earlier pass has not done.
+
+        Yields a layer's number, the hidden states before and after it, and what it chose.  It counts as done,
+        and the states before it are deleted, when the next layer is asked for.
+        """
+        done = self._begin(reader)
+        progress(-1, done)
+        for number in range(done, self.checkpoint.text_config.num_hidden_layers):
+            before, after = self.hidden_states(number), self.hidden_states(number + 1)
+            choices = self.run_layer(StreamedLayer(self.checkpoint, reader, number), before, after)
+            after.sync()
+            yield number, before, after, choices
+            self._write_state(number + 1)
+            before.remove()
+            progress(number, 1)
+
+    def run_layer(self, layer: StreamedLayer, before: HiddenStates, after: HiddenStates) -> Choices:
+        """Hidden states before a layer to those after it."""
+        for first, last in self.texts.spans:
+            position = first
+            for h in layer.attend(before.read(first, last)[None], self.step):
+                after.write(position, h[0])
+                position += h.shape[1]
+        config, tokens = self.checkpoint.text_config, self.texts.spans[-1][1]
+        itemsize = 4 if self.dtype == "float32" else 2
+        # So many tokens go through the experts together.
+        at_once = self.memory // (config.hidden_size * itemsize * config.num_experts_per_tok * _COPIES)
+        at_once = max(64, at_once)
+        for first in range(0, tokens, at_once):
+            last = min(first + at_once, tokens)
+            after.write(first, layer.feed_forward(after.read(first, last)))
+        return layer.choices
+
+    def _begin(self, reader: TensorReader) -> int:
+        """How many layers are done.  Embeds the tokens if none is."""
+        try:
+            state = json.loads((self.directory / _STATE).read_text(encoding="utf-8"))
+            self.dtype = state["dtype"]
+            return int(state["done"])
+        except FileNotFoundError:
+            pass
+        embed, tokens = Embedding(self.checkpoint, reader), self.texts.tokens
+        self.dtype = name_of(embed(tokens[:1]).dtype)
+        hidden = self.hidden_states(0)
+        for start in range(0, len(tokens), _SAMPLED):
+            hidden.write(start, embed(tokens[start : start + _SAMPLED]))
+        self._write_state(0)
+        return 0
+
+    def _write_state(self, done: int) -> None:
+        replace_text(self.directory / _STATE, json.dumps({"done": done, "dtype": self.dtype}))
 
 
 def forward_pass(
     checkpoint: Checkpoint, texts: Texts, directory: Path, *, memory: int, step: int, progress: Progress
 ) -> ForwardPass:
-    """Take ``texts`` through all layers.
+    """Take ``texts`` through all layers, and keep a record of each.
 
     Args:
         directory: what is kept goes there; an earlier pass of the same continues from it.
-        memory: bytes that tokens may take in a layer, in addition to its weights.
-        step: tokens of a window that attend at a time.
 
     Raises:
         OSError: a shard or the directory cannot be read or written.
         ValueError: a hidden state is not a number.
     """
     directory.mkdir(parents=True, exist_ok=True)
-    config = checkpoint.text_config
-    tokens = texts.tokens
-    with TensorReader(checkpoint.directory, checkpoint.headers.tensors) as reader:
-        done, dtype = begin(directory, checkpoint, reader, tokens)
-        progress(-1, done)
-        made = ForwardPass(directory, config.num_hidden_layers, len(tokens), config.hidden_size, dtype)
-        for number in range(done, config.num_hidden_layers):
-            layer = StreamedLayer(checkpoint, reader, number)
-            before, after = made._before(number), made._before(number + 1)
-            run_layer(layer, before, after, texts, tokens_at_once(checkpoint, dtype, memory), step)
-            after.sync()
-            _record_layer(checkpoint, layer, after, texts, step, number, _layer_file(directory, number))
-            write_state(directory, number + 1, dtype)
-            before.remove()
-            progress(number, 1)
+    made = ForwardPass(checkpoint, texts, directory, memory, step)
+    with checkpoint.reader() as reader:
+        for number, _, after, choices in made.run(reader, progress):
+            _record_layer(made, number, after, choices)
     return made
 
 
@@ -221,76 +259,23 @@ def pass_key(checkpoint: Checkpoint, texts: Texts) -> str:
     return hashlib.sha256(json.dumps(same).encode()).hexdigest()[:20]
 
 
-def begin(
-    directory: Path, checkpoint: Checkpoint, reader: TensorReader, tokens: list[int]
-) -> tuple[int, str]:
-    """How many layers are done, and the dtype of hidden states.  Embeds the tokens if none is done."""
-    try:
-        state = json.loads((directory / _STATE).read_text(encoding="utf-8"))
-        return state["done"], state["dtype"]
-    except FileNotFoundError:
-        pass
-    embed = Embedding(checkpoint, reader)
-    first = embed(tokens[:1])
-    dtype = name_of(first.dtype)
-    hidden = hidden_states(directory, 0, first.shape[1], dtype)
-    for start in range(0, len(tokens), _SAMPLED):
-        hidden.write(start, embed(tokens[start : start + _SAMPLED]))
-    write_state(directory, 0, dtype)
-    return 0, dtype
-
-
-def write_state(directory: Path, done: int, dtype: str) -> None:
-    replace_text(directory / _STATE, json.dumps({"done": done, "dtype": dtype}))
-
-
-def run_layer(
-    layer: StreamedLayer, before: HiddenStates, after: HiddenStates, texts: Texts, at_once: int, step: int
-) -> None:
-    """Hidden states before a layer to those after it; ``at_once`` tokens go through its experts together."""
-    for first, last in texts.spans:
-        position = first
-        for h in layer.attend(before.read(first, last)[None], step):
-            after.write(position, h[0])
-            position += h.shape[1]
-    tokens = texts.spans[-1][1]
-    for first in range(0, tokens, at_once):
-        last = min(first + at_once, tokens)
-        after.write(first, layer.feed_forward(after.read(first, last)))
-
-
-def tokens_at_once(checkpoint: Checkpoint, dtype: str, memory: int) -> int:
-    """How many tokens go through the experts together."""
-    config = checkpoint.text_config
-    itemsize = 4 if dtype == "float32" else 2
-    return max(64, memory // (config.hidden_size * itemsize * config.num_experts_per_tok * _COPIES))
-
-
 # --- what is kept of a layer ---
 
 
-def _record_layer(
-    checkpoint: Checkpoint,
-    layer: StreamedLayer,
-    after: HiddenStates,
-    texts: Texts,
-    step: int,
-    number: int,
-    file: Path,
-) -> None:
-    record: dict[str, Any] = {"sample": _sample(after, len(texts.tokens))}
+def _record_layer(made: ForwardPass, number: int, after: HiddenStates, choices: Choices) -> None:
+    record: dict[str, Any] = {"sample": _sample(after, len(made.texts.tokens))}
     if not np.isfinite(record["sample"]).all():
         raise ValueError(
-            f"{checkpoint.directory}: hidden states after layer {number} are not finite; "
+            f"{made.checkpoint.directory}: hidden states after layer {number} are not finite; "
             "its weights may be damaged (`mlx-m3 inspect --verify` compares them with their checksums)"
         )
-    if layer.choices.experts:
-        record["experts"] = np.concatenate([np.array(ids) for ids in layer.choices.experts]).astype(np.uint16)
-    if any(ids is not None for ids in layer.choices.blocks):
-        record["blocks"] = _blocks(layer.choices.blocks, texts, step, checkpoint)
-    temporary = file.with_suffix(".tmp.npz")
+    if choices.experts:
+        record["experts"] = np.concatenate([np.array(ids) for ids in choices.experts]).astype(np.uint16)
+    if any(ids is not None for ids in choices.blocks):
+        record["blocks"] = _blocks(choices.blocks, made)
+    temporary = made.file_of(number).with_suffix(".tmp.npz")
     np.savez(temporary, **record)
-    os.replace(temporary, file)
+    os.replace(temporary, made.file_of(number))
 
 
 def _sample(hidden: HiddenStates, tokens: int) -> np.ndarray:
@@ -299,18 +284,14 @@ def _sample(hidden: HiddenStates, tokens: int) -> np.ndarray:
     return np.array(mx.concatenate(sampled))
 
 
-def _blocks(chosen: list[mx.array | None], texts: Texts, step: int, checkpoint: Checkpoint) -> np.ndarray:
-    config = checkpoint.text_config
+def _blocks(chosen: list[mx.array | None], made: ForwardPass) -> np.ndarray:
+    config, texts = made.checkpoint.text_config, made.texts
     ids = np.full((len(texts.tokens), config.index_n_heads, config.index_topk_blocks), -1, np.int32)
     calls = iter(chosen)
     for first, last in texts.spans:
-        for start in range(first, last, step):
+        for start in range(first, last, made.step):
             call = next(calls)
             if call is not None:
                 found = np.array(call)[0].swapaxes(0, 1)
                 ids[start : start + found.shape[0], :, : found.shape[2]] = found
     return ids
-
-
-def _layer_file(directory: Path, layer: int) -> Path:
-    return directory / f"layer-{layer:03}.npz"

@@ -66,18 +66,16 @@ def wired_limit(memory: int, total: int) -> int | None:
 
 @dataclass(frozen=True)
 class Memory:
-    """What a context costs, and what this machine has.
+    """What a context costs, and what this machine has, in bytes.
 
     Attributes:
-        weights: bytes that mlx-lm loads, which is all but vision.
-        per_token, per_token_kv_8: bytes of context with K and V in 16 bits, and in 8 bits.
+        weights: what mlx-lm loads, which is all but vision.
+        per_token, per_token_kv_8: of context with K and V in 16 bits, and in 8 bits.
         kv_group_size: of ``--kv-bits``; the head size has to be a multiple of it.
-        machine: bytes of memory; None if unknown.
-        reserve: bytes reserved for everything else.
+        machine: None if unknown.
         context, context_kv_8: tokens that fit, at most as many as the model supports; 0 if the weights
             alone do not fit.
-        wired_limit_mb: the value that ``iogpu.wired_limit_mb`` needs on a Mac for ``context`` tokens, if
-            macOS's default is too low.
+        wired_limit_mb: see :func:`wired_limit`; for ``context`` tokens.
     """
 
     weights: int
@@ -100,24 +98,13 @@ def memory_for(config: TextConfig, weights: int, sparse_layers: int, machine: in
         context_that_fits(config, kv, memory - reserve - weights) for kv in (kv_16, kv_8)
     )
     total = weights + kv_16 * context + transient_bytes(config, PREFILL_STEP, context)
-    return Memory(
-        weights=weights,
-        per_token=kv_16,
-        per_token_kv_8=kv_8,
-        kv_group_size=kv_group_size(config),
-        machine=machine,
-        reserve=reserve,
-        context=context,
-        context_kv_8=context_kv_8,
-        wired_limit_mb=wired_limit(memory, total) if context else None,
-    )
+    limit = wired_limit(memory, total) if context else None
+    group_size = kv_group_size(config)
+    return Memory(weights, kv_16, kv_8, group_size, machine, reserve, context, context_kv_8, limit)
 
 
 def bytes_per_token(config: TextConfig, sparse_layers: int, kv_bits: int | None = None) -> int:
-    """Bytes in the KV cache per token; ``kv_bits`` None means 16 bits.
-
-    ``sparse_layers``: how many layers keep index keys in addition to K and V.
-    """
+    """Bytes in the KV cache per token; ``sparse_layers`` as in :func:`memory_for`; None means 16 bits."""
     keys_values = config.num_hidden_layers * 2 * config.num_key_value_heads * config.head_dim
     # Never quantized.
     index_keys = 2 * sparse_layers * config.index_head_dim
@@ -163,7 +150,9 @@ def transient_bytes(config: TextConfig, step: int, context: int) -> int:
     """Memory of computing a chunk in 16 bits on a GPU: that of attention or of experts, the larger one."""
     step = min(step, context)
     attention = attention_transient(config, step, context, itemsize=2, tile=512 << 20, copies_keys=False)
-    return max(attention, _experts_transient(config, step))
+    # Tokens sorted by expert, gate, up and their product, then the output, sorted back and weighted.
+    wide, hidden = config.intermediate_size, config.hidden_size
+    return max(attention, step * config.num_experts_per_tok * (2 * (3 * hidden + 3 * wide) + 4 * hidden))
 
 
 def attention_transient(
@@ -183,18 +172,10 @@ def attention_transient(
     return max(int(_ARRAYS_AT_ITS_END * one), in_groups)
 
 
-def _experts_transient(config: TextConfig, step: int) -> int:
-    """Tokens sorted by expert, gate, up and their product, then the output, sorted back and weighted."""
-    routed = step * config.num_experts_per_tok
-    return routed * (2 * (3 * config.hidden_size + 3 * config.intermediate_size) + 4 * config.hidden_size)
-
-
 def stock_transients(config: TextConfig, step: int, context: int) -> dict[str, int]:
     """What upstream's own classes take: index scores in float32 for every index head, and a mask, which
     mlx-lm makes for each head and mlx-vlm once.
     """
-    pairs = min(step, context) * context
-    if context <= config.budget:
-        return {"mlx-lm": 0, "mlx-vlm": 0}
+    pairs = min(step, context) * context if context > config.budget else 0
     scores = 4 * config.index_n_heads * pairs
     return {"mlx-lm": scores + config.num_attention_heads * pairs, "mlx-vlm": scores + pairs}

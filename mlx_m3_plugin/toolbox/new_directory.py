@@ -43,7 +43,9 @@ def new_directory(directory: Path, command: str, *, resumable: bool = False) -> 
             _refuse_existing(directory)
             _begin(unfinished, resumable)
             yield unfinished
-            unfinished.chmod(0o777 & ~umask())
+            mask = os.umask(0)
+            os.umask(mask)
+            unfinished.chmod(0o777 & ~mask)
             # Fails if there is anything but an empty directory of that name.
             os.rename(unfinished, directory)
         finally:
@@ -104,12 +106,6 @@ def check_can_write(file: Path) -> None:
         raise OSError(f"cannot write {file}: {error.strerror}") from error
     if not existed:
         file.unlink()
-
-
-def umask() -> int:
-    mask = os.umask(0)
-    os.umask(mask)
-    return mask
 
 
 def _temporary(beside: Path, name: str) -> Path:

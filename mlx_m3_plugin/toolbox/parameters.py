@@ -15,8 +15,9 @@ from mlx.utils import tree_flatten
 from ..model.config import TextConfig
 from ..model.decoder import LanguageModel
 from ..model.tensor_scales import scale_shape
-from ..weights import group_names
-from ..weights.check import ShapeAndKind, compare
+from ..weights import Headers, group_names
+from ..weights.check import ShapeAndKind, compare, kind_of
+from ..weights.dtypes import size_in_bytes
 from ..weights.names import layer_of
 from ..weights.quantization import PARTS, infer_module, quantized_in
 from ..weights.tensor import Tensor
@@ -54,6 +55,15 @@ def component_of(name: str) -> str:
         if part in f".{name}"
     ]
     return max(found)[1] if found else OTHER
+
+
+def bytes_of_components(headers: Headers, plan: Mapping[str, Tensor]) -> dict[str, int]:
+    """Of all tensors; what is not in the plan, such as heads for multi-token prediction, is ``OTHER``."""
+    sizes = dict.fromkeys((*COMPONENTS, OTHER), 0)
+    for name, tensor in plan.items():
+        sizes[component_of(name)] += size_in_bytes(tensor.shape, tensor.dtype)
+    sizes[OTHER] += sum(tensor.nbytes for tensor in headers.tensors.values()) - sum(sizes.values())
+    return sizes
 
 
 def text_shapes(config: TextConfig, *, indexers: bool = True) -> Shapes:
@@ -143,8 +153,6 @@ def _with_bias(module: str, *shape: int) -> Iterator[tuple[str, tuple[int, ...]]
 
 # --- how they are stored ---
 
-_PACKED, _FLOAT = "uint32", "float"
-
 
 def quantized_modules(
     plan: Mapping[str, Tensor], shapes: Shapes
@@ -168,16 +176,15 @@ def differences(
 ) -> list[str]:
     """What is missing, left over, or of a wrong shape or dtype: one line for each kind of module.
 
-    Args:
-        quantized: path of each quantized module -> its precision.
-        prefix: goes before the names of parameters, as the checkpoint's model type has them.
+    ``prefix`` goes before the names of parameters, as the checkpoint's model type has them.
     """
     found = compare(plan, expected_parameters(plan, shapes, quantized))
     missing = group_names(prefix + name for name in found.missing)
     left_over = group_names(stored for name in found.left_over for stored in plan[name].stored_names())
     wrong: dict[str, list[str]] = defaultdict(list)
     for name, (has, wants) in found.wrong.items():
-        wrong[f"is {_shown(has)}, not {_shown(wants)}"].append(prefix + name)
+        is_, not_ = (f"{kind}{list(shape)}" for shape, kind in (has, wants))
+        wrong[f"is {is_}, not {not_}"].append(prefix + name)
     return [
         *(f"missing: {line}" for line in missing),
         *(f"left over: {line}" for line in left_over),
@@ -197,25 +204,14 @@ def expected_parameters(
     expected: dict[str, ShapeAndKind | None] = {}
     for name, shape in shapes.items():
         module = name.removesuffix(".weight")
-        spec = quantized.get(module)
-        if spec is None or spec.bits is None:
-            if name in plan and f"{module}.scales" in plan:
-                parts = (f"{module}.{part}" for part in PARTS)
-                expected |= dict.fromkeys(part for part in parts if part in plan)
-            else:
-                expected[name] = shape, _FLOAT
-            continue
-        *rows, width = shape
-        groups = (*rows, width // spec.group_size)
-        expected[name] = (*rows, width * spec.bits // 32), _PACKED
-        expected[f"{module}.scales"] = groups, _FLOAT if spec.mode == "affine" else "uint8"
-        if spec.mode == "affine":
-            expected[f"{module}.biases"] = groups, _FLOAT
-        if spec.mode == "nvfp4" and f"{module}.global_scale" in plan:
-            expected[f"{module}.global_scale"] = scale_shape(shape), _FLOAT
+        if (spec := quantized.get(module)) is not None:
+            parts = spec.parts(shape, mx.bfloat16)
+            expected |= {f"{module}.{part}": (size, kind_of(dtype)) for part, (size, dtype) in parts.items()}
+            if spec.mode == "nvfp4" and f"{module}.global_scale" in plan:
+                expected[f"{module}.global_scale"] = scale_shape(shape), kind_of(mx.float32)
+        elif name in plan and f"{module}.scales" in plan:
+            names = (f"{module}.{part}" for part in PARTS)
+            expected |= dict.fromkeys(part for part in names if part in plan)
+        else:
+            expected[name] = shape, kind_of(mx.bfloat16)
     return expected
-
-
-def _shown(stored: ShapeAndKind) -> str:
-    shape, kind = stored
-    return f"{kind}{list(shape)}"

@@ -30,6 +30,18 @@ class Quantization:
         per_group = 2 * itemsize if self.mode == "affine" else 1
         return size * self.bits // 8 + size // self.group_size * per_group
 
+    def parts(self, shape: tuple[int, ...], dtype: mx.Dtype) -> dict[str, tuple[tuple[int, ...], mx.Dtype]]:
+        """Part -> shape and dtype of a matrix, or a stack of them, ``[..., inputs]``.
+
+        ``dtype``: of the floats that it was made from, and of affine scales.
+        """
+        if self.bits is None:
+            return {"weight": (shape, dtype if self.dtype == "keep" else getattr(mx, self.dtype))}
+        *rows, inputs = shape
+        scales = (*rows, inputs // self.group_size), dtype if self.mode == "affine" else mx.uint8
+        found = {"weight": ((*rows, inputs * self.bits // 32), mx.uint32), "scales": scales}
+        return {**found, "biases": scales} if self.mode == "affine" else found
+
     def as_quantization(self) -> dict[str, Any]:
         """As in a config's ``quantization``; also the arguments of ``mx.quantize``."""
         return {"group_size": self.group_size, "bits": self.bits, "mode": self.mode}
@@ -47,7 +59,7 @@ def converted(
     values = dequantized(stored, source)
     if spec.bits is None:
         return {"weight": values if spec.dtype == "keep" else values.astype(getattr(mx, spec.dtype))}
-    made = mx.quantize(values, group_size=spec.group_size, bits=spec.bits, mode=spec.mode)
+    made = mx.quantize(values, **spec.as_quantization())
     return dict(zip(("weight", "scales", "biases"), made, strict=False))
 
 
@@ -84,14 +96,8 @@ def float32_values(stored: Mapping[str, mx.array], source: Quantization) -> mx.a
 
 
 def _unpacked(stored: Mapping[str, mx.array], source: Quantization) -> mx.array:
-    return mx.dequantize(
-        stored["weight"],
-        stored["scales"],
-        stored.get("biases"),
-        group_size=source.group_size,
-        bits=source.bits,
-        mode=source.mode,
-    )
+    parts = (stored["weight"], stored["scales"], stored.get("biases"))
+    return mx.dequantize(*parts, **source.as_quantization())
 
 
 def _scale_of_each(stored: Mapping[str, mx.array]) -> mx.array:

@@ -8,9 +8,10 @@ import json
 import math
 import os
 from collections.abc import Mapping
+from contextlib import ExitStack
 from dataclasses import dataclass
 from pathlib import Path
-from types import TracebackType
+from typing import NamedTuple
 
 import mlx.core as mx
 
@@ -57,8 +58,7 @@ def write_at(descriptor: int, start: int, data: bytes) -> None:
 _NOT_READ = ("F64", "C64")
 
 
-@dataclass(frozen=True)
-class _Span:
+class _Span(NamedTuple):
     """Consecutive elements of a stored tensor."""
 
     name: str
@@ -66,15 +66,11 @@ class _Span:
     shape: tuple[int, ...]
 
 
-class TensorReader:
-    """Reads planned tensors of one checkpoint.
-
-    Args:
-        directory: where the shards are.
-        tensors: their headers, as :func:`.headers.read_headers` has them.
-    """
+class TensorReader(ExitStack):
+    """Reads planned tensors of the checkpoint in ``directory``, whose headers are ``tensors``."""
 
     def __init__(self, directory: Path, tensors: Mapping[str, StoredTensor]):
+        super().__init__()
         self._directory = directory
         self._tensors = tensors
         self._open: dict[str, int] = {}
@@ -93,39 +89,24 @@ class TensorReader:
         mx.eval(array)
         return array
 
-    def close(self) -> None:
-        for descriptor in self._open.values():
-            os.close(descriptor)
-        self._open.clear()
-
-    def __enter__(self) -> "TensorReader":
-        return self
-
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
-        self.close()
-
     def _read_span(self, span: _Span) -> mx.array:
         stored = self._tensors[span.name]
         if stored.stored_dtype in _NOT_READ:
             raise ValueError(f"{span.name}: cannot read tensors of dtype {stored.stored_dtype}")
         start = stored.start + span.first * stored.dtype.size
-        data = self._read_bytes(span.name, stored, start, size_in_bytes(span.shape, stored.dtype))
-        return from_bytes(data, span.shape, stored.dtype)
-
-    def _read_bytes(self, name: str, stored: StoredTensor, start: int, size: int) -> bytearray:
+        size = size_in_bytes(span.shape, stored.dtype)
         try:
             data = read_at(self._descriptor(stored.file), start, size)
         except OSError as error:
             reason = error.strerror or str(error)
-            raise OSError(f"{self._directory / stored.file}: cannot read {name}: {reason}") from error
+            raise OSError(f"{self._directory / stored.file}: cannot read {span.name}: {reason}") from error
         self.bytes_read += size
-        return data
+        return from_bytes(data, span.shape, stored.dtype)
 
     def _descriptor(self, file: str) -> int:
         if file not in self._open:
             self._open[file] = os.open(self._directory / file, os.O_RDONLY)
+            self.callback(os.close, self._open[file])
         return self._open[file]
 
 
@@ -160,7 +141,7 @@ class NewTensor:
         return size_in_bytes(self.shape, self.dtype)
 
 
-class ShardWriter:
+class ShardWriter(ExitStack):
     """Writes one file, under another name until :meth:`finish`.
 
     Args:
@@ -168,12 +149,13 @@ class ShardWriter:
     """
 
     def __init__(self, path: Path, tensors: list[NewTensor], metadata: Mapping[str, str]):
+        super().__init__()
         self._path = path
         self._unfinished = path.with_name(path.name + ".unfinished")
         header, self._places = _header(tensors, metadata)
         # A new file: a process that has one of that name open keeps writing to the old one.
         self._unfinished.unlink(missing_ok=True)
-        self._file = self._unfinished.open("xb", buffering=0)
+        self._file = self.enter_context(self._unfinished.open("xb", buffering=0))
         self._begin = len(header)
         self._missing = sum(tensor.nbytes for tensor in tensors)
         write_at(self._file.fileno(), 0, header)
@@ -204,14 +186,6 @@ class ShardWriter:
             raise OSError(f"{self._unfinished}: another process is writing it, too")
         self._file.close()
         os.replace(self._unfinished, self._path)
-
-    def __enter__(self) -> "ShardWriter":
-        return self
-
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
-        self._file.close()
 
 
 def _header(

@@ -11,9 +11,10 @@ from typing import Any
 import mlx.core as mx
 import mlx.nn as nn
 import numpy as np
+from mlx.utils import tree_unflatten
 
 from ..hosts.mlx_lm.cache import make_layer_cache
-from ..hosts.mlx_lm.host import MLX_LM
+from ..hosts.mlx_lm.model import MLX_LM
 from ..model.attention import Attention
 from ..model.decoder import DecoderLayer
 from ..model.moe import SwiGLUOAI
@@ -31,8 +32,6 @@ _BYTES_OF_VALUES = 256 << 20
 
 # Module path and stored quantization -> the quantization to compute with, for trying other bits.
 Change = Callable[[str, Quantization], Quantization]
-# Called with the router's choices: expert ids [N, k].
-Record = Callable[[mx.array], None]
 
 
 def keep(path: str, spec: Quantization) -> Quantization:
@@ -60,12 +59,13 @@ class Embedding:
 class Head:
     """The final norm and the head."""
 
-    def __init__(self, source: Checkpoint, reader: TensorReader):
+    def __init__(self, source: Checkpoint):
         config = source.text_config
         self._norm = make_norm(config, config.hidden_size)
-        self._norm.weight = reader.read(source.plan["model.norm.weight"])
         path = _EMBEDDING if config.tie_word_embeddings else "lm_head"
-        self._head = _read_linear(reader, source.parts(path), source.spec(path), path)
+        with source.reader() as reader:
+            self._norm.weight = reader.read(source.plan["model.norm.weight"])
+            self._head = _read_linear(reader, source.parts(path), source.spec(path), path)
 
     def __call__(self, hidden: mx.array) -> mx.array:
         """Hidden states ``[N, D]`` before the final norm -> logits ``[N, vocab_size]``."""
@@ -122,7 +122,7 @@ class StreamedLayer:
         _read_weights(source, reader, layer, base, change)
         if layer.is_moe:
             path = f"{base}.block_sparse_moe.switch_mlp"
-            experts: Any = _StreamedExperts(source, reader, path, change, self.choices.experts.append)
+            experts: Any = _StreamedExperts(source, reader, path, change, self.choices)
             layer.block_sparse_moe.switch_mlp = experts
         self._layer = layer
 
@@ -148,24 +148,16 @@ class StreamedLayer:
 def _read_weights(
     source: Checkpoint, reader: TensorReader, layer: DecoderLayer, base: str, change: Change
 ) -> None:
+    linears, arrays = [], []
     for path, module in layer.named_modules():
-        parameters = [name for name, value in module.items() if isinstance(value, mx.array)]
-        if "rope" in path or not path or not parameters:
-            continue
         full = f"{base}.{path}"
-        if type(module).__name__ == "Linear":
-            owner, _, name = path.rpartition(".")
-            linear = _read_linear(reader, source.parts(full), source.spec(full), full, change)
-            setattr(_submodule(layer, owner), name, linear)
-            continue
-        for name in parameters:
-            setattr(module, name, reader.read(source.plan[f"{full}.{name}"]))
-
-
-def _submodule(module: Any, path: str) -> Any:
-    for name in filter(None, path.split(".")):
-        module = getattr(module, name)
-    return module
+        if type(module) is nn.Linear:
+            linears.append((path, _read_linear(reader, source.parts(full), source.spec(full), full, change)))
+        elif path and "rope" not in path:
+            names = [name for name, value in module.items() if isinstance(value, mx.array)]
+            arrays += [(f"{path}.{name}", reader.read(source.plan[f"{full}.{name}"])) for name in names]
+    layer.update(tree_unflatten(arrays))
+    layer.update_modules(tree_unflatten(linears))
 
 
 @dataclass
@@ -179,14 +171,14 @@ class _StreamedExperts:
     reader: TensorReader
     path: str
     change: Change
-    record: Record
+    choices: Choices
 
     def __post_init__(self) -> None:
         self._activation = SwiGLUOAI(self.source.text_config)
         self._parts = {name: self.source.parts(f"{self.path}.{name}") for name in _PROJECTIONS}
 
     def __call__(self, tokens: mx.array, experts: mx.array) -> mx.array:
-        self.record(experts)
+        self.choices.experts.append(experts)
         chosen = np.array(experts).reshape(-1)
         order = np.argsort(chosen, kind="stable")
         numbers, starts = np.unique(chosen[order], return_index=True)
@@ -218,9 +210,7 @@ def _read_linear(
         arrays, stored = converted(arrays, stored, spec), spec
     if computes_in_float32():
         return _Float32Linear(arrays, stored)
-    if stored.bits is None:
-        return _linear(arrays["weight"])
-    linear = _quantized_linear(arrays, stored)
+    linear = _linear(arrays, stored)
     return hold_scale(linear, arrays["global_scale"]) if "global_scale" in arrays else linear
 
 
@@ -250,19 +240,14 @@ class _Float32Linear(nn.Module):
         return mx.array(y).reshape(*x.shape[:-1], outputs).astype(x.dtype)
 
 
-def _linear(weight: mx.array) -> nn.Module:
-    linear = nn.Linear(1, 1, bias=False)
-    linear.weight = weight
-    mx.eval(weight)
-    return linear
-
-
-def _quantized_linear(arrays: Mapping[str, mx.array], spec: Quantization) -> nn.Module:
-    # The size does not matter: MLX is lazy, and the arrays are replaced before they are computed.
-    linear = nn.QuantizedLinear(
-        128, 128, bias=False, group_size=spec.group_size, bits=spec.bits or 0, mode=spec.mode
-    )
-    for part in ("weight", "scales", "biases"):
-        setattr(linear, part, arrays.get(part))
+def _linear(arrays: Mapping[str, mx.array], spec: Quantization) -> nn.Module:
+    # The sizes do not matter: MLX is lazy, and the arrays are replaced before they are computed.
+    if spec.bits is None:
+        linear: nn.Module = nn.Linear(1, 1, bias=False)
+        linear.weight = arrays["weight"]
+    else:
+        linear = nn.QuantizedLinear(128, 128, bias=False, **spec.as_quantization())
+        for part in ("weight", "scales", "biases"):
+            setattr(linear, part, arrays.get(part))
     mx.eval(arrays)
     return linear

@@ -19,7 +19,7 @@ ShapeAndKind = tuple[tuple[int, ...], str]
 
 @dataclass(frozen=True)
 class Differences:
-    """Between tensors and what a model takes: names; of ``wrong`` also what is stored and what is wanted."""
+    """Names of tensors that a model does not have, or lacks; of ``wrong`` also (stored, wanted)."""
 
     missing: set[str]
     left_over: set[str]
@@ -66,13 +66,11 @@ def check_weights(weights: Mapping[str, mx.array], parameters: Mapping[str, mx.a
         *_section("of the wrong shape", len(shapes), shapes),
         *_section("of the wrong dtype", len(dtypes), dtypes),
     ]
-    raise ValueError(
-        "\n".join(["these weights do not make a MiniMax-M3 text model (mlx-m3-plugin)", *sections])
-    )
+    raise ValueError("\n".join(["these weights do not fit this MiniMax-M3 model (mlx-m3-plugin)", *sections]))
 
 
 def check_values(model: nn.Module) -> None:
-    """Look for values that are not numbers where one of them spoils many outputs: in the scales and
+    """Look for NaN and infinity where one of them spoils many outputs: in the scales and
     biases of quantized weights, and in norms.
 
     Reads them, one module at a time, so call it for weights that are going to be in memory anyway.
@@ -90,9 +88,7 @@ def check_values(model: nn.Module) -> None:
         mx.eval(suspects)
         wrong += [f"{path}.{name}" for name, count in suspects.items() if count.item()]
     if wrong:
-        raise ValueError(
-            "\n".join(_section("these tensors hold values that are not numbers", len(wrong), wrong))
-        )
+        raise ValueError("\n".join(_section("these tensors hold NaN or infinity", len(wrong), wrong)))
 
 
 def _not_numbers(array: mx.array, mode: str | None) -> mx.array:

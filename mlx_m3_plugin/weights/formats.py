@@ -170,7 +170,7 @@ def _format_name(plan: TensorPlan, module: str, parts: set[str]) -> str:
     if {"qweight", "qzeros", "g_idx"} & parts:
         return "GPTQ or AWQ packing (qweight)"
     if "weight_packed" in parts and plan[f"{module}.weight_packed"].dtype != mx.uint8:
-        return "these integers of compressed-tensors (4 or 8 bits in groups of 32 to 128 are read)"
+        return "integers of compressed-tensors other than 4 or 8 bits in groups of 32 to 128"
     scales = next(plan[f"{module}.{part}"] for part in _SCALES if part in parts)
     if scales.dtype != mx.uint8:
         return "fp8 with float scales per block or channel"

@@ -1,4 +1,4 @@
-"""A checkpoint's safetensors headers, and what is wrong with its files.
+"""A checkpoint's directory: whether it is M3's, its safetensors headers, what is wrong with its files.
 
 Only headers are read, so a checkpoint of any size takes a moment.  MLX itself opens a file
 whose end is missing, and keeps one of two tensors of the same name; here both are problems.
@@ -8,17 +8,53 @@ import json
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 from itertools import pairwise
+from os import PathLike
 from pathlib import Path
 from typing import Any
 
 import mlx.core as mx
 
+from .check import shorten
 from .dtypes import MLX_DTYPES, size_in_bytes
 
+TEXT_ONLY = "minimax_m3"
+MODEL_TYPES = ("minimax_m3_vl", TEXT_ONLY)
 INDEX = "model.safetensors.index.json"
 
 # The safetensors format's own limit.
 _LARGEST_HEADER = 100_000_000
+
+
+def is_m3(directory: object) -> bool:
+    """Whether ``config.json`` in ``directory`` is MiniMax-M3's; False where it cannot be read."""
+    return model_type_of(directory) in MODEL_TYPES
+
+
+def model_type_of(directory: object) -> str | None:
+    """The ``model_type`` of ``config.json`` in ``directory``; None where there is none to read."""
+    if not isinstance(directory, (str, PathLike)):
+        return None
+    try:
+        config = json.loads((Path(directory) / "config.json").read_text(encoding="utf-8"))
+        model_type = config.get("model_type")
+    except (OSError, ValueError, AttributeError, RecursionError, TypeError):
+        return None
+    return model_type if isinstance(model_type, str) else None
+
+
+def check_files(directory: str | Path) -> None:
+    """Read every shard's header before anything is loaded.
+
+    Raises:
+        ValueError: shards are absent, cut off or damaged, or a tensor is in two of them.
+    """
+    if not weight_files(Path(directory)):
+        # The loader has an error of its own for that.
+        return
+    problems = read_headers(directory).problems
+    if problems:
+        head = f"{directory} is not a complete checkpoint (mlx-m3-plugin):"
+        raise ValueError("\n  ".join([head, *shorten(problems)]))
 
 
 @dataclass(frozen=True)
@@ -95,13 +131,13 @@ def read_header(file: Path) -> dict[str, StoredTensor]:
     """The tensors of one file.
 
     Raises:
-        ValueError: the file is not a whole safetensors file; says what is wrong.
+        ValueError: the file is not a complete safetensors file; says what is wrong.
     """
     size = file.stat().st_size
     with file.open("rb") as stream:
         length = int.from_bytes(stream.read(8), "little")
         if size < 8 or length > min(size - 8, _LARGEST_HEADER):
-            raise ValueError(f"not a whole safetensors file (a header of {length} bytes); download it again")
+            raise ValueError(f"incomplete safetensors file (a header of {length} bytes); download it again")
         text = stream.read(length)
     entries = _parse(text)
     entries.pop("__metadata__", None)

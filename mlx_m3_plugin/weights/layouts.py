@@ -10,7 +10,7 @@ import mlx.core as mx
 
 from ..model.config import TextConfig
 from .formats import read_formats
-from .names import EXPERT_PROJECTIONS, TEXT_PREFIX, is_unused, is_vision, layer_of, published_name, rename
+from .names import EXPERT_PROJECTIONS, TEXT_PREFIX, is_unused, is_vision, layer_of, published_name
 from .quantization import PARTS
 from .tensor import HasShape, Tensor, TensorPlan
 
@@ -52,11 +52,18 @@ def plan_layout(
     Raises:
         ValueError: a tensor is stored twice, or in a format that MLX has no mode for.
     """
-    used = [name for name in weights if not is_unused(name)]
-    names = rename(used, lambda name: published_name(name, config))
+    stored: dict[str, str] = {}
+    for name in weights:
+        if is_unused(name):
+            continue
+        first = stored.setdefault(published_name(name, config), name)
+        if first != name:
+            raise ValueError(
+                f"this checkpoint has the same tensor twice, as {first} and as {name}; remove one"
+            )
     plan = {
         new: Tensor.stored(name, weights[name])
-        for name, new in names.items()
+        for new, name in stored.items()
         if layers is None or (layer := layer_of(new)) is None or layer in layers
     }
     in_vision = {name: plan.pop(name) for name in list(plan) if is_vision(name)}
@@ -83,7 +90,7 @@ def plan_layout(
 def lacks_indexers(plan: Mapping[str, object], config: TextConfig) -> bool:
     """Whether no tensor of any indexer is among these names, though the config has sparse layers.
 
-    Conversions by the early branches of mlx-lm have left them out.  Names may carry a prefix.
+    Conversions by early branches of mlx-lm lack them.  Names may carry a prefix.
     """
     in_sparse_layer = False
     for name in plan:
@@ -128,7 +135,7 @@ def _stack_experts(plan: TensorPlan, moe: str, num_experts: int) -> None:
 
 
 def _take_out_shared_expert(plan: TensorPlan, moe: str, num_experts: int) -> None:
-    """Some conversions store the shared expert as the last of the others; that axis is never packed."""
+    """Some conversions store the shared expert after the routed ones, on an axis that is never packed."""
     for projection in ("gate_up_proj", "gate_proj", "up_proj", "down_proj"):
         for part in PARTS:
             name = f"{moe}.switch_mlp.{projection}.{part}"

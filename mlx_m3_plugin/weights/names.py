@@ -7,7 +7,6 @@ transformers names otherwise in memory is in its ``conversion_mapping``.
 """
 
 import re
-from collections.abc import Callable, Iterable
 
 from ..model.config import TextConfig
 
@@ -80,22 +79,3 @@ def _in_moe(name: str) -> str:
     stacked = _STACKED.match(name)
     # transformers holds stacked experts as parameters, not as modules with a weight.
     return f"switch_mlp.{stacked[1]}.{stacked[2] or 'weight'}" if stacked else name
-
-
-def rename(names: Iterable[str], new_name: Callable[[str], str]) -> dict[str, str]:
-    """``{stored name: new name}``.
-
-    Raises:
-        ValueError: two stored names become the same one.
-    """
-    renamed: dict[str, str] = {}
-    origin: dict[str, str] = {}
-    for name in names:
-        new = new_name(name)
-        if new in origin:
-            raise ValueError(
-                f"this checkpoint has the same tensor twice, as {origin[new]} and as {name}; remove one"
-            )
-        origin[new] = name
-        renamed[name] = new
-    return renamed

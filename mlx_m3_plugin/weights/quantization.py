@@ -76,7 +76,7 @@ def infer_module(path: str, weights: Mapping[str, HasShape], shape: tuple[int, .
     if mode is None or bits_rest or group_rest:
         raise ValueError(
             f"{path}: a weight of shape {tuple(weight.shape)} with scales of shape {tuple(scales.shape)} "
-            f"and dtype {name_of(scales.dtype)} is not a quantization of {width} inputs that MLX has"
+            f"and dtype {name_of(scales.dtype)} fits no quantization of MLX for {width} inputs"
         )
     spec: Spec = {"group_size": group_size, "bits": bits, "mode": mode}
     return spec | {"global_scale": True} if f"{path}.global_scale" in weights else spec

@@ -82,9 +82,9 @@ class Tensor:
         return Tensor("concatenate", tuple(tensors), axis, shape, first.dtype)
 
     def taken(self, start: int, stop: int, axis: int = 0) -> "Tensor":
-        """A slice, made of as little of what is stored as can be: of a stack, the tensors in question.
+        """A slice that reads as little as possible: of a stack, for example, only the tensors in the slice.
 
-        ``axis`` is one of all but the last, which values are packed along.
+        ``axis`` is not the last one: values are packed along that.
         """
         axis %= len(self.shape)
         assert axis < len(self.shape) - 1 or len(self.shape) == 1
@@ -109,7 +109,7 @@ class Tensor:
         return self.slice(start, stop, axis)
 
     def expert(self, number: int) -> "Tensor":
-        """One of the first axis, which goes."""
+        """One entry of the first axis, without that axis."""
         one = self.taken(number, number + 1)
         return one.sources[0] if one.operation == "stack" else one.reshape(*self.shape[1:])
 

@@ -11,13 +11,10 @@ import mlx.core as mx
 
 from mlx_m3_plugin.model.config import text_config_of
 from mlx_m3_plugin.toolbox.checkpoint import open_checkpoint
-from mlx_m3_plugin.toolbox.convert import (
-    ConversionPlan,
-    convert,
-    load_recipe,
-    plan_conversion,
-)
 from mlx_m3_plugin.toolbox.convert.allocation import allocate_bits, scores_by_position
+from mlx_m3_plugin.toolbox.convert.plan import ConversionPlan, plan_conversion
+from mlx_m3_plugin.toolbox.convert.recipe import load_recipe
+from mlx_m3_plugin.toolbox.convert.run import convert
 from mlx_m3_plugin.toolbox.precision import Quantization
 from mlx_m3_plugin.weights import map_weights
 from mlx_m3_plugin.weights.headers import weight_files

@@ -256,7 +256,7 @@ def config_key(shards: Shards, rng: random.Random) -> Damage:
         holder[key] = value
     path.write_text(json.dumps(config))
     # A size that is missing shows in the tensors that have it.
-    return Damage(f"config {key} = {value!r}", [key, *NAMED_INSTEAD.get(key, ()), "do not make a MiniMax-M3"])
+    return Damage(f"config {key} = {value!r}", [key, *NAMED_INSTEAD.get(key, ()), "do not fit this"])
 
 
 CORRUPTIONS: dict[str, Corruption] = {

@@ -42,14 +42,14 @@ def reference_logits(directory: Path, parameters: dict[str, mx.array], tokens: m
 
 def any_host() -> Host:
     try:
-        from mlx_m3_plugin.hosts.mlx_lm.host import MLX_LM
+        from mlx_m3_plugin.hosts.mlx_lm.model import MLX_LM
 
         return MLX_LM
     except ImportError:
         # First the module that is served: it is what imports the others.
         import mlx_vlm.models.minimax_m3_vl  # noqa: F401
 
-        from mlx_m3_plugin.hosts.mlx_vlm.host import MLX_VLM
+        from mlx_m3_plugin.hosts.mlx_vlm.language import MLX_VLM
 
         return MLX_VLM
 

@@ -10,7 +10,7 @@ from typing import NamedTuple
 import mlx.core as mx
 import pytest
 
-from mlx_m3_plugin.toolbox.convert import recipe_names
+from mlx_m3_plugin.toolbox.convert.recipe import recipe_names
 from tests.checkpoints.conversions import SOURCES, converted, one_of_each, text_values
 from tests.checkpoints.opens import reference_logits
 from tests.checkpoints.tiny_layouts import LAYOUTS

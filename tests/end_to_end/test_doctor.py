@@ -122,7 +122,7 @@ def test_native_preferred(guest: Environment) -> None:
         (
             "MLX_M3_PLUGIN_PREFR",
             "native",
-            "there is no variable MLX_M3_PLUGIN_PREFR",
+            "unknown variable MLX_M3_PLUGIN_PREFR",
             "did you mean MLX_M3_PLUGIN_PREFER?",
         ),
     ],

@@ -138,10 +138,10 @@ del model
     assert file == [str(guest.plugin / "hosts" / library / "minimax_m3_vl.py")]
     first, second = found["advice"]
     assert first.startswith(
-        "M3 models in memory that are of upstream's class, loaded before the plugin came: 1"
+        "M3 models in memory that were loaded before the plugin and have upstream's class: 1"
     )
-    assert second.startswith(f"{library} came before the plugin: load older tokenizers and processors again.")
-    assert "A restart renews everything" in second
+    assert second.startswith(f"imported before the plugin: {library}. Load older tokenizers")
+    assert "A restart updates everything" in second
     (row,) = [m for m in found["modules"] if m["name"] == module]
     assert row["source"] == "plugin"
 
@@ -169,7 +169,7 @@ def test_a_switch_set_too_late(guest: Environment) -> None:
 
 def test_a_misspelt_switch(guest: Environment) -> None:
     (found,) = older(guest, "import mlx_lm" + SHOW, MLX_M3_PLUGIN_PREFR="native")
-    assert found["errors"] == ["there is no variable MLX_M3_PLUGIN_PREFR; did you mean MLX_M3_PLUGIN_PREFER?"]
+    assert found["errors"] == ["unknown variable MLX_M3_PLUGIN_PREFR; did you mean MLX_M3_PLUGIN_PREFER?"]
 
 
 def test_a_plugin_that_cannot_start(own_guest: Environment) -> None:
@@ -205,4 +205,4 @@ def test_it_prints_for_people(guest: Environment) -> None:
     assert lines[lines.index("Settings") + 1] == "  MLX_M3_PLUGIN_ATTENTION: attention is dense"
     (line,) = (line for line in lines if line.startswith("  mlx_lm.generate: "))
     assert "markers are not content" in line
-    assert lines[lines.index("What to do") + 1].startswith("  mlx_lm came before the plugin")
+    assert lines[lines.index("What to do") + 1].startswith("  imported before the plugin: mlx_lm")

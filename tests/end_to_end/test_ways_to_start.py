@@ -258,7 +258,7 @@ class TestNotebookKernel:
             )
             status = execute("print(mlx_m3_plugin.status())")
             assert "is active in this process" in status
-            assert "mlx_lm came before the plugin: load older tokenizers and processors again" in status
+            assert "imported before the plugin: mlx_lm. Load older tokenizers" in status
 
 
 @contextmanager
@@ -359,8 +359,8 @@ class TestManners:
             "chat.markers",
         }
         assert {name for name in ours if name.startswith("hosts")} == {
-            *("hosts", "hosts.checks", "hosts.patching", "hosts.mlx_lm"),
-            *("hosts.mlx_lm.patches", "hosts.mlx_lm.replies", "hosts.mlx_lm.tokenizer"),
+            *("hosts", "hosts.patching", "hosts.mlx_lm"),
+            *("hosts.mlx_lm.patches", "hosts.mlx_lm.chat"),
         }
 
     def test_off_gives_the_stock_process_back(self, guest: Environment, stock: Environment):

@@ -118,8 +118,7 @@ def is_of_old_releases(patch: Patch) -> bool:
 
 
 def _replaces(patch: Patch, name: str) -> bool:
-    replaced = patch.name.partition(":")[2]
-    return name in (replaced, replaced.partition(".")[0])
+    return name in (patch.path, patch.path.partition(".")[0])
 
 
 @cache

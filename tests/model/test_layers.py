@@ -5,7 +5,7 @@ import mlx.nn as nn
 import numpy as np
 import pytest
 
-from mlx_m3_plugin.hosts.mlx_lm.host import MLX_LM
+from mlx_m3_plugin.hosts.mlx_lm.model import MLX_LM
 from mlx_m3_plugin.model.config import TextConfig
 from mlx_m3_plugin.model.moe import DenseMLP, SparseMoeBlock, SwiGLUOAI, swiglu_oai
 from mlx_m3_plugin.model.norm import GemmaRMSNorm, make_norm

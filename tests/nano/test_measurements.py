@@ -18,9 +18,9 @@ from case import Case, says, user
 from tokenizers import Tokenizer
 
 from mlx_m3_plugin.toolbox.checkpoint import Checkpoint, open_checkpoint
-from mlx_m3_plugin.toolbox.convert import load_recipe
 from mlx_m3_plugin.toolbox.convert.allocation import allocate_bits, scores_by_position
 from mlx_m3_plugin.toolbox.convert.plan import ConversionPlan, plan_conversion
+from mlx_m3_plugin.toolbox.convert.recipe import load_recipe
 from mlx_m3_plugin.toolbox.demo import NANO
 from mlx_m3_plugin.toolbox.precision import Quantization
 from tests.hosts.native_mlx_lm import needs_native

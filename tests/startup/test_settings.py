@@ -55,7 +55,7 @@ def test_a_value_that_is_not_understood_is_named_with_its_variable(name: str) ->
     ],
 )
 def test_a_misspelt_variable_is_named_with_the_nearest_right_one(name: str, meant: str) -> None:
-    assert read_settings({name: "off"}).complaints == (f"there is no variable {name}; did you mean {meant}?",)
+    assert read_settings({name: "off"}).complaints == (f"unknown variable {name}; did you mean {meant}?",)
 
 
 def test_variables_of_others_are_not_complained_of() -> None:

@@ -2,15 +2,24 @@
 
 import math
 from pathlib import Path
+from typing import Any
 
 import mlx.core as mx
 import numpy as np
 from mlx_lm.utils import load_model
 
+from mlx_m3_plugin.toolbox.checkpoint import open_checkpoint
+from mlx_m3_plugin.toolbox.evaluate import Evaluation
+from mlx_m3_plugin.toolbox.evaluate import evaluate as evaluate_checkpoints
 from mlx_m3_plugin.toolbox.forward_pass import Texts
 
 # As in the comparison with transformers.
 TIE = 1e-5
+
+
+def evaluate(path: Path, texts: Texts, reference: Path | None = None, **options: Any) -> Evaluation:
+    theirs = None if reference is None else open_checkpoint(reference)
+    return evaluate_checkpoints(open_checkpoint(path), texts, reference=theirs, **options)
 
 
 def log_probabilities(directory: Path, texts: Texts) -> np.ndarray:

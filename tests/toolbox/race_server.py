@@ -15,12 +15,10 @@ from typing import Any
 
 # All that the commands import, before they are forked: a start takes milliseconds then.
 from mlx_m3_plugin.cli import main
-from mlx_m3_plugin.toolbox import demo
-from mlx_m3_plugin.toolbox.convert import command as convert_command
+from mlx_m3_plugin.toolbox import convert, demo, evaluate
 from mlx_m3_plugin.toolbox.convert import plan
-from mlx_m3_plugin.toolbox.evaluate import command as evaluate_command
 
-COMMANDS = (demo, convert_command, evaluate_command)
+COMMANDS = (demo, convert, evaluate)
 SHARD_BYTES = 60_000
 BROKEN = 70
 

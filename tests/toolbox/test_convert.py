@@ -11,8 +11,7 @@ import pytest
 from mlx_m3_plugin.cli import main
 from mlx_m3_plugin.toolbox.checkpoint import open_checkpoint
 from mlx_m3_plugin.toolbox.convert import plan as planning
-from mlx_m3_plugin.toolbox.convert import recipe_names
-from mlx_m3_plugin.toolbox.convert.recipe import matrices_of
+from mlx_m3_plugin.toolbox.convert.recipe import matrices_of, recipe_names
 from mlx_m3_plugin.toolbox.inspect import inspect
 from mlx_m3_plugin.toolbox.precision import Quantization
 from mlx_m3_plugin.weights.dtypes import name_of

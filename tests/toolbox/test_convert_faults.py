@@ -16,8 +16,8 @@ from typing import Any
 import pytest
 
 from mlx_m3_plugin.cli import main
-from mlx_m3_plugin.toolbox.convert import convert
 from mlx_m3_plugin.toolbox.convert import plan as planning
+from mlx_m3_plugin.toolbox.convert.run import convert
 from mlx_m3_plugin.weights.headers import weight_files
 from tests.checkpoints.conversions import Written, after, converted, digest, interrupt, planned
 
@@ -27,7 +27,8 @@ import sys, time
 sys.path.append(sys.argv[3])
 from pathlib import Path
 from tests.checkpoints.conversions import planned
-from mlx_m3_plugin.toolbox.convert import convert, plan
+from mlx_m3_plugin.toolbox.convert import plan
+from mlx_m3_plugin.toolbox.convert.run import convert
 plan.SHARD_BYTES = 60_000
 made = planned(Path(sys.argv[1]), "selector-safe")
 print("begin", flush=True)
@@ -90,7 +91,7 @@ def test_finished_files_are_not_written_again(
     times = [file.stat().st_mtime_ns for file in finished]
     assert finished
     report = convert(plan, tmp_path / "made", memory=1 << 30, progress=lambda module, size: None)
-    assert report.resumed == len(finished)
+    assert report["resumed"] == len(finished)
     assert [(tmp_path / "made" / file.name).stat().st_mtime_ns for file in finished] == times
 
 
@@ -179,7 +180,7 @@ def test_a_shard_that_vanishes(tiny: Written, tmp_path: Path, monkeypatch: pytes
 def test_interrupted_by_the_user(
     tiny: Written, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    from mlx_m3_plugin.toolbox.convert import command
+    from mlx_m3_plugin.toolbox import convert as command
 
     def interrupted(title: str, total: int) -> Callable[[Any, int], None]:
         def stop(module: Any, size: int) -> None:

@@ -14,11 +14,11 @@ import pytest
 from mlx_m3_plugin.cli import main
 from mlx_m3_plugin.toolbox import forward_pass as passing
 from mlx_m3_plugin.toolbox.checkpoint import open_checkpoint
-from mlx_m3_plugin.toolbox.evaluate import Evaluation, evaluate
-from mlx_m3_plugin.toolbox.forward_pass import Texts, built_in_text, cut, forward_pass, pass_key
+from mlx_m3_plugin.toolbox.evaluate import Evaluation
+from mlx_m3_plugin.toolbox.forward_pass import Texts, cut, forward_pass, pass_key, text_of
 from mlx_m3_plugin.toolbox.new_directory import LOCK, locked
 from tests.checkpoints.conversions import Written, converted
-from tests.toolbox.in_memory import directly, share_of_ties
+from tests.toolbox.in_memory import directly, evaluate, share_of_ties
 
 REFERENCE = "published_float"
 # Float, 4 bits, mixed and MXFP8, and others.
@@ -107,7 +107,7 @@ def test_layers_are_compared_by_what_they_put_out_and_choose(tiny: Written, tmp_
 
 
 def test_overlaps_count_what_they_say() -> None:
-    from mlx_m3_plugin.toolbox.evaluate.metrics import _overlap
+    from mlx_m3_plugin.toolbox.evaluate import _overlap
 
     expected = np.array([[0, 1, 2], [3, 4, -1], [-1, -1, -1]])
     shared = np.array([[2, 1, 9], [3, -1, -1], [5, 6, 7]])
@@ -213,7 +213,7 @@ def test_weights_that_are_not_numbers_are_reported_by_layer(tmp_path: Path) -> N
 
 
 def test_the_command(tiny: Written, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    (tmp_path / "text").write_text(built_in_text()[:1500])
+    (tmp_path / "text").write_text(text_of()[:1500])
     made = tmp_path / "made"
     converted(tiny(REFERENCE), "4bit", made)
     arguments = ["evaluate", str(made), "--reference", str(tiny(REFERENCE)), "--text", str(tmp_path / "text")]
@@ -261,8 +261,8 @@ def test_another_model_is_no_reference(tiny: Written, tmp_path: Path) -> None:
         evaluate(tiny(REFERENCE), random_texts(1), reference=tmp_path / "demo", cache=tmp_path / "cache")
 
 
-def test_the_built_in_text_has_what_it_promises() -> None:
-    text: Any = built_in_text()
+def test_the_text_of_has_what_it_promises() -> None:
+    text: Any = text_of()
     for words in (
         "def merge_intervals",
         "SELECT",

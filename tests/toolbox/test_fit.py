@@ -11,7 +11,7 @@ from mlx.utils import tree_map
 
 from mlx_m3_plugin.cli import main
 from mlx_m3_plugin.hosts.mlx_lm.cache import make_layer_cache
-from mlx_m3_plugin.hosts.mlx_lm.host import MLX_LM
+from mlx_m3_plugin.hosts.mlx_lm.model import MLX_LM
 from mlx_m3_plugin.model.attention import Attention
 from mlx_m3_plugin.model.config import text_config_of
 from mlx_m3_plugin.msa.common import default_tile_bytes

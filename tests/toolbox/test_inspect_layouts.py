@@ -4,8 +4,7 @@ from dataclasses import replace
 
 import pytest
 
-from mlx_m3_plugin.toolbox.inspect import inspect
-from mlx_m3_plugin.toolbox.inspect.text import lines_of
+from mlx_m3_plugin.toolbox.inspect import inspect, lines_of
 from tests.checkpoints.edits import edit_json, stored_names
 
 

@@ -8,9 +8,9 @@ from types import SimpleNamespace
 import pytest
 
 from mlx_m3_plugin.model.config import TextConfig
+from mlx_m3_plugin.toolbox import inspect as text
 from mlx_m3_plugin.toolbox import memory as memory_module
-from mlx_m3_plugin.toolbox.inspect import stock_commands, text
-from mlx_m3_plugin.toolbox.inspect.text import memory_lines
+from mlx_m3_plugin.toolbox.inspect import memory_lines, stock_commands
 from mlx_m3_plugin.toolbox.memory import machine_memory, memory_for
 
 GIB = 1 << 30

@@ -9,8 +9,8 @@ from types import SimpleNamespace
 import pytest
 
 from mlx_m3_plugin import cli
-from mlx_m3_plugin.toolbox import installation
-from mlx_m3_plugin.toolbox.installation import FOR_MLX, find_command, how_to_install_into
+from mlx_m3_plugin.toolbox import doctor as installation
+from mlx_m3_plugin.toolbox.doctor import FOR_MLX, find_command, how_to_install_into
 
 # --- packages ---
 
@@ -19,7 +19,7 @@ def fail_with(error: ImportError, monkeypatch: pytest.MonkeyPatch) -> int:
     def fail(args: object) -> int:
         raise error
 
-    monkeypatch.setattr(cli, "_inspect", fail)
+    monkeypatch.setattr(cli, "import_module", lambda name: SimpleNamespace(command=fail))
     return cli.main(["inspect", "somewhere"])
 
 

@@ -14,7 +14,7 @@ from typing import Any
 import pytest
 
 from mlx_m3_plugin.toolbox import new_directory as module
-from mlx_m3_plugin.toolbox.convert import convert
+from mlx_m3_plugin.toolbox.convert.run import convert
 from mlx_m3_plugin.toolbox.demo import write_nano
 from mlx_m3_plugin.toolbox.new_directory import LOCK, STATE, locked, new_directory
 from tests.checkpoints.conversions import MEMORY, Written, after, converted, digest, interrupt, planned
@@ -84,7 +84,7 @@ def test_a_target_that_appears_meanwhile_is_left_alone(tiny: Written, tmp_path: 
     assert [file.name for file in (tmp_path / "made").iterdir()] == ["thesis.tex"]
     (tmp_path / "made" / "thesis.tex").unlink()
     report = convert(plan, tmp_path / "made", memory=MEMORY, progress=lambda module, size: None)
-    assert report.resumed == report.files
+    assert report["resumed"] == report["files"]
     converted(tiny(SOURCE), "4bit", tmp_path / "alone")
     assert digest(tmp_path / "made") == digest(tmp_path / "alone")
 

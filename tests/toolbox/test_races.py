@@ -13,7 +13,7 @@ from typing import Any
 
 import pytest
 
-from mlx_m3_plugin.toolbox.forward_pass import built_in_text
+from mlx_m3_plugin.toolbox.forward_pass import text_of
 from mlx_m3_plugin.toolbox.new_directory import LOCK, STATE
 from tests.checkpoints.conversions import Written, digest
 from tests.toolbox.race_server import BROKEN
@@ -30,7 +30,7 @@ class Server:
     def __init__(self, root: Path, source: Path):
         self.root, self.source, self.seconds = root, source, dict[str, float]()
         self.text = root / "text"
-        self.text.write_text(built_in_text()[:1500])
+        self.text.write_text(text_of()[:1500])
         self._process: subprocess.Popen[str] = subprocess.Popen(
             [sys.executable, str(Path(__file__).with_name("race_server.py"))],
             stdin=subprocess.PIPE,

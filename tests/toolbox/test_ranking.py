@@ -8,11 +8,10 @@ import numpy as np
 from safetensors.numpy import save_file
 
 from mlx_m3_plugin.model.config import text_config_of
-from mlx_m3_plugin.toolbox.evaluate import evaluate
 from mlx_m3_plugin.toolbox.forward_pass import Texts, cut
 from tests.checkpoints.conversions import converted
 from tests.checkpoints.random_model import m3_config, random_weights
-from tests.toolbox.in_memory import compared, log_probabilities
+from tests.toolbox.in_memory import compared, evaluate, log_probabilities
 
 VOCABULARY, LAYERS, DENSE = 256, 8, 3
 # 16 times the block budget.

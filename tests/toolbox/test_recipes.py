@@ -10,8 +10,15 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from mlx_m3_plugin.model.config import text_config_of
-from mlx_m3_plugin.toolbox.convert import RecipeError, load_recipe, parse_recipe, recipe_names
-from mlx_m3_plugin.toolbox.convert.recipe import PARTS, Recipe, matrices_of
+from mlx_m3_plugin.toolbox.convert.recipe import (
+    PARTS,
+    Recipe,
+    RecipeError,
+    load_recipe,
+    matrices_of,
+    parse_recipe,
+    recipe_names,
+)
 from mlx_m3_plugin.toolbox.precision import Quantization
 from tests.checkpoints import real_size
 

@@ -10,7 +10,6 @@ from mlx_lm.utils import load_model
 
 from mlx_m3_plugin.cli import main
 from mlx_m3_plugin.toolbox.checkpoint import Checkpoint, open_checkpoint
-from mlx_m3_plugin.toolbox.convert import RecipeError, load_recipe, parse_recipe, plan_conversion
 from mlx_m3_plugin.toolbox.convert.allocation import (
     allocate_bits,
     measure_sensitivity,
@@ -18,7 +17,8 @@ from mlx_m3_plugin.toolbox.convert.allocation import (
     scores_by_position,
     write_scores,
 )
-from mlx_m3_plugin.toolbox.convert.recipe import matrices_of
+from mlx_m3_plugin.toolbox.convert.plan import plan_conversion
+from mlx_m3_plugin.toolbox.convert.recipe import RecipeError, load_recipe, matrices_of, parse_recipe
 from mlx_m3_plugin.toolbox.forward_pass import Texts, cut
 from mlx_m3_plugin.toolbox.precision import Quantization
 from tests.checkpoints import real_size

@@ -12,10 +12,9 @@ import huggingface_hub
 import pytest
 
 from mlx_m3_plugin.cli import main
-from mlx_m3_plugin.toolbox.checkpoint import open_checkpoint
+from mlx_m3_plugin.toolbox.checkpoint import locate, locate_weights, open_checkpoint
 from mlx_m3_plugin.toolbox.demo import NANO
 from mlx_m3_plugin.toolbox.inspect import inspect
-from mlx_m3_plugin.toolbox.source import locate, locate_weights
 
 COMMIT, OTHER = "a" * 40, "b" * 40
 SHARD = "model-00001-of-00001.safetensors"

@@ -2,6 +2,7 @@
 
 import json
 import re
+from dataclasses import asdict
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -52,7 +53,7 @@ def hub(monkeypatch: pytest.MonkeyPatch, checkpoint: Path) -> Path:
 
 
 def test_a_repository_is_described_like_its_directory(hub):
-    from_hub, from_disk = inspect("someone/m3").as_dict(), inspect(hub).as_dict()
+    from_hub, from_disk = asdict(inspect("someone/m3")), asdict(inspect(hub))
     assert from_hub.pop("name") == "someone/m3"
     assert "--model someone/m3 " in from_hub.pop("commands")[0]
     del from_disk["name"], from_disk["commands"]

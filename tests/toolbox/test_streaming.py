@@ -24,7 +24,7 @@ def streamed(directory: Path, cut: int, step: int) -> mx.array:
             layer = StreamedLayer(checkpoint, reader, number)
             h = mx.concatenate(list(layer.attend(h[None], step)), axis=1)[0]
             h = mx.concatenate([layer.feed_forward(h[:cut]), layer.feed_forward(h[cut:])])
-        return Head(checkpoint, reader)(h)
+        return Head(checkpoint)(h)
 
 
 def test_it_equals_the_model_in_memory(tiny: Written, layout_name: str) -> None:

@@ -19,8 +19,8 @@ from mlx_vlm.utils import ThinkingBudgetCriteria
 from mlx_m3_plugin.chat import tool_calls
 from mlx_m3_plugin.chat.markers import THINK_END, THINK_START
 from mlx_m3_plugin.hosts.mlx_vlm.prompts import _InTheirOrder
+from mlx_m3_plugin.hosts.mlx_vlm.replies import _rewriter, _RewrittenTokens
 from mlx_m3_plugin.hosts.mlx_vlm.requests import arguments_of, knows_open_prompts
-from mlx_m3_plugin.hosts.mlx_vlm.server import _rewriter, _RewrittenTokens
 from tests.chat.tool_replies import MARKERS, sample
 from tests.checkpoints.random_model import write_random_model
 from tests.end_to_end.environments import clean_variables

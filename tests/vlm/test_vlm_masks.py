@@ -58,7 +58,7 @@ def test_padding_on_the_left_with_a_plain_cache(
 
 
 def test_with_the_cache_of_a_batch_the_mask_may_say_the_same(model: Any, more: mx.array) -> None:
-    from mlx_m3_plugin.hosts.mlx_vlm.padding import batch_caches
+    from mlx_m3_plugin.hosts.mlx_vlm.cache import batch_caches
 
     tokens, mask = padded()
     paddings = [90 - length for length in LENGTHS]
@@ -123,7 +123,7 @@ def test_padding_with_a_quantized_cache_is_refused(model: Any) -> None:
 @pytest.mark.parametrize("how", ["mask", "attention_mask"])
 def test_other_masks_are_refused(model: Any, mask: mx.array, how: str) -> None:
     for cache in (None, model.make_cache()):
-        with pytest.raises(ValueError, match="takes a mask of"):
+        with pytest.raises(ValueError, match="the mask must"):
             model.language_model(mx.ones((1, 9), mx.int32), cache=cache, **{how: mask})
 
 

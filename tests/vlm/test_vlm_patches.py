@@ -10,7 +10,7 @@ import mlx.core as mx
 import mlx.nn as nn
 import pytest
 
-from mlx_m3_plugin.hosts.mlx_vlm import identity
+from mlx_m3_plugin.hosts.mlx_vlm import prompts
 from mlx_m3_plugin.hosts.mlx_vlm.patches import PATCHES
 from tests.hosts.upstream_copies import (
     RENAMED,
@@ -165,7 +165,7 @@ def test_a_name_that_is_gone_breaks_no_other_model(module: str, name: str, other
 
 
 def test_endpoints_that_are_given_other_functions_keep_them(caplog: pytest.LogCaptureFixture) -> None:
-    from mlx_m3_plugin.hosts.mlx_vlm.server import _Dependencies
+    from mlx_m3_plugin.hosts.mlx_vlm.requests import _Dependencies
 
     deps = _Dependencies(SimpleNamespace(build_gen_args=lambda asked, processor: asked, other=1))
     assert deps.build_gen_args("a request", None) == "a request"
@@ -173,6 +173,23 @@ def test_endpoints_that_are_given_other_functions_keep_them(caplog: pytest.LogCa
     assert "no parameter request" in caplog.text
     with pytest.raises(AttributeError, match="count_thinking_tag_tokens"):
         _ = deps.count_thinking_tag_tokens
+
+
+def test_arguments_without_a_field_that_ours_sets_stay_upstreams(
+    monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    from mlx_m3_plugin.hosts.mlx_vlm.requests import _Dependencies
+
+    class OtherArguments(Recorder):
+        def to_template_kwargs(self) -> dict[str, Any]:
+            return {}
+
+    monkeypatch.setattr("mlx_vlm.server.generation.GenerationArguments", OtherArguments)
+    processor, made = nn.Identity(), OtherArguments()
+    prompts.remember(processor)
+    deps = _Dependencies(SimpleNamespace(build_gen_args=lambda request, processor: made))
+    assert deps.build_gen_args(SimpleNamespace(), processor) is made
+    assert "GenerationArguments has no parameter enable_thinking" in caplog.text
 
 
 # --- what is saved ---
@@ -224,11 +241,11 @@ def test_processors_are_known_by_identity() -> None:
 
     processor, another = Equal(), Equal()
     processor.tokenizer = Equal()  # type: ignore[attr-defined]
-    identity.remember(processor)
-    identity.remember(None)
-    assert identity.is_m3(processor)
-    assert identity.is_m3(processor.tokenizer)  # type: ignore[attr-defined]
-    assert not any(map(identity.is_m3, (another, None, 3, "minimax_m3_vl")))
-    known = len(identity._known)
+    prompts.remember(processor)
+    prompts.remember(None)
+    assert prompts.is_m3(processor)
+    assert prompts.is_m3(processor.tokenizer)  # type: ignore[attr-defined]
+    assert not any(map(prompts.is_m3, (another, None, 3, "minimax_m3_vl")))
+    known = len(prompts._known)
     del processor
-    assert len(identity._known) == known - 2
+    assert len(prompts._known) == known - 2

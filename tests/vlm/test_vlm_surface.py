@@ -2,6 +2,7 @@
 
 import ast
 import inspect
+import shutil
 from collections.abc import Iterable
 from importlib import import_module
 from pathlib import Path
@@ -249,3 +250,16 @@ def test_sharded_load_with_a_group_of_one(model: Any, checkpoint: Path, how: str
     cache = loaded.make_cache()
     pieces = [loaded(piece, cache=cache).logits for piece in (tokens[:, :70], tokens[:, 70:])]
     assert difference(mx.concatenate(pieces, axis=1), model(tokens).logits) <= TOLERANCE
+
+
+def test_sharded_load_is_strict(checkpoint: Path, tmp_path: Path) -> None:
+    """What a checkpoint lacks would stay random."""
+    from mlx_vlm.utils import sharded_load
+
+    shutil.copytree(checkpoint, tmp_path / "lacking")
+    name = "language_model.model.norm.weight"
+    (file,) = (f for f in (tmp_path / "lacking").glob("*.safetensors") if name in mx.load(str(f)))
+    mx.save_safetensors(str(file), {key: array for key, array in mx.load(str(file)).items() if key != name})
+    (tmp_path / "lacking" / "model.safetensors.index.json").unlink(missing_ok=True)
+    with pytest.raises(ValueError, match=r"model\.norm\.weight"):
+        sharded_load(str(tmp_path / "lacking"), tensor_group=mx.distributed.init())

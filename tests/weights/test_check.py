@@ -13,7 +13,7 @@ MOE_LAYERS = "language_model.model.layers.{}.block_sparse_moe"
 
 
 def refusal(weights, params) -> list[str]:
-    with pytest.raises(ValueError, match="do not make a MiniMax-M3") as error:
+    with pytest.raises(ValueError, match="do not fit this MiniMax-M3") as error:
         check_weights(weights, params)
     return str(error.value).splitlines()
 
@@ -160,7 +160,7 @@ def test_load_weights_takes_a_file(model, tmp_path):
 def test_weights_that_do_not_fit_are_refused(model, change, told):
     weights = with_prefix(parameters())
     change(weights)
-    with pytest.raises(ValueError, match="do not make a MiniMax-M3") as error:
+    with pytest.raises(ValueError, match="do not fit this MiniMax-M3") as error:
         model.load_weights(list(weights.items()))
     assert told in str(error.value)
 
@@ -168,7 +168,7 @@ def test_weights_that_do_not_fit_are_refused(model, change, told):
 def test_an_expert_that_is_missing_is_named(model):
     weights = with_prefix(published(parameters()))
     del weights[f"{PREFIX}{MOE}.experts.2.w1.weight"]
-    with pytest.raises(ValueError, match="do not make a MiniMax-M3") as error:
+    with pytest.raises(ValueError, match="do not fit this MiniMax-M3") as error:
         model.load_weights(list(model.sanitize(weights).items()))
     assert str(error.value).splitlines()[1:] == [
         "missing (1):",

@@ -4,7 +4,7 @@ import mlx.core as mx
 import pytest
 
 from mlx_m3_plugin.weights import read_headers
-from mlx_m3_plugin.weights.files import check_files, is_m3
+from mlx_m3_plugin.weights.headers import check_files, is_m3
 from tests.checkpoints.tiny_layouts import LAYOUTS
 
 FIRST, SECOND, THIRD = (f"model-0000{n}-of-00003.safetensors" for n in (1, 2, 3))
@@ -37,7 +37,7 @@ def test_every_problem_is_told_at_once(checkpoint):
     assert f"is in two files: {THIRD} and model-extra.safetensors" in problems
     # What an absent or truncated file would hold is not told tensor by tensor.
     assert "is listed in model.safetensors.index.json and not in" not in problems
-    with pytest.raises(ValueError, match="is not a whole checkpoint") as error:
+    with pytest.raises(ValueError, match="is not a complete checkpoint") as error:
         check_files(checkpoint)
     assert "... and" in str(error.value)
 

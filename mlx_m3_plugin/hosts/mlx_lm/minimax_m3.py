@@ -6,7 +6,6 @@ mlx-lm executes this file under its own module name, so every import is absolute
 from dataclasses import dataclass
 
 from mlx_m3_plugin.hosts.mlx_lm import model
-from mlx_m3_plugin.hosts.mlx_lm.host import MLX_LM
 from mlx_m3_plugin.model.config import TextConfig
 from mlx_m3_plugin.model.decoder import LanguageModel
 
@@ -24,7 +23,7 @@ class Model(model.MlxLmModel, LanguageModel):
     text_prefix = ""
 
     def __init__(self, args: ModelArgs):
-        super().__init__(args.text_config, MLX_LM)
+        super().__init__(args.text_config, model.MLX_LM)
         self.args = args
 
     @property

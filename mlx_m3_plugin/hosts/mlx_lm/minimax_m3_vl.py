@@ -7,8 +7,7 @@ from typing import Any
 
 import mlx.core as mx
 
-from mlx_m3_plugin.hosts.mlx_lm.host import MLX_LM
-from mlx_m3_plugin.hosts.mlx_lm.model import MlxLmModel, ModelArgs
+from mlx_m3_plugin.hosts.mlx_lm.model import MLX_LM, MlxLmModel, ModelArgs
 from mlx_m3_plugin.model.config import TextConfig
 from mlx_m3_plugin.model.decoder import LanguageModel, TextModel
 
@@ -33,4 +32,4 @@ class Model(MlxLmModel):
     @property
     def model(self) -> TextModel:
         # mlx_lm.utils.sharded_load reaches for model.model.pipeline().
-        return self.text_model
+        return self.language_model.model

@@ -1,16 +1,28 @@
-"""A MiniMax-M3 model as mlx-lm expects it, with a ``text_config`` or flat."""
+"""What mlx-lm's two M3 modules share: the library as a host, the config, and the base of the models."""
 
 from dataclasses import dataclass, field
 from typing import Any
 
 import mlx.core as mx
+from mlx_lm.models.base import create_attention_mask, scaled_dot_product_attention
+from mlx_lm.models.rope_utils import initialize_rope
+from mlx_lm.models.switch_layers import SwitchGLU
 
 from mlx_m3_plugin.hosts.loading import CheckpointMixin, text_config_as_set
 from mlx_m3_plugin.model.config import TextConfig
-from mlx_m3_plugin.model.decoder import DecoderLayer, LanguageModel, TextModel
-from mlx_m3_plugin.model.sharding import shard_layers
+from mlx_m3_plugin.model.host import Host
 
-from .cache import CacheList, make_layer_cache
+from . import cache
+
+MLX_LM = Host(
+    SwitchGLU=SwitchGLU,
+    initialize_rope=initialize_rope,
+    attention_mask=create_attention_mask,
+    attention=scaled_dot_product_attention,
+    kv_cache=cache.kv_cache,
+    append_index_keys=cache.append_index_keys,
+    adopt=cache.adopt,
+)
 
 
 @dataclass
@@ -34,39 +46,17 @@ class MlxLmModel(CheckpointMixin):
     """Base of the two ``Model`` classes; they differ in where the text model is."""
 
     args: ModelArgs
-    language_model: LanguageModel
 
     @property
     def model_type(self) -> str:
         return self.args.model_type
 
     @property
-    def text_config(self) -> TextConfig:
-        return self.args.text_config
-
-    @property
     def loader_config(self) -> dict[str, Any]:
         return self.args.loader_config
 
-    @property
-    def text_model(self) -> TextModel:
-        return self.language_model.model
-
-    @property
-    def layers(self) -> list[DecoderLayer]:
-        """The layers that this process runs."""
-        return self.text_model.pipeline_layers
-
-    @property
-    def held_layers(self) -> range | None:
-        model = self.text_model
-        return None if model.end_idx is None else range(model.start_idx, model.end_idx)
-
-    def make_cache(self) -> list[CacheList]:
-        return [make_layer_cache(layer.self_attn.is_sparse_attn) for layer in self.layers]
-
-    def shard(self, group: mx.distributed.Group | None = None) -> None:
-        shard_layers(self.layers, group or mx.distributed.init())
+    def make_cache(self) -> list[cache.CacheList]:
+        return [cache.make_layer_cache(layer.self_attn.is_sparse_attn) for layer in self.layers]
 
     def pipeline(self, group: mx.distributed.Group, split: list[int] | None = None) -> None:
-        self.text_model.pipeline(group, split)
+        self.language_model.model.pipeline(group, split)

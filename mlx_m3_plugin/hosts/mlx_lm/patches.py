@@ -1,17 +1,17 @@
 """All that we replace in mlx-lm, beside the modules that it looks up by name."""
 
+from functools import partial
 from typing import Any
 
-from mlx_m3_plugin.hosts.checks import is_m3_checkpoint, with_checks
-from mlx_m3_plugin.hosts.mlx_lm import replies, tokenizer
-from mlx_m3_plugin.hosts.patching import Arguments, Patch, call, for_m3
+from mlx_m3_plugin.hosts.mlx_lm import chat
+from mlx_m3_plugin.hosts.patching import Arguments, Patch, call, for_m3, is_m3_checkpoint, with_checks
 
 
 def load_model(module: Any, original: Any) -> Any:
-    """Have it look at the files of M3 checkpoints, under any names."""
+    """Checks the files of M3 checkpoints, and finds shards of any name."""
 
     def load(given: Arguments) -> Any:
-        from mlx_m3_plugin.hosts.mlx_lm.links import with_shards_named_as_expected
+        from mlx_m3_plugin.hosts.mlx_lm.sharded import with_shards_named_as_expected
 
         with with_shards_named_as_expected(given.arguments["model_path"]) as path:
             given.arguments["model_path"] = path
@@ -40,95 +40,78 @@ def sharded_load(module: Any, original: Any) -> Any:
     return for_m3(original, lambda given: is_m3_repository(given["repo"]), load)
 
 
+until_markers = partial(
+    Patch,
+    until="mlx-lm knows M3's markers and thinking modes",
+    fault="test_neither_knows_the_markers_of_reasoning",
+)
+
 PATCHES = [
-    Patch(
-        "mlx_lm.tokenizer_utils:TokenizerWrapper.__init__",
+    until_markers(
+        f"mlx_lm.tokenizer_utils:TokenizerWrapper.__init__(tokenizer): {', '.join(chat.ATTRIBUTES)}",
         "tool calls, <mm:think>, thinking modes",
-        tokenizer.wrapper_init,
+        chat.wrapper_init,
         (
-            f"TokenizerWrapper.__init__(tokenizer): {', '.join(tokenizer.ATTRIBUTES)}",
             "TokenizerWrapper.apply_chat_template",
             "TokenizerWrapper.rfind_think_start(tokens)",
             "TokenizerWrapper.rfind_think_end(tokens)",
         ),
-        until="mlx-lm knows M3's markers and thinking modes",
-        fault="test_neither_knows_the_markers_of_reasoning",
     ),
-    Patch(
+    until_markers(
         "mlx_lm.tokenizer_utils:TokenizerWrapper.structural_markers",
         "a lone </mm:think> is not content",
-        tokenizer.structural_markers,
-        ("TokenizerWrapper.structural_markers",),
-        until="mlx-lm knows M3's markers",
-        fault="test_neither_knows_the_markers_of_reasoning",
+        chat.structural_markers,
         since="0.32",
     ),
     Patch(
         "mlx_lm.tokenizer_utils:_infer_tool_parser",
         "no parser inferred from M3's template",
-        tokenizer.infer_tool_parser,
-        ("_infer_tool_parser",),
+        chat.infer_tool_parser,
         until="mlx-lm infers M3's parser",
         fault="test_mlx_lm_takes_another_parser_for_tools",
     ),
-    Patch(
-        "mlx_lm.generate:make_text_state_machine",
+    until_markers(
+        "mlx_lm.generate:make_text_state_machine(tokenizer, stop_words)",
         "replies are read by M3's markers",
-        replies.make_text_state_machine,
-        (
-            "make_text_state_machine(tokenizer, stop_words)",
-            "TextStateMachine.__init__: _states",
-            "TextStateMachine.make_state: _states",
-        ),
-        until="mlx-lm knows M3's markers",
-        fault="test_neither_knows_the_markers_of_reasoning",
+        chat.make_text_state_machine,
+        ("TextStateMachine.__init__: _states", "TextStateMachine.make_state: _states"),
         since="0.32",
     ),
-    Patch(
-        "mlx_lm.generate:TextStateMachine.split",
+    until_markers(
+        "mlx_lm.generate:TextStateMachine.split(state, text)",
         "markers are not content",
-        replies.split,
-        ("TextStateMachine.split(state, text)",),
-        until="mlx-lm knows M3's markers",
-        fault="test_neither_knows_the_markers_of_reasoning",
+        chat.split,
         since="0.32",
     ),
-    Patch(
-        "mlx_lm.generate:TextStateMachine.flush",
+    until_markers(
+        "mlx_lm.generate:TextStateMachine.flush(state)",
         "halves of markers are not content either",
-        replies.flush,
-        ("TextStateMachine.flush(state)",),
-        until="mlx-lm knows M3's markers",
-        fault="test_neither_knows_the_markers_of_reasoning",
+        chat.flush,
         since="0.32",
     ),
     Patch(
-        "mlx_lm.generate:SequenceStateMachine.__init__",
+        "mlx_lm.generate:SequenceStateMachine.__init__(transitions): _states",
         "replies are read by M3's markers",
-        replies.sequence_init,
-        ("SequenceStateMachine.__init__(transitions): _states",),
+        chat.sequence_init,
         until="mlx-lm 0.32",
     ),
     Patch(
-        "mlx_lm.generate:SequenceStateMachine.match",
+        "mlx_lm.generate:SequenceStateMachine.match(state, x)",
         "markers are not content",
-        replies.sequence_match,
-        ("SequenceStateMachine.match(state, x)",),
+        chat.sequence_match,
         until="mlx-lm 0.32",
     ),
     Patch(
-        "mlx_lm.utils:load_model",
+        "mlx_lm.utils:load_model(model_path, lazy, strict)",
         "load_model checks the files of M3 checkpoints",
         load_model,
-        ("load_model(model_path, lazy, strict)",),
         until="never: MLX opens files that are cut off, and lets the second tensor of one name win",
     ),
     Patch(
-        "mlx_lm.utils:sharded_load",
+        "mlx_lm.utils:sharded_load(repo, pipeline_group, tensor_group, return_config)",
         "sharded_load takes any layout and split",
         sharded_load,
         (
-            "sharded_load(repo, pipeline_group, tensor_group, return_config)",
             # What ours uses, which is imported when the first M3 comes.
             "_download(allow_patterns)",
             "_get_classes",

@@ -1,12 +1,14 @@
-"""``mlx_lm.utils.sharded_load`` for M3: every layout, any split, every weight loaded.
+"""Which shards mlx-lm loads: those with other names too, and for ``sharded_load`` those of a stage.
 
-mlx-lm's own is not strict, so weights that a checkpoint lacks stay random.  0.31 finds a stage's
-files by the names of parameters, which only its own conversions have.  And it loads a model
-without weights before it fetches the files, which looks like an M3 without an indexer.
+mlx-lm's own ``sharded_load`` is not strict, so weights that a checkpoint lacks stay random.  It loads
+a model without weights before it fetches the files, which looks like an M3 without an indexer.  And it
+finds a stage's files by the names of parameters, which only its own conversions have (until: mlx-lm 0.32).
 """
 
 import json
-from collections.abc import Callable, Container, Mapping
+import tempfile
+from collections.abc import Callable, Container, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -15,10 +17,8 @@ import mlx.core as mx
 from mlx_m3_plugin.hosts.loading import CheckpointMixin, text_config_as_set
 from mlx_m3_plugin.model.config import TextConfig
 from mlx_m3_plugin.model.pipeline import split_layers
-from mlx_m3_plugin.weights.headers import INDEX
+from mlx_m3_plugin.weights.headers import INDEX, weight_files
 from mlx_m3_plugin.weights.names import is_vision, layer_of, published_name
-
-from .links import only_shards
 
 # What mlx-lm fetches first.
 _BESIDE_WEIGHTS = ["*.json", "*.py", "tokenizer.model", "*.tiktoken", "*.txt", "*.jsonl", "*.jinja"]
@@ -44,13 +44,11 @@ def load_shared(module: Any, options: Mapping[str, Any]) -> Any:
         tensor_group = mx.distributed.init()
     path = module._download(options["repo"], allow_patterns=_BESIDE_WEIGHTS)
     config = text_config_as_set(module.load_config(path))
-    wanted = (
-        None
-        if pipeline_group is None
-        else _fetch_stage(module, options["repo"], path, config, pipeline_group)
-    )
-    if wanted is None:
-        module._download(options["repo"])
+    wanted = None
+    if pipeline_group is not None:
+        layers = range(*split_layers(config.num_hidden_layers, pipeline_group, config.pipeline_split))
+        wanted = shards_with(path, config, layers)
+    module._download(options["repo"], **({} if wanted is None else {"allow_patterns": wanted}))
 
     def classes(config: dict[str, Any]) -> tuple[Callable[[Any], Any], Any]:
         model_class, args_class = module._get_classes(config)
@@ -77,17 +75,6 @@ def load_shared(module: Any, options: Mapping[str, Any]) -> Any:
     return (model, tokenizer, config) if options["return_config"] else (model, tokenizer)
 
 
-def _fetch_stage(
-    module: Any, repo: str, path: Path, config: TextConfig, group: mx.distributed.Group
-) -> list[str] | None:
-    """Fetch the shards of this process's layers and return their names; None without an index."""
-    layers = range(*split_layers(config.num_hidden_layers, group, config.pipeline_split))
-    wanted = shards_with(path, config, layers)
-    if wanted is not None:
-        module._download(repo, allow_patterns=wanted)
-    return wanted
-
-
 def shards_with(directory: Path, config: TextConfig, layers: Container[int]) -> list[str] | None:
     """Names of the shards with tensors of these layers, or of the text model outside its layers;
     None without an index.
@@ -103,3 +90,50 @@ def shards_with(directory: Path, config: TextConfig, layers: Container[int]) -> 
         if not is_vision(name) and (layer is None or layer in layers):
             wanted.add(file)
     return sorted(wanted)
+
+
+# --- directories of links, in which mlx-lm finds the shards that it should load ---
+
+
+@contextmanager
+def only_shards(directory: Path, wanted: Sequence[str] | None) -> Iterator[Path]:
+    """A directory of links in which these shards are a whole checkpoint; ``directory`` without ``wanted``."""
+    if wanted is None:
+        yield directory
+        return
+    index = json.loads((directory / INDEX).read_text(encoding="utf-8"))
+    index["weight_map"] = {name: file for name, file in index["weight_map"].items() if file in wanted}
+    shards = {file.name for file in weight_files(directory)}
+    kept = (f for f in directory.iterdir() if f.name != INDEX and (f.name in wanted or f.name not in shards))
+    with _links({file.name: file for file in kept}) as links:
+        (links / INDEX).write_text(json.dumps(index), encoding="utf-8")
+        yield links
+
+
+@contextmanager
+def with_shards_named_as_expected(directory: str | Path) -> Iterator[Path]:
+    """``directory``, or one of links to it whose shards have names that mlx-lm looks for.
+
+    mlx-lm opens ``model*.safetensors``; ModelOpt's checkpoints name theirs otherwise.  The links
+    are not needed once the files are open.
+    """
+    directory = Path(directory)
+    shards = weight_files(directory)
+    if all(file.name.startswith("model") for file in shards):
+        yield directory
+        return
+    names = {}
+    for file in directory.iterdir():
+        prefix = "model-" if file in shards and not file.name.startswith("model") else ""
+        names[prefix + file.name] = file
+    with _links(names) as links:
+        yield links
+
+
+@contextmanager
+def _links(files: Mapping[str, Path]) -> Iterator[Path]:
+    """A directory in which each file has its name here."""
+    with tempfile.TemporaryDirectory(prefix="mlx-m3-") as links:
+        for name, file in files.items():
+            (Path(links) / name).symlink_to(file.resolve())
+        yield Path(links)

@@ -4,16 +4,16 @@ from collections.abc import Sequence
 from typing import Any
 
 import mlx.core as mx
-from mlx_vlm.models.base import LanguageModelOutput
+from mlx_vlm.models.base import LanguageModelOutput, create_attention_mask, scaled_dot_product_attention
 
 from mlx_m3_plugin.model import decoder
 from mlx_m3_plugin.model.config import TextConfig
+from mlx_m3_plugin.model.host import Host
+from mlx_m3_plugin.model.kv_cache import is_batch
 from mlx_m3_plugin.model.sharding import shard_layers
 
+from . import cache as caches
 from . import parts
-from .cache import make_layer_cache
-from .host import MLX_VLM
-from .padding import add_padding, cache_for_padding
 
 # Arguments that other models take.  Ignoring them would make the answer wrong.
 _NOT_TAKEN = (
@@ -28,6 +28,35 @@ _NOT_TAKEN = (
 )
 
 upstream: Any = parts.upstream("language")
+
+
+def attention(queries: mx.array, keys: Any, values: Any, *, cache: Any, scale: float, mask: Any) -> mx.array:
+    """mlx-vlm's fused attention, for layers and steps that attend to everything.
+
+    Raises:
+        NotImplementedError: a batch with quantized K and V.  mlx-vlm has no such cache for
+            MiniMax-M3, and would go on with wrong masks.
+    """
+    # until: mlx-vlm 0.7
+    if is_batch(cache) and "Quant" in type(cache).__name__:
+        raise NotImplementedError(
+            "MiniMax-M3 cannot quantize K and V in a batch: leave --kv-bits out, or send one request "
+            "at a time"
+        )
+    return scaled_dot_product_attention(queries, keys, values, cache=cache, scale=scale, mask=mask)
+
+
+initialize_rope, SwitchGLU = parts.rope_and_experts()
+
+MLX_VLM = Host(
+    SwitchGLU=SwitchGLU,
+    initialize_rope=initialize_rope,
+    attention_mask=create_attention_mask,
+    attention=attention,
+    kv_cache=caches.kv_cache,
+    append_index_keys=caches.append_index_keys,
+    adopt=caches.adopt,
+)
 
 
 class TextModel(decoder.TextModel):
@@ -48,7 +77,7 @@ class TextModel(decoder.TextModel):
         Args:
             mask: ``[B, L]``, 1 for tokens and 0 for padding.  Without a ``cache`` padding may be on
                 both sides.  With one it is on the left, and an empty ``cache`` becomes that of a
-                padded batch, in place; see :func:`.padding.add_padding`.
+                padded batch, in place; see :func:`.cache.add_padding`.
             capture_layer_ids: layers whose output goes into ``hidden_sink``; without them it
                 gets the last hidden states before the final norm.
             position_ids: ignored; positions follow from the cache, in content.
@@ -58,10 +87,10 @@ class TextModel(decoder.TextModel):
         """
         h = self.embed_tokens(inputs) if inputs_embeds is None else inputs_embeds
         if mask is not None and cache is None:
-            cache = cache_for_padding(self.make_cache(), mask, h.shape[:2])
+            cache = caches.cache_for_padding(self.make_cache(), mask, h.shape[:2])
         elif mask is not None:
             self.host.adopt(cache)
-            add_padding(cache, mask, h.shape[:2])
+            caches.add_padding(cache, mask, h.shape[:2])
         captured = set(capture_layer_ids or ())
 
         def capture(layer: int, output: mx.array) -> None:
@@ -74,7 +103,7 @@ class TextModel(decoder.TextModel):
         return self.norm(h)
 
     def make_cache(self) -> list[Any]:
-        return [make_layer_cache(layer.self_attn.is_sparse_attn) for layer in self.pipeline_layers]
+        return [caches.make_layer_cache(layer.self_attn.is_sparse_attn) for layer in self.pipeline_layers]
 
 
 class LanguageModel(decoder.LanguageModel):
@@ -126,7 +155,7 @@ class LanguageModel(decoder.LanguageModel):
         """
         for name in _NOT_TAKEN:
             if kwargs.get(name) is not None:
-                raise ValueError(f"MiniMax-M3 takes no {name}")
+                raise ValueError(f"MiniMax-M3 does not support {name}: leave it out")
         if hidden_sink is None and (capture_layer_ids is not None or return_hidden):
             hidden_sink = []
         h = self.model(
@@ -185,7 +214,7 @@ class LanguageModel(decoder.LanguageModel):
         counts: Any = mx.array(accepted).reshape(-1).tolist()
         if len(set(counts)) > 1:
             raise RuntimeError(
-                f"MiniMax-M3 takes uniform acceptance: the rows of a batch accepted {counts} tokens"
+                f"MiniMax-M3 needs uniform acceptance, but the rows of a batch accepted {counts} tokens"
             )
         return upstream.LanguageModel.rollback_speculative_cache(
             self, caches, gdn_states, accepted, block_size

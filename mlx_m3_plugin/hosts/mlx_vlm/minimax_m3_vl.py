@@ -4,6 +4,7 @@ mlx-vlm executes this file under its own module name, as a package whose sub-mod
 upstream's, so every import is absolute.
 """
 
+from dataclasses import dataclass, field
 from typing import Any
 
 import mlx.core as mx
@@ -13,6 +14,8 @@ from mlx_m3_plugin.hosts.mlx_vlm.parts import check_parts
 
 check_parts()
 
+from mlx_vlm.models.minimax_m3_vl.config import ModelConfig as UpstreamModelConfig  # noqa: E402
+from mlx_vlm.models.minimax_m3_vl.config import VisionConfig as UpstreamVisionConfig  # noqa: E402
 from mlx_vlm.models.minimax_m3_vl.minimax_m3_vl import MiniMaxProjector  # noqa: E402
 from mlx_vlm.models.minimax_m3_vl.minimax_m3_vl import Model as UpstreamModel  # noqa: E402
 from mlx_vlm.models.minimax_m3_vl.processing_minimax_m3_vl import (  # noqa: E402
@@ -25,7 +28,6 @@ from mlx_vlm.models.minimax_m3_vl.vision import VisionModel  # noqa: E402
 
 from mlx_m3_plugin.hosts.loading import text_config_as_set  # noqa: E402
 from mlx_m3_plugin.hosts.mlx_vlm.cache import QuantizedMiniMaxM3KVCache  # noqa: E402
-from mlx_m3_plugin.hosts.mlx_vlm.config import ModelConfig, VisionConfig  # noqa: E402
 from mlx_m3_plugin.hosts.mlx_vlm.language import LanguageModel  # noqa: E402
 from mlx_m3_plugin.hosts.mlx_vlm.model import MlxVlmModel, refuse_pixels  # noqa: E402
 from mlx_m3_plugin.model.config import TextConfig  # noqa: E402
@@ -45,6 +47,47 @@ __all__ = [
 ]
 
 VISION_PARTS = ("vision_tower", "multi_modal_projector", "patch_merge_mlp")
+
+
+class VisionConfig(UpstreamVisionConfig):
+    """Reads transformers' spelling too."""
+
+    @classmethod
+    def from_dict(cls, params: dict[str, Any]) -> "VisionConfig":
+        params = dict(params)
+        flat = {key: params[key] for key in ("spatial_merge_size", "temporal_patch_size") if key in params}
+        params["img_token_compression_config"] = {
+            **flat,
+            **(params.get("img_token_compression_config") or {}),
+        }
+        rope = params.get("rope_parameters") or {}
+        params.setdefault("rope_theta", rope.get("rope_theta", cls.rope_theta))
+        return super().from_dict(params)
+
+
+@dataclass
+class ModelConfig(UpstreamModelConfig):
+    """``config.json`` of a checkpoint with ``text_config`` and ``vision_config``.
+
+    Attributes:
+        loader_config: the dict that mlx-vlm's loader read, and reads again after ``sanitize``.
+    """
+
+    loader_config: dict[str, Any] = field(default_factory=dict, repr=False)
+
+    @classmethod
+    def from_dict(cls, params: dict[str, Any]) -> "ModelConfig":
+        made = super().from_dict(params)
+        made.text_config = text_config_as_set(params)
+        made.vision_config = VisionConfig.from_dict(params.get("vision_config") or {})
+        made.loader_config = params
+        # We read quantization from the tensors.  Left here, it would make mlx-vlm unpack some formats
+        # before our layouts see them, and look for modules that are not there any more.
+        made.quantization = made.quantization_config = None
+        params.pop("quantization_config", None)
+        if isinstance(params.get("text_config"), dict):
+            params["text_config"].pop("quantization_config", None)
+        return made
 
 
 class Model(MlxVlmModel, UpstreamModel):

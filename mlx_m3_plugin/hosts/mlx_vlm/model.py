@@ -1,15 +1,32 @@
-"""A MiniMax-M3 model as mlx-vlm expects it, with vision or without."""
+"""A MiniMax-M3 model as mlx-vlm expects it, with vision or without, and as mlx-vlm stores it."""
 
 from typing import Any
 
 import mlx.core as mx
+import mlx.nn as nn
+from mlx.utils import tree_flatten, tree_map, tree_unflatten
 
 from mlx_m3_plugin.hosts.loading import CheckpointMixin
-from mlx_m3_plugin.model.config import TextConfig
-from mlx_m3_plugin.model.decoder import DecoderLayer
+from mlx_m3_plugin.weights import fuse_experts, quantization_entry
+from mlx_m3_plugin.weights.tensor import Tensor
 
 from .language import LanguageModel
-from .storing import StoredModel, as_stored
+
+
+class StoredModel:
+    """The methods of a model that ``save_weights`` calls: give the parameters, and free them."""
+
+    def __init__(self, parameters: dict[str, mx.array], model: nn.Module):
+        self._parameters = parameters
+        self._model = model
+
+    def parameters(self) -> Any:
+        return tree_unflatten(list(self._parameters.items()))
+
+    def update(self, parameters: Any) -> None:
+        """Called with empty arrays, for weights to be freed as they are written."""
+        self._parameters = dict(tree_flatten(parameters))
+        self._model.update(tree_map(lambda _: mx.array([]), self._model.parameters()))
 
 
 class MlxVlmModel(CheckpointMixin):
@@ -20,27 +37,26 @@ class MlxVlmModel(CheckpointMixin):
     language_model: LanguageModel
 
     @property
-    def text_config(self) -> TextConfig:
-        return self.language_model.args
-
-    @property
     def loader_config(self) -> dict[str, Any]:
         return self.config.loader_config
-
-    @property
-    def layers(self) -> list[DecoderLayer]:
-        """The layers that this process runs."""
-        return self.language_model.layers
 
     def make_cache(self) -> list[Any]:
         return self.language_model.make_cache()
 
     def as_stored(self) -> tuple[StoredModel, dict[str, Any]]:
-        """See :func:`.storing.as_stored`."""
-        return as_stored(self, self.text_config, self.text_prefix)
+        """The model to save, and its description for the config.
 
-    def shard(self, group: mx.distributed.Group | None = None) -> None:
-        self.language_model.shard(group)
+        In mlx-vlm's layout: gate and up fused, the shared expert as one more row of the experts.  Without
+        us mlx-vlm opens no other (until: mlx-vlm 0.6.5, which does if the config says so).  Experts stay
+        apart if some differ in bits: gate and up, or the shared and the routed experts.
+        """
+        arrays = dict(tree_flatten(self.parameters()))
+        plan = {name: Tensor.stored(name, array) for name, array in arrays.items()}
+        fused = fuse_experts(plan, self.text_config, self.text_prefix, pack_shared=True)
+        packed = not any(".switch_mlp.gate_proj." in name or ".shared_experts." in name for name in fused)
+        made = {name: tensor.make(arrays) for name, tensor in (fused if packed else plan).items()}
+        description = {"quantization": _quantization(self, made), "pack_shared_expert": packed}
+        return StoredModel(made, self), description
 
     def speculative_logits_from_hidden(self, hidden: mx.array) -> mx.array:
         return self.language_model.speculative_logits_from_hidden(hidden)
@@ -57,3 +73,17 @@ def refuse_pixels(pixel_values: mx.array | None, kwargs: dict[str, Any]) -> None
     """
     if pixel_values is not None or kwargs.get("pixel_values_videos") is not None:
         raise ValueError("this MiniMax-M3 checkpoint has no vision tower: it takes text only")
+
+
+def _quantization(model: nn.Module, stored: dict[str, mx.array]) -> dict[str, Any] | None:
+    """The quantization of every quantized module, by the name it is stored under."""
+    modules = {}
+    for path, module in model.named_modules():
+        if getattr(module, "bits", None) is None or "scales" not in module:
+            continue
+        spec = {"group_size": module.group_size, "bits": module.bits, "mode": module.mode}
+        # Gate and up may be stored as one.
+        for name in (path, path.replace(".switch_mlp.gate_proj", ".switch_mlp.gate_up_proj")):
+            if f"{name}.scales" in stored:
+                modules[name] = spec
+    return quantization_entry(modules)

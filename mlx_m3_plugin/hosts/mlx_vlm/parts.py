@@ -5,17 +5,28 @@ that stay upstream's while we serve the package around them.  :func:`upstream` l
 """
 
 import importlib.machinery
-import inspect
 import sys
 from importlib import import_module
 from types import ModuleType
 from typing import Any
 
+from mlx_m3_plugin.hosts.patching import UpstreamChangedError, check_needs
+
 _M3 = "mlx_vlm.models.minimax_m3_vl"
-_NEEDED = {
+# In the form that :func:`.patching.check_needs` takes: classes, and methods that ours inherit or call.
+_NEEDS = {
     f"{_M3}.config": ("ModelConfig", "VisionConfig"),
-    f"{_M3}.language": ("MiniMaxM3KVCache", "MiniMaxM3BatchKVCache", "LanguageModel"),
-    f"{_M3}.minimax_m3_vl": ("Model", "MiniMaxProjector"),
+    f"{_M3}.language": (
+        "MiniMaxM3KVCache.update_index_and_fetch(keys)",
+        "MiniMaxM3BatchKVCache.merge(caches)",
+        "LanguageModel.rollback_speculative_cache(caches, accepted, block_size)",
+    ),
+    f"{_M3}.minimax_m3_vl": (
+        "Model._compute_visual_features(pixel_values, grid_thw)",
+        "Model.merge_input_ids_with_visual_features(inputs_embeds, input_ids)",
+        "Model.get_input_embeddings(input_ids, pixel_values)",
+        "MiniMaxProjector.__init__(input_dim, hidden_dim, output_dim, bias)",
+    ),
     f"{_M3}.vision": ("VisionModel",),
     f"{_M3}.processing_minimax_m3_vl": ("MiniMaxM3VLProcessor",),
     "mlx_vlm.models.base": (
@@ -25,16 +36,6 @@ _NEEDED = {
         "scaled_dot_product_attention",
     ),
     "mlx_vlm.models.cache": ("KVCache", "QuantizedKVCache"),
-}
-# Methods of upstream's classes that ours inherit or call, with the parameters they must take.
-_METHODS = {
-    ("minimax_m3_vl", "Model", "_compute_visual_features"): ("pixel_values", "grid_thw"),
-    ("minimax_m3_vl", "Model", "merge_input_ids_with_visual_features"): ("inputs_embeds", "input_ids"),
-    ("minimax_m3_vl", "Model", "get_input_embeddings"): ("input_ids", "pixel_values"),
-    ("minimax_m3_vl", "MiniMaxProjector", "__init__"): ("input_dim", "hidden_dim", "output_dim", "bias"),
-    ("language", "MiniMaxM3KVCache", "update_index_and_fetch"): ("keys",),
-    ("language", "MiniMaxM3BatchKVCache", "merge"): ("caches",),
-    ("language", "LanguageModel", "rollback_speculative_cache"): ("caches", "accepted", "block_size"),
 }
 
 
@@ -55,7 +56,7 @@ def upstream(name: str) -> ModuleType:
     models = import_module("mlx_vlm.models")
     found = importlib.machinery.PathFinder.find_spec(_M3, models.__path__)
     if found is None or found.submodule_search_locations is None:
-        raise _misfit(_M3)
+        raise ModuleNotFoundError(f"mlx_vlm has no {_M3}")
     package = ModuleType(_M3)
     package.__path__ = list(found.submodule_search_locations)
     sys.modules[_M3] = package
@@ -75,7 +76,7 @@ def _bound(name: str) -> ModuleType:
 def rope_and_experts() -> tuple[Any, Any]:
     """``initialize_rope`` and ``SwitchGLU``.
 
-    mlx-vlm has its own from 0.6.4 on, and takes those of mlx-lm before.
+    mlx-vlm's own, or those of mlx-lm that it uses (until: mlx-vlm 0.6.4).
 
     Raises:
         PartsDoNotFitError: one of them is missing.
@@ -88,8 +89,8 @@ def rope_and_experts() -> tuple[Any, Any]:
         from mlx_vlm.models import switch_layers
     except ImportError:  # until: mlx-vlm 0.6.4
         from mlx_lm.models import switch_layers
-    # Where mlx-vlm has the module its tools know no other class.
-    return initialize_rope, _find(switch_layers.__name__, "SwitchGLU")
+    # Where mlx-vlm has the module, its tools know no other class.
+    return initialize_rope, _checked(switch_layers.__name__, "SwitchGLU").SwitchGLU
 
 
 def check_parts() -> None:
@@ -98,26 +99,19 @@ def check_parts() -> None:
     Raises:
         PartsDoNotFitError: names the first one that is missing or has changed.
     """
-    for module, names in _NEEDED.items():
-        for name in names:
-            _find(module, name)
+    for module, needs in _NEEDS.items():
+        _checked(module, *needs)
     rope_and_experts()
-    for (module, cls, method), parameters in _METHODS.items():
-        function = getattr(_find(f"{_M3}.{module}", cls), method, None)
-        taken = inspect.signature(function).parameters if function else ()
-        if not set(parameters) <= set(taken):
-            raise _misfit(f"{_M3}.{module}.{cls}.{method}")
 
 
-def _find(module: str, name: str) -> Any:
-    package, _, leaf = module.rpartition(".")
+def _checked(name: str, *needs: str) -> Any:
+    """The module of this name, which has everything that ours use of it."""
+    package, _, leaf = name.rpartition(".")
     try:
-        return getattr(upstream(leaf) if package == _M3 else import_module(module), name)
-    except (ImportError, AttributeError) as error:
-        raise _misfit(f"{module}.{name}") from error
+        module = upstream(leaf) if package == _M3 else import_module(name)
+        check_needs(module, *needs)
+    except (ImportError, UpstreamChangedError) as error:
+        from importlib.metadata import version
 
-
-def _misfit(what: str) -> PartsDoNotFitError:
-    from importlib.metadata import version
-
-    return PartsDoNotFitError(f"mlx-vlm {version('mlx-vlm')} has no {what} as it was when this was written")
+        raise PartsDoNotFitError(f"mlx-vlm {version('mlx-vlm')} has changed: {error}") from error
+    return module

@@ -1,46 +1,43 @@
 """All that we replace in mlx-vlm, beside the modules that it looks up by name."""
 
+from collections.abc import Mapping
+from functools import partial
 from os import PathLike
 from pathlib import Path
 from typing import Any
 
-from mlx_m3_plugin.hosts.checks import strictly, with_checks
-from mlx_m3_plugin.hosts.mlx_vlm import prompts, server
-from mlx_m3_plugin.hosts.patching import Arguments, Patch, call, for_m3
+from mlx_m3_plugin.chat.markers import THINK_END, THINK_START
+from mlx_m3_plugin.hosts.mlx_vlm import prompts, replies, requests
+from mlx_m3_plugin.hosts.patching import Arguments, Patch, call, strictly, where, with_checks
 
 # What save_config has to say of the weights that save_weights has written: by directory.
 _described: dict[Path | None, dict[str, Any]] = {}
 
 
-def save_weights(module: Any, original: Any) -> Any:
-    """Have it write mlx-vlm's own layout."""
-
-    def save_m3(given: Arguments) -> None:
-        given.arguments["model"], description = given.arguments["model"].as_stored()
-        call(original, given)
-        _described[_real(given.arguments["save_path"])] = description
-
-    # Only our classes have the method.
-    return for_m3(original, lambda given: hasattr(type(given["model"]), "as_stored"), save_m3)
+# Only our classes have the method.
+@where(lambda given: hasattr(type(given["model"]), "as_stored"))
+def save_weights(save: Any, given: Arguments) -> None:
+    """In mlx-vlm's own layout."""
+    given.arguments["model"], description = given.arguments["model"].as_stored()
+    call(save, given)
+    _described[_real(given.arguments["save_path"])] = description
 
 
-def save_config(module: Any, original: Any) -> Any:
-    """Have it describe what :func:`save_weights` has written."""
+def _is_described(given: Mapping[str, Any]) -> bool:
+    if not _described or _real(given["config_path"], parent=True) not in _described:
+        return False
+    from mlx_m3_plugin.weights.headers import MODEL_TYPES
 
-    def is_described(given: Any) -> bool:
-        if not _described or _real(given["config_path"], parent=True) not in _described:
-            return False
-        from mlx_m3_plugin.weights.files import MODEL_TYPES
+    config = given["config"]
+    return isinstance(config, dict) and config.get("model_type") in MODEL_TYPES
 
-        config = given["config"]
-        return isinstance(config, dict) and config.get("model_type") in MODEL_TYPES
 
-    def save_described(given: Arguments) -> None:
-        description = _described.pop(_real(given.arguments["config_path"], parent=True))
-        given.arguments["config"] = describe(given.arguments["config"], description)
-        call(original, given)
-
-    return for_m3(original, is_described, save_described)
+@where(_is_described)
+def save_config(save: Any, given: Arguments) -> None:
+    """Describes what :func:`save_weights` has written."""
+    description = _described.pop(_real(given.arguments["config_path"], parent=True))
+    given.arguments["config"] = describe(given.arguments["config"], description)
+    call(save, given)
 
 
 def _real(path: Any, parent: bool = False) -> Path | None:
@@ -62,96 +59,82 @@ def describe(config: dict[str, Any], description: dict[str, Any]) -> dict[str, A
     return config | packed
 
 
-# Two functions that are replaced together or not at all.
-_SAVING = ("save_weights(save_path, model)", "save_config(config, config_path)")
-_THINKING_STREAM = (
-    "ThinkingStreamState.__init__(thinking_start_token, thinking_end_token)",
-    "ThinkingStreamState._build_open_close_markers(thinking_start_token, thinking_end_token)",
-    "ThinkingStreamState.feed(text)",
-    "ThinkingStreamDelta(reasoning, content, thinking_closed)",
-)
-_ENDPOINTS = ("register_routes(app, deps): build_gen_args, count_thinking_tag_tokens",)
-_HAS_TOKENIZER = "ResponseGenerator.__init__: tokenizer"
-_KNOWS_MARKERS = "mlx-vlm knows M3's markers"
-_MARKERS_FAULT = "test_neither_knows_the_markers_of_reasoning"
+# Functions that are replaced together or not at all need what each of them needs.
+_SAVE_WEIGHTS, _SAVE_CONFIG = "save_weights(save_path, model)", "save_config(config, config_path)"
+_STREAM_INIT = "ThinkingStreamState.__init__(thinking_start_token, thinking_end_token)"
+_STREAM_MARKERS = "ThinkingStreamState._build_open_close_markers(thinking_start_token, thinking_end_token)"
+_STREAM = ("ThinkingStreamState.feed(text)", "ThinkingStreamDelta(reasoning, content, thinking_closed)")
+_HAS_TOKENIZER = ("ResponseGenerator.__init__: tokenizer",)
 _M3_ONLY = "never: requests and histories of M3 have what others do not"
+
+until_markers = partial(
+    Patch, until="mlx-vlm knows M3's markers", fault="test_neither_knows_the_markers_of_reasoning"
+)
 
 PATCHES = [
     Patch(
-        "mlx_vlm.utils:load_model",
+        "mlx_vlm.utils:load_model(model_path, lazy, kwargs)",
         "load_model checks the files of M3 checkpoints",
         lambda module, original: with_checks(original),
-        ("load_model(model_path, lazy)",),
         until="never: MLX opens files that are cut off, and lets the second tensor of one name win",
     ),
     Patch(
         "mlx_vlm.utils:sharded_load",
         "sharded_load is strict about M3 checkpoints",
         lambda module, original: strictly(original),
-        ("sharded_load",),
         until="mlx-vlm shards M3, and loads shards strictly",
         fault="test_mlx_vlm_cannot_share_it",
     ),
     Patch(
-        "mlx_vlm.utils:load_processor",
+        "mlx_vlm.utils:load_processor(model_path)",
         "a chat template where the checkpoint has none",
         prompts.load_processor,
-        ("load_processor(model_path)",),
         until="never: checkpoints without a chat template stay",
     ),
     Patch(
         "mlx_vlm.utils:AutoProcessor",
         "text-only checkpoints open without an image processor",
         prompts.auto_processor,
-        ("AutoProcessor",),
         until="never: mlx-vlm has no text-only M3",
     ),
-    Patch(
-        "mlx_vlm.utils:ThinkingBudgetCriteria.__init__",
+    until_markers(
+        "mlx_vlm.utils:ThinkingBudgetCriteria.__init__(tokenizer, thinking_start_token, thinking_end_token,"
+        " enable_thinking, prompt_preopens_thinking)",
         "thinking budgets",
         prompts.thinking_budget,
-        (
-            "ThinkingBudgetCriteria.__init__(tokenizer, thinking_start_token, thinking_end_token,"
-            " enable_thinking, prompt_preopens_thinking)",
-        ),
-        until=_KNOWS_MARKERS,
-        fault=_MARKERS_FAULT,
         since="0.7",
     ),
     Patch(
-        "mlx_vlm.utils:save_weights",
+        f"mlx_vlm.utils:{_SAVE_WEIGHTS}",
         "save_weights writes mlx-vlm's own M3 layout",
         save_weights,
-        _SAVING,
+        (_SAVE_CONFIG,),
         until="never: our class holds other layouts",
     ),
     Patch(
-        "mlx_vlm.utils:save_config",
+        f"mlx_vlm.utils:{_SAVE_CONFIG}",
         "save_config describes that layout",
         save_config,
-        _SAVING,
+        (_SAVE_WEIGHTS,),
         until="never: our class holds other layouts",
     ),
     Patch(
-        "mlx_vlm.prompt_utils:apply_chat_template",
+        "mlx_vlm.prompt_utils:apply_chat_template(processor, config, prompt)",
         "reasoning in histories",
         prompts.apply_chat_template,
-        ("apply_chat_template(processor, config, prompt)",),
         until=_M3_ONLY,
     ),
     Patch(
-        "mlx_vlm.prompt_utils:get_chat_template",
+        "mlx_vlm.prompt_utils:get_chat_template(processor, messages, kwargs)",
         "thinking modes, tools in their order",
         prompts.get_chat_template,
-        ("get_chat_template(processor, messages, kwargs)",),
         until=_M3_ONLY,
     ),
     *(
         Patch(
-            f"{module}:_infer_tool_parser_from_processor",
+            f"{module}:_infer_tool_parser_from_processor(processor)",
             "M3's parser with any template",
             prompts.infer_tool_parser,
-            ("_infer_tool_parser_from_processor(processor)",),
             until=until,
         )
         for module, until in (
@@ -161,79 +144,60 @@ PATCHES = [
     ),
     *(
         Patch(
-            f"mlx_vlm.server.{api}:register_routes",
+            f"mlx_vlm.server.{api}:register_routes(app, deps): build_gen_args, count_thinking_tag_tokens",
             "thinking modes and template arguments of requests",
-            server.register_routes,
-            _ENDPOINTS,
+            requests.register_routes,
             until=_M3_ONLY,
         )
         for api in ("openai", "anthropic")
     ),
-    Patch(
-        "mlx_vlm.server.generation:ResponseGenerator.generate",
+    until_markers(
+        "mlx_vlm.server.generation:ResponseGenerator.generate(prompt)",
         "replies whose markers come whole",
-        server.generate,
-        ("ResponseGenerator.generate(prompt)", "StreamingToken(text, finish_reason, token_count)"),
-        until=_KNOWS_MARKERS,
-        fault=_MARKERS_FAULT,
+        replies.generate,
+        ("StreamingToken(text, finish_reason, token_count)", *requests.ARGUMENTS),
     ),
-    Patch(
-        "mlx_vlm.server.generation:ResponseGenerator._prompt_has_open_thinking",
+    until_markers(
+        "mlx_vlm.server.generation:ResponseGenerator._prompt_has_open_thinking(args, input_ids)",
         "reasoning that the end of a prompt opens",
-        server.prompt_opens_reasoning,
-        ("ResponseGenerator._prompt_has_open_thinking(args, input_ids)", _HAS_TOKENIZER),
-        until=_KNOWS_MARKERS,
-        fault=_MARKERS_FAULT,
+        replies.at_prompt_end(THINK_START),
+        _HAS_TOKENIZER,
     ),
-    Patch(
-        "mlx_vlm.server.generation:ResponseGenerator._prompt_thinking_already_closed",
+    until_markers(
+        "mlx_vlm.server.generation:ResponseGenerator._prompt_thinking_already_closed(args, input_ids)",
         "reasoning that the end of a prompt closes",
-        server.prompt_closes_reasoning,
-        ("ResponseGenerator._prompt_thinking_already_closed(args, input_ids)", _HAS_TOKENIZER),
-        until=_KNOWS_MARKERS,
-        fault=_MARKERS_FAULT,
+        replies.at_prompt_end(THINK_END),
+        _HAS_TOKENIZER,
         since="0.7",
     ),
-    Patch(
-        "mlx_vlm.server.responses_state:ThinkingStreamState.__init__",
+    until_markers(
+        f"mlx_vlm.server.responses_state:{_STREAM_INIT}",
         "<mm:think> in replies that stream",
-        server.thinking_stream_init,
-        _THINKING_STREAM,
-        until=_KNOWS_MARKERS,
-        fault=_MARKERS_FAULT,
+        replies.thinking_stream_init,
+        (_STREAM_MARKERS, *_STREAM),
     ),
-    Patch(
-        "mlx_vlm.server.responses_state:ThinkingStreamState._build_open_close_markers",
+    until_markers(
+        f"mlx_vlm.server.responses_state:{_STREAM_MARKERS}",
         "<think> in them is text",
-        server.thinking_stream_markers,
-        _THINKING_STREAM,
-        until=_KNOWS_MARKERS,
-        fault=_MARKERS_FAULT,
+        replies.thinking_stream_markers,
+        (_STREAM_INIT, *_STREAM),
     ),
-    Patch(
-        "mlx_vlm.server.responses_state:_split_thinking",
+    until_markers(
+        "mlx_vlm.server.responses_state:_split_thinking(text, thinking_start_token)",
         "several reasonings in one reply",
-        server.split_thinking,
-        ("_split_thinking(text, thinking_start_token)",),
-        until=_KNOWS_MARKERS,
-        fault=_MARKERS_FAULT,
+        replies.split_thinking,
     ),
     Patch(
-        "mlx_vlm.server.responses_state:suppress_tool_call_content",
+        "mlx_vlm.server.responses_state:suppress_tool_call_content(tc_start, delta_content)",
         "text after calls",
-        server.text_after_calls,
-        ("suppress_tool_call_content(tc_start, delta_content)",),
+        replies.text_after_calls,
         until="mlx-vlm 0.7",
     ),
     Patch(
-        "mlx_vlm.tools.streaming:ToolCallDeltaState.feed",
+        "mlx_vlm.tools.streaming:ToolCallDeltaState.feed(text): tools, parser_name",
         "calls as they are completed",
-        server.tool_deltas,
-        (
-            "ToolCallDeltaState.feed(text): tools, parser_name",
-            "ToolCallDeltaState._update(index, name, arguments)",
-            "ToolCallDeltaState.__init__: calls",
-        ),
+        replies.tool_deltas,
+        ("ToolCallDeltaState._update(index, name, arguments)", "ToolCallDeltaState.__init__: calls"),
         until="never: mlx-vlm reads a block of calls when it is closed",
     ),
 ]

@@ -1,36 +1,70 @@
 """mlx-vlm's prompts for M3: thinking modes, whole histories, tools as they were given, a template."""
 
 from collections import UserList
+from collections.abc import Mapping
+from contextlib import suppress
 from typing import Any
+from weakref import WeakValueDictionary
 
 from mlx_m3_plugin.chat.markers import THINK_END, THINK_START
 from mlx_m3_plugin.chat.prompt import CHAT_TEMPLATE, prepared, thinking_mode
-from mlx_m3_plugin.hosts.checks import is_m3_checkpoint
-from mlx_m3_plugin.hosts.mlx_vlm.identity import is_m3, remember, tokenizer_of
-from mlx_m3_plugin.hosts.patching import Arguments, call, for_m3
+from mlx_m3_plugin.hosts.patching import Arguments, call, is_m3_checkpoint, where
 
 PARSER_NAME = "minimax_m3"
 
+# --- which processors and tokenizers are M3's ---
 
-def load_processor(module: Any, original: Any) -> Any:
-    """Have it give an M3 without a chat template ours."""
+# This reads no attribute of an object: stock would not read it, and an object may refuse.
+# It is M3's if it was loaded from an M3 checkpoint or used with an M3 config, or if its class was
+# written for M3.
 
-    def load(given: Arguments) -> Any:
-        processor = call(original, given)
-        remember(processor)
-        parts = (processor, tokenizer_of(processor))
-        # Prompts are rendered by the processor, and the tool parser is looked up at its tokenizer.
-        template = next(filter(None, (getattr(part, "chat_template", None) for part in parts)), CHAT_TEMPLATE)
-        for part in parts:
-            if not getattr(part, "chat_template", None):
-                part.chat_template = template
-        return processor
+# By identity: to compare or to hash an object may run code of its own.
+_known: WeakValueDictionary[int, Any] = WeakValueDictionary()
 
-    return for_m3(original, lambda given: is_m3_checkpoint(given["model_path"]), load)
+
+def tokenizer_of(processor: Any) -> Any:
+    return getattr(processor, "tokenizer", processor)
+
+
+def remember(processor: Any) -> None:
+    """Remember that a processor is M3's, and so its tokenizer."""
+    if processor is None:
+        return
+    for part in (processor, tokenizer_of(processor)):
+        # Some objects take no weak references.
+        with suppress(TypeError):
+            _known[id(part)] = part
+
+
+def is_m3(processor: Any) -> bool:
+    """Whether a processor or a tokenizer is M3's.  Never raises."""
+    if processor is not None and _known.get(id(processor)) is processor:
+        return True
+    if not any("minimax_m3_vl" in str(cls.__module__).split(".") for cls in type(processor).__mro__):
+        return False
+    remember(processor)
+    return True
+
+
+# --- prompts ---
+
+
+@where(lambda given: is_m3_checkpoint(given["model_path"]))
+def load_processor(load: Any, given: Arguments) -> Any:
+    """Gives an M3 without a chat template ours."""
+    processor = call(load, given)
+    remember(processor)
+    parts = (processor, tokenizer_of(processor))
+    # Prompts are rendered by the processor, and the tool parser is looked up at its tokenizer.
+    template = next(filter(None, (getattr(part, "chat_template", None) for part in parts)), CHAT_TEMPLATE)
+    for part in parts:
+        if not getattr(part, "chat_template", None):
+            part.chat_template = template
+    return processor
 
 
 def auto_processor(module: Any, original: Any) -> Any:
-    """Have it give a text-only M3 its tokenizer alone.
+    """Gives a text-only M3 its tokenizer alone.
 
     Files of an image processor often stay behind when the vision tower is taken out, and would have
     transformers look for torchvision.
@@ -39,7 +73,7 @@ def auto_processor(module: Any, original: Any) -> Any:
     class AutoProcessor(original):  # type: ignore[misc]
         @classmethod
         def from_pretrained(cls, path: Any, *args: Any, **kwargs: Any) -> Any:
-            from mlx_m3_plugin.weights.files import TEXT_ONLY, model_type_of
+            from mlx_m3_plugin.weights.headers import TEXT_ONLY, model_type_of
 
             if model_type_of(path) == TEXT_ONLY:
                 from transformers import AutoTokenizer
@@ -50,45 +84,40 @@ def auto_processor(module: Any, original: Any) -> Any:
     return AutoProcessor
 
 
-def thinking_budget(module: Any, init: Any) -> Any:
+@where(lambda given: is_m3(given["tokenizer"]))
+def thinking_budget(init: Any, given: Arguments) -> None:
     """``--thinking-budget`` for M3, where nobody has named the markers.
 
-    Those of other models are in M3's vocabulary as well, and never come.  mlx-vlm then takes the
-    prompt for one that opens no reasoning; ``enable_thinking`` has M3's open it.
+    mlx-vlm's default markers are in M3's vocabulary, but M3 never writes them.  mlx-vlm would then
+    take any prompt for one that opens no reasoning.  M3's prompt opens it with ``enable_thinking``.
     """
-
-    def init_for_m3(given: Arguments) -> None:
-        if given.arguments["thinking_start_token"] in (None, "<think>"):
-            opened = bool(given.arguments["enable_thinking"])
-            given.arguments.update(
-                thinking_start_token=THINK_START,
-                thinking_end_token=THINK_END,
-                prompt_preopens_thinking=opened,
-                enable_thinking=True,
-            )
-        call(init, given)
-
-    return for_m3(init, lambda given: is_m3(given["tokenizer"]), init_for_m3)
+    if given.arguments["thinking_start_token"] in (None, "<think>"):
+        opened = bool(given.arguments["enable_thinking"])
+        given.arguments.update(
+            thinking_start_token=THINK_START,
+            thinking_end_token=THINK_END,
+            prompt_preopens_thinking=opened,
+            enable_thinking=True,
+        )
+    call(init, given)
 
 
-def apply_chat_template(module: Any, original: Any) -> Any:
+def _has_m3_config(given: Mapping[str, Any]) -> bool:
+    from mlx_m3_plugin.weights.headers import MODEL_TYPES
+
+    config = given["config"]
+    fields = config if isinstance(config, dict) else getattr(config, "__dict__", {})
+    return fields.get("model_type") in MODEL_TYPES
+
+
+@where(_has_m3_config)
+def apply_chat_template(apply: Any, given: Arguments) -> Any:
     """mlx-vlm rebuilds messages from role and content, but for those with ``tool_calls``."""
-
-    def is_m3_config(given: Any) -> bool:
-        from mlx_m3_plugin.weights.files import MODEL_TYPES
-
-        config = given["config"]
-        fields = config if isinstance(config, dict) else getattr(config, "__dict__", {})
-        return fields.get("model_type") in MODEL_TYPES
-
-    def apply(given: Arguments) -> Any:
-        remember(given.arguments["processor"])
-        prompt = given.arguments["prompt"]
-        if isinstance(prompt, list):
-            given.arguments["prompt"] = [_kept_whole(message) for message in prepared(prompt)]
-        return call(original, given)
-
-    return for_m3(original, is_m3_config, apply)
+    remember(given.arguments["processor"])
+    prompt = given.arguments["prompt"]
+    if isinstance(prompt, list):
+        given.arguments["prompt"] = [_kept_whole(message) for message in prepared(prompt)]
+    return call(apply, given)
 
 
 def _kept_whole(message: Any) -> Any:
@@ -98,30 +127,25 @@ def _kept_whole(message: Any) -> Any:
 
 
 class _InTheirOrder(UserList):  # type: ignore[type-arg]
-    """Tools whose keys mlx-vlm, which sorts those of lists, leaves as they are."""
+    """Tools whose keys mlx-vlm leaves in their order; it sorts those in lists."""
 
 
-def get_chat_template(module: Any, original: Any) -> Any:
-    def get(given: Arguments) -> Any:
-        given.arguments["messages"] = prepared(given.arguments["messages"])
-        options = dict(given.arguments["kwargs"])
-        # The commands say ``enable_thinking=False`` when nobody has said anything.
-        mode = thinking_mode({**options, "enable_thinking": options.get("enable_thinking") or None})
-        options.pop("thinking_mode", None)
-        if mode is not None:
-            options["thinking_mode"] = mode
-        if isinstance(options.get("tools"), (list, tuple)):
-            options["tools"] = _InTheirOrder(options["tools"])
-        given.arguments["kwargs"] = options
-        return call(original, given)
-
-    return for_m3(original, lambda given: is_m3(given["processor"]), get)
+@where(lambda given: is_m3(given["processor"]))
+def get_chat_template(get: Any, given: Arguments) -> Any:
+    given.arguments["messages"] = prepared(given.arguments["messages"])
+    options = dict(given.arguments["kwargs"])
+    # The commands pass ``enable_thinking=False`` when the user has not asked for anything.
+    mode = thinking_mode({**options, "enable_thinking": options.get("enable_thinking") or None})
+    options.pop("thinking_mode", None)
+    if mode is not None:
+        options["thinking_mode"] = mode
+    if isinstance(options.get("tools"), (list, tuple)):
+        options["tools"] = _InTheirOrder(options["tools"])
+    given.arguments["kwargs"] = options
+    return call(get, given)
 
 
-def infer_tool_parser(module: Any, infer: Any) -> Any:
+@where(lambda given: is_m3(given["processor"]))
+def infer_tool_parser(infer: Any, given: Arguments) -> Any:
     """M3's parser for every M3.  Upstream looks for its markers in the template, which need not have them."""
-
-    def parser_of_m3(given: Arguments) -> Any:
-        return call(infer, given) if given.arguments.get("override") is not None else PARSER_NAME
-
-    return for_m3(infer, lambda given: is_m3(given["processor"]), parser_of_m3)
+    return call(infer, given) if given.arguments.get("override") is not None else PARSER_NAME

@@ -1,13 +1,107 @@
-"""What a request to ``mlx_vlm.server`` asks of M3, as arguments of a generation."""
+"""What a request to ``mlx_vlm.server`` asks of M3, as arguments of a generation.
+
+A request is M3's if its processor is.  From then on the class of its arguments and their opening marker
+show it, which :func:`arguments_of` has set.
+"""
 
 import dataclasses
-from collections.abc import Mapping
-from functools import cache
+import logging
+from collections.abc import Callable, Mapping
+from functools import cache, wraps
+from importlib import import_module
 from inspect import signature
 from typing import Any
 
 from mlx_m3_plugin.chat.markers import THINK_END, THINK_START
 from mlx_m3_plugin.chat.prompt import prepared, thinking_mode
+from mlx_m3_plugin.hosts.mlx_vlm.prompts import is_m3
+from mlx_m3_plugin.hosts.patching import (
+    Arguments,
+    UpstreamChangedError,
+    call,
+    check_needs,
+    check_takes,
+    for_m3,
+)
+
+log = logging.getLogger("mlx_m3_plugin")
+
+# What ours reads and sets of upstream's arguments, in the form that ``Patch.needs`` has.
+ARGUMENTS = (
+    "GenerationArguments(enable_thinking, thinking_budget, thinking_start_token, thinking_end_token,"
+    " skip_special_tokens, logits_processors)",
+    "GenerationArguments.to_template_kwargs",
+)
+
+
+def register_routes(module: Any, register: Any) -> Any:
+    """Upstream passes the endpoints the functions that they call, when it registers them."""
+
+    @wraps(register)
+    def register_routes(app: Any, deps: Any, *args: Any, **kwargs: Any) -> Any:
+        return register(app, _Dependencies(deps), *args, **kwargs)
+
+    return register_routes
+
+
+class _Dependencies:
+    """The functions that the endpoints call, with ours in the place of some."""
+
+    def __init__(self, deps: Any) -> None:
+        self._deps = deps
+
+    def __getattr__(self, name: str) -> Any:
+        given = getattr(self._deps, name)
+        if name not in _OURS:
+            return given
+        try:
+            return _OURS[name](given)
+        except UpstreamChangedError as error:
+            log.warning("mlx-m3-plugin: %s; requests to MiniMax-M3 are read like any others", error)
+            return given
+
+
+def _with_m3_arguments(build_gen_args: Callable[..., Any]) -> Callable[..., Any]:
+    def build(given: Arguments) -> Any:
+        made = call(build_gen_args, given)
+        try:
+            return arguments_of(made, given.arguments["request"])
+        except ValueError as error:
+            raise _refusal(str(error)) from error
+
+    check_takes("build_gen_args", build_gen_args, "request", "processor")
+    check_needs(import_module("mlx_vlm.server.generation"), *ARGUMENTS)
+    return for_m3(build_gen_args, lambda given: is_m3(given["processor"]), build)
+
+
+def _refusal(why: str) -> Exception:
+    """What the server answers with status 400, wherever it asks for the arguments."""
+    from fastapi import HTTPException
+
+    class RefusedRequest(HTTPException):
+        def __str__(self) -> str:
+            return self.detail
+
+    return RefusedRequest(400, why)
+
+
+def _with_no_m3_tags(count: Callable[..., int]) -> Callable[..., int]:
+    """All that M3 has generated is counted: the prompt may have opened the reasoning."""
+    check_takes("count_thinking_tag_tokens", count, "thinking_start_token")
+    return for_m3(count, starts_with_m3, lambda given: 0)
+
+
+# By their names among what the endpoints are given.
+_OURS = {"build_gen_args": _with_m3_arguments, "count_thinking_tag_tokens": _with_no_m3_tags}
+
+
+def is_text(value: Any, text: str) -> bool:
+    # An object that is not a string may refuse to be compared.
+    return isinstance(value, str) and value == text
+
+
+def starts_with_m3(given: Mapping[str, Any]) -> bool:
+    return is_text(given["thinking_start_token"], THINK_START)
 
 
 def arguments_of(made: Any, request: Any) -> Any:
@@ -35,18 +129,18 @@ def arguments_of(made: Any, request: Any) -> Any:
 
 
 def _mode_of(request: Any, template: dict[str, Any], made: Any) -> str | None:
-    """M3's own name goes first, then what the request says otherwise, then the command line."""
-    asked = [
+    """From M3's own option, or else from others in the request, or else from the command line."""
+    sources = [
         {"thinking_mode": getattr(request, "thinking_mode", None)},
         {"thinking_mode": template.get("thinking_mode")},
         {"thinking_mode": "adaptive" if _field(request, "thinking", "type") == "adaptive" else None},
-        {"enable_thinking": _said(request, "enable_thinking")},
+        {"enable_thinking": _sent(request, "enable_thinking")},
         {"enable_thinking": template.get("enable_thinking")},
         # Upstream's reading of ``reasoning`` and ``reasoning_effort``; None if there was none.
         {"enable_thinking": getattr(made, "reasoning", None)},
         {"enable_thinking": made.enable_thinking or None},
     ]
-    return next(filter(None, map(thinking_mode, asked)), None)
+    return next(filter(None, map(thinking_mode, sources)), None)
 
 
 def _may_think(mode: str | None, made: Any) -> bool:
@@ -67,7 +161,7 @@ def knows_open_prompts() -> bool:
     return "prompt_preopens_thinking" in signature(ThinkingBudgetCriteria.__init__).parameters
 
 
-def _said(request: Any, name: str) -> Any:
+def _sent(request: Any, name: str) -> Any:
     """A field's value if the client has sent it, and not if it is a default."""
     return getattr(request, name, None) if name in getattr(request, "model_fields_set", ()) else None
 
@@ -92,7 +186,7 @@ def _check_history(request: Any) -> None:
 
 
 def _offered_tools(request: Any) -> list[Any]:
-    """In the form of chat completions, whichever of three forms they have come in."""
+    """In the form of chat completions, from any of the three forms that clients send."""
     if getattr(request, "tool_choice", None) == "none":
         return []
     offered = []

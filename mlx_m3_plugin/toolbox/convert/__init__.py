@@ -1,17 +1,140 @@
 """``mlx-m3 convert``: any M3 checkpoint to MLX's layout by a recipe, in little memory."""
 
-from .plan import ConversionPlan, plan_conversion
-from .recipe import Recipe, RecipeError, load_recipe, parse_recipe, recipe_names
-from .run import Report, convert
+from argparse import Namespace
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
 
-__all__ = [
-    "ConversionPlan",
-    "Recipe",
-    "RecipeError",
-    "Report",
-    "convert",
-    "load_recipe",
-    "parse_recipe",
-    "plan_conversion",
-    "recipe_names",
-]
+from ...model.config import TextConfig
+from ..checkpoint import Checkpoint, open_checkpoint
+from ..common import Answer, bytes_bar, component_table, layers_bar, size_in_words
+from ..forward_pass import Texts, default_cache, read_texts, text_of
+from ..memory import default_memory
+from ..new_directory import STATE, new_directory, unfinished_of
+from ..precision import Quantization
+from .allocation import Scores, allocate_bits, measure_sensitivity, read_scores, scores_by_position
+from .config_and_card import components
+from .plan import ConversionPlan, plan_conversion
+from .recipe import Recipe, load_recipe, recipe_names
+from .run import check_unfinished, report, space_for, write
+
+_BY_POSITION = "position"
+# As oQ: 128 samples of 256 tokens, or as many as the text has.
+_SAMPLES, _WINDOW = 128, 256
+
+
+def command(args: Namespace) -> Answer:
+    if args.list_recipes:
+        return _recipes()
+    if args.source is None or args.recipe is None or (args.destination is None and not args.dry_run):
+        raise ValueError(
+            "convert needs SRC, DST and --recipe; `mlx-m3 convert --list-recipes` lists the recipes"
+        )
+    text = text_of(args.text)
+    target = None if args.destination is None else Path(args.destination)
+    if args.dry_run or target is None:
+        plan, _, origin = _prepare(args, text, None)
+        return _planned(plan, origin, target)
+    with _hint(unfinished_of(target)), new_directory(target, "convert", resumable=True) as unfinished:
+        plan, scores, _ = _prepare(args, text, unfinished)
+        bar = bytes_bar(plan.recipe.name, plan.nbytes)
+        memory = args.memory or default_memory()
+        resumed = write(plan, unfinished, memory=memory, progress=bar, scores=scores)
+    made = report(plan, target, resumed)
+    lines = [
+        f"Wrote {made['path']}: {size_in_words(plan.nbytes)} in {made['files']} files, "
+        f"{plan.bits_per_weight:.2f} bits per weight"
+    ]
+    if resumed:
+        lines.append(f"{resumed} of the files were there from an earlier run")
+    return Answer(
+        made, [*lines, f"To measure its quality: mlx-m3 evaluate {made['path']} --reference SOURCE"]
+    )
+
+
+def _recipes() -> Answer:
+    summaries = {name: load_recipe(name, TextConfig()).summary for name in recipe_names()}
+    width = max(map(len, summaries))
+    return Answer(
+        [{"name": name, "summary": summary} for name, summary in summaries.items()],
+        [f"{name.ljust(width)}  {summary}" for name, summary in summaries.items()],
+    )
+
+
+# --- from arguments to a plan ---
+
+
+def _prepare(
+    args: Namespace, text: str, unfinished: Path | None
+) -> tuple[ConversionPlan, Scores | None, str | None]:
+    """A plan; and for recipes with a [plan] the sensitivity behind its bits, and its origin in words.
+
+    Without ``unfinished``, which is for a dry run, nothing is measured.
+    """
+    checkpoint = open_checkpoint(args.source)
+    recipe = load_recipe(args.recipe, checkpoint.text_config)
+    if not recipe.bit_targets:
+        if args.sensitivity is not None:
+            raise ValueError(
+                f"--sensitivity does not apply to {args.recipe}: its bits are fixed, it has no [plan]"
+            )
+        return plan_conversion(checkpoint, recipe), None, None
+    scores: Scores = scores_by_position(checkpoint.text_config.num_hidden_layers)
+    origin = "by position: nothing was measured"
+    if args.sensitivity is None and unfinished is not None:
+        # First see that a plan of about the final size can be written: measuring takes hours.
+        draft = plan_conversion(checkpoint, recipe, allocate_bits(checkpoint, recipe, scores))
+        check_unfinished(unfinished, draft, is_draft=True)
+        scores = _measured(checkpoint, recipe, text, (args.memory or default_memory()) // 2)
+    elif args.sensitivity not in (None, _BY_POSITION):
+        scores = read_scores(Path(args.sensitivity).expanduser())
+        origin = f"from {args.sensitivity}"
+    return plan_conversion(checkpoint, recipe, allocate_bits(checkpoint, recipe, scores)), scores, origin
+
+
+def _measured(checkpoint: Checkpoint, recipe: Recipe, text: str, memory: int) -> Scores:
+    texts = Texts(read_texts(checkpoint.directory, text, None, _WINDOW).windows[:_SAMPLES])
+    base = Quantization(int(recipe.bit_targets.get("base_bits", 4)), recipe.default.group_size)
+    progress = layers_bar(f"sensitivity of {checkpoint.title}", checkpoint.text_config.num_hidden_layers)
+    return measure_sensitivity(
+        checkpoint, texts, base, default_cache(), memory=memory, step=_WINDOW, progress=progress
+    )
+
+
+@contextmanager
+def _hint(unfinished: Path) -> Iterator[None]:
+    """Says of an interrupted conversion that it can be resumed."""
+    hint = f"what is finished is in {unfinished}; run the same command again to resume"
+    try:
+        yield
+    except (FileExistsError, BlockingIOError):
+        # Nothing was begun.
+        raise
+    except OSError as error:
+        raise (OSError(f"{error}\n{hint}") if (unfinished / STATE).exists() else error) from error
+    except KeyboardInterrupt:
+        raise (KeyboardInterrupt(hint) if (unfinished / STATE).exists() else KeyboardInterrupt) from None
+
+
+# --- output ---
+
+
+def _planned(plan: ConversionPlan, origin: str | None, target: Path | None) -> Answer:
+    """The plan, and whether the disk of ``target`` has room for it."""
+    space = None if target is None else space_for(plan, unfinished_of(target))
+    content = {
+        **plan.summary(),
+        "modules": {path: str(spec) for path, spec in plan.specs.items()},
+        "sensitivity": origin,
+        "space": None if space is None else {**space._asdict(), "is_enough": space.is_enough},
+    }
+    lines = [f"{plan.recipe.name}: {plan.recipe.summary}", "", *component_table(components(plan)), ""]
+    packing = "experts unfused, for their bits differ: for mlx-lm 0.32, mlx-vlm 0.6.5 and newer"
+    if plan.packed:
+        packing = "experts fused and packed with the shared one: for mlx-lm 0.32, mlx-vlm 0.6.4 and newer"
+    lines.append(f"{size_in_words(plan.nbytes)} in {len(plan.shards)} files; {packing}")
+    if origin:
+        lines.append(f"sensitivity of layers: {origin}")
+    if space is not None:
+        lines.append(f"disk: {space}: {'enough' if space.is_enough else 'NOT ENOUGH'}")
+    return Answer(content, lines)

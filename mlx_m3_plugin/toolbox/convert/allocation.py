@@ -5,30 +5,19 @@ Then :func:`allocate_bits` gives bits to the most sensitive layers first, in the
 """
 
 import json
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 import mlx.core as mx
 
 from ...weights.quantization import AFFINE_BITS
 from ..checkpoint import Checkpoint
-from ..common import read_json_object
-from ..forward_pass import (
-    HiddenStates,
-    Progress,
-    Texts,
-    begin,
-    hidden_states,
-    pass_key,
-    run_layer,
-    tokens_at_once,
-    write_state,
-)
+from ..common import Progress, read_json_object
+from ..forward_pass import ForwardPass, HiddenStates, Texts, pass_key
 from ..new_directory import LOCK, locked, replace_text
 from ..precision import Quantization
-from ..shards import TensorReader
 from ..streaming import StreamedLayer
-from .plan import plan_conversion
+from .plan import ConversionPlan, plan_conversion
 from .recipe import Matrix, Recipe, RecipeError, matrices_of
 
 # Layer -> sensitivity: the squared error of its output with quantized weights, relative to the output,
@@ -63,21 +52,19 @@ def allocate_bits(checkpoint: Checkpoint, recipe: Recipe, scores: Scores) -> dic
         raise RecipeError(
             f"{recipe.name}: the sensitivity map lacks {len(unknown)} of {layers} layers: {unknown[0]}, ..."
         )
-    return _Allocation(checkpoint, recipe, scores).run()
+    return _Allocation(plan_conversion(checkpoint, recipe), scores).run()
 
 
 class _Allocation:
     """The quantization of each matrix so far, and the bytes of all."""
 
-    def __init__(self, checkpoint: Checkpoint, recipe: Recipe, scores: Scores):
-        self._targets = recipe.bit_targets
-        self._scores = scores
-        self._matrices = matrices_of(checkpoint.text_config, indexers=checkpoint.indexers)
-        self._specs = {matrix.module: recipe.spec(matrix) for matrix in self._matrices}
-        plan = plan_conversion(checkpoint, recipe)
+    def __init__(self, plan: ConversionPlan, scores: Scores):
+        source, self._targets, self._scores = plan.source, plan.recipe.bit_targets, scores
+        self._matrices = matrices_of(source.text_config, indexers=source.indexers)
+        self._specs = {matrix.module: plan.recipe.spec(matrix) for matrix in self._matrices}
         self._parameters, self._bytes = plan.parameters, plan.nbytes
         # Bytes of a scale: as many as a float of the source has.
-        self._itemsize = {m.module: checkpoint.float_dtype(m.module).size for m in self._matrices}
+        self._itemsize = {m.module: source.float_dtype(m.module).size for m in self._matrices}
 
     def run(self) -> dict[str, Quantization]:
         target, cap = float(self._targets["target_bpw"]), float(self._targets["cap_bpw"])
@@ -116,15 +103,15 @@ class _Allocation:
         """Give them more bits, if the model then has at most ``most`` bits per weight."""
         lower = [matrix for matrix in matrices if self._bits(matrix) < bits]
         raised = {m.module: Quantization(bits, self._specs[m.module].group_size) for m in lower}
-        more = sum(self._nbytes(m, raised[m.module]) - self._nbytes(m, self._specs[m.module]) for m in lower)
+        more = 0
+        for m in lower:
+            new, old = (s[m.module].bytes_of(m.size, self._itemsize[m.module]) for s in (raised, self._specs))
+            more += new - old
         if 8 * (self._bytes + more) > most * self._parameters:
             return False
         self._bytes += more
         self._specs |= raised
         return True
-
-    def _nbytes(self, matrix: Matrix, spec: Quantization) -> int:
-        return spec.bytes_of(matrix.size, self._itemsize[matrix.module])
 
     def _bits(self, matrix: Matrix) -> int:
         # Floats have more than any quantization.
@@ -133,9 +120,8 @@ class _Allocation:
     def _score(self, matrix: Matrix) -> float:
         return 0.0 if matrix.layer is None else self._scores[matrix.layer]
 
-    def _of(self, parts: Iterable[str]) -> list[Matrix]:
-        wanted = tuple(parts)
-        return [matrix for matrix in self._matrices if matrix.is_one_of(wanted)]
+    def _of(self, parts: Sequence[str]) -> list[Matrix]:
+        return [matrix for matrix in self._matrices if matrix.is_one_of(parts)]
 
 
 # --- sensitivity ---
@@ -162,30 +148,17 @@ def measure_sensitivity(
     directory = cache / f"{pass_key(checkpoint, texts)}-{base.bits}-bits"
     doing = f"`mlx-m3 convert` is measuring {checkpoint.directory} in {directory}"
     file = directory / "scores.json"
-    width = checkpoint.text_config.hidden_size
-    with (
-        locked(directory / LOCK, doing, "give a map with --sensitivity"),
-        TensorReader(checkpoint.directory, checkpoint.headers.tensors) as reader,
-    ):
+    made = ForwardPass(checkpoint, texts, directory, memory, step)
+    with locked(directory / LOCK, doing, "give a map with --sensitivity"), checkpoint.reader() as reader:
         scores = read_scores(file) if file.exists() else {}
-        done, dtype = begin(directory, checkpoint, reader, texts.tokens)
-        done = min(done, len(scores))
-        progress(-1, done)
-        at_once = tokens_at_once(checkpoint, dtype, memory)
-        tried = HiddenStates(directory / "tried.bin", width, dtype)
-        for number in range(done, checkpoint.text_config.num_hidden_layers):
-            before, after = (hidden_states(directory, n, width, dtype) for n in (number, number + 1))
-            run_layer(StreamedLayer(checkpoint, reader, number), before, after, texts, at_once, step)
+        for number, before, after, _ in made.run(reader, progress):
+            tried = HiddenStates(directory / "tried.bin", checkpoint.text_config.hidden_size, made.dtype)
             trial = StreamedLayer(
                 checkpoint, reader, number, lambda path, spec: _fewer_bits(path, spec, base)
             )
-            run_layer(trial, before, tried, texts, at_once, step)
-            after.sync()
+            made.run_layer(trial, before, tried)
             scores[number] = _relative_error(after, tried, len(texts.tokens))
             write_scores(file, scores)
-            write_state(directory, number + 1, dtype)
-            before.remove()
-            progress(number, 1)
     return scores
 
 
@@ -215,11 +188,7 @@ def scores_by_position(layers: int) -> dict[int, float]:
 
 
 def read_scores(file: Path) -> dict[int, float]:
-    """A saved map.
-
-    Raises:
-        ValueError: the file holds something else.
-    """
+    """A saved map.  Raises ValueError if the file holds something else."""
     try:
         content = read_json_object(file)
         return {int(layer): float(score) for layer, score in content["scores"].items()}

@@ -3,42 +3,27 @@
 import json
 import shutil
 from collections import defaultdict
-from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 from ... import __version__
 from ...chat.prompt import CHAT_TEMPLATE
 from ...weights import with_quantization
 from ...weights.dtypes import name_of
-from ...weights.headers import INDEX
+from ..checkpoint import CHAT_TEMPLATE_FILES
 from ..checksums import SUMS
-from ..common import read_json_object, size_in_words
+from ..common import read_json_object, size_in_words, version_of
 from ..new_directory import LOCK, STATE
 from ..parameters import component_of
-from ..source import CHAT_TEMPLATE_FILES
 from .plan import ConversionPlan
 
 _WEIGHTS = (".safetensors", ".bin", ".gguf", ".pt", ".pth", ".npz")
 # Written anew, or about the source's weights.
-_NOT_COPIED = (
-    "config.json",
-    "README.md",
-    INDEX,
-    "hf_quant_config.json",
-    "offload_index.json",
-    SUMS,
-    LOCK,
-    STATE,
-)
+_NOT_COPIED = ("config.json", "README.md", "hf_quant_config.json", "offload_index.json", SUMS, LOCK, STATE)
 _LARGEST = 200 << 20
 # What mlx-lm's and mlx-vlm's classes read outside of ``text_config``.
 _OUTER = (
-    "quantization",
-    "quantization_config",
-    "tie_word_embeddings",
-    "eos_token_id",
-    "transformers_version",
+    *("quantization", "quantization_config", "tie_word_embeddings", "eos_token_id", "transformers_version"),
 )
 _PACKAGES = ("mlx", "mlx-lm", "mlx-vlm")
 
@@ -100,11 +85,14 @@ of the source.
 def write_config_and_card(directory: Path, plan: ConversionPlan) -> None:
     source = plan.source.directory
     for file in sorted(source.iterdir()):
-        if _is_copied(file) and (plan.source.vision or not _is_for_vision(file)):
+        # Processors of images and videos: a model without a vision tower must not ask for them.
+        is_for_vision = file.name.endswith("processor_config.json")
+        if _is_copied(file) and (plan.source.vision or not is_for_vision):
             shutil.copyfile(file, directory / file.name)
     _write_json(directory / "config.json", new_config(plan))
-    _remove_wrong_parser(directory / "tokenizer_config.json")
-    if not _has_template(directory):
+    tokenizer_config = _without_wrong_parser(directory / "tokenizer_config.json")
+    templates = [name for name in CHAT_TEMPLATE_FILES if (directory / name).exists()]
+    if not templates and not tokenizer_config.get("chat_template"):
         (directory / CHAT_TEMPLATE_FILES[0]).write_text(CHAT_TEMPLATE, encoding="utf-8")
     (directory / "README.md").write_text(model_card(plan), encoding="utf-8")
 
@@ -113,33 +101,18 @@ def _is_copied(file: Path) -> bool:
     return (
         file.is_file()
         and not file.name.startswith(".")
-        and file.suffix not in _WEIGHTS
+        and not file.name.endswith((*_WEIGHTS, ".index.json"))
         and file.name not in _NOT_COPIED
-        and not file.name.endswith(".index.json")
         and file.stat().st_size <= _LARGEST
     )
 
 
-def _is_for_vision(file: Path) -> bool:
-    """Processors of images and videos: a model without a vision tower must not ask for them."""
-    return file.name.endswith("processor_config.json")
-
-
-def _remove_wrong_parser(file: Path) -> None:
+def _without_wrong_parser(file: Path) -> dict[str, Any]:
     """Older mlx-lm writes the tool parser ``json_tools`` into its conversions, which drops M3's calls."""
-    try:
-        content = read_json_object(file)
-    except FileNotFoundError:
-        return
+    content = read_json_object(file) if file.exists() else {}
     if content.pop("tool_parser_type", None) is not None:
         _write_json(file, content)
-
-
-def _has_template(directory: Path) -> bool:
-    if any((directory / name).exists() for name in CHAT_TEMPLATE_FILES):
-        return True
-    file = directory / "tokenizer_config.json"
-    return file.exists() and bool(read_json_object(file).get("chat_template"))
+    return content
 
 
 def _write_json(file: Path, content: dict[str, Any]) -> None:
@@ -154,19 +127,14 @@ def new_config(plan: ConversionPlan) -> dict[str, Any]:
     config = with_quantization(plan.source.config, plan.quantization())
     # mlx-vlm packs the shared expert unless this is false.
     packed = {"pack_shared_expert": plan.packed}
-    nested = config.get("text_config")
-    if not isinstance(nested, dict):
-        return _as_vision_language_config(config, packed)
-    return {**config, "text_config": with_quantization(nested, None) | packed}
-
-
-def _as_vision_language_config(flat: dict[str, Any], packed: dict[str, bool]) -> dict[str, Any]:
-    """A text-only model's config as that of ``minimax_m3_vl``, the only M3 that mlx-lm has."""
-    text = {k: v for k, v in with_quantization(flat, None).items() if k != "architectures"}
+    if isinstance(nested := config.get("text_config"), dict):
+        return {**config, "text_config": with_quantization(nested, None) | packed}
+    # A text-only model's config as that of ``minimax_m3_vl``, the only M3 that mlx-lm has.
+    text = {k: v for k, v in with_quantization(config, None).items() if k != "architectures"}
     return {
         "architectures": ["MiniMaxM3SparseForConditionalGeneration"],
         "model_type": "minimax_m3_vl",
-        **{k: flat[k] for k in _OUTER if k in flat},
+        **{k: config[k] for k in _OUTER if k in config},
         "text_config": text | packed,
     }
 
@@ -184,24 +152,16 @@ def model_card(plan: ConversionPlan) -> str:
         size=size_in_words(plan.nbytes),
         bits=plan.bits_per_weight,
         parameters=plan.parameters,
-        packages=", ".join(f"{name} {found}" for name in _PACKAGES if (found := _version(name))),
-        components="\n".join(f"| {c.name} | {c.parameters:,} | {c.stored_as} |" for c in components(plan)),
+        packages=", ".join(f"{name} {found}" for name in _PACKAGES if (found := version_of(name))),
+        components="\n".join(f"| {name} | {count:,} | {spec} |" for name, count, _, spec in components(plan)),
         # mlx-vlm 0.6.4 packs the shared expert always.
         vlm="0.6.4" if plan.packed else "0.6.5",
         text=plan.recipe.text.strip(),
     )
 
 
-class NewComponent(NamedTuple):
-    """A part of the new model; ``stored_as``: its quantizations, the one of most parameters first."""
-
-    name: str
-    parameters: int
-    nbytes: int
-    stored_as: str
-
-
-def components(plan: ConversionPlan) -> list[NewComponent]:
+def components(plan: ConversionPlan) -> list[tuple[str, int, int, str]]:
+    """Parts of the new model: name, parameters, bytes and quantizations, the one of most parameters first."""
     counts: dict[str, dict[str, int]] = defaultdict(lambda: defaultdict(int))
     sizes: dict[str, int] = defaultdict(int)
     for module in plan.modules:
@@ -209,22 +169,16 @@ def components(plan: ConversionPlan) -> list[NewComponent]:
         if module.spec.bits is None:
             spec = name_of(next(iter(module.tensors.values())).dtype)
         for matrix in module.matrices:
-            # The component of the matrix: a packed shared expert is in a module of routed experts.
-            name = (
-                component_of(f"{matrix.module}.weight") if matrix.module in plan.specs else module.component
-            )
+            # Of the matrix: a packed shared expert is in a module of routed experts.
+            name = component_of(f"{matrix.module}.weight" if matrix.module in plan.specs else matrix.module)
             counts[name][spec] += matrix.size
             sizes[name] += module.nbytes * matrix.size // module.parameters
     return [
-        NewComponent(
-            name, sum(specs.values()), sizes[name], ", ".join(sorted(specs, key=lambda spec: -specs[spec]))
+        (
+            name,
+            sum(specs.values()),
+            sizes[name],
+            ", ".join(sorted(specs, key=specs.__getitem__, reverse=True)),
         )
         for name, specs in counts.items()
     ]
-
-
-def _version(package: str) -> str | None:
-    try:
-        return version(package)
-    except PackageNotFoundError:
-        return None

@@ -5,16 +5,14 @@ Made from headers alone: all sizes are known before a weight is read.
 
 import math
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass
 from typing import Any
-
-import mlx.core as mx
 
 from ...weights.names import TEXT_PREFIX
 from ...weights.quantization import quantization_entry
 from ...weights.tensor import Tensor
 from ..checkpoint import Checkpoint
-from ..parameters import component_of, text_shapes
+from ..parameters import text_shapes
 from ..precision import Quantization
 from ..shards import NewTensor
 from .recipe import VISION, Matrix, Recipe, matrices_of
@@ -47,13 +45,12 @@ class NewModule:
     """What is written under one path.
 
     Attributes:
-        path: with the prefix.  component: as ``mlx-m3 inspect`` names it.
+        path: with the prefix.
         matrices: those of the source in it, one below the other, experts one after the other.
         tensors: by part: ``weight``, ``scales``, ``biases``.
     """
 
     path: str
-    component: str
     spec: Quantization
     matrices: tuple[SourceMatrix, ...]
     tensors: Mapping[str, NewTensor]
@@ -81,7 +78,7 @@ class ConversionPlan:
     recipe: Recipe
     packed: bool
     shards: list[list[NewModule]]
-    specs: Mapping[str, Quantization] = field(default_factory=dict)
+    specs: Mapping[str, Quantization]
 
     @property
     def modules(self) -> Iterator[NewModule]:
@@ -99,6 +96,16 @@ class ConversionPlan:
     def bits_per_weight(self) -> float:
         return 8 * self.nbytes / self.parameters
 
+    def summary(self) -> dict[str, Any]:
+        return {
+            "recipe": self.recipe.name,
+            "files": len(self.shards),
+            "bytes": self.nbytes,
+            "parameters": self.parameters,
+            "bits_per_weight": self.bits_per_weight,
+            "packed": self.packed,
+        }
+
     def file_names(self) -> list[str]:
         count = len(self.shards)
         return [f"model-{number:05}-of-{count:05}.safetensors" for number in range(1, count + 1)]
@@ -114,25 +121,18 @@ def plan_conversion(
 ) -> ConversionPlan:
     """Lay out what ``recipe`` makes of ``source``.
 
-    Args:
-        specs: by module path, in place of the recipe's, from :func:`.allocation.allocate_bits`.
-
-    Raises:
-        RecipeError: the recipe does not fit this model.
+    ``specs``: by module path, in place of the recipe's, from :func:`.allocation.allocate_bits`.
     """
     matrices = {m.module: m for m in matrices_of(source.text_config, indexers=source.indexers)}
-    wanted = {path: (specs or {}).get(path) or recipe.spec(matrix) for path, matrix in matrices.items()}
-    chosen = {path: _resolved(source, matrices[path], spec) for path, spec in wanted.items()}
+    chosen = {path: (specs or {}).get(path) or recipe.spec(matrix) for path, matrix in matrices.items()}
+    # What is quantized already and to be kept keeps its quantization.
+    kept = Quantization()
+    chosen |= {path: source.spec(path) for path, spec in chosen.items() if spec == kept}
     packed = _can_pack(source, chosen)
-    modules = [*_text_modules(source, matrices, chosen, packed), *_vision_modules(source, recipe)]
+    modules = list(_text_modules(source, matrices, chosen, packed))
+    vision = next((rule.spec for rule in reversed(recipe.rules) if VISION in rule.parts), Quantization())
+    modules += [_copied(source, name, name, vision) for name in source.vision]
     return ConversionPlan(source, recipe, packed, _cut(modules), chosen)
-
-
-def _resolved(source: Checkpoint, matrix: Matrix, spec: Quantization) -> Quantization:
-    """``keep`` of a matrix that is quantized already keeps its quantization."""
-    if spec.bits is None and spec.dtype == "keep":
-        return replace(source.spec(matrix.module), dtype="keep")
-    return spec
 
 
 def _can_pack(source: Checkpoint, specs: Mapping[str, Quantization]) -> bool:
@@ -140,20 +140,16 @@ def _can_pack(source: Checkpoint, specs: Mapping[str, Quantization]) -> bool:
     config = source.text_config
     if config.shared_intermediate_size != config.intermediate_size:
         return False
-    for layer in range(config.num_hidden_layers):
-        if config.is_moe(layer):
-            moe = f"model.layers.{layer}.block_sparse_moe"
-            projections = [
-                [f"{moe}.{owner}.{projection}_proj" for owner in ("switch_mlp", "shared_experts")]
-                for projection in ("gate", "up", "down")
-            ]
-            together = [[*projections[0], *projections[1]], projections[2]]
-            for paths in together:
-                stored = {(specs[path], source.float_dtype(path)) for path in paths}
-                # Unquantized, a fused matrix would have more elements than MLX can count.
-                if len(stored) > 1 or specs[paths[0]].bits is None:
-                    return False
-    return any(config.is_moe(layer) for layer in range(config.num_hidden_layers))
+    with_experts = [layer for layer in range(config.num_hidden_layers) if config.is_moe(layer)]
+    for layer in with_experts:
+        moe = f"model.layers.{layer}.block_sparse_moe"
+        for projections in (("gate_proj", "up_proj"), ("down_proj",)):
+            paths = [f"{moe}.{owner}.{p}" for p in projections for owner in ("switch_mlp", "shared_experts")]
+            stored = {(specs[path], source.float_dtype(path)) for path in paths}
+            # Unquantized, a fused matrix would have more elements than MLX can count.
+            if len(stored) > 1 or specs[paths[0]].bits is None:
+                return False
+    return bool(with_experts)
 
 
 # --- modules ---
@@ -166,7 +162,7 @@ def _text_modules(
         path, _, part = name.rpartition(".")
         matrix = matrices.get(path)
         if matrix is None or part != "weight":
-            yield _copied(source, name, TEXT_PREFIX + name)
+            yield _copied(source, name, TEXT_PREFIX + name, Quantization())
         elif packed and matrix.part in ("experts", "shared_expert"):
             if matrix.part == "experts" and matrix.projection != "up_proj":
                 yield _packed(source, matrices, specs, matrix)
@@ -206,44 +202,20 @@ def _module(
     experts = experts or (len(matrices) if len(source.plan[f"{first.module}.weight"].shape) == 3 else 0)
     outputs = sum(matrix.outputs for matrix in matrices) // max(experts, 1)
     leading = (experts, outputs) if experts else (outputs,)
-    tensors = _tensors(path, spec, leading, first.inputs, source.float_dtype(first.module))
-    return NewModule(path, component_of(first.module + ".weight"), spec, tuple(matrices), tensors)
+    stored = spec.parts((*leading, first.inputs), source.float_dtype(first.module))
+    tensors = {part: NewTensor(f"{path}.{part}", *what) for part, what in stored.items()}
+    return NewModule(path, spec, tuple(matrices), tensors)
 
 
-def _tensors(
-    path: str, spec: Quantization, leading: tuple[int, ...], inputs: int, dtype: mx.Dtype
-) -> dict[str, NewTensor]:
-    if spec.bits is None:
-        kept = dtype if spec.dtype == "keep" else getattr(mx, spec.dtype)
-        return {"weight": NewTensor(f"{path}.weight", (*leading, inputs), kept)}
-    groups = (*leading, inputs // spec.group_size)
-    scales = dtype if spec.mode == "affine" else mx.uint8
-    made = {
-        "weight": NewTensor(f"{path}.weight", (*leading, inputs * spec.bits // 32), mx.uint32),
-        "scales": NewTensor(f"{path}.scales", groups, scales),
-    }
-    if spec.mode == "affine":
-        made["biases"] = NewTensor(f"{path}.biases", groups, scales)
-    return made
-
-
-def _vision_modules(source: Checkpoint, recipe: Recipe) -> Iterator[NewModule]:
-    spec = next((rule.spec for rule in reversed(recipe.rules) if VISION in rule.parts), Quantization())
-    for name in source.vision:
-        yield _copied(source, name, name, spec)
-
-
-def _copied(source: Checkpoint, name: str, new_name: str, spec: Quantization | None = None) -> NewModule:
+def _copied(source: Checkpoint, name: str, new_name: str, spec: Quantization) -> NewModule:
     """A norm, a bias, or a weight of the vision tower."""
-    spec, tensor = spec or Quantization(), source.plan[name]
-    dtype = tensor.dtype if spec.dtype == "keep" else getattr(mx, spec.dtype)
-    path = new_name.rpartition(".")[0]
+    tensor = source.plan[name]
     inputs = tensor.shape[-1] if tensor.shape else 1
     outputs = math.prod(tensor.shape) // max(inputs, 1)
     parts = {"weight": tensor.reshape(outputs, inputs)}
     matrix = SourceMatrix(name, Quantization(), parts, outputs, inputs)
-    tensors = {"weight": NewTensor(new_name, tensor.shape, dtype)}
-    return NewModule(path, component_of(name), spec, (matrix,), tensors)
+    tensors = {"weight": NewTensor(new_name, *spec.parts(tensor.shape, tensor.dtype)["weight"])}
+    return NewModule(new_name.rpartition(".")[0], spec, (matrix,), tensors)
 
 
 # --- files ---

@@ -19,7 +19,6 @@ import sys
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from functools import cache
-from importlib.resources import files
 from pathlib import Path
 from typing import Any
 
@@ -45,15 +44,16 @@ _DTYPES = ("bfloat16", "float16", "float32", "keep")
 _PLAN_KEYS = {"method", "base_bits", "target_bpw", "cap_bpw", "raise_down_proj", "raise_experts_to"}
 
 # A part's name in recipes -> its name in ``mlx-m3 inspect``, and its projections.
+_MLP = ("gate_proj", "up_proj", "down_proj")
 _PARTS = {
     "embeddings": ("embeddings", ()),
     "lm_head": ("lm_head", ()),
     "attention": ("attention", ("q_proj", "k_proj", "v_proj", "o_proj")),
     "indexer": ("indexer", ("index_q_proj", "index_k_proj")),
     "router": ("router", ()),
-    "dense_mlp": ("dense MLP", ("gate_proj", "up_proj", "down_proj")),
-    "experts": ("routed experts", ("gate_proj", "up_proj", "down_proj")),
-    "shared_expert": ("shared expert", ("gate_proj", "up_proj", "down_proj")),
+    "dense_mlp": ("dense MLP", _MLP),
+    "experts": ("routed experts", _MLP),
+    "shared_expert": ("shared expert", _MLP),
 }
 _PART_OF_COMPONENT = {component: part for part, (component, _) in _PARTS.items()}
 # The tower, the projector and the patch merge, which are never quantized.
@@ -156,19 +156,15 @@ class Recipe:
 
 
 def recipe_names() -> list[str]:
-    """Of the recipes that come with the package."""
     return sorted(_built_in())
 
 
 @cache
 def _built_in() -> dict[str, str]:
     """Name -> TOML of the recipes that come with the package."""
-    texts = {}
-    for file in (files(__package__) / "recipes").iterdir():
-        name, _, ending = file.name.rpartition(".")
-        if ending == "toml" and name != "oq":
-            texts[name] = file.read_text(encoding="utf-8")
-    oq = tomllib.loads((files(__package__) / "recipes" / "oq.toml").read_text(encoding="utf-8"))
+    folder = Path(__file__).with_name("recipes")
+    texts = {file.stem: file.read_text(encoding="utf-8") for file in folder.glob("*.toml")}
+    oq = tomllib.loads(texts.pop("oq"))
     for name, level in oq["levels"].items():
         lines = "\n".join(f"{key} = {json.dumps(value)}" for key, value in level.items())
         texts[name] = oq["template"].format(**level, level=lines)
@@ -176,11 +172,7 @@ def _built_in() -> dict[str, str]:
 
 
 def load_recipe(name_or_path: str, config: TextConfig) -> Recipe:
-    """A recipe that comes with the package, by its name, or one in a file.
-
-    Raises:
-        RecipeError: there is no such recipe, or it does not fit a model of this config.
-    """
+    """A recipe that comes with the package, by its name, or one in a file, for a model of this config."""
     if name_or_path in _built_in():
         return parse_recipe(name_or_path, _built_in()[name_or_path], config)
     path = Path(name_or_path).expanduser()
@@ -201,10 +193,9 @@ def parse_recipe(name: str, text: str, config: TextConfig, file: Path | None = N
     _check_keys(where, content, {"summary", "default", "rule", "plan"})
     if not isinstance(content.get("default"), dict):
         raise RecipeError(f"{where}: the table [default] is missing; it says how most matrices are stored")
-    rules = content.get("rule", [])
+    rules, bit_targets = content.get("rule", []), content.get("plan", {})
     if not isinstance(rules, list) or not all(isinstance(rule, dict) for rule in rules):
         raise RecipeError(f"{where}: write each rule as [[rule]]")
-    bit_targets = content.get("plan", {})
     if not isinstance(bit_targets, dict):
         raise RecipeError(f"{where}: write the plan as a table, [plan]")
     _check_keys(f"{where}: [plan]", bit_targets, _PLAN_KEYS)
@@ -261,15 +252,12 @@ def _spec(where: str, content: dict[str, Any]) -> Quantization:
     all_bits, group_sizes = _MODES[mode]
     bits = content.get("bits", all_bits[0] if len(all_bits) == 1 else None)
     group_size = content.get("group_size", _AFFINE_GROUP_SIZE if mode == "affine" else group_sizes[0])
-    if type(bits) is not int or bits not in all_bits:
-        raise RecipeError(f"{where}: bits of {mode} must be {_or(all_bits)}, not {bits!r}")
-    if type(group_size) is not int or group_size not in group_sizes:
-        raise RecipeError(f"{where}: group_size of {mode} must be {_or(group_sizes)}, not {group_size!r}")
+    for key, value, known in (("bits", bits, all_bits), ("group_size", group_size, group_sizes)):
+        if type(value) is not int or value not in known:
+            raise RecipeError(
+                f"{where}: {key} of {mode} must be {' or '.join(map(str, known))}, not {value!r}"
+            )
     return Quantization(bits, group_size, mode)
-
-
-def _or(numbers: Iterable[int]) -> str:
-    return " or ".join(map(str, numbers))
 
 
 def _check_keys(where: str, content: Mapping[str, Any], known: set[str]) -> None:

@@ -7,8 +7,8 @@ there is finished and is not written again.  The directory gets its own name las
 import hashlib
 import json
 import shutil
-from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from collections.abc import Iterator
+from contextlib import suppress
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -17,6 +17,7 @@ import mlx.core as mx
 from ... import __version__
 from ...weights.headers import INDEX, weight_files
 from ..checksums import read_sums, sha256_of, write_sums
+from ..common import Progress, read_json_object
 from ..new_directory import STATE, contents, new_directory, replace_text
 from ..precision import Quantization, converted
 from ..shards import ShardWriter, TensorReader
@@ -37,27 +38,6 @@ _BYTES_PER_ELEMENT = 24
 # What a fingerprint says of the bits.
 _OF_BITS = {"precisions", "bytes"}
 
-# Called with the module that was written, and its bytes.
-Progress = Callable[[NewModule, int], None]
-
-
-@dataclass(frozen=True)
-class Report:
-    """What a conversion did.
-
-    Attributes:
-        files: weight files.  resumed: how many of them were there from an earlier run.
-    """
-
-    path: str
-    recipe: str
-    files: int
-    bytes: int
-    parameters: int
-    bits_per_weight: float
-    packed: bool
-    resumed: int
-
 
 def convert(
     plan: ConversionPlan,
@@ -66,12 +46,11 @@ def convert(
     memory: int,
     progress: Progress,
     scores: Scores | None = None,
-) -> Report:
+) -> dict[str, Any]:
     """Write what ``plan`` describes into ``destination``.
 
     Args:
         memory: bytes that the work may take.
-        progress: called after each module.
         scores: the sensitivity that the bits are from, to be saved with the weights.
 
     Raises:
@@ -95,7 +74,7 @@ def write(
     names = plan.file_names()
     resumed = sum((unfinished / name).exists() for name in names)
     sums = read_sums(unfinished)
-    with TensorReader(plan.source.directory, plan.source.headers.tensors) as reader:
+    with plan.source.reader() as reader:
         for name, modules in zip(names, plan.shards, strict=True):
             _write_shard(unfinished / name, modules, reader, memory, progress)
             if name not in sums:
@@ -108,67 +87,44 @@ def write(
     return resumed
 
 
-def report(plan: ConversionPlan, destination: Path, resumed: int) -> Report:
-    return Report(
-        str(destination.expanduser().absolute()),
-        plan.recipe.name,
-        len(plan.shards),
-        plan.nbytes,
-        plan.parameters,
-        plan.bits_per_weight,
-        plan.packed,
-        resumed,
-    )
+def report(plan: ConversionPlan, destination: Path, resumed: int) -> dict[str, Any]:
+    """What a conversion did; ``resumed``: how many of the files were there from an earlier run."""
+    return {"path": str(destination.expanduser().absolute()), **plan.summary(), "resumed": resumed}
 
 
 def check_unfinished(unfinished: Path, plan: ConversionPlan, *, is_draft: bool = False) -> None:
-    """See that ``plan`` can be written into ``unfinished``, or resumed there.
-
-    Args:
-        is_draft: the bits of ``plan`` are not final yet.
+    """See that ``plan``, whose bits may still change in a draft, can be written or resumed in ``unfinished``.
 
     Raises:
         ValueError: another conversion was begun there, or it holds other files.
         OSError: the disk has too little space.
     """
-    file = unfinished / STATE
-    if file.exists():
-        wanted = fingerprint(plan)
-        same = wanted.keys() - (_OF_BITS if is_draft else set())
-        begun = _begun(file)
-        if any(begun.get(key) != wanted[key] for key in same):
+    if (unfinished / STATE).exists():
+        wanted, begun = fingerprint(plan), {}
+        with suppress(ValueError):
+            begun = read_json_object(unfinished / STATE)
+        if any(begun.get(key) != wanted[key] for key in wanted.keys() - (_OF_BITS if is_draft else set())):
             raise ValueError(
                 f"{unfinished} holds an unfinished conversion of another source, recipe or version; "
                 "finish that one, or delete the directory"
             )
     elif contents(unfinished):
         raise ValueError(
-            f"{unfinished} holds files that are not of a conversion; delete it, or choose another destination"
+            f"{unfinished} holds files that no conversion wrote; delete it, or choose another destination"
         )
     space = space_for(plan, unfinished)
     if not space.is_enough:
         raise OSError(f"{unfinished.parent} has {space}")
 
 
-def _begun(state: Path) -> dict[str, Any]:
-    try:
-        content = json.loads(state.read_text(encoding="utf-8"))
-    except ValueError:
-        content = None
-    return content if isinstance(content, dict) else {}
-
-
 def fingerprint(plan: ConversionPlan) -> dict[str, Any]:
     """What has to be the same for two runs to write the same bytes."""
-    files = {}
-    for file in weight_files(plan.source.directory):
-        status = file.stat()
-        files[file.name] = [status.st_size, status.st_mtime_ns]
+    statuses = {file.name: file.stat() for file in weight_files(plan.source.directory)}
     specs = {path: str(spec) for path, spec in sorted(plan.specs.items())}
     return {
         "version": __version__,
         "source": str(plan.source.directory.resolve()),
-        "files": files,
+        "files": {name: [status.st_size, status.st_mtime_ns] for name, status in statuses.items()},
         "recipe": plan.recipe.name,
         "precisions": hashlib.sha256(json.dumps(specs).encode()).hexdigest(),
         "bytes": plan.nbytes,
@@ -222,10 +178,7 @@ def _converted_rows(
 ) -> Iterator[tuple[int, dict[str, mx.array]]]:
     """All of a module's tensors in pieces of some matrix rows: the first row, and the rows by part.
 
-    Rows are quantized one by one, so it makes no difference where they are cut.
-
-    Args:
-        memory: bytes that the work on one piece may take.
+    Rows are quantized one by one, so it makes no difference where they are cut.  ``memory``: for one piece.
     """
     before = 0
     for matrix in module.matrices:

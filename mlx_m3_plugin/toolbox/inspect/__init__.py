@@ -4,30 +4,37 @@ Reads headers and settings alone, so a checkpoint of 850 GB takes about a second
 """
 
 import shlex
-from collections.abc import Mapping
+import textwrap
+from argparse import Namespace
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
-from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
 
-from ...model.config import TextConfig, text_config_of
-from ...weights import lacks_indexers, plan_layout
-from ...weights.names import TEXT_PREFIX, is_vision
-from ..checksums import Verification, Watch, verify
-from ..memory import Memory, machine_memory, memory_for
-from ..parameters import (
-    NOT_IN_THE_TEXT_MODEL,
-    Shapes,
-    differences,
-    quantized_modules,
-    text_shapes,
-    vision_shapes,
+from ...weights import Headers, shorten
+from ..checkpoint import (
+    CHAT_TEMPLATE_FILES,
+    Contents,
+    Source,
+    locate_weights,
+    open_source,
+    read_contents,
+    read_text_config,
 )
-from ..source import CHAT_TEMPLATE_FILES, Source, open_source
+from ..checksums import Verification, verify
+from ..common import Answer, bytes_bar, component_table, size_in_words, version_of
+from ..memory import Memory, is_mac, machine_memory, memory_for
+from ..parameters import NOT_IN_THE_TEXT_MODEL
 from .layout import Component, Layout, Precision, StoredDtype, dtype_histogram, measure, recognise_layout
 
-__all__ = ["Inspection", "inspect", "inspect_source"]
-
+# Of a line of text.
+_COLUMNS = 100
+_LABEL = 14
+_MOST_PROBLEMS = 20
+_WHY_SAMPLING = (
+    "(with the sampling that MiniMax recommends: greedy decoding, the default of these commands, can make "
+    "low-bit weights repeat themselves while thinking)"
+)
 _MAX_TOKENS = "--max-tokens 4096"
 _SAMPLING = "--temp 1.0 --top-p 0.95"
 
@@ -87,17 +94,15 @@ class Inspection:
     def is_sound(self) -> bool:
         return not self.problems
 
-    def as_dict(self) -> dict[str, Any]:
-        return {**asdict(self), "is_sound": self.is_sound}
 
-    def verify(self, directory: Path, watch: Watch) -> None:
-        """Read all shards in ``directory``, and add those that differ from their checksums to ``problems``.
-
-        Raises:
-            ValueError: there are no checksums.
-        """
-        self.verified = verify(directory, watch)
-        self.problems += self.verified.problems
+def command(args: Namespace) -> Answer:
+    found = inspect(args.checkpoint)
+    if args.verify:
+        directory = locate_weights(args.checkpoint).directory
+        assert directory is not None
+        found.verified = verify(directory, bytes_bar)
+        found.problems += found.verified.problems
+    return Answer({**asdict(found), "is_sound": found.is_sound}, lines_of(found), found.is_sound)
 
 
 def inspect(path_or_repository: str | Path) -> Inspection:
@@ -107,13 +112,13 @@ def inspect(path_or_repository: str | Path) -> Inspection:
         OSError: neither a directory, nor a repository in the cache or on the Hub.
         ValueError: not a MiniMax-M3 checkpoint.
     """
-    return inspect_source(open_source(path_or_repository))
-
-
-def inspect_source(source: Source) -> Inspection:
-    """:func:`inspect` for a checkpoint whose headers are already read."""
+    source = open_source(path_or_repository)
     headers = source.headers
-    config, config_problems = _read_text_config(source.config)
+    config, problems = None, headers.problems
+    try:
+        config = read_text_config(source.config)
+    except ValueError as error:
+        problems = [str(error), *problems]
     layout = recognise_layout(headers.tensors, config)
     found = Inspection(
         name=source.name,
@@ -124,10 +129,15 @@ def inspect_source(source: Source) -> Inspection:
         layout=layout,
         dtypes=dtype_histogram(headers),
         vision=layout.vision,
-        problems=[*config_problems, *headers.problems],
+        problems=[*problems],
     )
     if config is not None:
-        _inspect_tensors(found, source, config)
+        try:
+            contents = read_contents(headers, source.config, config)
+        except ValueError as error:
+            found.problems.append(str(error))
+        else:
+            _inspect_tensors(found, headers, contents)
     found.problems += source.problems + _tokenizer_problems(source)
     if source.model is None:
         found.notes.append(
@@ -141,82 +151,36 @@ def inspect_source(source: Source) -> Inspection:
     return found
 
 
-def _read_text_config(config: Mapping[str, Any]) -> tuple[TextConfig | None, list[str]]:
-    try:
-        # As the checkpoint says, without environment variables.
-        return text_config_of(config), []
-    except ValueError as error:
-        return None, [f"config.json: {str(error).removeprefix('config: ')}"]
-
-
-def _inspect_tensors(found: Inspection, source: Source, config: TextConfig) -> None:
-    """Add what takes a config to know."""
-    headers = source.headers
-    try:
-        plan = plan_layout(headers.tensors, config, "", vision=True)
-        indexers = not lacks_indexers(plan, config)
-        text = text_shapes(config, indexers=indexers)
-    except ValueError as error:
-        found.problems.append(str(error))
-        return
-    vision = _vision_shapes(found, source.config)
-    quantized, problems = quantized_modules(plan, text | vision)
-    found.components, found.precisions = measure(plan, quantized, headers)
+def _inspect_tensors(found: Inspection, headers: Headers, contents: Contents) -> None:
+    config = contents.text_config
+    found.components, found.precisions = measure(contents.plan, contents.quantized, headers)
     found.parameters = sum(component.parameters for component in found.components)
-    found.attention = _attention(config, indexers)
-    found.memory = memory_for(
-        config,
-        sum(part.bytes for part in found.components if part.name not in NOT_IN_THE_TEXT_MODEL),
-        len(found.attention.with_indexer),
-        machine_memory(),
-    )
-    found.notes += _notes(found.attention, config)
-    found.problems += problems
-    if headers.problems:
-        # Tensors of damaged files would only be reported twice.
-        return
-    prefix = TEXT_PREFIX if source.config["model_type"] == "minimax_m3_vl" else ""
-    in_text = differences({n: t for n, t in plan.items() if not is_vision(n)}, text, quantized, prefix)
-    in_vision = differences({n: t for n, t in plan.items() if is_vision(n)}, vision, quantized)
-    found.problems += in_text + in_vision
-    text_is_whole = not (in_text or problems)
-    found.opens = {"mlx-lm": text_is_whole, "mlx-vlm": text_is_whole and not in_vision}
-
-
-def _vision_shapes(found: Inspection, config: Mapping[str, Any]) -> Shapes:
-    if not found.vision:
-        return {}
-    try:
-        return vision_shapes(config)
-    except ValueError as error:
-        found.problems.append(str(error))
-        return {}
-
-
-def _attention(config: TextConfig, indexers: bool) -> AttentionSummary:
-    layers = range(config.num_hidden_layers)
     rope = config.rope_parameters
-    is_yarn = "yarn" in (rope.get("rope_type"), rope.get("type"))
-    return AttentionSummary(
+    found.attention = AttentionSummary(
         layers=config.num_hidden_layers,
-        with_indexer=[layer for layer in layers if indexers and config.is_sparse_attention(layer)],
+        with_indexer=contents.with_indexer,
         budget=config.budget,
         blocks=config.index_topk_blocks,
         block_size=config.index_block_size,
         context=config.max_position_embeddings,
-        yarn=dict(rope) if is_yarn else None,
+        yarn=dict(rope) if "yarn" in (rope.get("rope_type"), rope.get("type")) else None,
     )
-
-
-def _notes(attention: AttentionSummary, config: TextConfig) -> list[str]:
-    if attention.with_indexer:
-        return []
-    has_sparse_layers = "minimax_m3_sparse" in config.layer_types
-    why = "the checkpoint has no indexer" if has_sparse_layers else "the config has no sparse layers"
-    return [
-        f"{why}: every layer attends to all tokens, which differs from MiniMax-M3's training past "
-        f"{config.budget:,} tokens"
-    ]
+    weights = sum(part.bytes for part in found.components if part.name not in NOT_IN_THE_TEXT_MODEL)
+    found.memory = memory_for(config, weights, len(contents.with_indexer), machine_memory())
+    if not contents.with_indexer:
+        has_sparse_layers = "minimax_m3_sparse" in config.layer_types
+        why = "the checkpoint has no indexer" if has_sparse_layers else "the config has no sparse layers"
+        found.notes.append(
+            f"{why}: every layer attends to all tokens, which differs from MiniMax-M3's training past "
+            f"{config.budget:,} tokens"
+        )
+    found.problems += contents.problems
+    if headers.problems:
+        # Tensors of damaged files would only be reported twice.
+        return
+    found.problems += contents.of_text + contents.of_vision
+    text_is_whole = not (contents.of_text or contents.problems)
+    found.opens = {"mlx-lm": text_is_whole, "mlx-vlm": text_is_whole and not contents.of_vision}
 
 
 def _tokenizer_problems(source: Source) -> list[str]:
@@ -251,18 +215,144 @@ def stock_commands(name: str, *, mlx_lm: bool, mlx_vlm: bool) -> list[str]:
         ]
     if mlx_vlm:
         sampling = _SAMPLING.replace("--temp ", "--temperature ") + " --top-k 40"
-        if _is_before("mlx-vlm", (0, 7)):
-            # mlx-vlm < 0.7 takes the others from generation_config.json only.
+        if (version_of("mlx-vlm") or "").startswith("0.6."):
+            # It takes the others from generation_config.json only.  until: mlx-vlm 0.7
             sampling = "--temperature 1.0"
         question = '--image photo.jpg --prompt "What is this?"'
         lines.append(f"mlx_vlm.generate {model} {question} {_MAX_TOKENS} {sampling}")
     return lines
 
 
-def _is_before(package: str, release: tuple[int, int]) -> bool:
-    """Whether an older one is installed."""
-    try:
-        installed = version(package).split(".")
-    except PackageNotFoundError:
-        return False
-    return tuple(int(part) for part in installed[:2]) < release
+# --- as text ---
+
+
+def lines_of(found: Inspection) -> list[str]:
+    lines = [found.name, *_what_it_is(found)]
+    if found.components:
+        parts = [(c.name, c.parameters, c.bytes, ", ".join(c.stored_as)) for c in found.components]
+        lines += ["", *component_table([(*p[:3], p[3].replace("affine ", "")) for p in parts], _COLUMNS)]
+    if found.memory is not None:
+        lines += ["", "Memory", *_indented(memory_lines(found.memory))]
+    if found.notes:
+        lines += ["", "Notes", *_indented(found.notes)]
+    if found.verified is not None:
+        read = f"{_files(found.verified.files)}, {size_in_words(found.verified.bytes)}, read and compared"
+        result = "they differ, see the problems" if found.verified.problems else "all match"
+        lines += ["", "Checksums", *_indented([f"{read}: {result}"])]
+    lines += ["", "Problems", *_indented(shorten(found.problems, _MOST_PROBLEMS) or ["none"])]
+    if found.commands:
+        lines += ["", "To run it", *map(_command, found.commands), *_indented([_WHY_SAMPLING])]
+    return lines
+
+
+def _what_it_is(found: Inspection) -> list[str]:
+    stored = (f"{d.dtype} {d.tensors:,} tensors, {size_in_words(d.bytes)}" for d in found.dtypes)
+    size = f"{found.bytes:,} bytes ({size_in_words(found.bytes)})"
+    facts = {
+        "model type": found.model_type,
+        "layout": "; ".join(found.layout.in_words()),
+        "opens in": _opens(found.opens),
+        "stored as": "; ".join(stored),
+        "size": f"{found.tensors:,} tensors in {_files(found.files)}, {size}",
+        "quantization": _quantization(found),
+        "vision": "yes" if found.vision else "none",
+    }
+    if found.attention is not None:
+        facts |= _attention(found.attention)
+    return [
+        line
+        for label, fact in facts.items()
+        for line in _wrapped(fact, f"  {label:{_LABEL}}", " " * (_LABEL + 2))
+    ]
+
+
+def _opens(opens: Mapping[str, bool]) -> str:
+    yes, no = ([library for library in opens if opens[library] == answer] for answer in (True, False))
+    parts = [f"{' and '.join(yes)}, with this plugin"] if yes else []
+    parts += [f"not in {' and '.join(no)}: see the problems below"] if no else []
+    return "; ".join(parts)
+
+
+def _files(count: int) -> str:
+    return f"{count:,} {'file' if count == 1 else 'files'}"
+
+
+def _quantization(found: Inspection) -> str:
+    if found.components is None:
+        parts = found.layout.foreign_parts
+        return f"unknown ({', '.join(parts)})" if parts else "unknown"
+    quantized = [p for p in found.precisions if p.group_size is not None]
+    kept = [p for p in found.precisions if p.group_size is None]
+    unquantized = ", ".join(f"{p} {_count(p.parameters)}" for p in kept)
+    if not quantized:
+        return f"none: {unquantized}"
+    return ", ".join(f"{p} {_count(p.parameters)}" for p in quantized) + f"; not quantized: {unquantized}"
+
+
+def _attention(attention: AttentionSummary) -> dict[str, str]:
+    sparse, layers = attention.with_indexer, attention.layers
+    indexer = f"{len(sparse)} of {layers} layers" + (f" ({_ranges(sparse)})" if sparse else "")
+    budget = f"{attention.budget:,} tokens, {attention.blocks} blocks of {attention.block_size}"
+    context = f"{attention.context:,} tokens"
+    if attention.yarn is not None:
+        factor, original = map(attention.yarn.get, ("factor", "original_max_position_embeddings"))
+        context += f", by YaRN ({factor} x {original})"
+    return {"indexer": indexer, "block budget": budget, "context": context}
+
+
+def memory_lines(memory: Memory) -> list[str]:
+    kv_8 = "--kv-bits 8" + ("" if memory.kv_group_size == 64 else f" --kv-group-size {memory.kv_group_size}")
+    lines = [f"context costs {memory.per_token:,} bytes per token, {memory.per_token_kv_8:,} with {kv_8}"]
+    if memory.machine is None:
+        return lines
+    here = f"{size_in_words(memory.weights)} of weights, {size_in_words(memory.machine)} of memory here"
+    if not memory.context_kv_8:
+        return [*lines, f"does not fit this machine: {here}"]
+    lines.append(
+        f"{here}, {size_in_words(memory.reserve)} of it reserved for the system: "
+        f"{memory.context:,} tokens fit, {memory.context_kv_8:,} with {kv_8}"
+    )
+    if is_mac() and memory.wired_limit_mb is not None:
+        lines.append(
+            f"to let the GPU use that much: sudo sysctl iogpu.wired_limit_mb={memory.wired_limit_mb}"
+        )
+    return lines
+
+
+def _command(command: str) -> str:
+    """On two lines if one is too long, still ready to paste."""
+    line = f"  {command}"
+    return line if len(line) <= _COLUMNS else line.replace(" --max-tokens", " \\\n    --max-tokens")
+
+
+def _count(count: int) -> str:
+    return next(
+        (f"{count / n:,.3f} {unit}" for n, unit in ((10**9, "B"), (10**6, "M")) if count >= n), f"{count:,}"
+    )
+
+
+def _ranges(numbers: Sequence[int]) -> str:
+    """``3-59``, or ``0-2, 5``."""
+    runs: list[list[int]] = []
+    for number in numbers:
+        if runs and number == runs[-1][-1] + 1:
+            runs[-1].append(number)
+        else:
+            runs.append([number])
+    return ", ".join(str(run[0]) if len(run) == 1 else f"{run[0]}-{run[-1]}" for run in runs)
+
+
+def _indented(lines: Iterable[str]) -> list[str]:
+    return [wrapped for line in lines for wrapped in _wrapped(line, "  ", "    ")]
+
+
+def _wrapped(text: str, first: str, following: str) -> list[str]:
+    # Paths and tensor names are not broken.
+    return textwrap.wrap(
+        text,
+        _COLUMNS,
+        initial_indent=first,
+        subsequent_indent=following,
+        break_long_words=False,
+        break_on_hyphens=False,
+    )

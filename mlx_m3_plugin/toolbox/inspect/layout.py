@@ -8,11 +8,11 @@ from dataclasses import dataclass, field
 
 from ...model.config import TextConfig
 from ...weights import Headers, StoredTensor
-from ...weights.dtypes import name_of, size_in_bytes
+from ...weights.dtypes import name_of
 from ...weights.names import is_unused, is_vision
 from ...weights.quantization import PARTS
 from ...weights.tensor import Tensor
-from ..parameters import COMPONENTS, OTHER, component_of
+from ..parameters import OTHER, bytes_of_components, component_of
 from ..precision import Quantization
 
 # How the layers' names begin.
@@ -28,6 +28,8 @@ _EXPERTS_IN_WORDS = {
     "fused": "experts stacked ({0} rows), gate and up fused",
     "none": "no experts",
 }
+# In the names that transformers' modules have in memory.
+_TRANSFORMERS_MODULES = (".self_attn.indexer.", ".mlp.experts.", ".mlp.gate.", ".mlp.gate_up_proj.")
 _NUMBER = re.compile(r"\.\d+(?=\.)")
 _OUTER = re.compile(r"^((?:model\.|language_model\.)*)(?:layers\.N|embed_tokens|norm)\.")
 _FOREIGN = re.compile(
@@ -117,7 +119,7 @@ def recognise_layout(tensors: Mapping[str, StoredTensor], config: TextConfig | N
     packed = not apart and config is not None and rows == config.num_local_experts + 1
     return Layout(
         names=" and ".join(sorted(f"{prefix}layers" for prefix in outer)) or "none",
-        modules="transformers" if any(map(_is_transformers_module, text)) else "published",
+        modules="transformers" if any(_has(kind, _TRANSFORMERS_MODULES) for kind in text) else "published",
         experts=_arrangement(text, stacks),
         expert_rows=rows,
         shared_expert="apart" if apart else "last row" if packed else "none",
@@ -135,10 +137,6 @@ def _arrangement(kinds: Iterable[str], stacks: Iterable[str]) -> str:
     if any(".gate_up_proj" in kind for kind in stacks):
         return "fused"
     return "stacked" if stacks else "none"
-
-
-def _is_transformers_module(kind: str) -> bool:
-    return _has(kind, (".self_attn.indexer.", ".mlp.experts.", ".mlp.gate.", ".mlp.gate_up_proj."))
 
 
 def _has(name: str, parts: Iterable[str]) -> bool:
@@ -172,25 +170,21 @@ class Precision:
 def measure(
     plan: Mapping[str, Tensor], quantized: Mapping[str, Quantization], headers: Headers
 ) -> tuple[list[Component], list[Precision]]:
-    """Count parameters and bytes, by component and by precision.
-
-    Args:
-        plan: without a prefix, vision included.
-        quantized: module -> its precision.
-        headers: of all tensors, including those that are not in the plan.
-    """
-    components = {name: Component(name) for name in (*COMPONENTS, OTHER)}
+    """Count parameters and bytes, by component and by precision."""
+    sizes = bytes_of_components(headers, plan)
+    components = {name: Component(name, bytes=size) for name, size in sizes.items()}
     by_component: dict[str, dict[str, int]] = defaultdict(lambda: defaultdict(int))
     precisions: dict[str, Precision] = {}
     for name, tensor in plan.items():
         component = components[component_of(name)]
-        component.bytes += size_in_bytes(tensor.shape, tensor.dtype)
         module, _, part = name.rpartition(".")
         if part in PARTS[1:] and f"{module}.weight" in plan:
             continue
-        spec = quantized.get(module) if part == "weight" else None
-        parameters = _count(tensor, spec)
-        precision = _precision(tensor, spec)
+        parameters = math.prod(tensor.shape)
+        precision = Precision(name_of(tensor.dtype), 8 * tensor.dtype.size, None)
+        if part == "weight" and (spec := quantized.get(module)) is not None and spec.bits is not None:
+            parameters = parameters * 32 // spec.bits
+            precision = Precision(spec.mode, spec.bits, spec.group_size)
         entry = precisions.setdefault(str(precision), precision)
         entry.modules += 1
         entry.parameters += parameters
@@ -198,28 +192,13 @@ def measure(
         by_component[component.name][str(precision)] += parameters
     for name, stored_as in by_component.items():
         components[name].stored_as = sorted(stored_as, key=lambda spec: -stored_as[spec])
-    other = components[OTHER]
-    # What is not in the plan, such as heads for multi-token prediction.
-    other.bytes += sum(t.nbytes for t in headers.tensors.values()) - sum(c.bytes for c in components.values())
-    other.parameters += sum(math.prod(t.shape) for n, t in headers.tensors.items() if is_unused(n))
+    components[OTHER].parameters += sum(
+        math.prod(t.shape) for n, t in headers.tensors.items() if is_unused(n)
+    )
     for component in components.values():
-        component.bits_per_weight = bits_per_weight(component.bytes, component.parameters)
+        if component.parameters:
+            component.bits_per_weight = 8 * component.bytes / component.parameters
     return (
         [component for component in components.values() if component.bytes],
         sorted(precisions.values(), key=lambda entry: -entry.parameters),
     )
-
-
-def bits_per_weight(stored_bytes: int, parameters: int) -> float | None:
-    return 8 * stored_bytes / parameters if parameters else None
-
-
-def _count(tensor: Tensor, spec: Quantization | None) -> int:
-    stored = math.prod(tensor.shape)
-    return stored if spec is None or spec.bits is None else stored * 32 // spec.bits
-
-
-def _precision(tensor: Tensor, spec: Quantization | None) -> Precision:
-    if spec is None or spec.bits is None:
-        return Precision(name_of(tensor.dtype), 8 * tensor.dtype.size, None)
-    return Precision(spec.mode, spec.bits, spec.group_size)

@@ -1,10 +1,10 @@
-"""mlx-lm finds shards whatever their names are."""
+"""mlx-lm finds shards under any name, and a stage loads its own."""
 
 import json
 
 import pytest
 
-from mlx_m3_plugin.hosts.mlx_lm.links import with_shards_named_as_expected
+from mlx_m3_plugin.hosts.mlx_lm.sharded import with_shards_named_as_expected
 from tests.checkpoints.tiny_layouts import LAYOUTS
 
 SHARDS = [f"model-0000{n}-of-00003.safetensors" for n in (1, 2, 3)]

@@ -1,0 +1,169 @@
+"""``mlx_vlm.server``'s replies of M3, taken apart by its markers.
+
+A reply is M3's if the arguments of its request are, or by M3's opening marker in them.
+"""
+
+import dataclasses
+import json
+from collections.abc import Callable, Iterator, Mapping
+from functools import cache
+from typing import TYPE_CHECKING, Any
+
+from mlx_m3_plugin.chat.markers import THINK_START, TOOL_CALL_START
+from mlx_m3_plugin.hosts.mlx_vlm.prompts import PARSER_NAME
+from mlx_m3_plugin.hosts.mlx_vlm.requests import M3Arguments, is_text, starts_with_m3
+from mlx_m3_plugin.hosts.patching import Arguments, call, for_m3, where
+
+if TYPE_CHECKING:
+    # Their parsers take milliseconds to import, for which other models are not to wait.
+    from mlx_m3_plugin.chat.reply import ReplySplitter
+    from mlx_m3_plugin.chat.rewriting import ReplyRewriter
+
+
+def _m3_arguments(given: Mapping[str, Any]) -> Any:
+    """Those of this call, at any position; None without any."""
+    return next((value for value in given.values() if isinstance(value, M3Arguments)), None)
+
+
+@where(lambda given: _m3_arguments(given) is not None)
+def generate(original: Any, given: Arguments) -> Any:
+    """Every reply of M3 comes through here."""
+    context, tokens = call(original, given)
+    rewriter = _rewriter(given.arguments["prompt"], _m3_arguments(given.arguments))
+    return context, _RewrittenTokens(tokens, rewriter)
+
+
+def _rewriter(prompt: Any, arguments: Any) -> "ReplyRewriter":
+    from mlx_m3_plugin.chat.rewriting import ReplyRewriter
+
+    tools = getattr(arguments, "tools", None)
+    in_reasoning = isinstance(prompt, str) and prompt.endswith(THINK_START)
+    return ReplyRewriter(tools, in_reasoning, calls_are_text=not tools)
+
+
+def at_prompt_end(marker: str) -> Callable[[Any, Any], Any]:
+    """M3's instructions, and what users write, hold both markers: only the prompt's end counts."""
+
+    @where(lambda given: isinstance(given["args"], M3Arguments))
+    def is_at_end(original: Any, given: Arguments) -> bool:
+        generator, arguments, input_ids = (given.arguments[name] for name in ("self", "args", "input_ids"))
+        tokens = input_ids.flatten().tolist() if input_ids is not None else []
+        end = [generator.tokenizer.convert_tokens_to_ids(marker)]
+        return arguments.enable_thinking and tokens[-1:] == end
+
+    return is_at_end
+
+
+class _RewrittenTokens:
+    """The tokens of a reply, with the text that a server is to see."""
+
+    def __init__(self, tokens: Any, rewriter: "ReplyRewriter"):
+        self._tokens, self._rewriter = tokens, rewriter
+        self._rewritten = self._rewrite()
+
+    def __iter__(self) -> Any:
+        return self
+
+    def __next__(self) -> Any:
+        return next(self._rewritten)
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._tokens, name)
+
+    def _rewrite(self) -> Iterator[Any]:
+        token = None
+        for token in self._tokens:
+            text = self._rewriter.feed(token.text)
+            if token.finish_reason:
+                text += self._rewriter.finish()
+            yield dataclasses.replace(token, text=text)
+        rest = self._rewriter.finish()
+        if token is not None and rest:
+            yield dataclasses.replace(token, text=rest, token_count=0)
+
+
+# What takes replies apart is given M3's opening marker.
+
+
+def thinking_stream_init(module: Any, init: Any) -> Any:
+    def become_m3(given: Arguments) -> None:
+        call(init, given)
+        made = given.arguments["self"]
+        base: Any = type(made)
+        made.__class__ = _m3_stream(base, module.ThinkingStreamDelta)
+
+    return for_m3(init, starts_with_m3, become_m3)
+
+
+@where(starts_with_m3)
+def thinking_stream_markers(original: Any, given: Arguments) -> Any:
+    """``<think>`` in a reply of M3 is text."""
+    return ((given.arguments["thinking_start_token"], given.arguments["thinking_end_token"]),)
+
+
+@cache
+def _m3_stream(base: Any, delta: Any) -> Any:
+    class M3Stream(base):  # type: ignore[misc]
+        """The text itself says whether it begins in reasoning."""
+
+        def feed(self, text: Any, *args: Any, **kwargs: Any) -> Any:
+            splitter = self.__dict__.setdefault("_m3_splitter", _splitter())
+            was_in_reasoning = splitter.in_reasoning
+            reasoning, content = _split(splitter, text or "")
+            closed = was_in_reasoning and not splitter.in_reasoning
+            return delta(reasoning=reasoning or None, content=content or None, thinking_closed=closed)
+
+    return M3Stream
+
+
+@where(lambda given: starts_with_m3(given) and bool(given["text"]))
+def split_thinking(original: Any, given: Arguments) -> Any:
+    reasoning, content = _split(_splitter(), given.arguments["text"])
+    return reasoning or None, content
+
+
+def _splitter() -> "ReplySplitter":
+    from mlx_m3_plugin.chat.reply import ReplySplitter
+
+    return ReplySplitter()
+
+
+def _split(splitter: "ReplySplitter", text: str) -> tuple[str, str]:
+    """Reasoning and content.  Calls stay in the content, where the server takes them out."""
+    said = {"reasoning": "", "content": ""}
+    # No marker is in two pieces, thanks to the rewriting.
+    for part in splitter.feed(text) + splitter.flush():
+        if part.kind != "problem":
+            said["reasoning" if part.kind == "reasoning" else "content"] += part.text
+    return said["reasoning"], said["content"]
+
+
+# until: mlx-vlm 0.7
+@where(lambda given: is_text(given["tc_start"], TOOL_CALL_START) and bool(given["delta_content"]))
+def text_after_calls(original: Any, given: Arguments) -> Any:
+    """mlx-vlm 0.6 shows nothing more of a reply once a call has begun."""
+    from mlx_m3_plugin.chat.reply import ReplyParser
+
+    parser = ReplyParser()
+    events = parser.feed(given.arguments["delta_content"]) + parser.finish()
+    return False, "".join(event.text for event in events if event.kind == "content") or None
+
+
+def _parses_m3(given: Mapping[str, Any]) -> bool:
+    # In upstream's own order; what is not there is not read.
+    state = given["self"]
+    return bool(getattr(state, "tools", None)) and getattr(state, "parser_name", None) == PARSER_NAME
+
+
+@where(_parses_m3)
+def tool_deltas(original: Any, given: Arguments) -> Any:
+    """A call of M3 is sent when it is complete, not when all are."""
+    from mlx_m3_plugin.chat.reply import ReplyParser
+
+    state, text = given.arguments["self"], given.arguments["text"]
+    parser = ReplyParser(state.tools)
+    calls = [event.call for event in parser.feed(text or "") + parser.finish() if event.call]
+    return [
+        state._update(len(state.calls), call.name.strip(), json.dumps(call.arguments, ensure_ascii=False))
+        for call in calls
+    ]
