@@ -11,6 +11,9 @@ from .config import TextConfig
 from .host import Host
 from .norm import GemmaRMSNorm, make_norm, norm_heads
 
+# Up to so many tokens, starting kernels costs a GPU more than a copy of all heads.
+_TOGETHER = 256
+
 
 class Attention(nn.Module):
     """Grouped-query attention; sparse where the config says so.
@@ -115,9 +118,13 @@ class Attention(nn.Module):
         return rotated + [None] * (4 - len(rotated))
 
     def _norm_and_rotate(self, heads: list[mx.array], norms: list[Any], offset: int | mx.array) -> list[Any]:
-        """``[B, L, H, D]`` -> ``[B, H, L, D]`` each; in one go where all are of one width, as in M3."""
-        widths = {part.shape[-1] for part in heads}
-        if len(widths) > 1 or not all(isinstance(norm, GemmaRMSNorm) for norm in norms):
+        """``[B, L, H, D]`` -> ``[B, H, L, D]`` each; few tokens in one go, where all heads are alike."""
+        batch, length, _, width = heads[0].shape
+        are_alike = all(
+            part.shape[-1] == width and isinstance(norm, GemmaRMSNorm)
+            for part, norm in zip(heads, norms, strict=True)
+        )
+        if not are_alike or batch * length > _TOGETHER:
             normed = [part if norm is None else norm(part) for part, norm in zip(heads, norms, strict=True)]
             return [self.rope(part.swapaxes(1, 2), offset=offset) for part in normed]
         counts = [part.shape[2] for part in heads]

@@ -100,17 +100,18 @@ class Work(NamedTuple):
 
 
 class Rates(NamedTuple):
-    """Bytes, and operations of float32 products and of the fused attention, in a second."""
+    """Bytes, and operations of float32 products and of the fused attention, in a second; seconds a launch."""
 
     bytes: float
     float32: float
     fused: float
+    launch: float
 
 
 # M3 Ultra: its memory's rate, and what has been measured of MLX's products there (docs/benchmarks).
-GPU = Rates(bytes=819e9, float32=9.5e12, fused=16.5e12)
+GPU = Rates(bytes=819e9, float32=9.5e12, fused=16.5e12, launch=4e-6)
 # Two cores with AVX2.  The fused attention has no kernel of its own on a CPU.
-CPU = Rates(bytes=8e9, float32=6e10, fused=0)
+CPU = Rates(bytes=8e9, float32=6e10, fused=0, launch=1e-6)
 
 
 def choose_form(work: Work, tile_bytes: int, gpu: bool) -> str:
@@ -136,11 +137,15 @@ def expected_seconds(work: Work, rates: Rates) -> dict[str, float]:
     # All of it is the fused attention's, or memory's, work.
     fused = rates.fused or rates.float32
     seconds = {
-        "by_query": gathered / rates.bytes + products * work.n_chosen / fused,
-        "by_pairs": (11 * pass_bytes + casts) / rates.bytes + products * work.n_chosen / rates.float32,
+        "by_query": gathered / rates.bytes + products * work.n_chosen / fused + 5 * rates.launch,
+        "by_pairs": (11 * pass_bytes + casts) / rates.bytes
+        + products * work.n_chosen / rates.float32
+        + 30 * work.groups * rates.launch,
     }
     if rates.fused and not work.is_quantized:
         mask = 3 * queries * work.groups * work.n_slots
         keys_values = group_channels * work.n_slots * work.itemsize
-        seconds["densely"] = (mask + keys_values) / rates.bytes + products * work.n_slots / fused
+        seconds["densely"] = (
+            (mask + keys_values) / rates.bytes + products * work.n_slots / fused + 7 * rates.launch
+        )
     return seconds

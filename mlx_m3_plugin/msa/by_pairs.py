@@ -31,8 +31,6 @@ _NOTHING = -1e30
 # Float32 arrays of the size of a tile's scores: scores, weights, partial outputs in two orders, and what
 # MLX allocates ahead.
 _ARRAYS = 5
-# A CPU is fastest with tiles about the size of its caches.
-_CPU_TILE_BYTES = 16 << 20
 
 
 def attend_by_pairs(
@@ -58,8 +56,12 @@ def attend_by_pairs(
 
 
 def pairs_fit(n_slots: int, channels: int, itemsize: float, is_quantized: bool, tile_bytes: int) -> bool:
-    """Whether one group's K and V in float32, and a tile of scores, are within the memory of a tile."""
-    return _cast_bytes(n_slots, channels, itemsize, is_quantized) <= tile_bytes * 3 // 4
+    """Whether one group's K and V in float32 fit in the memory of a tile beside a tile of scores.
+
+    A CPU's tiles are small for another reason than memory: there they may take three times as much.
+    """
+    most = tile_bytes * 3 // 4 if on_gpu() else tile_bytes * 3
+    return _cast_bytes(n_slots, channels, itemsize, is_quantized) <= most
 
 
 def _cast_bytes(n_slots: int, channels: int, itemsize: float, is_quantized: bool) -> int:
@@ -87,7 +89,7 @@ def _attend(
     quantized = isinstance(keys, Quantized)
     itemsize = 0 if isinstance(keys, Quantized) else keys.dtype.size
     casts = _cast_bytes(batch * keys.shape[2], keys.shape[-1] + values.shape[-1], itemsize, quantized)
-    arrays_bytes = tile_bytes - casts if on_gpu() else min(tile_bytes - casts, _CPU_TILE_BYTES)
+    arrays_bytes = tile_bytes - casts if on_gpu() else tile_bytes
     tile_length = max(1, arrays_bytes // (_ARRAYS * 4 * batch * heads * k * block_size))
     queries_per_block = batch * length * k * heads * block_size // keys.shape[2]
 
