@@ -47,14 +47,11 @@ Results = dict[str, dict[Case, Counted]]
 
 def all_cases() -> list[Case]:
     works = [
-        *product([1], [1 * K, 8 * K, 32 * K, 128 * K, 1024 * K]),
-        *product([512, 2048, 4096], [8 * K, 32 * K, 128 * K]),
+        *product([1], [1 * K, 8 * K, 32 * K, 128 * K, 1024 * K], [1, 4, 8]),
+        *product([512, 2048, 4096], [8 * K, 32 * K, 128 * K], [1]),
     ]
     kinds = [(False, 16), (True, 16), (False, 8)]
-    return [
-        Case(*work, rows, *kind, layer)
-        for layer, work, kind, rows in product(["sparse", "dense"], works, kinds, [1, 4, 8])
-    ]
+    return [Case(*work, *kind, layer) for layer, work, kind in product(["sparse", "dense"], works, kinds)]
 
 
 def main() -> None:

@@ -7,6 +7,7 @@ the process: with ``MLX_M3_PLUGIN=off`` both libraries serve their own.
 from collections.abc import Callable
 from dataclasses import dataclass
 from importlib import import_module
+from types import ModuleType
 from typing import Any
 
 import mlx.core as mx
@@ -74,24 +75,25 @@ class Layer:
     """A decoder layer of a library with what it needs to be called.
 
     Attributes:
-        call: ``(x [B, L, hidden], mask, cache entry)`` -> ``[B, L, hidden]``.
+        module: ``(x [B, L, hidden], mask, cache entry)`` -> ``[B, L, hidden]``.
         new_entry: ``(left paddings or None)`` -> an empty entry of the prompt cache.
         make_mask: ``(x, entry)`` -> what the model passes to each layer.
         fill: appends K, V and index keys (or None) to an entry.
     """
 
-    call: Callable[..., mx.array]
     module: Any
     new_entry: Callable[[list[int] | None], Any]
     make_mask: Callable[[mx.array, Any], Any]
     fill: Callable[[Any, mx.array, mx.array, mx.array | None], None]
 
 
-def make_layers(host: str, kind: str, number: int, sizes: Sizes = M3) -> list[Layer]:
-    """``number`` layers of this process's M3 class in ``host``, with weights that were never evaluated."""
+def make_layers(
+    host: str, kind: str, number: int, sizes: Sizes = M3, module: ModuleType | None = None
+) -> list[Layer]:
+    """``number`` layers of ``module`` or this process's M3 class in ``host``; no weight was evaluated."""
     import mlx.nn as nn
 
-    module = import_module(f"{host}.models.minimax_m3_vl")
+    module = module or import_module(f"{host}.models.minimax_m3_vl")
     arguments = module.ModelArgs if host == "mlx_lm" else module.ModelConfig
     model = module.Model(arguments.from_dict(config(kind, number, sizes)))
     model.set_dtype(mx.bfloat16)
@@ -102,18 +104,23 @@ def make_layers(host: str, kind: str, number: int, sizes: Sizes = M3) -> list[La
             4,
             class_predicate=lambda path, m: hasattr(m, "to_quantized") and not path.endswith(".gate"),
         )
-    for path, part in model.named_modules():
-        if path.endswith("block_sparse_moe.gate"):
-            part.weight = part.weight.astype(mx.float32)
+    for part in model.modules():
+        if "e_score_correction_bias" in part:
+            # As the checkpoints store the router.
+            part.gate.weight = part.gate.weight.astype(mx.float32)
+            part.e_score_correction_bias = part.e_score_correction_bias.astype(mx.float32)
     text = model if host == "mlx_lm" else model.language_model
     decoder = text.layers if host == "mlx_lm" else text.model.layers
     connect = connect_mlx_lm if host == "mlx_lm" else connect_mlx_vlm
-    return [connect(layer, text.make_cache, module, kind == "sparse") for layer in decoder]
+    return [connect(layer, text.make_cache, kind == "sparse") for layer in decoder]
 
 
-def connect_mlx_lm(layer: Any, make_cache: Callable[[], Any], module: Any, sparse: bool) -> Layer:
+def connect_mlx_lm(layer: Any, make_cache: Callable[[], Any], sparse: bool) -> Layer:
     from mlx_lm.models.base import create_attention_mask
-    from mlx_lm.models.cache import BatchKVCache
+    from mlx_lm.models.cache import BatchKVCache, KVCache
+
+    # Nothing reads them; a cache with a meta_state cannot be without.  until: mlx-lm 0.32
+    value_width = 1 if hasattr(KVCache, "meta_state") else 0
 
     def new_entry(paddings: list[int] | None) -> Any:
         entry = make_cache()[0]
@@ -122,12 +129,14 @@ def connect_mlx_lm(layer: Any, make_cache: Callable[[], Any], module: Any, spars
     def fill(entry: Any, keys: mx.array, values: mx.array, index_keys: mx.array | None) -> None:
         entry[0].update_and_fetch(keys, values)
         if index_keys is not None:
-            entry[1].update_and_fetch(index_keys, mx.zeros((*index_keys.shape[:-1], 0), index_keys.dtype))
+            entry[1].update_and_fetch(
+                index_keys, mx.zeros((*index_keys.shape[:-1], value_width), index_keys.dtype)
+            )
 
-    return Layer(layer, layer, new_entry, lambda x, entry: create_attention_mask(x, entry[0]), fill)
+    return Layer(layer, new_entry, lambda x, entry: create_attention_mask(x, entry[0]), fill)
 
 
-def connect_mlx_vlm(layer: Any, make_cache: Callable[[], Any], module: Any, sparse: bool) -> Layer:
+def connect_mlx_vlm(layer: Any, make_cache: Callable[[], Any], sparse: bool) -> Layer:
     language = import_module("mlx_vlm.models.minimax_m3_vl.language")
     from mlx_vlm.models.base import create_attention_mask
 
@@ -145,7 +154,7 @@ def connect_mlx_vlm(layer: Any, make_cache: Callable[[], Any], module: Any, spar
         skipped = getattr(entry, "can_skip_decode_mask", lambda length: False)(x.shape[1])
         return None if skipped else create_attention_mask(x, entry)
 
-    return Layer(layer, layer, new_entry, mask, fill)
+    return Layer(layer, new_entry, mask, fill)
 
 
 def filled_entry(layer: Layer, case: Case, make: Callable[..., mx.array], sizes: Sizes = M3) -> Any:

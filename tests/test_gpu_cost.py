@@ -8,6 +8,7 @@ from typing import Any
 
 import mlx.core as mx
 import pytest
+from mlx_lm.models.cache import KVCache
 
 sys.path.insert(0, str(Path(__file__).parents[1] / "benchmarks"))
 
@@ -21,20 +22,22 @@ from graph_cost import Work, as_on_a_gpu, count, given
 # Of one layer in bf16 with 4-bit weights: at most so many launches and MB, routed experts apart. These are
 # today's figures: lower them with every change that lowers what is counted.
 LIMITS = {
-    Case(1, 1024): (68, 99.5),
-    Case(1, 8192): (115, 135.8),
-    Case(1, 131072): (115, 489.8),
-    Case(1, 1 << 20): (115, 3_134),
-    Case(1, 8192, padded=True): (129, 136.9),
-    Case(1, 8192, rows=8): (115, 402.3),
-    Case(1, 8192, rows=8, padded=True): (129, 408.4),
-    Case(1, 8192, kv_bits=8): (127, 138.4),
+    Case(1, 1024): (67, 99.5),
+    Case(1, 8192): (114, 135.7),
+    Case(1, 131072): (114, 489.8),
+    Case(1, 1 << 20): (114, 3_133.2),
+    Case(1, 8192, padded=True): (128, 136.6),
+    Case(1, 8192, rows=8): (114, 402.3),
+    Case(1, 8192, rows=8, padded=True): (128, 408.3),
+    Case(1, 8192, kv_bits=8): (126, 138.4),
     Case(1, 8192, layer="dense"): (35, 205.5),
-    Case(512, 8192): (455, 7_916),
-    Case(512, 8192, rows=4, padded=True): (1_758, 31_612),
-    Case(512, 8192, kv_bits=8): (311, 6_076.5),
-    Case(2048, 32768): (1_607, 33_344),
+    Case(512, 8192): (454, 7_916),
+    Case(512, 8192, rows=4, padded=True): (1_757, 31_612),
+    Case(512, 8192, kv_bits=8): (310, 6_077),
+    Case(2048, 32768): (1_606, 33_344),
 }
+# A cache with a meta_state holds values beside the index keys that nothing reads.  until: mlx-lm 0.32
+UNREAD = 2 if hasattr(KVCache, "meta_state") else 0
 # Arithmetic of attention, of what the chosen blocks need.
 MOST_ARITHMETIC = 1.1
 BF16 = mx.bfloat16
@@ -49,7 +52,7 @@ def ours() -> dict[Case, Counted]:
 def test_what_a_layer_costs(case: Case, ours: dict[Case, Counted]) -> None:
     counted, (launches, megabytes) = ours[case], LIMITS[case]
     assert not counted.missing
-    assert counted.launches <= launches
+    assert counted.launches <= launches + UNREAD
     assert counted.other_bytes / 1e6 <= megabytes
     moved, flops = bound(case)
     # A count below what must be done has missed something.
