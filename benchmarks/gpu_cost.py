@@ -94,8 +94,8 @@ def page(cases: Sequence[Case], results: Results) -> Iterator[str]:
     yield CHECKS
     head = ["work", "published ms", "forecast ms", "forecast / published", ""]
     yield from table(head, check_rows(results))
-    yield "\nForms of attention for 2,048 queries at 32K on an M3 Ultra:\n"
-    yield from table(["form", "ms"], ([form, number(ms)] for form, ms in forms(results).items()))
+    yield "\nForms of attention on an M3 Ultra:\n"
+    yield from table(["form", "MB", "GFLOP", "ms"], form_rows(cases, results))
     for case in IN_DETAIL:
         if case in cases:
             yield f"\n## {case}, by primitive\n"
@@ -203,16 +203,23 @@ def check_rows(results: Results) -> Iterator[list[str]]:
         yield [check.part, number(check.published), number(check.forecast), f"{check.off:.2f}", fitted]
 
 
-def forms(results: Results) -> dict[str, float]:
-    """Milliseconds of attention, M3 Ultra, 2,048 queries at 32K: ThunderMLX's as published, else forecast."""
-    case = Case(2048, 32 * K)
-    published = {(queries, context): parts for queries, context, parts in PREFILL}
-    made = {"ThunderMLX, sorted by block (published)": published[2048, 32 * K]["sparse attention"]}
-    if case in results[OURS]:
-        made["ours"] = 1e3 * seconds(results[OURS][case].parts["attention"], M3_ULTRA)
-        dense = results[MLX_LM][case].fused_attention
-        made["stock mlx-lm, dense with a mask of blocks"] = 1e3 * seconds(dense, M3_ULTRA)
-    return made
+def form_rows(cases: Sequence[Case], results: Results) -> Iterator[list[str]]:
+    """Ours and stock's dense attention for chunks, forecast; ThunderMLX's as published."""
+    published = {(queries, context): parts["sparse attention"] for queries, context, parts in PREFILL}
+    for case in IN_DETAIL:
+        if case not in cases or case.queries == 1:
+            continue
+        ours, stock = results[OURS][case], results[MLX_LM][case]
+        works = {"ours": ours.parts["attention"]}
+        works |= {f"ours, {form}": work for form, work in ours.forms.items()}
+        works |= {"mlx-lm, dense with a mask": stock.fused_attention}
+        for form, work in works.items():
+            flops = sum(n * operation.flops for operation, n in work.items())
+            cells = bytes_of(work) / 1e6, flops / 1e9, 1e3 * seconds(work, M3_ULTRA)
+            yield [f"{case}: {form}", *map(number, cells)]
+        if (case.queries, case.context) in published:
+            milliseconds = published[case.queries, case.context]
+            yield [f"{case}: ThunderMLX, sorted by block (published)", "", "", number(milliseconds)]
 
 
 def primitives(case: Case, results: Results) -> Iterator[list[str]]:

@@ -19,8 +19,9 @@ from graph_cost import ATTENTION, Work, as_on_a_gpu, count, given, given_like
 from mlx.utils import tree_map
 
 OURS, MLX_LM, MLX_VLM = "ours", "mlx-lm", "mlx-vlm"
-# The host, and whether the plugin is on.
-LIBRARIES = {OURS: ("mlx_lm", True), MLX_LM: ("mlx_lm", False), MLX_VLM: ("mlx_vlm", False)}
+# The host, and the environment that its process gets.
+_ON, _OFF = {"MLX_M3_PLUGIN": "on"}, {"MLX_M3_PLUGIN": "off"}
+LIBRARIES = {OURS: ("mlx_lm", _ON), MLX_LM: ("mlx_lm", _OFF), MLX_VLM: ("mlx_vlm", _OFF)}
 # The primitives of stock's attention.
 ATTENDING = (ATTENTION, "minimax_m3_sparse_prefill")
 # Arrays up to this size are evaluated, so that what a module computes of them once can be, too.
@@ -31,11 +32,15 @@ UNUSED_SLOTS = 128
 
 @dataclass
 class Counted:
-    """The work of one layer, and ours of ``selection`` and ``attention`` alone; or why there is none."""
+    """The work of one layer, or why there is none.
+
+    ``parts`` are our ``selection`` and ``attention`` alone, ``forms`` the ways to compute that attention.
+    """
 
     case: Case
     total: Counter[Work] = field(default_factory=Counter)
     parts: dict[str, Counter[Work]] = field(default_factory=dict)
+    forms: dict[str, Counter[Work]] = field(default_factory=dict)
     missing: str = ""
 
     @property
@@ -84,7 +89,7 @@ def bytes_of(work: Counter[Work]) -> int:
 
 def count_library(library: str, cases: Sequence[Case]) -> dict[Case, Counted]:
     """Every case of a library, in a process of its own."""
-    environment = os.environ | {"MLX_M3_PLUGIN": "on" if LIBRARIES[library][1] else "off"}
+    environment = os.environ | LIBRARIES[library][1]
     child = subprocess.run(
         [sys.executable, __file__, library],
         input=json.dumps([asdict(case) for case in cases]),
@@ -101,11 +106,11 @@ def to_json(counted: Counted) -> dict[str, Any]:
     def listed(work: Counter[Work]) -> list[Any]:
         return [[*astuple(operation), n] for operation, n in work.items()]
 
-    parts = {name: listed(work) for name, work in counted.parts.items()}
     return {
         "case": asdict(counted.case),
         "total": listed(counted.total),
-        "parts": parts,
+        "parts": {name: listed(work) for name, work in counted.parts.items()},
+        "forms": {name: listed(work) for name, work in counted.forms.items()},
         "missing": counted.missing,
     }
 
@@ -114,8 +119,13 @@ def from_json(data: dict[str, Any]) -> Counted:
     def unlisted(rows: list[Any]) -> Counter[Work]:
         return Counter({Work(*work): n for *work, n in rows})
 
-    parts = {name: unlisted(rows) for name, rows in data["parts"].items()}
-    return Counted(Case(**data["case"]), unlisted(data["total"]), parts, data["missing"])
+    return Counted(
+        Case(**data["case"]),
+        unlisted(data["total"]),
+        {name: unlisted(rows) for name, rows in data["parts"].items()},
+        {name: unlisted(rows) for name, rows in data["forms"].items()},
+        data["missing"],
+    )
 
 
 # --- in the child ---
@@ -123,12 +133,12 @@ def from_json(data: dict[str, Any]) -> Counted:
 
 def main() -> None:
     cases = [Case(**case) for case in json.load(sys.stdin)]
-    host, plugin = LIBRARIES[sys.argv[1]]
+    host, environment = LIBRARIES[sys.argv[1]]
     with as_on_a_gpu():
         layers = {kind: make_layers(host, kind, 2) for kind in sorted({case.layer for case in cases})}
         for layer in (layer for pair in layers.values() for layer in pair):
             replace_weights(layer)
-        if plugin != ("mlx_m3_plugin.model" in sys.modules):
+        if (environment == _ON) != ("mlx_m3_plugin.model" in sys.modules):
             raise SystemExit(
                 f"{sys.argv[1]} does not serve here: is mlx-m3-plugin installed? try mlx-m3 doctor"
             )
@@ -156,7 +166,7 @@ def evaluate_small(layer: Layer) -> None:
 def count_case(layers: Sequence[Layer], case: Case) -> Counted:
     """The second layer's work: what a step does once for all layers is in the first."""
     try:
-        parts = parts_of(layers, case)
+        parts, forms = parts_of(layers, case)
         one, two = (count_layers(layers[:n], case) for n in (1, 2))
     except (NotImplementedError, AttributeError) as error:
         # Stock mlx-vlm has quantized caches for dense layers, which it cannot use.
@@ -165,7 +175,7 @@ def count_case(layers: Sequence[Layer], case: Case) -> Counted:
         return Counted(case, missing=str(error))
     if one - two:
         raise AssertionError(f"{case}: the first layer does what the second does not add to: {one - two}")
-    return Counted(case, two - one, parts)
+    return Counted(case, two - one, parts, forms)
 
 
 def count_layers(layers: Sequence[Layer], case: Case) -> Counter[Work]:
@@ -202,11 +212,16 @@ def with_room(entry: Any, case: Case) -> Any:
     return entry
 
 
-def parts_of(layers: Sequence[Layer], case: Case) -> dict[str, Counter[Work]]:
-    """Work of ``msa``'s functions alone, as the first layer calls them; empty for stock's classes."""
+def parts_of(
+    layers: Sequence[Layer], case: Case
+) -> tuple[dict[str, Counter[Work]], dict[str, Counter[Work]]]:
+    """Work of ``msa``'s functions alone, as the first layer calls them, and of all forms of attention.
+
+    Both are empty for stock's classes.
+    """
     msa = sys.modules.get("mlx_m3_plugin.msa")
     if msa is None:
-        return {}
+        return {}, {}
     names = {"select_blocks": "selection", "attend": "attention"}
     originals = {name: getattr(msa, name) for name in names}
     calls = {}
@@ -228,13 +243,19 @@ def parts_of(layers: Sequence[Layer], case: Case) -> dict[str, Counter[Work]]:
             setattr(msa, name, original)
     # What modules have computed once, and kept, is there from now on.
     evaluate_small(layers[0])
-    parts = {}
-    for name, (arguments, options) in calls.items():
-        again = [settled(a) for a in arguments], {key: settled(a) for key, a in options.items()}
-        parts[names[name]] = count(
-            lambda _, name=name, again=again: originals[name](*again[0], **again[1]), x
-        )
-    return parts
+    calls = {
+        name: ([settled(a) for a in arguments], {key: settled(a) for key, a in options.items()})
+        for name, (arguments, options) in calls.items()
+    }
+
+    def alone(name: str, **more: Any) -> Counter[Work]:
+        arguments, options = calls[name]
+        return count(lambda _: originals[name](*arguments, **options, **more), x)
+
+    parts = {names[name]: alone(name) for name in calls}
+    # Where attention has several forms, each of them.
+    forms = getattr(sys.modules["mlx_m3_plugin.msa.attend"], "FORMS", {}) if "attend" in calls else {}
+    return parts, {form: alone("attend", form=form) for form in forms}
 
 
 def settled(value: Any) -> Any:

@@ -38,6 +38,8 @@ LIMITS = {
 }
 # A cache with a meta_state holds values beside the index keys that nothing reads.  until: mlx-lm 0.32
 UNREAD = 2 if hasattr(KVCache, "meta_state") else 0
+# MB of choosing blocks and attending to them alone.
+PARTS = {Case(512, 8192): 6_901, Case(2048, 32768): 29_572}
 # Arithmetic of attention, of what the chosen blocks need.
 MOST_ARITHMETIC = 1.1
 BF16 = mx.bfloat16
@@ -60,6 +62,15 @@ def test_what_a_layer_costs(case: Case, ours: dict[Case, Counted]) -> None:
     assert sum(n * work.flops for work, n in counted.total.items()) >= flops
     if case.drops_blocks:
         assert 1 <= counted.attention_flops / attention_flops(case) <= MOST_ARITHMETIC
+
+
+@pytest.mark.parametrize("case", PARTS, ids=str)
+def test_what_selection_and_attention_cost(case: Case, ours: dict[Case, Counted]) -> None:
+    parts = ours[case].parts
+    assert set(parts) == {"selection", "attention"}
+    megabytes = sum(n * work.bytes for part in parts.values() for work, n in part.items()) / 1e6
+    # Not more than the whole layer, which has the same operations in it.
+    assert megabytes <= min(PARTS[case], ours[case].other_bytes / 1e6)
 
 
 # --- counting ---
