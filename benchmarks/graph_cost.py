@@ -6,7 +6,7 @@ Nothing is computed, so a graph of any size is counted in milliseconds, as on a 
         work = count(function, given((1, 4096), mx.bfloat16))
 
 ``mx.export_function`` gives every primitive of a graph. It takes apart what one kernel does on a GPU
-(``mx.fast``, softmax, compiled functions), so stand-ins put one node in the place of each. What is counted:
+(``mx.fast``, quantizing, compiled functions), so stand-ins put one node in the place of each. What counts:
 
 * A view takes nothing. A reshape that strides do not allow is a copy.
 * Every other primitive is one launch that reads its inputs and writes its outputs once. A broadcast input is
@@ -373,10 +373,6 @@ def distinct(groups: int, pairs: int) -> float:
     return groups * (1 - (1 - together / groups) ** (pairs / together))
 
 
-def softmax(x: mx.array, axis: Any = None, *, precise: bool = False, **_: Any) -> mx.array:
-    return one_launch("Softmax", [x], [(x.shape, x.dtype)])[0]
-
-
 def quantize(w: mx.array, group_size: int = 64, bits: int = 4, mode: str = "affine", **_: Any) -> Any:
     *leading, last = w.shape
     scales = ((*leading, last // group_size), w.dtype)
@@ -490,7 +486,6 @@ def as_on_a_gpu() -> Iterator[None]:
     """Stand-ins in the place of MLX's functions, and a Mac's answers about its device."""
     replacements = [
         (mx, "compile", compiled),
-        (mx, "softmax", softmax),
         (mx, "gather_mm", gather_mm),
         (mx, "gather_qmm", gather_qmm),
         (mx, "quantize", quantize),

@@ -13,6 +13,7 @@ from mlx_lm.models.cache import KVCache
 sys.path.insert(0, str(Path(__file__).parents[1] / "benchmarks"))
 
 import gpu_cost
+import graph_cost
 import kernel_costs
 from gpu_count import OURS, Counted, count_library, from_json, to_json
 from gpu_forecast import M3_ULTRA, MACHINES, PREFILL, checks, seconds, seconds_of
@@ -255,6 +256,7 @@ def test_a_kernel_without_a_cost_is_an_error() -> None:
 
 def test_a_mac_s_device_answers_while_counting_and_only_then() -> None:
     before = mx.compile, mx.default_device(), mx.fast.rms_norm
+    assert mx.compile is not graph_cost.compiled
     with as_on_a_gpu():
         assert mx.default_device() == mx.gpu
         assert mx.metal.is_available()
