@@ -2,7 +2,9 @@
 
 import sys
 from pathlib import Path
+from typing import Any
 
+import mlx.core as mx
 import pytest
 
 sys.path.insert(0, str(Path(__file__).parents[2] / "benchmarks"))
@@ -27,7 +29,16 @@ def test_stock_layers_are_counted(library: str) -> None:
 
 @pytest.mark.parametrize("case", [Case(1, 2304, rows=2, padded=True), Case(3, 64, layer="dense")], ids=str)
 def test_small_layers_of_both_libraries_are_measured(case: Case, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Twice, so that a cache that was not trimmed would have grown."""
+    """Each turn leaves the caches as it has found them."""
+    turn = engine.one_turn
+
+    def watched_turn(layer: Any, entry: Any, x: mx.array, case: Case) -> float:
+        before = mx.array(entry[0].offset).tolist()
+        milliseconds = turn(layer, entry, x, case)
+        assert mx.array(entry[0].offset).tolist() == before
+        return milliseconds
+
+    monkeypatch.setattr(engine, "one_turn", watched_turn)
     monkeypatch.setattr(engine, "TURNS", 2)
     (times,) = engine.measure([case], engine.TINY).values()
     assert set(times) == {OURS, MLX_LM}
