@@ -48,7 +48,7 @@ def attend(
             the last token.  No copy is made if S is a multiple of ``block_size``.
         values: ``[B, G, S, Dv]``, likewise.
         block_ids: ``[B, G, L, k]`` int32 from :func:`.select.select_blocks`; -1 is skipped.
-        offset: content position of the first query, for all rows or for each.
+        offset: content position of the first query; for each row where ``left_padding`` is given.
         left_padding: cache slots before each row's first token, or None.
         block_size: keys per block.
         scale: factor of the dot products, ``D ** -0.5`` in M3.
@@ -100,18 +100,18 @@ class Work(NamedTuple):
 
 
 class Rates(NamedTuple):
-    """Bytes, and operations of float32 products and of the fused attention, in a second; seconds a launch."""
+    """Bytes, and operations of grouped products and of the fused attention, in a second; seconds a launch."""
 
     bytes: float
-    float32: float
+    grouped: float
     fused: float
     launch: float
 
 
-# M3 Ultra: its memory's rate, and what has been measured of MLX's products there (docs/benchmarks).
-GPU = Rates(bytes=819e9, float32=9.5e12, fused=16.5e12, launch=4e-6)
-# Two cores with AVX2.  The fused attention has no kernel of its own on a CPU.
-CPU = Rates(bytes=8e9, float32=6e10, fused=0, launch=1e-6)
+# M3 Ultra: its memory's rate, and what was measured of MLX's products there (docs/benchmarks/gpu_cost.md).
+GPU = Rates(bytes=819e9, grouped=9.5e12, fused=16.5e12, launch=4e-6)
+# One core, as measured by benchmarks/attention_forms.py.
+CPU = Rates(bytes=8e9, grouped=6e9, fused=3.5e9, launch=8e-5)
 
 
 def choose_form(work: Work, tile_bytes: int, gpu: bool) -> str:
@@ -134,18 +134,16 @@ def expected_seconds(work: Work, rates: Rates) -> dict[str, float]:
     casts = (
         0 if work.itemsize == 4 or work.is_quantized else group_channels * work.n_slots * (work.itemsize + 8)
     )
-    # All of it is the fused attention's, or memory's, work.
-    fused = rates.fused or rates.float32
     seconds = {
-        "by_query": gathered / rates.bytes + products * work.n_chosen / fused + 5 * rates.launch,
+        "by_query": gathered / rates.bytes + products * work.n_chosen / rates.fused + 5 * rates.launch,
         "by_pairs": (11 * pass_bytes + casts) / rates.bytes
-        + products * work.n_chosen / rates.float32
+        + products * work.n_chosen / rates.grouped
         + 30 * work.groups * rates.launch,
     }
-    if rates.fused and not work.is_quantized:
+    if not work.is_quantized:
         mask = 3 * queries * work.groups * work.n_slots
         keys_values = group_channels * work.n_slots * work.itemsize
         seconds["densely"] = (
-            (mask + keys_values) / rates.bytes + products * work.n_slots / fused + 7 * rates.launch
+            (mask + keys_values) / rates.bytes + products * work.n_slots / rates.fused + 7 * rates.launch
         )
     return seconds

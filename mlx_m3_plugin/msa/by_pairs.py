@@ -16,11 +16,9 @@ from .common import (
     fused,
     in_sequence,
     joined,
-    later,
     map_arrays,
     on_gpu,
     over_queries,
-    query_positions,
     row_by_row,
     transposed,
     without_padding,
@@ -46,6 +44,7 @@ def attend_by_pairs(
 ) -> mx.array:
     """As :func:`.attend.attend`.  Padded rows go one after the other."""
     if left_padding is None:
+        assert isinstance(offset, int)
         return _attend(queries, keys, values, block_ids, offset, block_size, scale, tile_bytes)
 
     def attend_row(row: slice, queries: mx.array, first: int, padding: int) -> mx.array:
@@ -76,7 +75,7 @@ def _attend(
     keys: KeysValues,
     values: KeysValues,
     block_ids: mx.array,
-    offset: Offset,
+    offset: int,
     block_size: int,
     scale: float,
     tile_bytes: int,
@@ -85,7 +84,7 @@ def _attend(
     batch, n_heads, length, _ = queries.shape
     groups, k = block_ids.shape[1], block_ids.shape[3]
     heads = n_heads // groups
-    keys, values = (whole_blocks(x, offset, length, block_size) for x in (keys, values))
+    keys, values = (whole_blocks(x, offset + length, block_size) for x in (keys, values))
     quantized = isinstance(keys, Quantized)
     itemsize = 0 if isinstance(keys, Quantized) else keys.dtype.size
     casts = _cast_bytes(batch * keys.shape[2], keys.shape[-1] + values.shape[-1], itemsize, quantized)
@@ -105,14 +104,18 @@ def _attend(
 
         def attend_tile(start: int, tile: mx.array) -> mx.array:
             tile_ids = ids[:, start : start + tile_length]
-            first = later(offset, start)
-            return _attend_pairs(tile, key_blocks, value_blocks, tile_ids, first, block_size, original)
+            tile = mx.unflatten(tile, -1, (heads, -1)).flatten(0, 2)
+            return _attend_pairs(
+                tile, key_blocks, value_blocks, tile_ids, offset + start, block_size, queries_as_given
+            )
 
         return over_queries(attend_tile, queries, tile_length)
 
-    original, wide = queries, _scaled(queries, mx.array(scale))
-    groups_of_heads = [(g, wide[:, g * heads : (g + 1) * heads]) for g in range(groups)]
-    return joined(in_sequence(attend_group, groups_of_heads), axis=1)
+    queries_as_given = queries
+    # Each group's heads beside one another: [B, G, L, heads * D].
+    wide = _scaled(mx.unflatten(queries, 1, (groups, heads)).swapaxes(2, 3), mx.array(scale)).flatten(3)
+    queries_of_groups = [(group, wide[:, group : group + 1]) for group in range(groups)]
+    return joined(in_sequence(attend_group, queries_of_groups), axis=1)
 
 
 @fused
@@ -132,45 +135,52 @@ def _attend_pairs(
     key_blocks: KeysValues,
     value_blocks: KeysValues,
     block_ids: mx.array,
-    offset: Offset,
+    offset: int,
     block_size: int,
     like: mx.array,
 ) -> mx.array:
-    """The heads ``[B, heads, l, D]`` of one group, scaled, over the blocks ``[B, l, k]`` of their queries.
+    """The heads ``[B * l, heads, D]`` of one group, scaled, over the blocks ``[B, l, k]`` of their queries.
+
+    Returns ``[B, heads, l, Dv]`` in the dtype of ``like``.
 
     The block with the highest id is the only one of a query that may have keys after it.  Only its
     scores are masked.
     """
-    batch, _, length, _ = queries.shape
-    k, n_blocks = block_ids.shape[2], key_blocks.shape[1]
+    batch, length, k = block_ids.shape
+    n_blocks = key_blocks.shape[1]
     block_ids = mx.sort(block_ids, axis=-1).flatten(0, 1)
-    # The blocks of all rows one after the other.
-    rows = arange(batch * length)[:, None]
-    blocks = _blocks_of_rows(block_ids, rows, mx.array(length), mx.array(n_blocks))
-    per_query = queries.swapaxes(1, 2).flatten(0, 1)
     every_query = arange(batch * length)
+    # The blocks of all rows one after the other.
+    sizes = mx.array(length), mx.array(n_blocks)
+    last_block = _block_of_row(block_ids[:, -1], every_query, *sizes)
 
-    last = _grouped_matmul(per_query, key_blocks, every_query, blocks[:, -1], transpose=True)
-    query_at = mx.broadcast_to(query_positions(offset, length), (batch, 1, length, 1)).reshape(-1, 1, 1)
-    last = _visible_only(last, block_ids[:, -1].reshape(-1, 1, 1), arange(block_size), query_at)
+    last = _grouped_matmul(queries, key_blocks, every_query, last_block, transpose=True)
+    last = _visible_only(
+        last,
+        block_ids[:, -1, None, None],
+        arange(block_size),
+        every_query[:, None, None],
+        mx.array(length),
+        mx.array(offset),
+    )
     largest = last.max(axis=-1, keepdims=True)
     if k == 1:
         weights = _weights(last, mx.stop_gradient(_at_least(largest, largest)))
         total = weights.sum(axis=-1, keepdims=True)
-        out = _grouped_matmul(weights, value_blocks, every_query, blocks[:, -1], transpose=False)
+        out = _grouped_matmul(weights, value_blocks, every_query, last_block, transpose=False)
         return _by_row(_average(out, mx.zeros_like(out), total, mx.zeros_like(total), like), batch)
 
     # All other pairs, sorted by block: those that share one stand together, so that it is read once.
-    order = mx.argsort(blocks[:, :-1].flatten())
+    n_pairs = batch * length * (k - 1)
+    pairs = mx.unflatten(arange(n_pairs), 0, (-1, k - 1))
+    keys = _sort_keys(block_ids[:, :-1], pairs, every_query[:, None], *sizes, mx.array(n_pairs, mx.uint32))
+    order, query, blocks = _sorted_pairs(mx.sort(keys.flatten()), mx.array(n_pairs, mx.uint32), k - 1)
     back = mx.argsort(order)
-    blocks_of_pairs = blocks[:, :-1].flatten()[order]
 
     def by_query(x: mx.array) -> mx.array:
         return mx.unflatten(x[back], 0, (-1, k - 1))
 
-    scores = _grouped_matmul(
-        per_query, key_blocks, order // (k - 1), blocks_of_pairs, transpose=True, is_sorted=True
-    )
+    scores = _grouped_matmul(queries, key_blocks, query, blocks, transpose=True, is_sorted=True)
     ids = block_ids[:, :-1, None, None]
     largest_of_pairs = _used_only(by_query(scores.max(axis=-1, keepdims=True)), ids)
     # A softmax does not change with what is subtracted, so nothing is to be differentiated here.
@@ -178,11 +188,11 @@ def _attend_pairs(
 
     weights = _weights(last, largest)
     total = weights.sum(axis=-1, keepdims=True)
-    out = _grouped_matmul(weights, value_blocks, every_query, blocks[:, -1], transpose=False)
+    out = _grouped_matmul(weights, value_blocks, every_query, last_block, transpose=False)
     weights = _weights(scores, _subtracted(largest[:, None], ids).flatten(0, 1)[order])
     total_of_pairs = by_query(weights.sum(axis=-1, keepdims=True)).sum(axis=1)
     out_of_pairs = _grouped_matmul(
-        weights, value_blocks, arange(order.size), blocks_of_pairs, transpose=False, is_sorted=True
+        weights, value_blocks, arange(n_pairs), blocks, transpose=False, is_sorted=True
     )
     return _by_row(_average(out, by_query(out_of_pairs).sum(axis=1), total, total_of_pairs, like), batch)
 
@@ -193,8 +203,30 @@ def _by_row(x: mx.array, batch: int) -> mx.array:
 
 
 @fused
-def _blocks_of_rows(ids: mx.array, rows: mx.array, length: mx.array, n_blocks: mx.array) -> mx.array:
-    return mx.maximum(ids, 0) + rows // length * n_blocks
+def _block_of_row(ids: mx.array, query: mx.array, length: mx.array, n_blocks: mx.array) -> mx.array:
+    return mx.maximum(ids, 0) + query // length * n_blocks
+
+
+@fused
+def _sort_keys(
+    ids: mx.array,
+    pair: mx.array,
+    query: mx.array,
+    length: mx.array,
+    n_blocks: mx.array,
+    n_pairs: mx.array,
+) -> mx.array:
+    """Numbers that are in the order of the blocks, and hold the pair's own number."""
+    return (mx.maximum(ids, 0) + query // length * n_blocks).astype(mx.uint32) * n_pairs + pair.astype(
+        mx.uint32
+    )
+
+
+@fused
+def _sorted_pairs(keys: mx.array, n_pairs: mx.array, per_query: int) -> tuple[mx.array, ...]:
+    """Of each sorted key: the pair, its query and its block."""
+    pair = keys % n_pairs
+    return pair, pair // per_query, keys // n_pairs
 
 
 @fused
@@ -223,9 +255,11 @@ def _average(
 
 
 @fused
-def _visible_only(scores: mx.array, ids: mx.array, token: mx.array, query_at: mx.array) -> mx.array:
+def _visible_only(
+    scores: mx.array, ids: mx.array, token: mx.array, query: mx.array, length: mx.array, offset: mx.array
+) -> mx.array:
     position = ids * token.size + token
-    return mx.where((position >= 0) & (position <= query_at), scores, -mx.inf)
+    return mx.where((position >= 0) & (position <= offset + query % length), scores, -mx.inf)
 
 
 @fused
@@ -274,11 +308,10 @@ def _blocks(x: KeysValues, group: slice, block_size: int) -> KeysValues:
     return map_arrays(cut, x)
 
 
-def whole_blocks(x: KeysValues, offset: Offset, length: int, block_size: int) -> KeysValues:
+def whole_blocks(x: KeysValues, n_keys: int, block_size: int) -> KeysValues:
     """``x`` cut to the blocks in use, filled up with zeros, which nothing sees, if slots are missing."""
     n_slots = x.shape[2]
-    n_keys = max(1, offset + length) if isinstance(offset, int) else n_slots
-    wanted = -(-n_keys // block_size) * block_size
+    wanted = -(-max(1, n_keys) // block_size) * block_size
 
     def fit(a: mx.array) -> mx.array:
         if n_slots >= wanted:

@@ -10,7 +10,6 @@ from .common import (
     Quantized,
     arange,
     fused,
-    later,
     on_gpu,
     over_queries,
     query_positions,
@@ -32,6 +31,7 @@ def attend_densely(
 ) -> mx.array:
     """As :func:`.attend.attend`.  Padded rows go one after the other."""
     if left_padding is None:
+        assert isinstance(offset, int)
         return _attend(queries, keys, values, block_ids, offset, block_size, scale, tile_bytes)
 
     def attend_row(row: slice, queries: mx.array, first: int, padding: int) -> mx.array:
@@ -46,14 +46,14 @@ def _attend(
     keys: KeysValues,
     values: KeysValues,
     block_ids: mx.array,
-    offset: Offset,
+    offset: int,
     block_size: int,
     scale: float,
     tile_bytes: int,
 ) -> mx.array:
     batch, n_heads, length, _ = queries.shape
     groups = keys.shape[1]
-    k, v = (whole_blocks(x, offset, length, block_size) for x in (keys, values))
+    k, v = (whole_blocks(x, offset + length, block_size) for x in (keys, values))
     k, v = (x.dequantize() if isinstance(x, Quantized) else x for x in (k, v))
     n_blocks = k.shape[2] // block_size
     k, v = (x.flatten(0, 1)[:, None] for x in (k, v))
@@ -68,7 +68,7 @@ def _attend(
         member = mx.zeros((*ids.shape[:-1], n_blocks + 1), dtype=mx.bool_)
         # One column more than there are blocks takes the unused slots.
         member = mx.put_along_axis(member, mx.where(ids < 0, n_blocks, ids), mx.array(True), axis=-1)
-        query_at = query_positions(later(offset, start), tile.shape[2])
+        query_at = query_positions(offset + start, tile.shape[2])
         mask = _mask(
             member[..., :n_blocks, None], arange(block_size), arange(n_blocks)[:, None], query_at[..., None]
         )

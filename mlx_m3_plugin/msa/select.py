@@ -46,7 +46,7 @@ def select_blocks(
     Args:
         index_queries: ``[B, G, L, D]``, one head per KV group.
         index_keys: ``[B, 1, S, D]``, one head shared by all groups; the queries' own are the last.
-        offset: content position of the first query, for all rows or for each.
+        offset: content position of the first query; for each row where ``left_padding`` is given.
         left_padding: cache slots before each row's first token, or None.
         block_size: keys per block.
         topk_blocks: the most blocks a query may attend to.
