@@ -23,24 +23,24 @@ from graph_cost import Work, as_on_a_gpu, count, given
 # Of one layer in bf16 with 4-bit weights: at most so many launches and MB, routed experts apart. These are
 # today's figures: lower them with every change that lowers what is counted.
 LIMITS = {
-    Case(1, 1024): (67, 99.5),
-    Case(1, 8192): (114, 135.7),
-    Case(1, 131072): (114, 489.8),
-    Case(1, 1 << 20): (114, 3_133.2),
-    Case(1, 8192, padded=True): (128, 136.6),
-    Case(1, 8192, rows=8): (114, 402.3),
-    Case(1, 8192, rows=8, padded=True): (128, 408.3),
-    Case(1, 8192, kv_bits=8): (126, 138.4),
-    Case(1, 8192, layer="dense"): (35, 205.5),
-    Case(512, 8192): (454, 7_916),
-    Case(512, 8192, rows=4, padded=True): (1_757, 31_612),
-    Case(512, 8192, kv_bits=8): (310, 6_077),
-    Case(2048, 32768): (1_606, 33_344),
+    Case(1, 1024): (43, 99.5),
+    Case(1, 8192): (55, 122.5),
+    Case(1, 131072): (55, 288),
+    Case(1, 1 << 20): (62, 1_493),
+    Case(1, 8192, padded=True): (55, 122.5),
+    Case(1, 8192, rows=8): (56, 298),
+    Case(1, 8192, rows=8, padded=True): (60, 303),
+    Case(1, 8192, kv_bits=8): (67, 125.1),
+    Case(1, 8192, layer="dense"): (24, 205.5),
+    Case(512, 8192): (202, 4_490),
+    Case(512, 8192, rows=4, padded=True): (624, 17_947),
+    Case(512, 8192, kv_bits=8): (220, 4_204),
+    Case(2048, 32768): (492, 19_920),
 }
 # A cache with a meta_state holds values beside the index keys that nothing reads.  until: mlx-lm 0.32
 UNREAD = 2 if hasattr(KVCache, "meta_state") else 0
 # MB of choosing blocks and attending to them alone.
-PARTS = {Case(512, 8192): 6_901, Case(2048, 32768): 29_572}
+PARTS = {Case(512, 8192): 3_626, Case(2048, 32768): 16_756}
 # Arithmetic of attention, of what the chosen blocks need.
 MOST_ARITHMETIC = 1.1
 BF16 = mx.bfloat16
