@@ -1,8 +1,8 @@
 """Bytes that the Metal kernels of ``mlx_m3_plugin.msa.kernels`` read and write, as their sources do.
 
-Each read by a threadgroup counts, also where a cache would answer it, and nothing is assumed about queries that
-choose the same blocks: every block that a query can see is in a list of its own.  ``left_padding`` and other
-arrays of a few numbers are left out.  All arguments and results are plain ints.
+Each read by a threadgroup counts, also where a cache would answer it, and nothing is assumed about queries
+that choose the same blocks: every block that a query can see is chosen by some query.  Arrays of a few
+numbers (offsets, paddings) are left out.  All arguments and results are plain ints.
 """
 
 from mlx_m3_plugin.msa.kernels import attend, scores
@@ -63,5 +63,5 @@ def attend_bytes(
     blocks_read = min(n_pairs, threadgroups + lists)
     pairs_in = n_pairs * (per_group * dims * itemsize + 2 * 4)  # queries, block id, number of the pair
     partials = n_pairs * per_group * (value_dims + 1) * 4
-    merge = partials + n_pairs * per_group * 4 + batch * heads * length * value_dims * itemsize
+    merge = partials + batch * heads * length * value_dims * itemsize
     return blocks_read * block_size * token_bytes + pairs_in + partials + merge

@@ -26,8 +26,8 @@ from .launch import (
 
 # From this many queries on pairs are sorted.
 SORT_FROM = 8
-# Of sorted pairs.  Enough threadgroups for the largest GPU; more of them read K and V more often.
-SORTED_GROUPS = 384
+# Threadgroups for sorted pairs: three for each core of the largest GPU.  More would read more of K and V.
+SORTED_GROUPS = 240
 # Fragments of eight keys (and of eight channels of V) that a simdgroup holds, by bytes of an element.
 HELD_FRAGMENTS = {2: 2, 4: 1}
 MERGE_SIMDGROUPS = 8
@@ -230,14 +230,15 @@ MERGE = Kernel(
     const int l = row % L, head = row / L % HEADS, group = row / L / HEADS;
     const size_t first = (size_t(group) * L + l) * k * HEADS + head;
 
-    float largest = -INFINITY, total = 0;
-    for (int i = 0; i < k; i++) largest = max(largest, logsums[first + i * HEADS]);
+    // Thread i weighs pair i; k is at most 32.
+    const float logsum = lane < k ? logsums[first + lane * HEADS] : -INFINITY;
+    const float largest = simd_max(logsum);
+    const float our_weight = logsum == -INFINITY ? 0.0f : exp(logsum - largest);
+    const float total = simd_sum(our_weight);
     float sums[(DV + 31) / 32] = {0};
     for (int i = 0; i < k; i++) {
-      const float logsum = logsums[first + i * HEADS];
-      if (logsum == -INFINITY) continue;  // nothing was written for an unused pair
-      const float weight = exp(logsum - largest);
-      total += weight;
+      const float weight = simd_shuffle(our_weight, ushort(i));
+      if (weight == 0.0f) continue;  // nothing was written for an unused pair
       for (int j = 0; j < (DV + 31) / 32; j++)
         if (j * 32 + lane < DV) sums[j] += weight * partials[(first + i * HEADS) * DV + j * 32 + lane];
     }
@@ -249,7 +250,7 @@ MERGE = Kernel(
 
 
 def supports_attention(
-    queries: mx.array, keys: KeysValues, values: KeysValues, block_size: int
+    queries: mx.array, keys: KeysValues, values: KeysValues, *, block_size: int, k: int
 ) -> str | None:
     """Why :func:`attend_blocks` can't take these arrays; None if it can."""
     if queries.dtype not in (mx.bfloat16, mx.float16, mx.float32):
@@ -265,6 +266,8 @@ def supports_attention(
                 return f"{name} in {x.bits} bits"
         elif x.dtype != queries.dtype:
             return f"queries in {queries.dtype}, {name} in {x.dtype}"
+    if k > SIMDGROUP:
+        return f"{k} blocks for each query, more than {SIMDGROUP}"
     simdgroups, _ = _simdgroups(keys, values, block_size)
     heads = queries.shape[1] // keys.shape[1]
     if simdgroups * SIMDGROUP > MAX_THREADS:

@@ -8,7 +8,6 @@ import mlx.core as mx
 from ..common import Position
 from .launch import HELPERS, SIMDGROUP, Kernel, cdiv, per_row
 
-MAX_K = 32
 # One simdgroup for so many blocks of a query.
 BLOCKS_PER_SIMDGROUP = 256
 MAX_SIMDGROUPS = 8
@@ -97,7 +96,7 @@ METAL_FUNC void remove_first(thread float* best, thread int* ids) {
 
 def supports_choice(k: int) -> str | None:
     """Why :func:`choose_blocks` can't choose ``k`` blocks; None if it can."""
-    return None if 1 <= k <= MAX_K else f"{k} blocks for each query, more than {MAX_K}"
+    return None if k <= SIMDGROUP else f"{k} blocks for each query, more than {SIMDGROUP}"
 
 
 def choose_blocks(

@@ -17,8 +17,8 @@ FEW_SIMDGROUPS = 4
 ROW_FRAGMENTS = {2: 4, 4: 2}  # by bytes of an element: 64 registers in both
 MANY_SIMDGROUPS = 16
 STAGED_KEYS = 32
-# Enough threadgroups for the largest GPU; more of them read the queries more often.
-MANY_GROUPS = 128
+# Threadgroups: two for each core of the largest GPU.  More of them would read the queries more often.
+MANY_GROUPS = 160
 
 _INPUTS = ("index_queries", "index_keys", "offset", "left_padding", "sizes")
 

@@ -347,6 +347,9 @@ template <typename T> inline T simd_shuffle_xor(T value, ushort mask, int line =
   const T* all = emulator::exchange(value, line);
   return all[(emulator::now % emulator::LANES) ^ mask];
 }
+template <typename T> inline T simd_shuffle(T value, ushort lane, int line = __builtin_LINE()) {
+  return emulator::exchange(value, line)[lane];
+}
 template <typename T> inline T simd_sum(T value, int line = __builtin_LINE()) {
   const T* all = emulator::exchange(value, line);
   T sum = 0;
