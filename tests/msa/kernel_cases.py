@@ -2,10 +2,12 @@
 
 import math
 from dataclasses import dataclass, field
+from importlib import import_module
 from typing import Any
 
 import mlx.core as mx
 import numpy as np
+import pytest
 
 from mlx_m3_plugin.msa import KeysValues, Quantized
 from mlx_m3_plugin.msa.kernels import attend_blocks, block_scores, choose_blocks
@@ -49,10 +51,18 @@ MODELS = [
     Model(mx.bfloat16, 16, 120, 40, block_size=40, heads=5, topk=3),
 ]
 
+# Numbers of the kernels' modules that decide who computes what.
+TILES = {
+    "scores.MANY_SIMDGROUPS": [1, 2, 16],
+    "scores.MANY_GROUPS": [1, 2, 160],
+    "choose.BLOCKS_PER_SIMDGROUP": [2, 8, 256],
+    "attend.SORTED_GROUPS": [1, 4, 240],
+}
+
 
 @dataclass
 class Case:
-    """One batch.  ``length`` queries are the last of ``n_keys`` slots, of which each row pads the first few."""
+    """One batch: ``length`` queries are the last of ``n_keys`` slots; each row pads the first few of them."""
 
     model: Model
     seed: int
@@ -64,7 +74,10 @@ class Case:
     padding: list[int] | None = None
     local_blocks: int = 1
     init_blocks: int = 0
+    unused: float = math.nan  # in the slots before a row's first token and after its last
     coarse: bool = False  # few different values, so that scores meet ties
+    # Tiles far smaller than on a GPU, so that small cases have several; None for those of a GPU.
+    tiles: dict[str, int] | None = None
     clean: dict[str, KeysValues] = field(default_factory=dict, repr=False)
 
     def __post_init__(self) -> None:
@@ -91,17 +104,17 @@ class Case:
         self.real = (self.query_at >= 0)[:, None, :, None]
 
     def given(self, name: str) -> Any:
-        """The input of a kernel: NaN in the slots before a row's first token and after its last."""
+        """The input of a kernel."""
         x = self.clean[name]
         if isinstance(x, Quantized):
-            return x._replace(scales=self._unused_as_nan(x.scales), biases=self._unused_as_nan(x.biases))
-        return self._unused_as_nan(x) if "keys" in name or "values" in name else x
+            return x._replace(scales=self._with_unused(x.scales), biases=self._with_unused(x.biases))
+        return self._with_unused(x) if "keys" in name or "values" in name else x
 
-    def _unused_as_nan(self, x: mx.array) -> mx.array:
+    def _with_unused(self, x: mx.array) -> mx.array:
         slots = mx.arange(x.shape[2])[None]
         paddings = mx.array(self.padding or [0] * self.batch)[:, None]
         used = (slots >= paddings) & (slots < self.n_keys)
-        return mx.where(used[:, None, :, None], x, mx.array(math.nan, dtype=x.dtype))
+        return mx.where(used[:, None, :, None], x, mx.array(self.unused, dtype=x.dtype))
 
     def exact(self, name: str) -> mx.array:
         """The used slots in float32, of K and V what their bits stand for."""
@@ -121,8 +134,8 @@ def quantize(x: mx.array, bits: int, group_size: int) -> Quantized:
 def draw(model: Model, seed: int) -> Case:
     rng = np.random.default_rng(seed)
     batch = int(rng.integers(1, 4))
-    most = (model.topk + 5) * model.block_size
-    n_keys = int(rng.integers(1, most + 1))
+    blocks = 80 if model.block_size <= 8 and rng.integers(4) == 0 else model.topk + 5
+    n_keys = int(rng.integers(1, blocks * model.block_size + 1))
     # One token, a few, and enough that pairs are sorted; never more work than a small matrix.
     length = min(n_keys, int(rng.choice([1, 1, int(rng.integers(2, 8)), int(rng.integers(8, 26))])))
     padded = bool(rng.integers(2))
@@ -138,15 +151,21 @@ def draw(model: Model, seed: int) -> Case:
         padding=[int(rng.integers(0, n_keys + 1)) for _ in range(batch)] if padded else None,
         local_blocks=local,
         init_blocks=int(rng.integers(0, min(2, model.topk - local) + 1)),
+        unused=float(rng.choice([math.nan, 1000.0])),
         coarse=bool(rng.integers(4) == 0),
+        tiles={name: int(rng.choice(values)) for name, values in TILES.items()},
     )
 
 
 def check(case: Case) -> None:
     """All kernels on one case: AssertionError where one differs from the definition."""
-    scores = check_scores(case)
-    ids = check_choice(case, scores)
-    check_attention(case, ids)
+    with pytest.MonkeyPatch.context() as patch:
+        for name, value in (case.tiles or {}).items():
+            module, _, constant = name.partition(".")
+            patch.setattr(import_module(f"mlx_m3_plugin.msa.kernels.{module}"), constant, value)
+        scores = check_scores(case)
+        ids = check_choice(case, scores)
+        check_attention(case, ids)
 
 
 def check_scores(case: Case) -> mx.array:
@@ -209,7 +228,6 @@ def check_attention(case: Case, ids: mx.array) -> mx.array:
     )
     queries, keys, values = (case.exact(name) for name in ("queries", "keys", "values"))
     key_at = None if case.padding is None else case.key_at
-    # A column for each block that exists: the definition has no ids past the last block.
     expected = reference.attend(
         queries, keys, values, ids, case.query_at, key_at, block_size=m.block_size, scale=scale
     )
@@ -218,8 +236,8 @@ def check_attention(case: Case, ids: mx.array) -> mx.array:
     assert mx.isfinite(out).all().item(), "not finite"
     relative, absolute = HALF_STEP[m.dtype]
     largest = mx.abs(values).max(axis=(2, 3)).max()
-    # In float32, on both sides: the error of a score moves its weight by as much, relatively; then the sum over
-    # all keys, and a few roundings of single numbers.
+    # In float32, on both sides: the error of a score moves its weight by as much, relatively; then the sum
+    # over all keys, and a few roundings of single numbers.
     per_key = mx.repeat(keys, m.heads, axis=1)
     score = scale * (mx.abs(queries) @ mx.abs(per_key).swapaxes(-1, -2)).max(axis=-1, keepdims=True)
     noise = 2 * 2.0**-24 * (2 * (m.dims + 4) * score + m.topk * m.block_size + 16) * largest

@@ -1,13 +1,18 @@
 """The Metal kernels against the definition, on a CPU: see ``metal_on_cpu``."""
 
+import dataclasses
 import random
 from collections.abc import Callable
+from types import ModuleType
 
 import mlx.core as mx
 import pytest
 
+from mlx_m3_plugin.msa.kernels import attend, choose, scores
 from tests.msa import kernel_cases, metal_on_cpu
-from tests.msa.kernel_cases import MODELS, Model
+from tests.msa.kernel_cases import MODELS, Case, Model
+
+BARRIER = "threadgroup_barrier(mem_flags::mem_threadgroup);"
 
 
 @pytest.fixture(autouse=True)
@@ -25,3 +30,95 @@ def test_equal_to_the_definition(model: Model, fresh_seed: int, count: Callable[
             kernel_cases.check(case)
         except Exception as error:
             raise AssertionError(f"{case}: {error}") from error
+
+
+def small_cases(model: Model) -> list[Case]:
+    """A few that meet everything: paddings, offsets inside a block, unused slots, several tiles."""
+    n_keys = 7 * model.block_size + model.block_size // 2 + 1
+    tiles = {name: values[0] for name, values in kernel_cases.TILES.items()}
+    common = {"model": model, "batch": 2, "groups": 3, "n_keys": n_keys, "spare": 4, "tiles": tiles}
+    return [
+        Case(seed=1, length=12, padding=[3, n_keys // 2], init_blocks=1, unused=1000.0, **common),
+        Case(seed=2, length=1, padding=[0, n_keys - 2], **common),
+        Case(seed=3, length=12, local_blocks=2, coarse=True, **common),
+    ]
+
+
+# (kernel, text of its source, the same made wrong).
+MUTATIONS = [
+    (scores, "FEW", BARRIER, ""),
+    (scores, "FEW", "key <= at[i]", "key < at[i]"),
+    (scores, "FEW", "latest + 1", "latest"),
+    (scores, "FEW", "(padding + key)", "key"),
+    (scores, "FEW", "four += SIMDGROUPS * 4", "four += SIMDGROUPS * 8"),
+    (scores, "FEW", "step < 8", "step < 4"),
+    (scores, "FEW", "row < n_rows", "true"),
+    (scores, "MANY", BARRIER + "\n        for", "for"),
+    (scores, "MANY", BARRIER + "\n\n        for", "for"),
+    (scores, "MANY", "key <= at[f][j]", "key < at[f][j]"),
+    (scores, "MANY", "latest + 1", "latest"),
+    (scores, "MANY", "(padding + key)", "key"),
+    (scores, "MANY", "key0 + i / D", "start + i / D"),
+    (scores, "MANY", "g = row % G, l = row / G", "g = row / L, l = row % L"),
+    (scores, "MANY", "ushort(16)", "ushort(8)"),
+    (scores, "MANY", "block0 + blocks_per_group,", "block0 + blocks_per_group - 1,"),
+    (choose, "CHOOSE", BARRIER, ""),
+    (choose, "CHOOSE", "n > own - local_blocks", "n >= own - local_blocks"),
+    (choose, "CHOOSE", "n < init_blocks", "n <= init_blocks"),
+    (choose, "CHOOSE", "n <= own", "n < own"),
+    (choose, "CHOOSE", "offset_strides[0]] + row % L", "offset_strides[0]]"),
+    (choose, "CHOOSE", "found_scores[simdgroup * K + i] = score", "found_scores[simdgroup * K + i] = i"),
+    (attend, "ATTEND", BARRIER + "\n\n      // Scores", "// Scores"),
+    (attend, "ATTEND", BARRIER + "\n\n      // A softmax", "// A softmax"),
+    (attend, "ATTEND", BARRIER + "\n\n      // Our channels", "// Our channels"),
+    (attend, "ATTEND", "start + key <= at", "start + key < at"),
+    (attend, "ATTEND", "key < BLOCK && ", ""),
+    (attend, "ATTEND", "if (held != (b * G + g) * sizes[2] + block)", "if (held < 0)"),
+    (attend, "ATTEND", "(padding + start + key, d", "(start + key, d"),
+    (attend, "ATTEND", "(padding + start + key, channel", "(start + key, channel"),
+    (attend, "ATTEND", "if (key < stop && channel < DV)", "if (channel < DV)"),
+    (attend, "ATTEND", "largest + log(max(sum, 1.0f))", "largest"),
+    (attend, "ATTEND", "of_row[key] - largest", "of_row[key]"),
+    (attend, "ATTEND", " * scale", ""),
+    (attend, "ATTEND", "(g * HEADS + e / D)", "(g + e / D)"),
+    (attend, "ATTEND", "if (block < 0)", "if (block < -1)"),
+    (attend, "ATTEND", "row0 + r, channel", "row0 + c, channel"),
+    (attend, "ATTEND_QUANTIZED", "start + key <= at", "start + key < at"),
+    (attend, "MERGE", "exp(logsum - largest)", "1.0f"),
+    (attend, "MERGE", " / max(total, 1.0f)", ""),
+    (attend, "MERGE", "if (weight == 0.0f) continue;", ""),
+    (attend, "MERGE", "size_t(group) * L + l", "size_t(group) * L"),
+]
+
+
+@pytest.mark.some(10)
+@pytest.mark.parametrize(("module", "name", "text", "wrong"), MUTATIONS)
+def test_a_wrong_kernel_is_found(
+    module: ModuleType, name: str, text: str, wrong: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    kernel = getattr(module, name)
+    assert text in kernel.source
+    monkeypatch.setattr(
+        module, name, dataclasses.replace(kernel, source=kernel.source.replace(text, wrong, 1))
+    )
+    model = {"FEW": MODELS[11], "MANY": MODELS[11], "ATTEND_QUANTIZED": MODELS[2]}.get(name, MODELS[0])
+    cases = small_cases(model)
+    with pytest.raises((AssertionError, metal_on_cpu.KernelError)):
+        any(kernel_cases.check(case) for case in cases)
+
+
+# M3's own sizes: 64 heads in 4 groups, 16 blocks of 128 keys.
+M3 = Model(mx.bfloat16, 128, 128, 128, block_size=128, heads=16, topk=16)
+M3_8_BITS = dataclasses.replace(M3, quantization=(8, 64))
+REAL_SIZES = [
+    Case(M3, seed=1, groups=4, length=1, n_keys=8190, spare=66),
+    Case(M3, seed=2, groups=4, length=1, n_keys=3000, batch=2, padding=[0, 700]),
+    Case(M3, seed=3, groups=4, length=4, n_keys=4100),
+    Case(M3, seed=4, groups=4, length=150, n_keys=4001, spare=95),
+    Case(M3_8_BITS, seed=5, groups=4, length=9, n_keys=2600),
+]
+
+
+def test_sizes_of_m3(count: Callable[[int, int], int]) -> None:
+    for case in REAL_SIZES[: count(1, len(REAL_SIZES))]:
+        kernel_cases.check(case)

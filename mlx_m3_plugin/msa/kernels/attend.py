@@ -117,7 +117,7 @@ _ATTEND = """
         const auto key_tokens = TOKENS(keys);
         const auto value_tokens = TOKENS(values);
         // No query is later than this.
-        const int stop = min(BLOCK, min(offset[b * offset_strides[0]] + L, keys_shape[2] - padding) - start);
+        const int stop = min(BLOCK, offset[b * offset_strides[0]] + L - start);
         for (int i = 0; i < HELD; i++) {
           const int key = (simdgroup * HELD + i) * 8 + r;
           for (int d = 0; d < D / 8; d++) {

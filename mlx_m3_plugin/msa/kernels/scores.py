@@ -28,7 +28,7 @@ FEW = Kernel(
     ("scores",),
     """
     constexpr int CHANNELS = D / 8;  // of a key, for each of its eight threads
-    const int n_keys = sizes[0], n_blocks = sizes[1];
+    const int n_blocks = sizes[0];
     const int G = index_queries_shape[1], L = index_queries_shape[2], n_rows = G * L;
     const int lane = thread_index_in_simdgroup, simdgroup = simdgroup_index_in_threadgroup;
     const int block = threadgroup_position_in_grid.x, b = threadgroup_position_in_grid.z;
@@ -48,7 +48,7 @@ FEW = Kernel(
             + l * index_queries_strides[2] + (8 * j + lane % 8) * index_queries_strides[3]]);
     }
 
-    const int start = block * BLOCK, stop = min(min(start + BLOCK, latest + 1), n_keys - padding);
+    const int start = block * BLOCK, stop = min(start + BLOCK, latest + 1);
     for (int four = start + simdgroup * 4; four < stop; four += SIMDGROUPS * 4) {
       const int key = four + lane / 8;
       float sum[ROWS] = {0};
@@ -84,7 +84,7 @@ MANY = Kernel(
     _INPUTS,
     ("scores",),
     """
-    const int n_keys = sizes[0], n_blocks = sizes[1], blocks_per_group = sizes[2];
+    const int n_blocks = sizes[0], blocks_per_group = sizes[1];
     const int G = index_queries_shape[1], L = index_queries_shape[2], n_rows = G * L;
     const int lane = thread_index_in_simdgroup, thread_index = thread_index_in_threadgroup;
     const int r = row_in_fragment(lane), c = column_in_fragment(lane);
@@ -111,7 +111,7 @@ MANY = Kernel(
 
     const int block0 = threadgroup_position_in_grid.x * blocks_per_group;
     for (int block = block0; block < min(block0 + blocks_per_group, n_blocks); block++) {
-      const int start = block * BLOCK, stop = min(min(start + BLOCK, latest + 1), n_keys - padding);
+      const int start = block * BLOCK, stop = min(start + BLOCK, latest + 1);
       float best[FRAGMENTS][2];
       for (int f = 0; f < FRAGMENTS; f++) best[f][0] = best[f][1] = -INFINITY;
 
@@ -183,7 +183,7 @@ def block_scores(
 
     Args:
         index_queries: ``[B, G, L, D]``.
-        index_keys: ``[B, 1, S, D]`` in the same dtype, of which the first ``n_keys`` slots are in use.
+        index_keys: ``[B, 1, S, D]`` in the same dtype; the queries' own are the last of the first ``n_keys``.
         offset: content position of the first query; an int, or ``[B]`` int32.
         left_padding: ``[B]`` int32 cache slots before each row's first token, or None.
         n_keys: slots in use, the padding included.
@@ -207,7 +207,7 @@ def block_scores(
             ("SIMDGROUPS", FEW_SIMDGROUPS),
         ]
         grid = (n_blocks, cdiv(rows, FEW_ROWS), batch)
-        sizes = mx.array([n_keys, n_blocks], dtype=mx.int32)
+        sizes = mx.array([n_blocks], dtype=mx.int32)
         return FEW([*arrays, sizes], template, grid, FEW_SIMDGROUPS * SIMDGROUP, outputs)[0]
 
     fragments, simdgroups, tiles, blocks_per_group = tiling(batch, rows, n_blocks, dtype.size)
@@ -220,7 +220,7 @@ def block_scores(
         ("KEYS", STAGED_KEYS),
     ]
     grid = (cdiv(n_blocks, blocks_per_group), tiles, batch)
-    sizes = mx.array([n_keys, n_blocks, blocks_per_group], dtype=mx.int32)
+    sizes = mx.array([n_blocks, blocks_per_group], dtype=mx.int32)
     return MANY([*arrays, sizes], template, grid, simdgroups * SIMDGROUP, outputs)[0]
 
 

@@ -52,6 +52,10 @@ class KernelError(Exception):
     """A kernel did what Metal leaves undefined or forbids."""
 
 
+class CompileError(Exception):
+    """The text is wrong; also where a pointer to one address space meets one to another."""
+
+
 def metal_kernel(
     name: str,
     input_names: Sequence[str],
@@ -105,7 +109,7 @@ def metal_kernel(
             strides = np.array(view.strides or (1,), dtype=np.int64) // view.itemsize
             pointers += [view, base, base.nbytes // base.itemsize, shape, strides]
         for output in outputs:
-            pointers += [output, output.size]
+            pointers += [output, np.zeros(output.size, np.int32), output.size]
         arguments = (ctypes.c_void_p * len(pointers))(
             *(p.ctypes.data if isinstance(p, np.ndarray) else p for p in pointers)
         )
@@ -170,21 +174,20 @@ def _program(
                 arguments.append(f"(const {c_type}*){field}")
     for i, (output_name, output_dtype) in enumerate(zip(output_names, output_dtypes, strict=True)):
         dtype = TYPES[output_dtype]
-        data, size = (f"arguments[{5 * len(inputs) + 2 * i + j}]" for j in range(2))
-        pointer = f"emulator::pointer<emulator::device_space, {dtype}>"
+        values, writers, size = (f"arguments[{5 * len(inputs) + 3 * i + j}]" for j in range(3))
+        pointer = f"emulator::output_pointer<{dtype}>"
         parameters.append(f"{pointer} {output_name}")
-        arguments.append(
-            f"{pointer}{{({dtype}*){data}, ({dtype}*){data}, ({dtype}*){data} + (int64_t){size}}}"
-        )
+        arguments.append(f"{pointer}{{({dtype}*){values}, (int*){writers}, 0, (int64_t){size}}}")
     for attribute, (c_type, value) in ATTRIBUTES.items():
         if attribute in source:
             parameters.append(f"{c_type} {attribute}")
             arguments.append(value)
     if missing := [attribute for attribute in OTHER_ATTRIBUTES if re.search(rf"\b{attribute}\b", source)]:
-        raise KernelError(f"{name}: the stand-in has no {missing}")
+        raise KernelError(f"{name}: the stand-in has no {missing[0]}")
     kinds = [f"{'typename' if isinstance(v, mx.Dtype) else type(v).__name__} {n}" for n, v in template]
     values = [TYPES[v] if isinstance(v, mx.Dtype) else str(v).lower() for _, v in template]
     return f"""#include "{HEADER}"
+namespace {{
 {_with_address_spaces(header)}
 template <{", ".join(kinds)}>
 void kernel({", ".join(parameters)}) {{
@@ -195,17 +198,18 @@ static uint3 position;
 static void one_thread(int number) {{
   kernel<{", ".join(values)}>({", ".join(arguments)});
 }}
+}}  // namespace
 extern "C" const char* run(void** a, const int* groups, int threads, int backwards) {{
   arguments = a;
   emulator::body = one_thread;
-  return emulator::run(threads, backwards, [&] {{
-    for (uint z = 0; z < (uint)groups[2]; z++)
-      for (uint y = 0; y < (uint)groups[1]; y++)
-        for (uint x = 0; x < (uint)groups[0]; x++) {{
-          position = uint3{{x, y, z}};
-          emulator::run_threadgroup();
-        }}
-  }});
+  emulator::set_up(threads, backwards);
+  for (uint z = 0; z < (uint)groups[2]; z++)
+    for (uint y = 0; y < (uint)groups[1]; y++)
+      for (uint x = 0; x < (uint)groups[0]; x++) {{
+        position = uint3{{x, y, z}};
+        if (!emulator::run_threadgroup()) return emulator::message;
+      }}
+  return nullptr;
 }}
 """
 
@@ -213,7 +217,7 @@ extern "C" const char* run(void** a, const int* groups, int threads, int backwar
 def _with_address_spaces(text: str) -> str:
     """Arrays and pointers with an address space, which C++ does not have, as types of ``metal.hpp``."""
     text = re.sub(
-        r"\bthreadgroup (\w+) (\w+)\[(.+)\];",
+        r"\bthreadgroup (\w+) (\w+)\[([^\]]+)\];",
         r"static emulator::threadgroup_array<\1, (\3)> \2; \2.declare();",
         text,
     )
@@ -233,7 +237,7 @@ def compiler() -> tuple[str, ...]:
     """g++ where it is, else the clang of the ``ziglang`` wheel."""
     if path := os.environ.get("M3_CXX") or shutil.which("g++"):
         return (path,)
-    return (sys.executable, "-m", "ziglang", "c++")
+    return (sys.executable, "-m", "ziglang", "c++", "-nostdlib++")
 
 
 @cache
@@ -245,12 +249,12 @@ def _directory() -> tempfile.TemporaryDirectory[str]:
 def _library(text: str) -> ctypes.CDLL:
     path = Path(_directory().name, hashlib.sha256(text.encode()).hexdigest()[:20])
     path.with_suffix(".cpp").write_text(text)
-    command = [*compiler(), "-std=c++17", "-O1", "-shared", "-fPIC", "-w"]
+    command = [*compiler(), "-std=c++17", "-O1", "-shared", "-fPIC", "-fno-exceptions", "-w"]
     made = subprocess.run(
         [*command, path.with_suffix(".cpp"), "-o", path.with_suffix(".so")], capture_output=True, text=True
     )
     if made.returncode:
-        raise KernelError(f"does not compile: {made.stderr[:2000]}")
+        raise CompileError(made.stderr[:2000])
     library = ctypes.CDLL(str(path.with_suffix(".so")))
     library.run.restype = ctypes.c_char_p
     return library

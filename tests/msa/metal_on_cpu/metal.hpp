@@ -2,31 +2,29 @@
 //
 // A fiber runs until it meets the others: all threads of its simdgroup (simd_sum, matrix products) or of its
 // threadgroup (a barrier).  Then the next one runs.  What a GPU leaves undefined is an error here: threads that
-// meet at different places, an index outside of an array, and threadgroup memory that one simdgroup writes and
-// another reads or writes without a barrier in between.
+// meet at different places, an index outside of an array, two threads that write one element of an output, and
+// threadgroup memory that one thread writes and another reads or writes without a barrier in between.
 #pragma once
-#include <cmath>
-#include <cstdint>
-#include <cstdio>
-#include <cstring>
+#include <stdint.h>
+#include <stdio.h>
+#include <string.h>
 #include <sys/mman.h>
 
 typedef unsigned int uint;
 typedef unsigned short ushort;
 
+// Not from cmath, which takes as long to compile as a kernel.
+#define INFINITY __builtin_inff()
+
 #define METAL_FUNC inline
 #define thread
 #define constant
 
+// Nothing here is shared with another library of the process.
+namespace {
 namespace emulator {
 
 constexpr int LANES = 32, MAX_THREADS = 1024, STACK = 64 << 10;
-
-struct Error {
-  char text[200];
-  template <typename... A>
-  explicit Error(const char* format, A... a) { snprintf(text, sizeof text, format, a...); }
-};
 
 // ---- Fibers ----------------------------------------------------------------------------------------------
 
@@ -101,11 +99,11 @@ static Fiber fibers[MAX_THREADS];
 static char* stacks;
 static void* scheduler;
 static int now, n_threads;        // the thread that runs; threads of a threadgroup
-static int epoch;                 // counts barriers of all threadgroups
-static int threadgroup_number;    // from 1
+static int epoch, first_epoch;    // counts barriers in all runs; the first of this threadgroup
+static int threadgroup_number;    // from 1, in each run
 static int threadgroup_bytes;     // of its arrays
 static bool backwards;            // the order in which simdgroups and their threads run
-static char message[200];
+static char message[200];         // the first error
 static void (*body)(int);         // the kernel as one thread
 
 inline void wait(State state, int line) {
@@ -114,12 +112,16 @@ inline void wait(State state, int line) {
   emulator_switch(&fibers[now].stack_pointer, scheduler);
 }
 
+// The thread that runs stops here.
+template <typename... A>
+[[noreturn]] __attribute__((noinline)) void fail(const char* format, A... a) {
+  snprintf(message, sizeof message, format, a...);
+  wait(DONE, 0);
+  __builtin_trap();
+}
+
 inline void fiber_main() {
-  try {
-    body(now);
-  } catch (const Error& error) {
-    memcpy(message, error.text, sizeof message);
-  }
+  body(now);
   wait(DONE, 0);
 }
 
@@ -139,51 +141,52 @@ inline void start(int i) {
   fibers[i].turn = 0;
 }
 
-// All threads of a simdgroup, until they wait for others, who must wait at the same place.
-inline void run_simdgroup(int first) {
+// Whether threads `first` to `first + count` wait at the same place.
+inline bool together(int first, int count, const char* otherwise) {
+  for (int i = first + 1; i < first + count; i++)
+    if (fibers[i].state != fibers[first].state || fibers[i].line != fibers[first].line) {
+      snprintf(message, sizeof message, "%s: lines %d and %d", otherwise, fibers[first].line, fibers[i].line);
+      return false;
+    }
+  return true;
+}
+
+// All threads of a simdgroup, until they wait for other simdgroups.
+inline bool run_simdgroup(int first) {
   const int count = n_threads - first < LANES ? n_threads - first : LANES;
   do {
     for (int i = 0; i < count; i++) {
       now = first + (backwards ? count - 1 - i : i);
       emulator_switch(&scheduler, fibers[now].stack_pointer);
-      if (message[0]) throw 0;
+      if (message[0]) return false;
     }
-    for (int i = 1; i < count; i++)
-      if (fibers[first + i].state != fibers[first].state || fibers[first + i].line != fibers[first].line)
-        throw Error("threads of a simdgroup part: lines %d and %d", fibers[first].line, fibers[first + i].line);
+    if (!together(first, count, "threads of a simdgroup part")) return false;
   } while (fibers[first].state == AT_SIMDGROUP);
+  return true;
 }
 
-inline void run_threadgroup() {
-  epoch++;
+inline bool run_threadgroup() {
   threadgroup_number++;
   threadgroup_bytes = 0;
+  first_epoch = epoch + 1;
+  const int simdgroups = (n_threads + LANES - 1) / LANES;
   for (int i = 0; i < n_threads; i++) start(i);
   do {
-    const int simdgroups = (n_threads + LANES - 1) / LANES;
-    for (int i = 0; i < simdgroups; i++) run_simdgroup((backwards ? simdgroups - 1 - i : i) * LANES);
     epoch++;
-    for (int i = 1; i < n_threads; i++)
-      if (fibers[i].state != fibers[0].state || fibers[i].line != fibers[0].line)
-        throw Error("not all threads reach the barrier in line %d", fibers[0].line ? fibers[0].line : fibers[i].line);
+    for (int i = 0; i < simdgroups; i++)
+      if (!run_simdgroup((backwards ? simdgroups - 1 - i : i) * LANES)) return false;
+    if (!together(0, n_threads, "not all threads reach a barrier")) return false;
   } while (fibers[0].state == AT_BARRIER);
+  return true;
 }
 
-// The error, or null.
-template <typename Group>
-const char* run(int threads, bool last_first, Group&& each_threadgroup) {
+inline void set_up(int threads, bool last_first) {
+  threadgroup_number = 0;
   if (!stacks)
     stacks = (char*)mmap(nullptr, size_t(MAX_THREADS) * STACK, PROT_READ | PROT_WRITE, MAP_PRIVATE | MAP_ANON, -1, 0);
   n_threads = threads;
   backwards = last_first;
   message[0] = 0;
-  try {
-    each_threadgroup();
-  } catch (const Error& error) {
-    memcpy(message, error.text, sizeof message);
-  } catch (int) {  // a thread left the message
-  }
-  return message[0] ? message : nullptr;
 }
 
 // ---- Pointers with an address space and bounds -----------------------------------------------------------
@@ -196,31 +199,54 @@ struct pointer {
   T *at, *begin, *end;
   T& operator[](int64_t i) const {
     if (at + i < begin || at + i >= end)
-      throw Error("index %lld of an array of %lld", (long long)(at + i - begin), (long long)(end - begin));
+      fail("index %lld of an array of %lld", (long long)(at + i - begin), (long long)(end - begin));
     return at[i];
   }
   T& operator*() const { return (*this)[0]; }
   pointer operator+(int64_t i) const { return {at + i, begin, end}; }
 };
 
-// Threadgroup memory.  Of each element: which simdgroup wrote and read it last, and in which epoch.
+// An output.  Each element has one thread that writes it, and no thread reads it.
+template <typename T>
+struct output_reference {
+  T& value;
+  int& writer;
+  void operator=(T x) const {
+    const int me = threadgroup_number * MAX_THREADS + now;
+    if (writer != 0 && writer != me) fail("two threads write one element of the output");
+    writer = me;
+    value = x;
+  }
+};
+template <typename T>
+struct output_pointer {
+  T* values;
+  int* writers;
+  int64_t at, size;
+  output_reference<T> operator[](int64_t i) const {
+    if (at + i < 0 || at + i >= size)
+      fail("index %lld of an output of %lld", (long long)(at + i), (long long)size);
+    return {values[at + i], writers[at + i]};
+  }
+  output_pointer operator+(int64_t i) const { return {values, writers, at + i, size}; }
+};
+
+// Threadgroup memory.  Of each element: which thread wrote and read it last, and in which epoch.
 struct Access {
   int write_epoch, writer, read_epoch, reader;
 };
 constexpr int SEVERAL = -1;
 
 inline void note_read(Access& a) {
-  const int me = now / LANES;
-  if (a.write_epoch == epoch && a.writer != me) throw Error("a simdgroup reads what another writes, without a barrier");
-  a.reader = a.read_epoch == epoch && a.reader != me ? SEVERAL : me;
+  if (a.write_epoch == epoch && a.writer != now) fail("a thread reads what another writes, without a barrier");
+  a.reader = a.read_epoch == epoch && a.reader != now ? SEVERAL : now;
   a.read_epoch = epoch;
 }
 inline void note_write(Access& a) {
-  const int me = now / LANES;
-  if ((a.write_epoch == epoch && a.writer != me) || (a.read_epoch == epoch && a.reader != me))
-    throw Error("a simdgroup writes what another writes or reads, without a barrier");
+  if ((a.write_epoch == epoch && a.writer != now) || (a.read_epoch == epoch && a.reader != now))
+    fail("a thread writes what another writes or reads, without a barrier");
   a.write_epoch = epoch;
-  a.writer = me;
+  a.writer = now;
 }
 
 template <typename T>
@@ -244,7 +270,7 @@ struct threadgroup_pointer {
   int64_t at, size;
   reference<T> operator[](int64_t i) const {
     if (at + i < 0 || at + i >= size)
-      throw Error("index %lld of threadgroup memory of %lld", (long long)(at + i), (long long)size);
+      fail("index %lld of threadgroup memory of %lld", (long long)(at + i), (long long)size);
     return {values[at + i], accesses[at + i]};
   }
   threadgroup_pointer operator+(int64_t i) const { return {values, accesses, at + i, size}; }
@@ -254,14 +280,14 @@ template <typename T, int N>
 struct threadgroup_array {
   T values[N];
   Access accesses[N];
-  int filled_for = 0;
+  int filled_in = 0;  // which epoch
   // Each thread declares it; the first of a threadgroup finds it full of NaN.
   void declare() {
-    if (filled_for == threadgroup_number) return;
-    filled_for = threadgroup_number;
+    if (filled_in >= first_epoch) return;
+    filled_in = epoch;
     memset((void*)values, 0xff, sizeof values);
     threadgroup_bytes += sizeof values;
-    if (threadgroup_bytes > MAX_THREADGROUP_BYTES) throw Error("%d bytes of threadgroup memory", threadgroup_bytes);
+    if (threadgroup_bytes > MAX_THREADGROUP_BYTES) fail("%d bytes of threadgroup memory", threadgroup_bytes);
   }
   reference<T> operator[](int64_t i) { return threadgroup_pointer<T>(*this)[i]; }
   threadgroup_pointer<T> operator+(int64_t i) { return {values, accesses, i, N}; }
@@ -333,8 +359,8 @@ inline float max(float a, float b) { return a > b || b != b ? a : b; }
 inline float min(float a, float b) { return a < b || b != b ? a : b; }
 inline int max(int a, int b) { return a > b ? a : b; }
 inline int min(int a, int b) { return a < b ? a : b; }
-inline float exp(float x) { return expf(x); }
-inline float log(float x) { return logf(x); }
+inline float exp(float x) { return __builtin_expf(x); }
+inline float log(float x) { return __builtin_logf(x); }
 }  // namespace metal
 typedef metal::vec<float, 2> float2;
 
@@ -371,16 +397,25 @@ template <typename T, int R, int C> struct simdgroup_matrix {
   T elements[2];
   T* thread_elements() { return elements; }
 };
-// The pointer's elements have the matrix's type, as Metal demands.
-template <typename T, template <typename...> class P, typename... A>
-inline void simdgroup_load(simdgroup_matrix<T, 8, 8>& m, P<A...> from, unsigned long stride, ulong2 = {0, 0}, bool transposed = false) {
+template <typename T, typename P>
+inline void emulator_load(simdgroup_matrix<T, 8, 8>& m, P from, unsigned long stride, bool transposed) {
   int row, column;
   emulator::place(emulator::now % emulator::LANES, row, column);
-  for (int j = 0; j < 2; j++) {
-    auto&& x = transposed ? from[(column + j) * stride + row] : from[row * stride + column + j];
-    static_assert(sizeof(T(x)) == sizeof(T), "");
-    m.elements[j] = x;
-  }
+  for (int j = 0; j < 2; j++)
+    m.elements[j] = transposed ? from[(column + j) * stride + row] : from[row * stride + column + j];
+}
+// The pointer's elements have the matrix's type, as Metal demands.
+template <typename T, typename Space>
+inline void simdgroup_load(
+    simdgroup_matrix<T, 8, 8>& m, emulator::pointer<Space, const T> from, unsigned long stride,
+    ulong2 = {0, 0}, bool transposed = false) {
+  emulator_load(m, from, stride, transposed);
+}
+template <typename T>
+inline void simdgroup_load(
+    simdgroup_matrix<T, 8, 8>& m, emulator::threadgroup_pointer<T> from, unsigned long stride,
+    ulong2 = {0, 0}, bool transposed = false) {
+  emulator_load(m, from, stride, transposed);
 }
 template <typename A, typename B>
 inline void simdgroup_multiply_accumulate(
@@ -405,3 +440,4 @@ inline void simdgroup_multiply_accumulate(
 }
 
 using namespace metal;
+}  // namespace
