@@ -1,8 +1,9 @@
 """Bytes that the Metal kernels of ``mlx_m3_plugin.msa.kernels`` read and write, as their sources do.
 
-Each read by a threadgroup counts, also where a cache would answer it, and nothing is assumed about queries
-that choose the same blocks: every block that a query can see is chosen by some query.  Arrays of a few
-numbers (offsets, paddings) are left out.  All arguments and results are plain ints.
+What a threadgroup reads counts once for each threadgroup, also where a cache would answer it.  Nothing is
+assumed about queries that choose the same blocks: every block that a query can see is chosen by some query.
+Arrays of a few numbers (offsets, paddings) are left out.  All arguments and results are plain ints.
+``tests/msa/test_kernel_bytes.py`` compares these formulas with what the kernels read when they run.
 """
 
 from mlx_m3_plugin.msa.kernels import attend, scores
@@ -20,7 +21,7 @@ def block_scores_bytes(
     written = batch * rows * n_blocks * 4
     if length == 1:
         # Each block is a threadgroup for every four rows.
-        tiles, readers_of_queries = cdiv(rows, scores.FEW_ROWS), n_blocks * scores.FEW_SIMDGROUPS
+        tiles, readers_of_queries = cdiv(rows, scores.FEW_ROWS), n_blocks
     else:
         _, _, tiles, blocks = scores.tiling(batch, rows, n_blocks, itemsize)
         readers_of_queries = cdiv(n_blocks, blocks)

@@ -118,19 +118,19 @@ _ATTEND = """
         const auto value_tokens = TOKENS(values);
         // No query is later than this.
         const int stop = min(BLOCK, offset[b * offset_strides[0]] + L - start);
-        for (int i = 0; i < HELD; i++) {
+        UNROLL for (int i = 0; i < HELD; i++) {
           const int key = (simdgroup * HELD + i) * 8 + r;
-          for (int d = 0; d < D / 8; d++) {
-            metal::vec<KV, 2> two(0);
+          UNROLL for (int d = 0; d < D / 8; d++) {
+            metal::vec<KV, 2> two(KV(0));
             if (key < stop) two = key_tokens.pair(padding + start + key, d * 8 + c);
             set_elements(held_keys[i][d], two.x, two.y);
           }
         }
-        for (int n = 0; n < BLOCK_FRAGMENTS; n++) {
+        UNROLL for (int n = 0; n < BLOCK_FRAGMENTS; n++) {
           const int key = n * 8 + r;
-          for (int i = 0; i < HELD_V; i++) {
+          UNROLL for (int i = 0; i < HELD_V; i++) {
             const int channel = (simdgroup * HELD_V + i) * 8 + c;
-            metal::vec<KV, 2> two(0);
+            metal::vec<KV, 2> two(KV(0));
             if (key < stop && channel < DV) two = value_tokens.pair(padding + start + key, channel);
             set_elements(held_values[n][i], two.x, two.y);
           }
@@ -145,17 +145,17 @@ _ATTEND = """
       // Scores of our keys, transposed: eight keys by eight heads in each fragment.
       for (int row0 = 0; row0 < ROWS; row0 += 8) {
         simdgroup_matrix<float, 8, 8> scores[HELD];
-        for (int i = 0; i < HELD; i++) set_elements(scores[i], 0.0f, 0.0f);
-        for (int d = 0; d < D / 8; d++) {
+        UNROLL for (int i = 0; i < HELD; i++) set_elements(scores[i], 0.0f, 0.0f);
+        UNROLL for (int d = 0; d < D / 8; d++) {
           simdgroup_matrix<T, 8, 8> eight_rows;
           simdgroup_load(eight_rows, query + row0 * (D + PADDING) + d * 8, D + PADDING, ulong2(0, 0), true);
-          for (int i = 0; i < HELD; i++)
+          UNROLL for (int i = 0; i < HELD; i++)
             simdgroup_multiply_accumulate(scores[i], held_keys[i][d], eight_rows, scores[i]);
         }
-        for (int i = 0; i < HELD; i++) {
+        UNROLL for (int i = 0; i < HELD; i++) {
           const int key = (simdgroup * HELD + i) * 8 + r;
           const bool visible = key < BLOCK && start + key <= at;
-          for (int j = 0; j < 2; j++)
+          UNROLL for (int j = 0; j < 2; j++)
             weights[(row0 + c + j) * (KEYS + PADDING) + key] =
                 visible ? scores[i].thread_elements()[j] * scale : -INFINITY;
         }
@@ -182,15 +182,15 @@ _ATTEND = """
       // Our channels of the output.
       for (int row0 = 0; row0 < ROWS; row0 += 8) {
         simdgroup_matrix<float, 8, 8> sums[HELD_V];
-        for (int i = 0; i < HELD_V; i++) set_elements(sums[i], 0.0f, 0.0f);
-        for (int n = 0; n < BLOCK_FRAGMENTS; n++) {
+        UNROLL for (int i = 0; i < HELD_V; i++) set_elements(sums[i], 0.0f, 0.0f);
+        UNROLL for (int n = 0; n < BLOCK_FRAGMENTS; n++) {
           simdgroup_matrix<float, 8, 8> eight_rows;
           simdgroup_load(eight_rows, weights + row0 * (KEYS + PADDING) + n * 8, KEYS + PADDING);
-          for (int i = 0; i < HELD_V; i++)
+          UNROLL for (int i = 0; i < HELD_V; i++)
             simdgroup_multiply_accumulate(sums[i], eight_rows, held_values[n][i], sums[i]);
         }
-        for (int i = 0; i < HELD_V; i++)
-          for (int j = 0; j < 2; j++) {
+        UNROLL for (int i = 0; i < HELD_V; i++)
+          UNROLL for (int j = 0; j < 2; j++) {
             const int row = row0 + r, channel = (simdgroup * HELD_V + i) * 8 + c + j;
             if (row < HEADS && channel < DV)
               partials[(size_t(pair) * HEADS + row) * DV + channel] = sums[i].thread_elements()[j];

@@ -29,10 +29,10 @@ CHOOSE = Kernel(
     // Each thread keeps its K best, sorted; then the simdgroup takes the best of its threads, K times.
     float best[K];
     int ids[K];
-    clear<K>(best, ids);
+    clear_best<K>(best, ids);
     for (int n = thread_index_in_threadgroup; n < n_blocks; n += SIMDGROUPS * 32) {
       const bool forced = n <= own && (n > own - local_blocks || n < init_blocks);
-      insert<K>(best, ids, forced ? INFINITY : scores[size_t(row) * n_blocks + n], n);
+      insert_best<K>(best, ids, forced ? INFINITY : scores[size_t(row) * n_blocks + n], n);
     }
     for (int i = 0; i < K; i++) {
       const float score = simd_max(best[0]);
@@ -40,37 +40,37 @@ CHOOSE = Kernel(
       if (lane == winner) {
         found_scores[simdgroup * K + i] = score;
         found_ids[simdgroup * K + i] = ids[0];
-        remove_first<K>(best, ids);
+        remove_best<K>(best, ids);
       }
     }
     threadgroup_barrier(mem_flags::mem_threadgroup);
 
     // The first simdgroup takes the best of all simdgroups.
     if (simdgroup > 0) return;
-    clear<K>(best, ids);
-    for (int n = lane; n < SIMDGROUPS * K; n += 32) insert<K>(best, ids, found_scores[n], found_ids[n]);
+    clear_best<K>(best, ids);
+    for (int n = lane; n < SIMDGROUPS * K; n += 32) insert_best<K>(best, ids, found_scores[n], found_ids[n]);
     for (int i = 0; i < K; i++) {
       const float score = simd_max(best[0]);
       const int winner = simd_min(best[0] == score ? lane : 32);
       if (lane == winner) {
         block_ids[size_t(row) * K + i] = ids[0];
-        remove_first<K>(best, ids);
+        remove_best<K>(best, ids);
       }
     }
     """,
     HELPERS
     + """
 template <int K>
-METAL_FUNC void clear(thread float* best, thread int* ids) {
-  for (int i = 0; i < K; i++) {
+METAL_FUNC void clear_best(thread float* best, thread int* ids) {
+  UNROLL for (int i = 0; i < K; i++) {
     best[i] = -INFINITY;
     ids[i] = -1;
   }
 }
 
 template <int K>
-METAL_FUNC void insert(thread float* best, thread int* ids, float score, int id) {
-  for (int i = 0; i < K; i++)
+METAL_FUNC void insert_best(thread float* best, thread int* ids, float score, int id) {
+  UNROLL for (int i = 0; i < K; i++)
     if (score > best[i]) {
       const float next_score = best[i];
       const int next_id = ids[i];
@@ -82,8 +82,8 @@ METAL_FUNC void insert(thread float* best, thread int* ids, float score, int id)
 }
 
 template <int K>
-METAL_FUNC void remove_first(thread float* best, thread int* ids) {
-  for (int i = 0; i + 1 < K; i++) {
+METAL_FUNC void remove_best(thread float* best, thread int* ids) {
+  UNROLL for (int i = 0; i + 1 < K; i++) {
     best[i] = best[i + 1];
     ids[i] = ids[i + 1];
   }

@@ -19,7 +19,10 @@ PADDING = 8
 
 # A simdgroup holds an 8x8 matrix as two elements per thread, (row, column) and (row, column + 1); as in
 # mlx/backend/metal/kernels/steel/gemm/mma.h.
+# Arrays of matrices are in registers only if their indices are constants: UNROLL.
 HELPERS = f"""
+#define UNROLL _Pragma("clang loop unroll(full)")
+
 METAL_FUNC int row_in_fragment(uint lane) {{ return int((lane >> 1) & 3) + int((lane >> 2) & 4); }}
 METAL_FUNC int column_in_fragment(uint lane) {{ return int(lane & 1) * 2 + int((lane >> 1) & 4); }}
 
@@ -28,7 +31,7 @@ METAL_FUNC void set_elements(thread M& matrix, V first, V second) {{
   matrix.thread_elements()[0] = first;
   matrix.thread_elements()[1] = second;
 }}
-constant constexpr int PADDING = {PADDING};
+constexpr constant int PADDING = {PADDING};
 """
 
 

@@ -38,12 +38,12 @@ FEW = Kernel(
     // Row i of this tile is query `at[i] - first` of one head.  Channel `8 * j + lane % 8` is ours.
     float query[ROWS][CHANNELS], best[ROWS];
     int at[ROWS], latest = -1;
-    for (int i = 0; i < ROWS; i++) {
+    UNROLL for (int i = 0; i < ROWS; i++) {
       const int row = min(row0 + i, n_rows - 1), g = row % G, l = row / G;
       at[i] = first + l;
       latest = max(latest, at[i]);
       best[i] = -INFINITY;
-      for (int j = 0; j < CHANNELS; j++)
+      UNROLL for (int j = 0; j < CHANNELS; j++)
         query[i][j] = float(index_queries[b * index_queries_strides[0] + g * index_queries_strides[1]
             + l * index_queries_strides[2] + (8 * j + lane % 8) * index_queries_strides[3]]);
     }
@@ -53,19 +53,19 @@ FEW = Kernel(
       const int key = four + lane / 8;
       float sum[ROWS] = {0};
       if (key < stop)
-        for (int j = 0; j < CHANNELS; j++) {
+        UNROLL for (int j = 0; j < CHANNELS; j++) {
           const float k = float(index_keys[b * index_keys_strides[0] + (padding + key) * index_keys_strides[2]
               + (8 * j + lane % 8) * index_keys_strides[3]]);
-          for (int i = 0; i < ROWS; i++) sum[i] += query[i][j] * k;
+          UNROLL for (int i = 0; i < ROWS; i++) sum[i] += query[i][j] * k;
         }
-      for (int i = 0; i < ROWS; i++) {
+      UNROLL for (int i = 0; i < ROWS; i++) {
         for (int step = 1; step < 8; step *= 2) sum[i] += simd_shuffle_xor(sum[i], ushort(step));
         if (key < stop && key <= at[i]) best[i] = max(best[i], sum[i]);
       }
     }
 
     threadgroup float bests[ROWS * SIMDGROUPS];
-    for (int i = 0; i < ROWS; i++) {
+    UNROLL for (int i = 0; i < ROWS; i++) {
       const float score = simd_max(best[i]);
       if (lane == 0) bests[i * SIMDGROUPS + simdgroup] = score;
     }
@@ -98,11 +98,11 @@ MANY = Kernel(
     // Our query rows, transposed, for the whole run: fragment [d][f] is channels 8 d.. of rows 8 f...
     simdgroup_matrix<T, 8, 8> queries[D / 8][FRAGMENTS];
     int at[FRAGMENTS][2];
-    for (int f = 0; f < FRAGMENTS; f++)
-      for (int j = 0; j < 2; j++) {
+    UNROLL for (int f = 0; f < FRAGMENTS; f++)
+      UNROLL for (int j = 0; j < 2; j++) {
         const int row = row0 + f * 8 + c + j, g = row % G, l = row / G;
         at[f][j] = row < n_rows ? first + l : -1;
-        for (int d = 0; d < D / 8; d++)
+        UNROLL for (int d = 0; d < D / 8; d++)
           queries[d][f].thread_elements()[j] = row < n_rows
               ? index_queries[b * index_queries_strides[0] + g * index_queries_strides[1]
                   + l * index_queries_strides[2] + (8 * d + r) * index_queries_strides[3]]
@@ -113,7 +113,7 @@ MANY = Kernel(
     for (int block = block0; block < min(block0 + blocks_per_group, n_blocks); block++) {
       const int start = block * BLOCK, stop = min(start + BLOCK, latest + 1);
       float best[FRAGMENTS][2];
-      for (int f = 0; f < FRAGMENTS; f++) best[f][0] = best[f][1] = -INFINITY;
+      UNROLL for (int f = 0; f < FRAGMENTS; f++) best[f][0] = best[f][1] = -INFINITY;
 
       for (int key0 = start; key0 < stop; key0 += KEYS) {
         threadgroup_barrier(mem_flags::mem_threadgroup);
@@ -129,22 +129,22 @@ MANY = Kernel(
         for (int n = 0; n < min(KEYS, stop - key0); n += 8) {
           // Scores, transposed: eight keys by eight rows in each fragment.
           simdgroup_matrix<float, 8, 8> sums[FRAGMENTS];
-          for (int f = 0; f < FRAGMENTS; f++) set_elements(sums[f], 0.0f, 0.0f);
-          for (int d = 0; d < D / 8; d++) {
+          UNROLL for (int f = 0; f < FRAGMENTS; f++) set_elements(sums[f], 0.0f, 0.0f);
+          UNROLL for (int d = 0; d < D / 8; d++) {
             simdgroup_matrix<T, 8, 8> keys;
             simdgroup_load(keys, staged + n * (D + PADDING) + d * 8, D + PADDING);
-            for (int f = 0; f < FRAGMENTS; f++)
+            UNROLL for (int f = 0; f < FRAGMENTS; f++)
               simdgroup_multiply_accumulate(sums[f], keys, queries[d][f], sums[f]);
           }
           const int key = key0 + n + r;
-          for (int f = 0; f < FRAGMENTS; f++)
-            for (int j = 0; j < 2; j++)
+          UNROLL for (int f = 0; f < FRAGMENTS; f++)
+            UNROLL for (int j = 0; j < 2; j++)
               if (key < stop && key <= at[f][j]) best[f][j] = max(best[f][j], sums[f].thread_elements()[j]);
         }
       }
 
-      for (int f = 0; f < FRAGMENTS; f++)
-        for (int j = 0; j < 2; j++) {
+      UNROLL for (int f = 0; f < FRAGMENTS; f++)
+        UNROLL for (int j = 0; j < 2; j++) {
           // The eight threads with this column differ in these bits of their number.
           float score = best[f][j];
           score = max(score, simd_shuffle_xor(score, ushort(2)));

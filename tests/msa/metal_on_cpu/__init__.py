@@ -13,6 +13,7 @@ import shutil
 import subprocess
 import sys
 import tempfile
+from collections import Counter
 from collections.abc import Callable, Sequence
 from functools import cache
 from pathlib import Path
@@ -46,6 +47,9 @@ OTHER_ATTRIBUTES = """
     thread_execution_width thread_index_in_quadgroup thread_position_in_grid thread_position_in_threadgroup
     threadgroups_per_grid threads_per_grid threads_per_simdgroup threads_per_threadgroup
 """.split()
+
+# By kernel: the outputs, and each element in device memory once for each threadgroup that reads it.
+bytes_moved: Counter[str] = Counter()
 
 
 class KernelError(Exception):
@@ -107,16 +111,17 @@ def metal_kernel(
             base = view.base if view.base is not None else view
             shape = np.array(view.shape or (1,), dtype=np.int32)
             strides = np.array(view.strides or (1,), dtype=np.int64) // view.itemsize
-            pointers += [view, base, base.nbytes // base.itemsize, shape, strides]
+            pointers += [view, base, base.size, np.zeros(base.size, np.int32), shape, strides]
         for output in outputs:
             pointers += [output, np.zeros(output.size, np.int32), output.size]
         arguments = (ctypes.c_void_p * len(pointers))(
             *(p.ctypes.data if isinstance(p, np.ndarray) else p for p in pointers)
         )
         groups = (ctypes.c_int * 3)(grid[0] // threadgroup[0], grid[1], grid[2])
-        error = _library(text).run(arguments, groups, threadgroup[0], int(rng.integers(2)))
-        if error:
+        library = _library(text)
+        if error := library.run(arguments, groups, threadgroup[0], int(rng.integers(2))):
             raise KernelError(f"{name}: {error.decode()}")
+        bytes_moved[name] += library.bytes_read() + sum(output.nbytes for output in outputs)
         return [_mlx(output, dtype) for output, dtype in zip(outputs, output_dtypes, strict=True)]
 
     return run
@@ -158,7 +163,7 @@ def _program(
     parameters, arguments = [], []
     for i, (input_name, x) in enumerate(zip(input_names, inputs, strict=True)):
         dtype = TYPES[x.dtype]
-        view, base, size, shape, strides = (f"arguments[{5 * i + j}]" for j in range(5))
+        view, base, size, readers, shape, strides = (f"arguments[{6 * i + j}]" for j in range(6))
         if x.ndim == 0:
             parameters.append(f"const {dtype} {input_name}")
             arguments.append(f"*(const {dtype}*){view}")
@@ -167,14 +172,15 @@ def _program(
         pointer = f"emulator::pointer<emulator::{space}, const {dtype}>"
         parameters.append(f"{pointer} {input_name}")
         data = f"(const {dtype}*)"
-        arguments.append(f"{pointer}{{{data}{view}, {data}{base}, {data}{base} + (int64_t){size}}}")
+        end = f"{data}{base} + (int64_t){size}"
+        arguments.append(f"{pointer}{{{data}{view}, {data}{base}, {end}, (int*){readers}}}")
         for what, field, c_type in (("shape", shape, "int"), ("strides", strides, "int64_t")):
             if f"{input_name}_{what}" in source:
                 parameters.append(f"const {c_type}* {input_name}_{what}")
                 arguments.append(f"(const {c_type}*){field}")
     for i, (output_name, output_dtype) in enumerate(zip(output_names, output_dtypes, strict=True)):
         dtype = TYPES[output_dtype]
-        values, writers, size = (f"arguments[{5 * len(inputs) + 3 * i + j}]" for j in range(3))
+        values, writers, size = (f"arguments[{6 * len(inputs) + 3 * i + j}]" for j in range(3))
         pointer = f"emulator::output_pointer<{dtype}>"
         parameters.append(f"{pointer} {output_name}")
         arguments.append(f"{pointer}{{({dtype}*){values}, (int*){writers}, 0, (int64_t){size}}}")
@@ -211,6 +217,7 @@ extern "C" const char* run(void** a, const int* groups, int threads, int backwar
       }}
   return nullptr;
 }}
+extern "C" int64_t bytes_read() {{ return emulator::bytes_read; }}
 """
 
 
@@ -257,4 +264,5 @@ def _library(text: str) -> ctypes.CDLL:
         raise CompileError(made.stderr[:2000])
     library = ctypes.CDLL(str(path.with_suffix(".so")))
     library.run.restype = ctypes.c_char_p
+    library.bytes_read.restype = ctypes.c_int64
     return library

@@ -102,6 +102,7 @@ static int now, n_threads;        // the thread that runs; threads of a threadgr
 static int epoch, first_epoch;    // counts barriers in all runs; the first of this threadgroup
 static int threadgroup_number;    // from 1, in each run
 static int threadgroup_bytes;     // of its arrays
+static int64_t bytes_read;        // of device memory, once for each threadgroup
 static bool backwards;            // the order in which simdgroups and their threads run
 static char message[200];         // the first error
 static void (*body)(int);         // the kernel as one thread
@@ -181,7 +182,7 @@ inline bool run_threadgroup() {
 }
 
 inline void set_up(int threads, bool last_first) {
-  threadgroup_number = 0;
+  threadgroup_number = bytes_read = 0;
   if (!stacks)
     stacks = (char*)mmap(nullptr, size_t(MAX_THREADS) * STACK, PROT_READ | PROT_WRITE, MAP_PRIVATE | MAP_ANON, -1, 0);
   n_threads = threads;
@@ -191,19 +192,24 @@ inline void set_up(int threads, bool last_first) {
 
 // ---- Pointers with an address space and bounds -----------------------------------------------------------
 
-struct device_space {};
-struct constant_space {};
+struct device_space { static constexpr int64_t counts = 1; };
+struct constant_space { static constexpr int64_t counts = 0; };  // a few numbers, which are not memory traffic
 
+// An input.  `readers` has the last threadgroup that read each element.
 template <typename Space, typename T>
 struct pointer {
   T *at, *begin, *end;
+  int* readers;
   T& operator[](int64_t i) const {
     if (at + i < begin || at + i >= end)
       fail("index %lld of an array of %lld", (long long)(at + i - begin), (long long)(end - begin));
+    int& reader = readers[at + i - begin];
+    if (reader != threadgroup_number) bytes_read += sizeof(T) * Space::counts;
+    reader = threadgroup_number;
     return at[i];
   }
   T& operator*() const { return (*this)[0]; }
-  pointer operator+(int64_t i) const { return {at + i, begin, end}; }
+  pointer operator+(int64_t i) const { return {at + i, begin, end, readers}; }
 };
 
 // An output.  Each element has one thread that writes it, and no thread reads it.
@@ -280,7 +286,7 @@ template <typename T, int N>
 struct threadgroup_array {
   T values[N];
   Access accesses[N];
-  int filled_in = 0;  // which epoch
+  int filled_in;  // which epoch; statics begin with 0
   // Each thread declares it; the first of a threadgroup finds it full of NaN.
   void declare() {
     if (filled_in >= first_epoch) return;
