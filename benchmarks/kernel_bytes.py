@@ -6,6 +6,10 @@ Arrays of a few numbers (offsets, paddings) are left out.  All arguments and res
 ``tests/msa/test_kernel_bytes.py`` compares these formulas with what the kernels read when they run.
 """
 
+from collections.abc import Callable
+from math import prod
+from typing import Any
+
 from mlx_m3_plugin.msa.kernels import attend, scores
 
 
@@ -16,7 +20,7 @@ def cdiv(a: int, b: int) -> int:
 def block_scores_bytes(
     *, batch: int, groups: int, length: int, n_keys: int, dims: int, block_size: int, itemsize: int
 ) -> int:
-    """Of :func:`block_scores`: index queries and keys in, float32 scores out."""
+    """Index queries and keys in, float32 scores out."""
     rows, n_blocks = groups * length, cdiv(n_keys, block_size)
     written = batch * rows * n_blocks * 4
     if length == 1:
@@ -31,11 +35,11 @@ def block_scores_bytes(
 
 
 def choose_blocks_bytes(*, batch: int, groups: int, length: int, n_blocks: int, k: int) -> int:
-    """Of :func:`choose_blocks`: float32 scores in, int32 ids out."""
+    """Float32 scores in, int32 ids out."""
     return batch * groups * length * (n_blocks + k) * 4
 
 
-def attend_bytes(
+def attend_pairs_bytes(
     *,
     batch: int,
     heads: int,
@@ -49,11 +53,11 @@ def attend_bytes(
     itemsize: int,
     token_bytes: int | None = None,
 ) -> int:
-    """Of :func:`attend_blocks` with its merge.  Not of sorting the pairs, which is MLX's own.
+    """Queries, K and V in, float32 partial outputs out.  Sorting the pairs is MLX's own and not in it.
 
     Args:
         n_keys: keys that the last query can see.
-        itemsize: bytes of an element of queries and output.
+        itemsize: bytes of an element of the queries.
         token_bytes: of one token's K and V of one group; of ``itemsize`` elements if not given.
     """
     token_bytes = token_bytes or (dims + value_dims) * itemsize
@@ -62,7 +66,81 @@ def attend_bytes(
     lists = batch * groups * cdiv(n_keys, block_size)
     # A threadgroup reads a block anew where its first pair is in the middle of a list, and at each new list.
     blocks_read = min(n_pairs, threadgroups + lists)
-    pairs_in = n_pairs * (per_group * dims * itemsize + 2 * 4)  # queries, block id, number of the pair
-    partials = n_pairs * per_group * (value_dims + 1) * 4
-    merge = partials + batch * heads * length * value_dims * itemsize
-    return blocks_read * block_size * token_bytes + pairs_in + partials + merge
+    # Queries, the block's id, and the pair's place in the order.
+    pairs_in = n_pairs * (per_group * dims * itemsize + (2 if length >= attend.SORT_FROM else 1) * 4)
+    return blocks_read * block_size * token_bytes + pairs_in + n_pairs * per_group * (value_dims + 1) * 4
+
+
+def merge_pairs_bytes(*, batch: int, heads: int, length: int, k: int, value_dims: int, itemsize: int) -> int:
+    """Float32 partial outputs in, the output out."""
+    rows = batch * heads * length
+    return rows * k * (value_dims + 1) * 4 + rows * value_dims * itemsize
+
+
+# Of a call in a graph: ``inputs`` are arrays, ``outputs`` are (shape, dtype), ``template`` is a dict.
+
+
+def _block_scores(call: Any) -> tuple[int, int]:
+    queries, keys = call.inputs[:2]
+    batch, groups, length, dims = queries.shape
+    block_size, n_blocks = call.template["BLOCK"], call.outputs[0][0][3]
+    n_keys = min(n_blocks * block_size, keys.shape[2])
+    moved = block_scores_bytes(
+        batch=batch,
+        groups=groups,
+        length=length,
+        n_keys=n_keys,
+        dims=dims,
+        block_size=block_size,
+        itemsize=queries.dtype.size,
+    )
+    return moved, 2 * prod(queries.shape) * n_keys
+
+
+def _choose_blocks(call: Any) -> tuple[int, int]:
+    batch, groups, length, n_blocks = call.inputs[0].shape
+    k = call.template["K"]
+    moved = choose_blocks_bytes(batch=batch, groups=groups, length=length, n_blocks=n_blocks, k=k)
+    return moved, batch * groups * length * n_blocks
+
+
+def _attend_pairs(call: Any) -> tuple[int, int]:
+    queries, *rest = call.inputs
+    block_ids, tokens = rest[-6], rest[:-6]
+    batch, groups, length, k = block_ids.shape
+    dims, value_dims, block_size = (call.template[name] for name in ("D", "DV", "BLOCK"))
+    moved = attend_pairs_bytes(
+        batch=batch,
+        heads=queries.shape[1],
+        groups=groups,
+        length=length,
+        n_keys=tokens[0].shape[2],
+        k=k,
+        dims=dims,
+        value_dims=value_dims,
+        block_size=block_size,
+        itemsize=queries.dtype.size,
+        token_bytes=sum(x.shape[3] * x.dtype.size for x in tokens),
+    )
+    rows = batch * queries.shape[1] * length * k
+    return moved, 2 * rows * block_size * (dims + value_dims)
+
+
+def _merge_pairs(call: Any) -> tuple[int, int]:
+    n_pairs, _, value_dims = call.inputs[0].shape
+    shape, dtype = call.outputs[0]
+    batch, heads, length, _ = shape
+    k = n_pairs * call.template["HEADS"] // (batch * heads * length)
+    moved = merge_pairs_bytes(
+        batch=batch, heads=heads, length=length, k=k, value_dims=value_dims, itemsize=dtype.size
+    )
+    return moved, 2 * prod(shape) * k
+
+
+# The beginning of a kernel's name -> (bytes, operations) of a call.
+COSTS: dict[str, Callable[[Any], tuple[int, int]]] = {
+    "mlx_m3_plugin_block_scores": _block_scores,
+    "mlx_m3_plugin_choose_blocks": _choose_blocks,
+    "mlx_m3_plugin_attend_pairs": _attend_pairs,
+    "mlx_m3_plugin_merge_pairs": _merge_pairs,
+}

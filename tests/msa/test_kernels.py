@@ -107,6 +107,48 @@ def test_a_wrong_kernel_is_found(
         any(kernel_cases.check(case) for case in cases)
 
 
+def arrays(dtype: mx.Dtype = mx.bfloat16, heads: int = 16, dims: int = 128) -> dict[str, mx.array]:
+    keys = mx.zeros((1, 1, 256, dims), dtype)
+    return {"queries": mx.zeros((1, heads, 1, dims), dtype), "keys": keys, "values": keys}
+
+
+@pytest.mark.parametrize(
+    ("reason", "changed", "options"),
+    [
+        (None, {}, {}),
+        ("head size 20 of K", arrays(dims=20), {}),
+        ("head size 136 of K", arrays(dims=136), {}),
+        ("head size 12 of V", {"values": mx.zeros((1, 1, 256, 12), mx.bfloat16)}, {}),
+        ("queries in mlx.core.float16, K in", {"queries": mx.zeros((1, 16, 1, 128), mx.float16)}, {}),
+        ("only one of K and V", {"keys": kernel_cases.quantize(mx.zeros((1, 1, 256, 128)), 8, 32)}, {}),
+        ("33 blocks", {}, {"k": 33}),
+        ("blocks of 1024 keys", {}, {"block_size": 1024}),
+        (None, arrays(heads=40), {}),
+        ("41 heads", arrays(heads=41), {}),
+        ("32 heads", arrays(mx.float32, heads=32), {}),
+    ],
+)
+def test_what_attention_does_not_take(reason: str | None, changed: dict, options: dict) -> None:
+    found = attend.supports_attention(**arrays() | changed, **{"block_size": 128, "k": 16} | options)
+    assert found is None if reason is None else found is not None and found.startswith(reason)
+
+
+def test_the_most_heads_that_fit_into_threadgroup_memory() -> None:
+    model = Model(mx.bfloat16, 128, 128, 8, block_size=128, heads=40, topk=2)
+    kernel_cases.check(Case(model, seed=1, groups=1, n_keys=300))
+    with pytest.raises(metal_on_cpu.KernelError, match="threadgroup memory"):
+        kernel_cases.check(Case(dataclasses.replace(model, heads=41), seed=1, groups=1, n_keys=300))
+
+
+def test_what_selection_does_not_take() -> None:
+    queries, keys = mx.zeros((1, 4, 1, 128), mx.bfloat16), mx.zeros((1, 1, 9, 128), mx.bfloat16)
+    assert scores.supports_scores(queries, keys) is None
+    assert "float32" in (scores.supports_scores(queries.astype(mx.float32), keys) or "")
+    assert "100" in (scores.supports_scores(queries[..., :100], keys[..., :100]) or "")
+    assert choose.supports_choice(32) is None
+    assert "33 blocks" in (choose.supports_choice(33) or "")
+
+
 # M3's own sizes: 64 heads in 4 groups, 16 blocks of 128 keys.
 M3 = Model(mx.bfloat16, 128, 128, 128, block_size=128, heads=16, topk=16)
 M3_8_BITS = dataclasses.replace(M3, quantization=(8, 64))
