@@ -4,6 +4,7 @@ import dataclasses
 import random
 from collections.abc import Callable
 from types import ModuleType
+from typing import Any
 
 import mlx.core as mx
 import pytest
@@ -12,6 +13,8 @@ from mlx_m3_plugin.msa.kernels import attend, choose, scores
 from tests.msa import kernel_cases, metal_on_cpu
 from tests.msa.kernel_cases import MODELS, Case, Model
 
+# M3's own sizes.
+M3 = Model(mx.bfloat16, 128, 128, 128, block_size=128, heads=16, topk=16)
 BARRIER = "threadgroup_barrier(mem_flags::mem_threadgroup);"
 
 
@@ -149,8 +152,48 @@ def test_what_selection_does_not_take() -> None:
     assert "33 blocks" in (choose.supports_choice(33) or "")
 
 
-# M3's own sizes: 64 heads in 4 groups, 16 blocks of 128 keys.
-M3 = Model(mx.bfloat16, 128, 128, 128, block_size=128, heads=16, topk=16)
+@pytest.mark.parametrize(("length", "kernels"), [(1, 4), (64, 4)])
+def test_lazy_and_compiled_once_for_all_tokens(
+    length: int, kernels: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The names, templates and threadgroups of a call decide what is compiled; ``mx.compile`` forbids eval."""
+    calls: list[tuple[Any, ...]] = []
+
+    def metal_kernel(name: str, **_: Any) -> Callable[..., list[mx.array]]:
+        def run(**call: Any) -> list[mx.array]:
+            dtypes = [(x.dtype, x.size < metal_on_cpu.CONSTANT_BELOW) for x in call["inputs"]]
+            calls.append((name, *call["template"], call["threadgroup"], *dtypes))
+            return [mx.zeros(*of) for of in zip(call["output_shapes"], call["output_dtypes"], strict=True)]
+
+        return run
+
+    def layer(case: Case) -> mx.array:
+        x = {name: case.given(name) for name in case.clean}
+        of_block, positions = {"block_size": 128}, (case.offset, case.left_padding)
+        found = scores.block_scores(
+            x["index_queries"],
+            x["index_keys"],
+            case.offset,
+            case.left_padding,
+            n_keys=case.n_keys,
+            **of_block,
+        )
+        ids = choose.choose_blocks(found, case.offset, k=16, local_blocks=1, init_blocks=0, **of_block)
+        return attend.attend_blocks(
+            x["queries"], x["keys"], x["values"], ids, *positions, scale=0.1, **of_block
+        )
+
+    monkeypatch.setattr(mx.fast, "metal_kernel", metal_kernel)
+    first: list[tuple[Any, ...]] = []
+    for n_keys in (3000, 3001, 3200):
+        case = Case(M3, seed=0, groups=4, length=length, n_keys=n_keys, batch=2, padding=[0, 9])
+        calls.clear()
+        mx.compile(lambda case=case: layer(case))()
+        first = first or list(calls)
+        assert len(calls) == kernels
+        assert calls == first
+
+
 M3_8_BITS = dataclasses.replace(M3, quantization=(8, 64))
 REAL_SIZES = [
     Case(M3, seed=1, groups=4, length=1, n_keys=8190, spare=66),

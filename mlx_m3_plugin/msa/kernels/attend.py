@@ -21,7 +21,9 @@ from .launch import (
     Kernel,
     Template,
     cdiv,
+    ints,
     per_row,
+    scalar,
 )
 
 # From this many queries on pairs are sorted.
@@ -330,10 +332,10 @@ def attend_blocks(
     if isinstance(keys, Quantized) and isinstance(values, Quantized):
         for name, x in (("KEYS", keys), ("VALUES", values)):
             template += [(f"{name}_BITS", x.bits), (f"{name}_GROUP", x.group_size)]
-    sizes = mx.array([n_pairs, pairs_per_group, n_blocks], dtype=mx.int32)
+    sizes = ints(n_pairs, pairs_per_group, n_blocks)
     positions = [per_row(offset, batch), per_row(left_padding, batch)]
     partials, logsums = kernel(
-        [queries, *tokens, block_ids, order, *positions, sizes, mx.array(scale, dtype=mx.float32)],
+        [queries, *tokens, block_ids, order, *positions, sizes, scalar(scale)],
         template,
         (cdiv(n_pairs, pairs_per_group), 1, 1),
         simdgroups * SIMDGROUP,
@@ -341,7 +343,7 @@ def attend_blocks(
     )
     rows = batch * n_heads * length
     return MERGE(
-        [partials, logsums, mx.array([groups, length, k, rows], dtype=mx.int32)],
+        [partials, logsums, ints(groups, length, k, rows)],
         [("T", queries.dtype), ("DV", value_dims), ("HEADS", heads), ("SIMDGROUPS", MERGE_SIMDGROUPS)],
         (cdiv(rows, MERGE_SIMDGROUPS), 1, 1),
         MERGE_SIMDGROUPS * SIMDGROUP,

@@ -6,7 +6,7 @@ Defined by ``select_blocks`` in ``tests/msa/reference.py``; ``_choose`` in :mod:
 import mlx.core as mx
 
 from ..common import Position
-from .launch import HELPERS, SIMDGROUP, Kernel, cdiv, per_row
+from .launch import HELPERS, SIMDGROUP, Kernel, cdiv, ints, per_row
 
 # One simdgroup for so many blocks of a query.
 BLOCKS_PER_SIMDGROUP = 256
@@ -117,7 +117,7 @@ def choose_blocks(
     """
     batch, groups, length, n_blocks = scores.shape
     simdgroups = min(MAX_SIMDGROUPS, cdiv(n_blocks, BLOCKS_PER_SIMDGROUP))
-    sizes = mx.array([groups, length, n_blocks, local_blocks, init_blocks], dtype=mx.int32)
+    sizes = ints(groups, length, n_blocks, local_blocks, init_blocks)
     return CHOOSE(
         [scores, per_row(offset, batch), sizes],
         [("BLOCK", block_size), ("K", k), ("SIMDGROUPS", simdgroups)],

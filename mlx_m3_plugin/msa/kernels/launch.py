@@ -2,7 +2,7 @@
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from functools import cache
+from functools import cache, lru_cache
 from typing import Any, TypeAlias
 
 import mlx.core as mx
@@ -90,7 +90,18 @@ def per_row(position: Position | None, batch: int) -> mx.array:
     """``[B]`` int32; an int (None is 0) is the same for all rows."""
     if isinstance(position, mx.array):
         return mx.broadcast_to(position.astype(mx.int32), (batch,))
-    return mx.array([position or 0] * batch, dtype=mx.int32)
+    return ints(*[position or 0] * batch)
+
+
+@lru_cache(256)
+def ints(*numbers: int) -> mx.array:
+    """An int32 array.  Most are the same for all layers of a step, or for all steps."""
+    return mx.array(numbers, dtype=mx.int32)
+
+
+@lru_cache(16)
+def scalar(number: float) -> mx.array:
+    return mx.array(number, dtype=mx.float32)
 
 
 def cdiv(a: int, b: int) -> int:

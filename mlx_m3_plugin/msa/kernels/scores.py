@@ -7,7 +7,7 @@ plain form.
 import mlx.core as mx
 
 from ..common import Position
-from .launch import SIMDGROUP, Kernel, Template, cdiv, per_row
+from .launch import SIMDGROUP, Kernel, Template, cdiv, ints, per_row
 
 # One query: a threadgroup takes one block and these rows; eight threads share a key.
 FEW_ROWS = 4
@@ -183,10 +183,10 @@ def block_scores(
 
     Args:
         index_queries: ``[B, G, L, D]``.
-        index_keys: ``[B, 1, S, D]`` in the same dtype; the queries' own are the last of the first ``n_keys``.
+        index_keys: ``[B, 1, S, D]`` in the same dtype.
         offset: content position of the first query; an int, or ``[B]`` int32.
         left_padding: ``[B]`` int32 cache slots before each row's first token, or None.
-        n_keys: slots in use, the padding included.
+        n_keys: slots in use, the padding included; no query is later than the last of them.
         block_size: keys per block.
 
     Returns:
@@ -207,7 +207,7 @@ def block_scores(
             ("SIMDGROUPS", FEW_SIMDGROUPS),
         ]
         grid = (n_blocks, cdiv(rows, FEW_ROWS), batch)
-        sizes = mx.array([n_blocks], dtype=mx.int32)
+        sizes = ints(n_blocks)
         return FEW([*arrays, sizes], template, grid, FEW_SIMDGROUPS * SIMDGROUP, outputs)[0]
 
     fragments, simdgroups, tiles, blocks_per_group = tiling(batch, rows, n_blocks, dtype.size)
@@ -220,7 +220,7 @@ def block_scores(
         ("KEYS", STAGED_KEYS),
     ]
     grid = (cdiv(n_blocks, blocks_per_group), tiles, batch)
-    sizes = mx.array([n_blocks, blocks_per_group], dtype=mx.int32)
+    sizes = ints(n_blocks, blocks_per_group)
     return MANY([*arrays, sizes], template, grid, simdgroups * SIMDGROUP, outputs)[0]
 
 
