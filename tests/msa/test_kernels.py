@@ -156,7 +156,7 @@ def test_what_selection_does_not_take() -> None:
 def test_lazy_and_compiled_once_for_all_tokens(
     length: int, kernels: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """The names, templates and threadgroups of a call decide what is compiled; ``mx.compile`` forbids eval."""
+    """Names, templates and dtypes of a call decide what is compiled; ``mx.compile`` forbids eval."""
     calls: list[tuple[Any, ...]] = []
 
     def metal_kernel(name: str, **_: Any) -> Callable[..., list[mx.array]]:

@@ -111,6 +111,7 @@ WRITE_SHARED = "threadgroup float shared[64]; const int i = thread_index_in_thre
             "threadgroup float a[8000];\n threadgroup int b[200];\n out[0] = a[0] + b[0];",
         ),
         ("has no threads_per_grid", "out[0] = threads_per_grid.x;"),
+        ("without an address space", "float x = 0; const float* y = &x; out[0] = *y;"),
         ("does not understand", "device float (*x)[2] = 0;"),
     ],
 )

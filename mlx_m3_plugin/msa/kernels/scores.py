@@ -49,15 +49,18 @@ FEW = Kernel(
     }
 
     const int start = block * BLOCK, stop = min(start + BLOCK, latest + 1);
+    const int channel_step = 8 * int(index_keys_strides[3]);
     for (int four = start + simdgroup * 4; four < stop; four += SIMDGROUPS * 4) {
       const int key = four + lane / 8;
       float sum[ROWS] = {0};
-      if (key < stop)
+      if (key < stop) {
+        const auto channels = index_keys + (b * index_keys_strides[0]
+            + (padding + key) * index_keys_strides[2] + lane % 8 * index_keys_strides[3]);
         UNROLL for (int j = 0; j < CHANNELS; j++) {
-          const float k = float(index_keys[b * index_keys_strides[0] + (padding + key) * index_keys_strides[2]
-              + (8 * j + lane % 8) * index_keys_strides[3]]);
+          const float k = float(channels[j * channel_step]);
           UNROLL for (int i = 0; i < ROWS; i++) sum[i] += query[i][j] * k;
         }
+      }
       UNROLL for (int i = 0; i < ROWS; i++) {
         for (int step = 1; step < 8; step *= 2) sum[i] += simd_shuffle_xor(sum[i], ushort(step));
         if (key < stop && key <= at[i]) best[i] = max(best[i], sum[i]);

@@ -26,6 +26,7 @@ HEADER = Path(__file__).with_name("metal.hpp")
 # Smaller inputs are in Metal's constant address space, as in mlx/backend/common/metal_kernel.cpp.
 CONSTANT_BELOW = 8
 MAX_THREADS = 1024
+STACK_BYTES = 64 << 10  # of a thread
 
 TYPES = {
     mx.float32: "float",
@@ -119,7 +120,10 @@ def metal_kernel(
         )
         groups = (ctypes.c_int * 3)(grid[0] // threadgroup[0], grid[1], grid[2])
         library = _library(text)
-        if error := library.run(arguments, groups, threadgroup[0], int(rng.integers(2))):
+        backwards = int(rng.integers(2))
+        stacks = ctypes.c_void_p(_stacks().ctypes.data)
+        error = library.run(arguments, groups, threadgroup[0], backwards, stacks, STACK_BYTES)
+        if error:
             raise KernelError(f"{name}: {error.decode()}")
         bytes_moved[name] += library.bytes_read() + sum(output.nbytes for output in outputs)
         return [_mlx(output, dtype) for output, dtype in zip(outputs, output_dtypes, strict=True)]
@@ -205,10 +209,11 @@ static void one_thread(int number) {{
   kernel<{", ".join(values)}>({", ".join(arguments)});
 }}
 }}  // namespace
-extern "C" const char* run(void** a, const int* groups, int threads, int backwards) {{
+extern "C" const char* run(
+    void** a, const int* groups, int threads, int backwards, char* stacks, int64_t stack_bytes) {{
   arguments = a;
   emulator::body = one_thread;
-  emulator::set_up(threads, backwards);
+  emulator::set_up(threads, backwards, stacks, stack_bytes);
   for (uint z = 0; z < (uint)groups[2]; z++)
     for (uint y = 0; y < (uint)groups[1]; y++)
       for (uint x = 0; x < (uint)groups[0]; x++) {{
@@ -223,6 +228,10 @@ extern "C" int64_t bytes_read() {{ return emulator::bytes_read; }}
 
 def _with_address_spaces(text: str) -> str:
     """Arrays and pointers with an address space, which C++ does not have, as types of ``metal.hpp``."""
+    types = "float|half|int|uint|bfloat16_t|float16_t|u?int(?:16|32|64)_t|[MPSTVW]|KV"
+    for pointer in re.finditer(rf"(?:(\w+) )?\b(?:{types})\s*[*&]\s*\w+\s*[,)=;]", text):
+        if pointer[1] not in ("thread", "device", "threadgroup", "constant"):
+            raise KernelError(f"a pointer without an address space: {pointer[0]}")
     text = re.sub(
         r"\bthreadgroup (\w+) (\w+)\[([^\]]+)\];",
         r"static emulator::threadgroup_array<\1, (\3)> \2; \2.declare();",
@@ -248,6 +257,11 @@ def compiler() -> tuple[str, ...]:
 
 
 @cache
+def _stacks() -> np.ndarray:
+    return np.empty((MAX_THREADS, STACK_BYTES), np.uint8)
+
+
+@cache
 def _directory() -> tempfile.TemporaryDirectory[str]:
     return tempfile.TemporaryDirectory(prefix="metal-on-cpu-")
 
@@ -264,5 +278,6 @@ def _library(text: str) -> ctypes.CDLL:
         raise CompileError(made.stderr[:2000])
     library = ctypes.CDLL(str(path.with_suffix(".so")))
     library.run.restype = ctypes.c_char_p
+    library.run.argtypes = [*[ctypes.c_void_p] * 2, *[ctypes.c_int] * 2, ctypes.c_void_p, ctypes.c_int64]
     library.bytes_read.restype = ctypes.c_int64
     return library

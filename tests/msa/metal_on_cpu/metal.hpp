@@ -8,7 +8,6 @@
 #include <stdint.h>
 #include <stdio.h>
 #include <string.h>
-#include <sys/mman.h>
 
 typedef unsigned int uint;
 typedef unsigned short ushort;
@@ -24,7 +23,7 @@ typedef unsigned short ushort;
 namespace {
 namespace emulator {
 
-constexpr int LANES = 32, MAX_THREADS = 1024, STACK = 64 << 10;
+constexpr int LANES = 32, MAX_THREADS = 1024;
 
 // ---- Fibers ----------------------------------------------------------------------------------------------
 
@@ -96,7 +95,8 @@ struct Fiber {
 };
 
 static Fiber fibers[MAX_THREADS];
-static char* stacks;
+static char* stacks;              // one after the other
+static int64_t stack_bytes;       // of each
 static void* scheduler;
 static int now, n_threads;        // the thread that runs; threads of a threadgroup
 static int epoch, first_epoch;    // counts barriers in all runs; the first of this threadgroup
@@ -127,7 +127,7 @@ inline void fiber_main() {
 }
 
 inline void start(int i) {
-  void** top = (void**)(stacks + size_t(i + 1) * STACK) - 2;
+  void** top = (void**)(stacks + (i + 1) * stack_bytes) - 2;
 #if defined(__x86_64__)
   // A function begins eight bytes after a multiple of 16.
   fibers[i].stack_pointer = top - 2 - SAVED;
@@ -181,10 +181,10 @@ inline bool run_threadgroup() {
   return true;
 }
 
-inline void set_up(int threads, bool last_first) {
+inline void set_up(int threads, bool last_first, char* memory, int64_t memory_of_a_thread) {
   threadgroup_number = bytes_read = 0;
-  if (!stacks)
-    stacks = (char*)mmap(nullptr, size_t(MAX_THREADS) * STACK, PROT_READ | PROT_WRITE, MAP_PRIVATE | MAP_ANON, -1, 0);
+  stacks = memory;
+  stack_bytes = memory_of_a_thread;
   n_threads = threads;
   backwards = last_first;
   message[0] = 0;
