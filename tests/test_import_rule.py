@@ -22,8 +22,8 @@ ALLOWED = {
     "chat": (),
     "model": ("msa",),
     "weights": ("model.config",),
-    "hosts": ("model", "weights", "chat", "startup.settings"),
-    "toolbox": ("hosts", "weights", "model", "chat", "startup"),
+    "hosts": ("model", "msa.engine", "weights", "chat", "startup.settings"),
+    "toolbox": ("hosts", "weights", "model", "msa.engine", "chat", "startup"),
     "cli": ("toolbox",),
     # The package itself: it starts the hook when asked for it.
     "__init__": ("startup",),

@@ -13,7 +13,8 @@ from ..model.config import TextConfig, text_config_of
 from ..model.decoder import DecoderLayer, LanguageModel
 from ..model.sharding import shard_layers
 from ..model.tensor_scales import expect_scales
-from ..startup.settings import model_settings
+from ..msa import engine
+from ..startup.settings import engine_settings, model_settings
 from ..weights import (
     check_values,
     check_weights,
@@ -27,11 +28,12 @@ log = logging.getLogger("mlx_m3_plugin")
 
 
 def text_config_as_set(config: Mapping[str, Any]) -> TextConfig:
-    """The text config of a checkpoint, with the environment variables' overrides.
+    """The text config of a checkpoint, with the environment variables' overrides.  Sets up the engine, too.
 
     Raises:
         ValueError: see :func:`text_config_of`; or a variable has an unknown value.
     """
+    engine.configure(**engine_settings())
     return text_config_of(config, model_settings())
 
 

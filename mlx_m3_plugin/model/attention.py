@@ -6,6 +6,7 @@ import mlx.core as mx
 import mlx.nn as nn
 
 from .. import msa
+from ..msa import engine
 from . import kv_cache as kv
 from .config import TextConfig
 from .host import Host
@@ -86,12 +87,14 @@ class Attention(nn.Module):
             keys, values = kv.append(kv_cache, keys, values)
             out = self.host.attention(queries, keys, values, cache=kv_cache, scale=self.scale, mask=mask)
         else:
-            out = msa.attend(
+            setup = self._setup(queries.dtype, kv_cache)
+            out = engine.attend(
                 queries,
                 *kv.append_to_slots(kv_cache, keys, values),
-                self._select_blocks(index_queries, index_keys, offset, left_padding),
+                self._select_blocks(index_queries, index_keys, offset, left_padding, setup),
                 offset,
                 left_padding,
+                setup=setup,
                 block_size=self.index_block_size,
                 scale=self.scale,
             )
@@ -138,17 +141,34 @@ class Attention(nn.Module):
         index_keys: mx.array,
         offset: msa.Offset,
         left_padding: msa.Padding,
+        setup: engine.Setup,
     ) -> mx.array:
         """Block ids ``[B, G, L, k]`` from all index keys ``[B, 1, S, D]``."""
-        return msa.select_blocks(
+        return engine.select_blocks(
             index_queries,
             index_keys,
             offset,
             left_padding,
+            setup=setup,
             block_size=self.index_block_size,
             topk_blocks=self.index_topk_blocks,
             local_blocks=self.index_local_blocks,
             init_blocks=self.index_init_blocks,
+        )
+
+    def _setup(self, dtype: mx.Dtype, kv_cache: Any) -> engine.Setup:
+        bits, group_size = kv.bits_and_group_size(kv_cache)
+        return engine.Setup(
+            dtype=dtype,
+            kv_bits=bits,
+            kv_group_size=group_size,
+            heads=self.num_attention_heads,
+            groups=self.num_key_value_heads,
+            channels=self.head_dim,
+            value_channels=self.head_dim,
+            index_channels=self.index_head_dim,
+            block_size=self.index_block_size,
+            k=self.index_topk_blocks,
         )
 
     def drop_indexer(self) -> None:

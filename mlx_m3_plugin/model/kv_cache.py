@@ -28,6 +28,11 @@ def left_padding(cache: Any) -> list[int] | None:
     return paddings if any(paddings) else None
 
 
+def bits_and_group_size(cache: Any) -> tuple[int, int]:
+    """Of quantized K and V; ``(0, 0)`` if they are not quantized."""
+    return (cache.bits, cache.group_size) if hasattr(cache, "bits") else (0, 0)
+
+
 def append(cache: Any, keys: mx.array, values: mx.array) -> tuple[Any, Any]:
     """Append ``[B, G, L, D]``.  Returns K and V of all tokens so far, for the host's attention."""
     return (keys, values) if cache is None else cache.update_and_fetch(keys, values)

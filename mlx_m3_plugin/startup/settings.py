@@ -14,6 +14,7 @@ _ON_OR_OFF = dict.fromkeys(("on", "1", "true", "yes"), True) | dict.fromkeys(
 )
 _IS_NATIVE = {"native": True, "plugin": False}
 _ATTENTION = {name: name for name in ("sparse", "dense")}
+_ENGINE = {name: name for name in ("auto", "plain", "kernels")}
 
 
 def _layers_by_rank(value: str) -> tuple[int, ...]:
@@ -26,6 +27,7 @@ _VARIABLES: dict[str, tuple[str, Callable[[str], Any], str]] = {
     "MLX_M3_PLUGIN_PREFER": ("prefer_native", _IS_NATIVE.__getitem__, "'native' or 'plugin'"),
     "MLX_M3_PLUGIN_STRICT": ("strict", _ON_OR_OFF.__getitem__, "'on' or 'off'"),
     "MLX_M3_PLUGIN_ATTENTION": ("attention", _ATTENTION.__getitem__, "'sparse' or 'dense'"),
+    "MLX_M3_PLUGIN_ENGINE": ("engine", _ENGINE.__getitem__, "'auto', 'plain' or 'kernels'"),
     PIPELINE_SPLIT: ("pipeline_split", _layers_by_rank, "layers by rank, such as 40,20"),
 }
 
@@ -40,6 +42,8 @@ class Settings:
             wherever it has one under the same name.
         strict: ``MLX_M3_PLUGIN_STRICT=1`` turns every degradation into an exception.
         attention: ``MLX_M3_PLUGIN_ATTENTION``, ``"sparse"`` or ``"dense"``; None leaves it to the config.
+        engine: ``MLX_M3_PLUGIN_ENGINE``; ``"auto"``, or ``"plain"`` without Metal kernels, or ``"kernels"``
+            without measuring which is faster.
         pipeline_split: ``MLX_M3_PLUGIN_PIPELINE_SPLIT``, layers by rank; None splits evenly.
         complaints: one line for each variable or value that is not understood.
     """
@@ -48,6 +52,7 @@ class Settings:
     prefer_native: bool = False
     strict: bool = False
     attention: str | None = None
+    engine: str = "auto"
     pipeline_split: tuple[int, ...] | None = None
     complaints: tuple[str, ...] = ()
 
@@ -75,6 +80,25 @@ def model_settings(environ: Mapping[str, str] = os.environ) -> dict[str, Any]:
     """
     read = {_VARIABLES[n][0]: _read(n, environ) for n in ("MLX_M3_PLUGIN_ATTENTION", PIPELINE_SPLIT)}
     return {attribute: value for attribute, value in read.items() if value is not None}
+
+
+def engine_settings(environ: Mapping[str, str] = os.environ) -> dict[str, Any]:
+    """How sparse attention is computed: ``mode``, ``strict`` and ``store``, the file of measurements.
+
+    Raises:
+        ValueError: a value is not understood.  It names the variable.
+    """
+    return {
+        "mode": _read("MLX_M3_PLUGIN_ENGINE", environ) or "auto",
+        "strict": bool(_read("MLX_M3_PLUGIN_STRICT", environ)),
+        "store": os.path.join(cache_directory(environ), "engine.json"),
+    }
+
+
+def cache_directory(environ: Mapping[str, str] = os.environ) -> str:
+    """Where we keep what can be made again."""
+    base = environ.get("XDG_CACHE_HOME") or os.path.join(os.path.expanduser("~"), ".cache")
+    return os.path.join(base, "mlx-m3")
 
 
 def lines_of(settings: Mapping[str, Any]) -> list[str]:

@@ -16,6 +16,7 @@ import mlx.core as mx
 import numpy as np
 
 from .. import __version__
+from ..startup.settings import cache_directory
 from ..weights.dtypes import from_bytes, name_of, to_bytes
 from ..weights.headers import weight_files
 from .checkpoint import Checkpoint
@@ -32,8 +33,7 @@ _STATE = "walk.json"
 
 
 def default_cache() -> Path:
-    base = os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache"
-    return Path(base) / "mlx-m3" / "walks"
+    return Path(cache_directory()) / "walks"
 
 
 # --- the text ---

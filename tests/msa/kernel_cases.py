@@ -95,9 +95,9 @@ class Case:
             x = (mx.round(x) if self.coarse else x).astype(m.dtype)
             quantized = m.quantization is not None and name in ("keys", "values")
             self.clean[name] = quantize(x, *m.quantization) if quantized and m.quantization else x
-        self.left_padding = None if self.padding is None else mx.array(self.padding, dtype=mx.int32)
+        self.left_padding = self.padding
         first = self.n_keys - self.length
-        self.offset: Any = first if self.left_padding is None else first - self.left_padding
+        self.offset: Any = first if self.padding is None else [first - padding for padding in self.padding]
         paddings = mx.array(self.padding or [0] * self.batch, dtype=mx.int32)[:, None]
         self.query_at = first - paddings + mx.arange(self.length)
         self.key_at = mx.arange(self.n_keys) - paddings

@@ -82,9 +82,8 @@ def test_no_other_file_reads_our_variables() -> None:
         for node in ast.walk(ast.parse(file.read_text())):
             if isinstance(node, ast.Attribute) and node.attr in ("environ", "getenv"):
                 readers.add(file.relative_to(ROOT).as_posix())
-    # The other two read what is not ours: where caches are kept, and whether a notebook asks.
+    # The other one reads what is not ours: whether a notebook asks.
     assert readers == {
         "startup/settings.py",
-        "toolbox/forward_pass.py",
         "toolbox/doctor.py",
     }

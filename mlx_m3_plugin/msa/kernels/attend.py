@@ -11,7 +11,7 @@ by block first, so that a block is read about once for all of its queries.
 
 import mlx.core as mx
 
-from ..common import KeysValues, Position, Quantized
+from ..common import KeysValues, Offset, Padding, Quantized
 from .launch import (
     HELPERS,
     MAX_THREADGROUP_BYTES,
@@ -284,8 +284,8 @@ def attend_blocks(
     keys: KeysValues,
     values: KeysValues,
     block_ids: mx.array,
-    offset: Position,
-    left_padding: mx.array | None,
+    offset: Offset,
+    left_padding: Padding,
     *,
     block_size: int,
     scale: float,
@@ -297,8 +297,8 @@ def attend_blocks(
         keys: ``[B, G, S, D]``, an array in the queries' dtype or :class:`Quantized`; with any strides.
         values: ``[B, G, S, Dv]``, likewise.
         block_ids: ``[B, G, L, k]`` int32; -1 is skipped.
-        offset: content position of the first query; an int, or ``[B]`` int32.
-        left_padding: ``[B]`` int32 cache slots before each row's first token, or None.
+        offset: content position of the first query; for all rows, or for each.
+        left_padding: cache slots before each row's first token, or None.
         block_size: keys per block.
         scale: factor of the dot products.
 

@@ -5,7 +5,7 @@ Defined by ``select_blocks`` in ``tests/msa/reference.py``; ``_choose`` in :mod:
 
 import mlx.core as mx
 
-from ..common import Position
+from ..common import Offset
 from .launch import HELPERS, SIMDGROUP, Kernel, cdiv, ints, per_row
 
 # One simdgroup for so many blocks of a query.
@@ -100,13 +100,13 @@ def supports_choice(k: int) -> str | None:
 
 
 def choose_blocks(
-    scores: mx.array, offset: Position, *, block_size: int, k: int, local_blocks: int, init_blocks: int
+    scores: mx.array, offset: Offset, *, block_size: int, k: int, local_blocks: int, init_blocks: int
 ) -> mx.array:
     """The ids of the best blocks (paper, eq. 7).
 
     Args:
         scores: ``[B, G, L, n_blocks]`` float32 from :func:`.scores.block_scores`, row contiguous.
-        offset: content position of the first query; an int, or ``[B]`` int32.
+        offset: content position of the first query; for all rows, or for each.
         block_size: keys per block.
         k: ids for each query.
         local_blocks: blocks up to and with the query's own that are always in.

@@ -7,7 +7,7 @@ from typing import Any, TypeAlias
 
 import mlx.core as mx
 
-from ..common import Position
+from ..common import Offset
 
 Template: TypeAlias = "list[tuple[str, int | bool | mx.Dtype]]"
 
@@ -86,11 +86,9 @@ def _made(metal_kernel: Any, kernel: Kernel) -> Any:
     )
 
 
-def per_row(position: Position | None, batch: int) -> mx.array:
+def per_row(position: Offset | None, batch: int) -> mx.array:
     """``[B]`` int32; an int (None is 0) is the same for all rows."""
-    if isinstance(position, mx.array):
-        return mx.broadcast_to(position.astype(mx.int32), (batch,))
-    return ints(*[position or 0] * batch)
+    return ints(*(position if isinstance(position, list) else [position or 0] * batch))
 
 
 @lru_cache(256)

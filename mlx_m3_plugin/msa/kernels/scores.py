@@ -6,7 +6,7 @@ plain form.
 
 import mlx.core as mx
 
-from ..common import Position
+from ..common import Offset, Padding
 from .launch import SIMDGROUP, Kernel, Template, cdiv, ints, per_row
 
 # One query: a threadgroup takes one block and these rows; eight threads share a key.
@@ -176,8 +176,8 @@ def supports_scores(index_queries: mx.array, index_keys: mx.array) -> str | None
 def block_scores(
     index_queries: mx.array,
     index_keys: mx.array,
-    offset: Position,
-    left_padding: mx.array | None,
+    offset: Offset,
+    left_padding: Padding,
     *,
     n_keys: int,
     block_size: int,
@@ -187,8 +187,8 @@ def block_scores(
     Args:
         index_queries: ``[B, G, L, D]``.
         index_keys: ``[B, 1, S, D]`` in the same dtype.
-        offset: content position of the first query; an int, or ``[B]`` int32.
-        left_padding: ``[B]`` int32 cache slots before each row's first token, or None.
+        offset: content position of the first query; for all rows, or for each.
+        left_padding: cache slots before each row's first token, or None.
         n_keys: slots in use, the padding included; no query is later than the last of them.
         block_size: keys per block.
 

@@ -1,0 +1,220 @@
+"""Which code serves: kernels where they are right and faster, the plain form in every other case."""
+
+import dataclasses
+import json
+import warnings
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import mlx.core as mx
+import pytest
+
+from mlx_m3_plugin.msa import attend as plain_attend
+from mlx_m3_plugin.msa import engine
+from mlx_m3_plugin.msa import select_blocks as plain_select
+from mlx_m3_plugin.msa.engine import Setup
+from mlx_m3_plugin.msa.kernels import attend as attend_kernels
+from mlx_m3_plugin.msa.kernels import choose as choose_kernels
+from tests.msa import metal_on_cpu
+
+BLOCK = 8
+SETUP = Setup(
+    dtype=mx.bfloat16, kv_bits=0, kv_group_size=0, heads=4, groups=2, channels=16, value_channels=16,
+    index_channels=16, block_size=BLOCK, k=4,
+)  # fmt: skip
+OPTIONS = {"block_size": BLOCK, "topk_blocks": 4}
+
+
+@pytest.fixture
+def calls(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Iterator[list[str]]:
+    """A machine with a Metal GPU, whose kernels run on the CPU; the names of those that were started."""
+    started: list[str] = []
+
+    def metal_kernel(name: str, **options: Any) -> Callable[..., list[mx.array]]:
+        kernel = metal_on_cpu.metal_kernel(name, **options)
+
+        def start(**arguments: Any) -> list[mx.array]:
+            started.append(name)
+            return kernel(**arguments)
+
+        return start
+
+    monkeypatch.setattr(mx.fast, "metal_kernel", metal_kernel)
+    monkeypatch.setattr(engine, "has_metal", lambda: True)
+    monkeypatch.setattr(engine, "SIZES", {"few": (1, 50), "many": (20, 50)})
+    engine._examined.cache_clear()
+    yield started
+    monkeypatch.undo()
+    engine._examined.cache_clear()
+    engine.configure()
+
+
+def output(length: int = 3, seed: int = 0) -> tuple[mx.array, mx.array]:
+    """Chosen blocks, and what the engine makes of them."""
+    q, k, v, iq, ik = arrays(length, seed)
+    ids = engine.select_blocks(iq, ik, 90 - length, setup=SETUP, **OPTIONS)
+    return ids, engine.attend(q, k, v, ids, 90 - length, setup=SETUP, block_size=BLOCK, scale=0.25)
+
+
+def plain_output(length: int = 3, seed: int = 0) -> tuple[mx.array, mx.array]:
+    q, k, v, iq, ik = arrays(length, seed)
+    ids = plain_select(iq, ik, 90 - length, **OPTIONS)
+    return ids, plain_attend(q, k, v, ids, 90 - length, block_size=BLOCK, scale=0.25)
+
+
+def arrays(length: int, seed: int) -> list[mx.array]:
+    keys = mx.random.split(mx.random.key(seed), 5)
+    shapes = [(1, 4, length, 16), (1, 2, 90, 16), (1, 2, 90, 16), (1, 2, length, 16), (1, 1, 90, 16)]
+    return [mx.random.normal(s, mx.bfloat16, key=k) for s, k in zip(shapes, keys, strict=True)]
+
+
+def assert_plain(length: int = 3) -> None:
+    """Bit for bit."""
+    for found, expected in zip(output(length), plain_output(length), strict=True):
+        assert mx.array_equal(found, expected)
+
+
+@pytest.mark.parametrize("length", [1, 3, 40])
+def test_right_kernels_serve(calls: list[str], length: int) -> None:
+    engine.configure("kernels", strict=True)
+    engine.examine(SETUP)
+    calls.clear()
+    (ids, out), (expected_ids, expected) = output(length), plain_output(length)
+    assert {name.rpartition("plugin_")[2] for name in calls} >= {
+        "choose_blocks",
+        "attend_pairs",
+        "merge_pairs",
+    }
+    assert mx.array_equal(mx.sort(ids, axis=-1), mx.sort(expected_ids, axis=-1))
+    error = mx.abs(out.astype(mx.float32) - expected.astype(mx.float32))
+    assert (error <= 2**-7 * mx.abs(expected.astype(mx.float32)) + 1e-5).all().item()
+
+
+WRONG = {
+    "wrong": ("p < min(pair0 + pairs_per_group, n_pairs)", "p + 1 < min(pair0 + pairs_per_group, n_pairs)"),
+    "does not compile": ("int held = -1;", "int held = no_such_name;"),
+}
+
+
+@pytest.mark.parametrize("fault", WRONG)
+def test_a_wrong_kernel_does_not_serve(calls: list[str], fault: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    source = attend_kernels.ATTEND.source
+    assert WRONG[fault][0] in source
+    kernel = dataclasses.replace(attend_kernels.ATTEND, source=source.replace(*WRONG[fault]))
+    monkeypatch.setattr(attend_kernels, "ATTEND", kernel)
+    engine.configure("auto")
+    with pytest.warns(RuntimeWarning, match="bfloat16"):
+        assert_plain()
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        assert_plain(40)
+
+    engine.configure("auto", strict=True)
+    with pytest.raises(RuntimeError, match="bfloat16"):
+        output()
+
+
+def test_a_wrong_choice_does_not_serve(calls: list[str], monkeypatch: pytest.MonkeyPatch) -> None:
+    source = choose_kernels.CHOOSE.source.replace("local_blocks", "0", 1)
+    broken = dataclasses.replace(choose_kernels.CHOOSE, source="return;" + source)
+    monkeypatch.setattr(choose_kernels, "CHOOSE", broken)
+    engine.configure("auto")
+    with pytest.warns(RuntimeWarning):
+        assert_plain()
+
+
+def test_the_faster_form_serves(calls: list[str], monkeypatch: pytest.MonkeyPatch) -> None:
+    times = {"selection, few": (2.0, 1.0), "selection, many": (1.0, 2.0)}
+    times |= {"attention, few": (1.0, 2.0), "attention, many": (2.0, 1.0)}
+    monkeypatch.setattr(engine, "_measure", lambda setup: times)
+    engine.configure("auto")
+    engine.examine(SETUP)
+    calls.clear()
+    output(1)
+    assert not any("attend" in name for name in calls)
+    assert any("choose" in name for name in calls)
+    calls.clear()
+    output(engine.FEW + 1)
+    assert any("attend" in name for name in calls)
+    assert not any("choose" in name for name in calls)
+
+
+def test_measured_once_for_a_machine(
+    calls: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    store = tmp_path / "cache" / "engine.json"
+    engine.configure("auto", store=str(store))
+    first = engine.examine(SETUP)
+    assert set(first.milliseconds) == {
+        f"{part}, {size}" for part in ("selection", "attention") for size in ("few", "many")
+    }
+    assert len(json.loads(store.read_text())) == 1
+
+    def fail(setup: Setup) -> None:
+        raise AssertionError("measured again")
+
+    with monkeypatch.context() as patched:
+        patched.setattr(engine, "_measure", fail)
+        engine._examined.cache_clear()
+        assert engine.examine(SETUP) == first
+    # A file that is no measurement, or that belongs to others, is one that is not there.
+    store.write_text("[1, ")
+    engine._examined.cache_clear()
+    assert engine.examine(SETUP).failure is None
+    assert len(json.loads(store.read_text())) == 1
+
+
+def test_what_kernels_do_not_take_is_no_fault(calls: list[str]) -> None:
+    engine.configure("auto", strict=True)
+    wide = SETUP._replace(channels=256, value_channels=256)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        assert "256" in (engine.examine(wide).failure or "")
+    engine.configure("kernels")
+    with pytest.warns(RuntimeWarning, match="256"):
+        engine.examine(wide)
+
+
+@pytest.mark.parametrize("mode", ["auto", "plain"])
+def test_without_a_metal_gpu_nothing_is_looked_at(mode: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(engine, "_examined", None)
+    monkeypatch.setattr(engine, "_settings", engine._Settings(mode))
+    assert_plain()
+
+
+def test_kernels_without_a_metal_gpu_are_announced() -> None:
+    try:
+        with pytest.warns(RuntimeWarning, match="no Metal GPU"):
+            engine.configure("kernels")
+        with pytest.raises(RuntimeError, match="no Metal GPU"):
+            engine.configure("kernels", strict=True)
+    finally:
+        engine.configure()
+
+
+def test_gradients_are_those_of_the_plain_form(calls: list[str]) -> None:
+    engine.configure("kernels", strict=True)
+    q, k, v, iq, ik = (x.astype(mx.float32) for x in arrays(20, 1))
+    setup = SETUP._replace(dtype=mx.float32)
+    weights = mx.random.normal(q.shape)
+
+    def loss(serve: Callable[..., mx.array], select: Callable[..., mx.array]) -> Callable[..., mx.array]:
+        def of(q: mx.array, k: mx.array, v: mx.array, iq: mx.array, ik: mx.array) -> mx.array:
+            ids = select(iq, ik, 70, **OPTIONS)
+            return (serve(q, k, v, ids, 70, block_size=BLOCK, scale=0.25) * weights).sum()
+
+        return of
+
+    def by_kernels(*arguments: Any, **options: Any) -> mx.array:
+        return engine.attend(*arguments, setup=setup, **options)
+
+    def select_by_kernels(*arguments: Any, **options: Any) -> mx.array:
+        return engine.select_blocks(*arguments, setup=setup, **options)
+
+    engine.examine(setup)
+    found = mx.grad(loss(by_kernels, select_by_kernels), argnums=list(range(5)))(q, k, v, iq, ik)
+    expected = mx.grad(loss(plain_attend, plain_select), argnums=list(range(5)))(q, k, v, iq, ik)
+    for ours, theirs in zip(found, expected, strict=True):
+        assert mx.abs(ours - theirs).max().item() <= 1e-5
+    assert all(mx.abs(gradient).max().item() > 1e-2 for gradient in found[:3])
