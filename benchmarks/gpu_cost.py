@@ -18,7 +18,7 @@ from importlib.metadata import version
 from itertools import product
 from pathlib import Path
 
-from gpu_count import LIBRARIES, MLX_LM, MLX_VLM, OURS, Counted, bytes_of, count_library, to_json
+from gpu_count import KERNELS, LIBRARIES, MLX_LM, MLX_VLM, OURS, Counted, bytes_of, count_library, to_json
 from gpu_forecast import LAUNCH, M3_ULTRA, MACHINES, PREFILL, checks, seconds, token_check
 from gpu_layers import Case, attention_flops, bound
 
@@ -77,11 +77,11 @@ def page(cases: Sequence[Case], results: Results) -> Iterator[str]:
     versions = ", ".join(f"{name} {version(name)}" for name in ("mlx-m3-plugin", "mlx-lm", "mlx-vlm", "mlx"))
     yield INTRODUCTION.format(versions=versions)
     yield "\n## Launches and bytes\n"
-    head = ["case", "launches", *STOCK, "MB", *STOCK, "bound", "experts' MB", "bound"]
+    head = ["case", "launches", *OTHERS, "MB", *OTHERS, "bound", "experts' MB", "bound"]
     yield from table(head, counts(cases, results))
     yield AFTER_COUNTS
     yield "\n## Attention and selection\n"
-    head = ["case", "attention GFLOP", *STOCK, "bound", "selection MB", "attention MB", "both, launches"]
+    head = ["case", "attention GFLOP", *OTHERS, "bound", "selection MB", "attention MB", "both, launches"]
     yield from table(head, arithmetic(cases, results))
     yield "\nThe last three columns are ours: `msa.select_blocks` and `msa.attend` as graphs of their own."
     yield "\n## Forecast, milliseconds a layer\n"
@@ -103,7 +103,7 @@ def page(cases: Sequence[Case], results: Results) -> Iterator[str]:
             yield from table(head, primitives(case, results))
 
 
-STOCK = [MLX_LM, MLX_VLM]
+OTHERS = [KERNELS, MLX_LM, MLX_VLM]
 INTRODUCTION = """# What a layer costs on a GPU
 
 Regenerate with `python benchmarks/gpu_cost.py`. Counted from graphs; **no time here was measured by us**.
@@ -138,7 +138,7 @@ def number(value: float) -> str:
 
 
 def of_libraries(case: Case, results: Results, what: str, unit: float = 1) -> list[str]:
-    counted = [results[library][case] for library in (OURS, *STOCK)]
+    counted = [results[library][case] for library in (OURS, *OTHERS)]
     return ["" if c.missing else number(getattr(c, what) / unit) for c in counted]
 
 
@@ -174,7 +174,7 @@ def arithmetic(cases: Sequence[Case], results: Results) -> Iterator[list[str]]:
 
 def forecasts(cases: Sequence[Case], results: Results) -> Iterator[list[str]]:
     for case in cases:
-        counted = [results[library][case] for library in (OURS, *STOCK)]
+        counted = [results[library][case] for library in (OURS, *OTHERS)]
         if not counted[0].missing:
             yield [
                 str(case),

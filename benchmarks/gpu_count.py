@@ -18,10 +18,16 @@ from gpu_layers import HIDDEN, Case, Layer, filled_entry, holders, make_layers
 from graph_cost import ATTENTION, Work, as_on_a_gpu, count, given, given_like
 from mlx.utils import tree_map
 
-OURS, MLX_LM, MLX_VLM = "ours", "mlx-lm", "mlx-vlm"
+OURS, KERNELS, MLX_LM, MLX_VLM = "ours", "our kernels", "mlx-lm", "mlx-vlm"
 # The host, and the environment that its process gets.
-_ON, _OFF = {"MLX_M3_PLUGIN": "on"}, {"MLX_M3_PLUGIN": "off"}
-LIBRARIES = {OURS: ("mlx_lm", _ON), MLX_LM: ("mlx_lm", _OFF), MLX_VLM: ("mlx_vlm", _OFF)}
+_OFF = {"MLX_M3_PLUGIN": "off"}
+_PLAIN, _KERNELS = ({"MLX_M3_PLUGIN": "on", "MLX_M3_PLUGIN_ENGINE": mode} for mode in ("plain", "kernels"))
+LIBRARIES = {
+    OURS: ("mlx_lm", _PLAIN),
+    KERNELS: ("mlx_lm", _KERNELS),
+    MLX_LM: ("mlx_lm", _OFF),
+    MLX_VLM: ("mlx_vlm", _OFF),
+}
 # The primitives of stock's attention.
 ATTENDING = (ATTENTION, "minimax_m3_sparse_prefill")
 # Arrays up to this size are evaluated, so that what a module computes of them once can be, too.
@@ -138,12 +144,23 @@ def main() -> None:
         layers = {kind: make_layers(host, kind, 2) for kind in sorted({case.layer for case in cases})}
         for layer in (layer for pair in layers.values() for layer in pair):
             replace_weights(layer)
-        if (environment == _ON) != ("mlx_m3_plugin.model" in sys.modules):
+        if (environment != _OFF) != ("mlx_m3_plugin.model" in sys.modules):
             raise SystemExit(
                 f"{sys.argv[1]} does not serve here: is mlx-m3-plugin installed? try mlx-m3 doctor"
             )
+        if environment == _KERNELS:
+            trust_kernels()
         counted = [count_case(layers[case.layer], case) for case in cases]
     json.dump([to_json(c) for c in counted], sys.stdout)
+
+
+def trust_kernels() -> None:
+    """As on a Mac where they have proved right."""
+    engine = sys.modules["mlx_m3_plugin.msa.engine"]
+    engine.configure("auto")
+    engine.configure("kernels")
+    engine.has_metal = lambda: True
+    engine.examine = lambda setup: engine.Verdict()
 
 
 def replace_weights(layer: Layer) -> None:
@@ -219,11 +236,11 @@ def parts_of(
 
     Both are empty for stock's classes.
     """
-    msa = sys.modules.get("mlx_m3_plugin.msa")
-    if msa is None:
+    engine = sys.modules.get("mlx_m3_plugin.msa.engine")
+    if engine is None:
         return {}, {}
     names = {"select_blocks": "selection", "attend": "attention"}
-    originals = {name: getattr(msa, name) for name in names}
+    originals = {name: getattr(engine, name) for name in names}
     calls = {}
 
     def recorder(name: str) -> Callable[..., Any]:
@@ -234,13 +251,13 @@ def parts_of(
         return call
 
     for name in names:
-        setattr(msa, name, recorder(name))
+        setattr(engine, name, recorder(name))
     try:
         run, x = step(layers[:1], case)
         run(x)
     finally:
         for name, original in originals.items():
-            setattr(msa, name, original)
+            setattr(engine, name, original)
     # What modules have computed once, and kept, is there from now on.
     evaluate_small(layers[0])
     calls = {
@@ -248,14 +265,16 @@ def parts_of(
         for name, (arguments, options) in calls.items()
     }
 
-    def alone(name: str, **more: Any) -> Counter[Work]:
+    def alone(function: Callable[..., mx.array], name: str, **more: Any) -> Counter[Work]:
         arguments, options = calls[name]
-        return count(lambda _: originals[name](*arguments, **options, **more), x)
+        return count(lambda _: function(*arguments, **options | more), x)
 
-    parts = {names[name]: alone(name) for name in calls}
-    # Where attention has several forms, each of them.
-    forms = getattr(sys.modules["mlx_m3_plugin.msa.attend"], "FORMS", {}) if "attend" in calls else {}
-    return parts, {form: alone("attend", form=form) for form in forms}
+    parts = {names[name]: alone(originals[name], name) for name in calls}
+    if "attend" not in calls:
+        return parts, {}
+    plain = sys.modules["mlx_m3_plugin.msa.attend"]
+    calls["attend"][1].pop("setup")
+    return parts, {form: alone(plain.attend, "attend", form=form) for form in plain.FORMS}
 
 
 def settled(value: Any) -> Any:
