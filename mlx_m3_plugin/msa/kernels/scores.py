@@ -100,11 +100,9 @@ MANY = Kernel(
 
     // Our query rows, transposed, for the whole run: fragment [d][f] is channels 8 d.. of rows 8 f...
     simdgroup_matrix<T, 8, 8> queries[D / 8][FRAGMENTS];
-    int at[FRAGMENTS][2];
     UNROLL for (int f = 0; f < FRAGMENTS; f++)
       UNROLL for (int j = 0; j < 2; j++) {
         const int row = row0 + f * 8 + c + j, g = row % G, l = row / G;
-        at[f][j] = row < n_rows ? first + l : -1;
         UNROLL for (int d = 0; d < D / 8; d++)
           queries[d][f].thread_elements()[j] = row < n_rows
               ? index_queries[b * index_queries_strides[0] + g * index_queries_strides[1]
@@ -115,6 +113,7 @@ MANY = Kernel(
     const int block0 = threadgroup_position_in_grid.x * blocks_per_group;
     for (int block = block0; block < min(block0 + blocks_per_group, n_blocks); block++) {
       const int start = block * BLOCK, stop = min(start + BLOCK, latest + 1);
+      const bool all_see_all = start + BLOCK - 1 <= first + row0 / G;
       float best[FRAGMENTS][2];
       UNROLL for (int f = 0; f < FRAGMENTS; f++) best[f][0] = best[f][1] = -INFINITY;
 
@@ -142,7 +141,8 @@ MANY = Kernel(
           const int key = key0 + n + r;
           UNROLL for (int f = 0; f < FRAGMENTS; f++)
             UNROLL for (int j = 0; j < 2; j++)
-              if (key < stop && key <= at[f][j]) best[f][j] = max(best[f][j], sums[f].thread_elements()[j]);
+              if (key < stop && (all_see_all || key <= first + (row0 + f * 8 + c + j) / G))
+                best[f][j] = max(best[f][j], sums[f].thread_elements()[j]);
         }
       }
 

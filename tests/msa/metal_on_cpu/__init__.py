@@ -250,7 +250,7 @@ def _with_address_spaces(text: str) -> str:
 
 @cache
 def compiler() -> tuple[str, ...]:
-    """g++ where it is, else the clang of the ``ziglang`` wheel."""
+    """g++ where it is, else the clang of the ``ziglang`` wheel; ``M3_CXX`` names another."""
     if path := os.environ.get("M3_CXX") or shutil.which("g++"):
         return (path,)
     return (sys.executable, "-m", "ziglang", "c++", "-nostdlib++")
