@@ -157,7 +157,8 @@ def _parser() -> tuple[_Parser, Mapping[str, argparse.ArgumentParser]]:
     add("directory", metavar="DIR", help="where to write; must not exist or must be empty")
     add("--bits", type=int, metavar="B", help="bits per weight: 2, 3, 4, 5, 6 or 8 (default: 8)")
 
-    add_command("doctor", "check whether M3 checkpoints run correctly here")
+    add = add_command("doctor", "check whether M3 checkpoints run correctly here")
+    add("--engine", action="store_true", help="check and time the Metal kernels of sparse attention instead")
 
     add = add_command("inspect", "show what a checkpoint is, what is wrong with it, and how to run it")
     add("checkpoint", metavar="PATH_OR_REPO", help=_ANYWHERE)

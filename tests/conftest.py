@@ -109,3 +109,32 @@ def _replace_our_own(patch: pytest.MonkeyPatch, target: Any, name: Any, *rest: A
 
 
 pytest.MonkeyPatch.setattr = _replace_our_own  # type: ignore[method-assign]
+
+
+@pytest.fixture
+def started_kernels(monkeypatch: pytest.MonkeyPatch) -> Iterator[list[str]]:
+    """A machine with a Metal GPU, whose kernels run on the CPU; the names of those that were started."""
+    import mlx.core as mx
+
+    from mlx_m3_plugin.msa import engine
+    from tests.msa import metal_on_cpu
+
+    started: list[str] = []
+
+    def metal_kernel(name: str, **options: Any) -> Callable[..., list[mx.array]]:
+        kernel = metal_on_cpu.metal_kernel(name, **options)
+
+        def start(**arguments: Any) -> list[mx.array]:
+            started.append(name)
+            return kernel(**arguments)
+
+        return start
+
+    monkeypatch.setattr(mx.fast, "metal_kernel", metal_kernel)
+    monkeypatch.setattr(engine, "has_metal", lambda: True)
+    monkeypatch.setattr(engine, "SIZES", {"few": (1, 50), "many": (20, 50)})
+    engine._examined.cache_clear()
+    yield started
+    monkeypatch.undo()
+    engine._examined.cache_clear()
+    engine.configure()

@@ -146,6 +146,11 @@ class Diagnosis:
 
 
 def command(args: Namespace) -> Answer:
+    if args.engine:
+        # Imported here: doctor has to work where mlx cannot be imported.
+        from .engine import engine_answer
+
+        return engine_answer()
     found = diagnose()
     return Answer(asdict(found), doctor_lines(found), found.ok)
 

@@ -3,7 +3,7 @@
 import dataclasses
 import json
 import warnings
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -16,7 +16,6 @@ from mlx_m3_plugin.msa import select_blocks as plain_select
 from mlx_m3_plugin.msa.engine import Setup
 from mlx_m3_plugin.msa.kernels import attend as attend_kernels
 from mlx_m3_plugin.msa.kernels import choose as choose_kernels
-from tests.msa import metal_on_cpu
 
 BLOCK = 8
 SETUP = Setup(
@@ -24,30 +23,6 @@ SETUP = Setup(
     index_channels=16, block_size=BLOCK, k=4,
 )  # fmt: skip
 OPTIONS = {"block_size": BLOCK, "topk_blocks": 4}
-
-
-@pytest.fixture
-def calls(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Iterator[list[str]]:
-    """A machine with a Metal GPU, whose kernels run on the CPU; the names of those that were started."""
-    started: list[str] = []
-
-    def metal_kernel(name: str, **options: Any) -> Callable[..., list[mx.array]]:
-        kernel = metal_on_cpu.metal_kernel(name, **options)
-
-        def start(**arguments: Any) -> list[mx.array]:
-            started.append(name)
-            return kernel(**arguments)
-
-        return start
-
-    monkeypatch.setattr(mx.fast, "metal_kernel", metal_kernel)
-    monkeypatch.setattr(engine, "has_metal", lambda: True)
-    monkeypatch.setattr(engine, "SIZES", {"few": (1, 50), "many": (20, 50)})
-    engine._examined.cache_clear()
-    yield started
-    monkeypatch.undo()
-    engine._examined.cache_clear()
-    engine.configure()
 
 
 def output(length: int = 3, seed: int = 0) -> tuple[mx.array, mx.array]:
@@ -76,12 +51,12 @@ def assert_plain(length: int = 3) -> None:
 
 
 @pytest.mark.parametrize("length", [1, 3, 40])
-def test_right_kernels_serve(calls: list[str], length: int) -> None:
+def test_right_kernels_serve(started_kernels: list[str], length: int) -> None:
     engine.configure("kernels", strict=True)
     engine.examine(SETUP)
-    calls.clear()
+    started_kernels.clear()
     (ids, out), (expected_ids, expected) = output(length), plain_output(length)
-    assert {name.rpartition("plugin_")[2] for name in calls} >= {
+    assert {name.rpartition("plugin_")[2] for name in started_kernels} >= {
         "choose_blocks",
         "attend_pairs",
         "merge_pairs",
@@ -98,7 +73,9 @@ WRONG = {
 
 
 @pytest.mark.parametrize("fault", WRONG)
-def test_a_wrong_kernel_does_not_serve(calls: list[str], fault: str, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_wrong_kernel_does_not_serve(
+    started_kernels: list[str], fault: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
     source = attend_kernels.ATTEND.source
     assert WRONG[fault][0] in source
     kernel = dataclasses.replace(attend_kernels.ATTEND, source=source.replace(*WRONG[fault]))
@@ -115,7 +92,7 @@ def test_a_wrong_kernel_does_not_serve(calls: list[str], fault: str, monkeypatch
         output()
 
 
-def test_a_wrong_choice_does_not_serve(calls: list[str], monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_wrong_choice_does_not_serve(started_kernels: list[str], monkeypatch: pytest.MonkeyPatch) -> None:
     source = choose_kernels.CHOOSE.source.replace("local_blocks", "0", 1)
     broken = dataclasses.replace(choose_kernels.CHOOSE, source="return;" + source)
     monkeypatch.setattr(choose_kernels, "CHOOSE", broken)
@@ -124,24 +101,24 @@ def test_a_wrong_choice_does_not_serve(calls: list[str], monkeypatch: pytest.Mon
         assert_plain()
 
 
-def test_the_faster_form_serves(calls: list[str], monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_faster_form_serves(started_kernels: list[str], monkeypatch: pytest.MonkeyPatch) -> None:
     times = {"selection, few": (2.0, 1.0), "selection, many": (1.0, 2.0)}
     times |= {"attention, few": (1.0, 2.0), "attention, many": (2.0, 1.0)}
     monkeypatch.setattr(engine, "_measure", lambda setup: times)
     engine.configure("auto")
     engine.examine(SETUP)
-    calls.clear()
+    started_kernels.clear()
     output(1)
-    assert not any("attend" in name for name in calls)
-    assert any("choose" in name for name in calls)
-    calls.clear()
+    assert not any("attend" in name for name in started_kernels)
+    assert any("choose" in name for name in started_kernels)
+    started_kernels.clear()
     output(engine.FEW + 1)
-    assert any("attend" in name for name in calls)
-    assert not any("choose" in name for name in calls)
+    assert any("attend" in name for name in started_kernels)
+    assert not any("choose" in name for name in started_kernels)
 
 
 def test_measured_once_for_a_machine(
-    calls: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    started_kernels: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     store = tmp_path / "cache" / "engine.json"
     engine.configure("auto", store=str(store))
@@ -165,7 +142,7 @@ def test_measured_once_for_a_machine(
     assert len(json.loads(store.read_text())) == 1
 
 
-def test_what_kernels_do_not_take_is_no_fault(calls: list[str]) -> None:
+def test_what_kernels_do_not_take_is_no_fault(started_kernels: list[str]) -> None:
     engine.configure("auto", strict=True)
     wide = SETUP._replace(channels=256, value_channels=256)
     with warnings.catch_warnings():
@@ -193,7 +170,7 @@ def test_kernels_without_a_metal_gpu_are_announced() -> None:
         engine.configure()
 
 
-def test_gradients_are_those_of_the_plain_form(calls: list[str]) -> None:
+def test_gradients_are_those_of_the_plain_form(started_kernels: list[str]) -> None:
     engine.configure("kernels", strict=True)
     q, k, v, iq, ik = (x.astype(mx.float32) for x in arrays(20, 1))
     setup = SETUP._replace(dtype=mx.float32)
