@@ -4,7 +4,7 @@ import os
 import pkgutil
 import random
 import sys
-from collections.abc import Callable, Generator
+from collections.abc import Callable, Generator, Iterator
 from types import ModuleType
 from typing import Any
 

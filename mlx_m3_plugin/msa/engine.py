@@ -34,6 +34,10 @@ FEW = 16
 # What is measured: queries and context.
 SIZES = {"few": (1, 32_768), "many": (512, 8_192)}
 
+# Memory of the kernels' partial outputs, float32 for each pair of a query and a block: enough for 2,048
+# queries of M3, mlx-lm's step of a prompt, because a tile reads all chosen blocks anew.
+PARTIAL_BYTES = 5 << 28
+
 
 @dataclass
 class _Settings:
@@ -211,9 +215,8 @@ def _attend(
 ) -> mx.array:
     batch, n_heads, _, _ = queries.shape
     options: Any = {"block_size": block_size, "scale": scale}
-    # Partial outputs of all pairs of a tile, float32.
     bytes_per_query = 4 * batch * n_heads * block_ids.shape[3] * (values.shape[-1] + 1)
-    tile_length = max(1, default_tile_bytes() // bytes_per_query)
+    tile_length = max(1, PARTIAL_BYTES // bytes_per_query)
 
     def by_kernels(queries: mx.array, keys: KeysValues, values: KeysValues) -> mx.array:
         def attend_tile(start: int, tile: mx.array) -> mx.array:
