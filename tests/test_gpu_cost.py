@@ -15,7 +15,7 @@ sys.path.insert(0, str(Path(__file__).parents[1] / "benchmarks"))
 import gpu_cost
 import graph_cost
 import kernel_costs
-from gpu_count import OURS, Counted, count_library, from_json, to_json
+from gpu_count import KERNELS, OURS, Counted, count_library, from_json, to_json
 from gpu_forecast import M3_ULTRA, MACHINES, PREFILL, checks, seconds, seconds_of
 from gpu_layers import Case, attention_flops, bound
 from graph_cost import Work, as_on_a_gpu, count, given
@@ -39,21 +39,46 @@ LIMITS = {
 }
 # A cache with a meta_state holds values beside the index keys that nothing reads.  until: mlx-lm 0.32
 UNREAD = 2 if hasattr(KVCache, "meta_state") else 0
-# MB of choosing blocks and attending to them alone.
-PARTS = {Case(512, 8192): 3_626, Case(2048, 32768): 16_756}
+# With kernels, and MB of choosing blocks and attending to them alone.
+KERNEL_LIMITS = {
+    Case(1, 1024): (43, 99.5),
+    Case(1, 8192): (47, 106.5),
+    Case(1, 131072): (47, 139),
+    Case(1, 1 << 20): (47, 382),
+    Case(1, 8192, rows=8, padded=True): (47, 169),
+    Case(1, 8192, kv_bits=8): (53, 104.5),
+    Case(512, 8192): (74, 1_611),
+    Case(2048, 32768): (74, 6_174),
+}
+PARTS = {
+    OURS: {Case(512, 8192): 3_626, Case(2048, 32768): 16_756},
+    KERNELS: {Case(512, 8192): 747, Case(2048, 32768): 3_009},
+}
 # Arithmetic of attention, of what the chosen blocks need.
 MOST_ARITHMETIC = 1.1
 BF16 = mx.bfloat16
 
 
+LIMITS_OF = {OURS: LIMITS, KERNELS: KERNEL_LIMITS}
+
+
 @pytest.fixture(scope="module")
-def ours() -> dict[Case, Counted]:
-    return count_library(OURS, list(LIMITS))
+def counts() -> dict[str, dict[Case, Counted]]:
+    return {library: count_library(library, list(limits)) for library, limits in LIMITS_OF.items()}
 
 
-@pytest.mark.parametrize("case", LIMITS, ids=str)
-def test_what_a_layer_costs(case: Case, ours: dict[Case, Counted]) -> None:
-    counted, (launches, megabytes) = ours[case], LIMITS[case]
+@pytest.fixture(scope="module")
+def ours(counts: dict[str, dict[Case, Counted]]) -> dict[Case, Counted]:
+    return counts[OURS]
+
+
+@pytest.mark.parametrize(
+    ("library", "case"),
+    [(library, case) for library, limits in LIMITS_OF.items() for case in limits],
+    ids=str,
+)
+def test_what_a_layer_costs(library: str, case: Case, counts: dict[str, dict[Case, Counted]]) -> None:
+    counted, (launches, megabytes) = counts[library][case], LIMITS_OF[library][case]
     assert not counted.missing
     assert counted.launches <= launches + UNREAD
     assert counted.other_bytes / 1e6 <= megabytes
@@ -65,13 +90,26 @@ def test_what_a_layer_costs(case: Case, ours: dict[Case, Counted]) -> None:
         assert 1 <= counted.attention_flops / attention_flops(case) <= MOST_ARITHMETIC
 
 
-@pytest.mark.parametrize("case", PARTS, ids=str)
-def test_what_selection_and_attention_cost(case: Case, ours: dict[Case, Counted]) -> None:
-    parts = ours[case].parts
+@pytest.mark.parametrize(
+    ("library", "case"), [(library, case) for library, parts in PARTS.items() for case in parts], ids=str
+)
+def test_what_selection_and_attention_cost(
+    library: str, case: Case, counts: dict[str, dict[Case, Counted]]
+) -> None:
+    parts = counts[library][case].parts
     assert set(parts) == {"selection", "attention"}
     megabytes = sum(n * work.bytes for part in parts.values() for work, n in part.items()) / 1e6
     # Not more than the whole layer, which has the same operations in it.
-    assert megabytes <= min(PARTS[case], ours[case].other_bytes / 1e6)
+    assert megabytes <= min(PARTS[library][case], counts[library][case].other_bytes / 1e6)
+
+
+def test_one_token_with_kernels_moves_little_more_than_it_must(
+    counts: dict[str, dict[Case, Counted]],
+) -> None:
+    for context in (131072, 1 << 20):
+        case = Case(1, context)
+        moved, _ = bound(case)
+        assert counts[KERNELS][case].other_bytes <= 1.2 * (sum(moved.values()) - moved["experts"])
 
 
 # --- counting ---
@@ -308,7 +346,8 @@ def test_the_forecast_is_near_published_times() -> None:
 def test_the_page(ours: dict[Case, Counted]) -> None:
     cases = [case for case in gpu_cost.MAIN if case in LIMITS]
     missing = {case: Counted(case, missing="not counted") for case in cases}
-    text = "\n".join(gpu_cost.page(cases, {OURS: ours, "mlx-lm": missing, "mlx-vlm": missing}))
+    results = {OURS: ours, KERNELS: missing, "mlx-lm": missing, "mlx-vlm": missing}
+    text = "\n".join(gpu_cost.page(cases, results))
     for line in text.splitlines():
         if line.startswith("| 1 at 8K |"):
             assert f"| {ours[Case(1, 8192)].launches} |" in text

@@ -8,7 +8,9 @@
   It computes more, at the rate of the GPU's best kernel, and pays in short contexts.
 """
 
+import re
 from collections.abc import Callable
+from functools import cache
 from typing import NamedTuple
 
 import mlx.core as mx
@@ -62,7 +64,7 @@ def attend(
     tile_bytes = tile_bytes or default_tile_bytes()
     if form is None:
         work = Work.of(queries, keys, values, block_ids, block_size)
-        form = choose_form(work, tile_bytes, on_gpu())
+        form = choose_form(work, tile_bytes, rates_here() if on_gpu() else CPU)
     attended = FORMS[form](
         queries, keys, values, block_ids, offset, left_padding, block_size, scale, tile_bytes
     )
@@ -110,13 +112,23 @@ class Rates(NamedTuple):
 
 # M3 Ultra: its memory's rate, and what was measured of MLX's products there (docs/benchmarks/gpu_cost.md).
 GPU = Rates(bytes=819e9, grouped=9.5e12, fused=16.5e12, launch=4e-6)
+# M5 Max, whose matrix units MLX's own products and fused attention in 16 bits can use.
+GPU_WITH_MATRIX_UNITS = Rates(bytes=614e9, grouped=5e12, fused=55e12, launch=4e-6)
 # One core, as measured by benchmarks/attention_forms.py.
 CPU = Rates(bytes=8e9, grouped=6e9, fused=3.5e9, launch=8e-5)
 
 
-def choose_form(work: Work, tile_bytes: int, gpu: bool) -> str:
+@cache
+def rates_here() -> Rates:
+    """Of this machine's GPU, by its generation."""
+    device_info = getattr(mx, "device_info", None) or mx.metal.device_info
+    generation = re.search(r"applegpu_g(\d+)", str(device_info().get("architecture", "")))
+    return GPU_WITH_MATRIX_UNITS if generation and int(generation[1]) >= 17 else GPU
+
+
+def choose_form(work: Work, tile_bytes: int, rates: Rates) -> str:
     """The form of ``FORMS`` with the shortest expected time, from bytes and arithmetic."""
-    seconds = expected_seconds(work, GPU if gpu else CPU)
+    seconds = expected_seconds(work, rates)
     if not pairs_fit(work.n_slots * work.rows, work.channels, work.itemsize, work.is_quantized, tile_bytes):
         del seconds["by_pairs"]
     return min(seconds, key=seconds.__getitem__)
