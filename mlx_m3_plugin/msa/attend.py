@@ -115,7 +115,7 @@ GPU = Rates(bytes=819e9, grouped=9.5e12, fused=16.5e12, launch=4e-6)
 # M5 Max, whose matrix units MLX's own products and fused attention in 16 bits can use.
 GPU_WITH_MATRIX_UNITS = Rates(bytes=614e9, grouped=5e12, fused=55e12, launch=4e-6)
 # One core, as measured by benchmarks/attention_forms.py.
-CPU = Rates(bytes=8e9, grouped=6e9, fused=3.5e9, launch=8e-5)
+CPU = Rates(bytes=8e9, grouped=6e9, fused=3.5e9, launch=2e-4)
 
 
 @cache
