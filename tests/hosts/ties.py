@@ -10,7 +10,7 @@ from typing import Any
 
 import mlx.core as mx
 
-from mlx_m3_plugin import msa
+from mlx_m3_plugin.msa import engine
 from tests.msa import reference
 
 # Scores of these models are of the order of 10, and their rounding of 1e-6.
@@ -39,21 +39,21 @@ def gap_of(scores: mx.array, k: int) -> float:
 @contextmanager
 def closest_choice() -> Iterator[ClosestChoice]:
     """Watches the choices of models that run rows without padding."""
-    closest, select_blocks = ClosestChoice(), msa.select_blocks
+    closest, select_blocks = ClosestChoice(), engine.select_blocks
 
     def watched(
         index_queries: mx.array, index_keys: mx.array, offset: int, left_padding: Any = None, **options: Any
     ) -> mx.array:
         assert left_padding is None
         k = options["topk_blocks"]
-        settings = {name: value for name, value in options.items() if name != "topk_blocks"}
+        settings = {name: value for name, value in options.items() if name not in ("topk_blocks", "setup")}
         query_at = mx.arange(offset, offset + index_queries.shape[2])[None]
         scores = reference.block_scores(index_queries, index_keys, query_at, None, **settings)
         closest.gap = min(closest.gap, gap_of(scores, k))
         return select_blocks(index_queries, index_keys, offset, left_padding, **options)
 
-    msa.select_blocks = watched
+    engine.select_blocks = watched
     try:
         yield closest
     finally:
-        msa.select_blocks = select_blocks
+        engine.select_blocks = select_blocks

@@ -18,6 +18,7 @@ from mlx_m3_plugin.toolbox.evaluate import Evaluation
 from mlx_m3_plugin.toolbox.forward_pass import Texts, cut, forward_pass, pass_key, text_of
 from mlx_m3_plugin.toolbox.new_directory import LOCK, locked
 from tests.checkpoints.conversions import Written, converted
+from tests.hosts.ties import closest_choice
 from tests.toolbox.in_memory import directly, evaluate, share_of_ties
 
 REFERENCE = "published_float"
@@ -49,8 +50,14 @@ def test_it_equals_the_model_in_memory(
     tiny: Written, tmp_path: Path, layout: str, fresh_seed: int, count: Callable[[int, int], int]
 ) -> None:
     rng = random.Random(fresh_seed)
-    texts = random_texts(fresh_seed)
-    expected = directly(tiny(layout), tiny(REFERENCE), texts)
+    # A tie between blocks is decided by rounding, which differs with the size of the steps.
+    for attempt in range(10):
+        texts = random_texts(fresh_seed + attempt)
+        with closest_choice() as closest:
+            expected = directly(tiny(layout), tiny(REFERENCE), texts)
+        if not closest.is_tie:
+            break
+    assert not closest.is_tie
     ties = share_of_ties(tiny(layout), tiny(REFERENCE), texts)
     for _ in range(count(2, 8)):
         step, memory = rng.randint(9, 140), rng.choice([1 << 16, 1 << 20, 1 << 30])
