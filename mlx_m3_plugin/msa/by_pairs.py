@@ -84,18 +84,23 @@ def _attend(
     batch, n_heads, length, _ = queries.shape
     groups, k = block_ids.shape[1], block_ids.shape[3]
     heads = n_heads // groups
-    keys, values = (whole_blocks(x, offset + length, block_size) for x in (keys, values))
+    n_blocks = blocks_of(offset + length, block_size)
     quantized = isinstance(keys, Quantized)
     itemsize = 0 if isinstance(keys, Quantized) else keys.dtype.size
-    casts = _cast_bytes(batch * keys.shape[2], keys.shape[-1] + values.shape[-1], itemsize, quantized)
+    n_slots = batch * n_blocks * block_size
+    casts = _cast_bytes(n_slots, keys.shape[-1] + values.shape[-1], itemsize, quantized)
     arrays_bytes = tile_bytes - casts if on_gpu() else tile_bytes
     tile_length = max(1, arrays_bytes // (_ARRAYS * 4 * batch * heads * k * block_size))
-    queries_per_block = batch * length * k * heads * block_size // keys.shape[2]
+    # Sort keys hold a block and a pair in 32 bits.
+    tile_length = max(1, min(tile_length, (1 << 32) // (batch * n_blocks * batch * k)))
+    queries_per_block = batch * length * k * heads // n_blocks
 
     def attend_group(group: int, queries: mx.array) -> mx.array:
         of_group = slice(group, group + 1)
         # Each group's blocks are cast after the group before: the casts depend on its queries.
-        key_blocks, value_blocks = (_after(queries, _blocks(x, of_group, block_size)) for x in (keys, values))
+        key_blocks, value_blocks = (
+            _blocks(_after(queries, x), of_group, n_blocks, block_size) for x in (keys, values)
+        )
         if not isinstance(key_blocks, Quantized):
             key_blocks = transposed(key_blocks, queries_per_block).astype(mx.float32)
         if not isinstance(value_blocks, Quantized):
@@ -162,6 +167,7 @@ def _attend_pairs(
         every_query[:, None, None],
         mx.array(length),
         mx.array(offset),
+        block_size,
     )
     largest = last.max(axis=-1, keepdims=True)
     if k == 1:
@@ -256,9 +262,15 @@ def _average(
 
 @fused
 def _visible_only(
-    scores: mx.array, ids: mx.array, token: mx.array, query: mx.array, length: mx.array, offset: mx.array
+    scores: mx.array,
+    ids: mx.array,
+    token: mx.array,
+    query: mx.array,
+    length: mx.array,
+    offset: mx.array,
+    block_size: int,
 ) -> mx.array:
-    position = ids * token.size + token
+    position = ids * block_size + token
     return mx.where((position >= 0) & (position <= offset + query % length), scores, -mx.inf)
 
 
@@ -299,19 +311,25 @@ def _grouped_matmul(
     )
 
 
-def _blocks(x: KeysValues, group: slice, block_size: int) -> KeysValues:
-    """One group of ``[B, G, S, D]`` as ``[B, S / block_size, block_size, D]``."""
+def _blocks(x: KeysValues, group: slice, n_blocks: int, block_size: int) -> KeysValues:
+    """One group of ``[B, G, S, D]`` as ``[B, n_blocks, block_size, D]``."""
 
     def cut(a: mx.array) -> mx.array:
-        return mx.unflatten(a[:, group].squeeze(1), 1, (-1, block_size))
+        return a[:, group]
 
-    return map_arrays(cut, x)
+    def split(a: mx.array) -> mx.array:
+        return mx.unflatten(a.squeeze(1), 1, (n_blocks, block_size))
+
+    return map_arrays(split, whole_blocks(map_arrays(cut, x), n_blocks * block_size))
 
 
-def whole_blocks(x: KeysValues, n_keys: int, block_size: int) -> KeysValues:
-    """``x`` cut to the blocks in use, filled up with zeros, which nothing sees, if slots are missing."""
+def blocks_of(n_keys: int, block_size: int) -> int:
+    return -(-max(1, n_keys) // block_size)
+
+
+def whole_blocks(x: KeysValues, wanted: int) -> KeysValues:
+    """The first ``wanted`` slots of ``x``, filled up with zeros, which nothing sees, if slots are missing."""
     n_slots = x.shape[2]
-    wanted = -(-max(1, n_keys) // block_size) * block_size
 
     def fit(a: mx.array) -> mx.array:
         if n_slots >= wanted:

@@ -9,6 +9,8 @@ from .common import (
     Quantized,
     arange,
     fused,
+    in_sequence,
+    joined,
     later,
     map_arrays,
     on_gpu,
@@ -29,41 +31,57 @@ def attend_by_query(
     tile_bytes: int,
 ) -> mx.array:
     """As :func:`.attend.attend`, for any alignment of the rows in the cache."""
-    batch, n_heads, _, dims = queries.shape
+    batch, _, _, dims = queries.shape
     groups, n_slots = keys.shape[1:3]
     n_tokens = block_ids.shape[3] * block_size
-    # The gathered keys and values of each group, and their casts.
-    bytes_per_query = 2 * 4 * batch * groups * n_tokens * (keys.shape[-1] + values.shape[-1])
-    tile_length = max(1, tile_bytes // bytes_per_query)
-    paddings = [0] * batch if left_padding is None else left_padding
-    padding = mx.array(paddings, mx.int32).reshape(batch, 1, 1, 1)
-    # Where a row and group begin, with all of them put one after the other.
-    begin = mx.array([i * n_slots for i in range(batch * groups)], mx.int32).reshape(batch, groups, 1, 1)
+    # Every row and group is an entry: where it begins, with all of them put one after the other, its first
+    # position and its padding.
+    n_entries = batch * groups
+    begins = [entry * n_slots for entry in range(n_entries)]
+    offsets = offset if isinstance(offset, int) else [first for first in offset for _ in range(groups)]
+    paddings = [padding for padding in left_padding or [0] * batch for _ in range(groups)]
+    ids_of_entries = block_ids.flatten(0, 1)[..., None]
 
-    def attend_tile(start: int, tile: mx.array) -> mx.array:
-        length = tile.shape[2]
-        ids = block_ids[:, :, start : start + tile_length, :, None]
-        query_at = query_positions(later(offset, start), length)
-        slots, visible = _slots(
-            ids, arange(block_size), query_at[..., None], padding[..., None], begin[..., None],
-            mx.array(n_slots - 1),
-        )  # fmt: skip
-        slots = slots.flatten()
-        k, v = (_take_tokens(x, slots) for x in (keys, values))
+    bytes_per_query = n_tokens * (keys.shape[-1] + values.shape[-1]) * _bytes_of_a_number(keys)
+    per_tile = min(n_entries, max(1, tile_bytes // bytes_per_query))
+    tile_length = max(1, tile_bytes // (per_tile * bytes_per_query))
 
-        # Every (row, group, query) is a batch entry of its own with one KV head.
-        entries = batch * groups * length
-        grouped = mx.unflatten(tile, 1, (groups, -1)).swapaxes(2, 3).reshape(entries, -1, 1, dims)
-        k, v = (x.reshape(entries, 1, n_tokens, -1) for x in (k, v))
-        if not on_gpu():
-            # MLX's CPU backend computes in the precision of its inputs.
-            grouped, k, v = (x.astype(mx.float32) for x in (grouped, k, v))
-        mask = visible.reshape(entries, 1, 1, -1)
-        out = mx.fast.scaled_dot_product_attention(grouped, k, v, scale=scale, mask=mask)
-        out = out.reshape(batch, groups, length, n_heads // groups, -1).swapaxes(2, 3)
-        return out.reshape(batch, n_heads, length, -1)
+    def attend_entries(first: int, of_entries: mx.array) -> mx.array:
+        several = slice(first, first + per_tile)
+        begin, padding = (mx.array(x[several]).reshape(-1, 1, 1, 1) for x in (begins, paddings))
+        first_query = offsets if isinstance(offsets, int) else offsets[several]
 
-    return over_queries(attend_tile, queries, tile_length)
+        def attend_tile(start: int, tile: mx.array) -> mx.array:
+            n, heads, length, _ = tile.shape
+            ids = ids_of_entries[several, start : start + tile_length]
+            query_at = query_positions(later(first_query, start), length).swapaxes(1, 2)
+            last_slot = mx.array(n_slots - 1)
+            slots, visible = _slots(ids, arange(block_size), query_at, padding, begin, last_slot, block_size)
+            # The tokens are gathered after the tile before, which the queries depend on.
+            slots = mx.stop_gradient(mx.depends(slots.flatten(), tile))
+            k, v = (_take_tokens(x, slots).reshape(n * length, 1, n_tokens, -1) for x in (keys, values))
+            q = tile.swapaxes(1, 2).reshape(n * length, heads, 1, dims)
+            if not on_gpu():
+                # MLX's CPU backend computes in the precision of its inputs.
+                q, k, v = (x.astype(mx.float32) for x in (q, k, v))
+            mask = visible.reshape(n * length, 1, 1, -1)
+            out = mx.fast.scaled_dot_product_attention(q, k, v, scale=scale, mask=mask)
+            return out.reshape(n, length, heads, -1).swapaxes(1, 2)
+
+        return over_queries(attend_tile, of_entries, tile_length)
+
+    of_entries = mx.unflatten(queries, 1, (groups, -1)).flatten(0, 1)
+    tiles = [(first, of_entries[first : first + per_tile]) for first in range(0, n_entries, per_tile)]
+    out = joined(in_sequence(attend_entries, tiles), axis=0)
+    return mx.unflatten(out, 0, (batch, groups)).flatten(1, 2)
+
+
+def _bytes_of_a_number(keys: KeysValues) -> int:
+    """Of a gathered number and its copies, twice: MLX allocates ahead of what it computes."""
+    if on_gpu():
+        return 2 * 4
+    itemsize, gathered = (keys.scales.dtype.size, 1) if isinstance(keys, Quantized) else (keys.dtype.size, 0)
+    return 2 * (gathered + itemsize + (4 if itemsize < 4 else 0))
 
 
 @fused
@@ -74,9 +92,10 @@ def _slots(
     padding: mx.array,
     begin: mx.array,
     last_slot: mx.array,
+    block_size: int,
 ) -> tuple[mx.array, mx.array]:
-    """Places of the chosen tokens ``[B, G, l, k, block_size]``, and which of them a query sees."""
-    positions = ids * token.size + token
+    """Places of the chosen tokens ``[entries, l, k, block_size]``, and which of them a query sees."""
+    positions = ids * block_size + token
     # A padding query sees everything: a softmax over nothing is NaN, and NaN in K or V spreads.
     visible = ((positions >= 0) & (positions <= query_at)) | (query_at < 0)
     return begin + mx.clip(positions + padding, 0, last_slot), visible

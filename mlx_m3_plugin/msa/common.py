@@ -73,7 +73,9 @@ def default_tile_bytes() -> int:
 def fused(function: Callable[..., Any]) -> Callable[..., Any]:
     """``function``, a chain of elementwise operations, as one kernel on a GPU.
 
-    On a CPU it runs as it is: there MLX would start a C++ compiler, and gain nothing.
+    It is traced once for all shapes, so it must not read a shape: what depends on one is an argument,
+    for each value of which it is traced again.  On a CPU it runs as it is: there MLX would start a C++
+    compiler, and gain nothing.
     """
     compiled = mx.compile(function, shapeless=True)
 
@@ -84,9 +86,14 @@ def fused(function: Callable[..., Any]) -> Callable[..., Any]:
     return call
 
 
-@lru_cache(maxsize=64)
 def arange(n: int) -> mx.array:
-    """``[n]`` int32, made once: every layer of every token needs the same ones."""
+    """``[n]`` int32, a view of numbers made once: every layer of every token needs them."""
+    return _first_numbers(1 << max(0, n - 1).bit_length())[:n]
+
+
+@lru_cache(maxsize=32)
+def _first_numbers(n: int) -> mx.array:
+    # Evaluating waits for all that the device has to do, so that there must be few different n.
     numbers = mx.arange(n)
     mx.eval(numbers)
     return numbers
@@ -154,4 +161,8 @@ def transposed(x: mx.array, uses: int) -> mx.array:
     from some tens of rows on it is worth a copy there (``benchmarks/kernels.py``).
     """
     x = x.swapaxes(-1, -2)
-    return mx.contiguous(x) if uses >= 64 and not on_gpu() else x
+    return mx.contiguous(x) if transposed_is_copied(uses) else x
+
+
+def transposed_is_copied(uses: int) -> bool:
+    return uses >= 64 and not on_gpu()

@@ -2,7 +2,7 @@
 
 import mlx.core as mx
 
-from .by_pairs import whole_blocks
+from .by_pairs import blocks_of, whole_blocks
 from .common import (
     KeysValues,
     Offset,
@@ -53,9 +53,9 @@ def _attend(
 ) -> mx.array:
     batch, n_heads, length, _ = queries.shape
     groups = keys.shape[1]
-    k, v = (whole_blocks(x, offset + length, block_size) for x in (keys, values))
+    n_blocks = blocks_of(offset + length, block_size)
+    k, v = (whole_blocks(x, n_blocks * block_size) for x in (keys, values))
     k, v = (x.dequantize() if isinstance(x, Quantized) else x for x in (k, v))
-    n_blocks = k.shape[2] // block_size
     k, v = (x.flatten(0, 1)[:, None] for x in (k, v))
     if not on_gpu():
         # MLX's CPU backend computes in the precision of its inputs.
@@ -70,7 +70,11 @@ def _attend(
         member = mx.put_along_axis(member, mx.where(ids < 0, n_blocks, ids), mx.array(True), axis=-1)
         query_at = query_positions(offset + start, tile.shape[2])
         mask = _mask(
-            member[..., :n_blocks, None], arange(block_size), arange(n_blocks)[:, None], query_at[..., None]
+            member[..., :n_blocks, None],
+            arange(block_size),
+            arange(n_blocks)[:, None],
+            query_at[..., None],
+            block_size,
         )
         # One group at a time along the batch axis, so that its heads share one mask.
         tile = tile.reshape(batch * groups, n_heads // groups, tile.shape[2], -1)
@@ -82,7 +86,9 @@ def _attend(
 
 
 @fused
-def _mask(member: mx.array, token: mx.array, block: mx.array, query_at: mx.array) -> mx.array:
-    visible = block * token.size + token <= query_at
+def _mask(
+    member: mx.array, token: mx.array, block: mx.array, query_at: mx.array, block_size: int
+) -> mx.array:
+    visible = block * block_size + token <= query_at
     # A softmax over nothing is NaN, and a NaN in a padded row would spread through K and V.
     return (member & visible) | (query_at < 0)

@@ -18,15 +18,19 @@ from .common import (
     in_sequence,
     joined,
     later,
+    on_gpu,
     over_queries,
     query_positions,
     row_by_row,
     transposed,
+    transposed_is_copied,
 )
 
-# MLX allocates the outputs of some ten operations ahead of the one that runs: all arrays of a tile's
-# scores, and the keys of two tiles.
-_SCORES_AHEAD, _KEYS_AHEAD = 10, 2
+# MLX allocates the outputs of many operations ahead of the one that runs: ten arrays of a tile's scores.
+_SCORES_AHEAD = 10
+# Copies of the keys of so many tiles.  A CPU's tiles are small, so that more of them are ahead; and it is
+# faster with copies that fit in its caches.
+_KEYS_AHEAD, _KEYS_AHEAD_ON_CPU = 2, 16
 
 
 def select_blocks(
@@ -59,13 +63,13 @@ def select_blocks(
         ``k = min(topk_blocks, ceil(S / block_size))``; -1 marks an unused slot.
     """
     tile_bytes = tile_bytes or default_tile_bytes()
-    _, groups, length, dims = index_queries.shape
+    batch, groups, length, dims = index_queries.shape
     n_keys = index_keys.shape[2]
     k = min(topk_blocks, -(-n_keys // block_size))
     choose = partial(_choose, k=k, block_size=block_size, local_blocks=local_blocks, init_blocks=init_blocks)
     if left_padding is None:
         return _in_tiles(choose, index_queries, index_keys, offset, block_size, tile_bytes)
-    if groups * length < dims:
+    if groups * length < dims and _moved_scores_bytes(batch, groups, n_keys) <= tile_bytes:
         # Few queries: fewer scores per key than a key has channels, so the scores are moved.
         return _of_padded_rows(
             choose, index_queries, index_keys, offset, left_padding, block_size, tile_bytes
@@ -168,8 +172,10 @@ def _block_scores(
 
 def _keys_per_tile(queries: mx.array, index_keys: mx.array, block_size: int, tile_bytes: int) -> int:
     batch, groups, length, dims = queries.shape
-    casts = 0 if index_keys.dtype == mx.float32 else _KEYS_AHEAD * 4 * dims
-    bytes_per_key = batch * (_SCORES_AHEAD * 4 * groups * length + casts)
+    cast = 0 if index_keys.dtype == mx.float32 else 4
+    copy = index_keys.dtype.size if transposed_is_copied(groups * length) else 0
+    ahead = _KEYS_AHEAD if on_gpu() else _KEYS_AHEAD_ON_CPU
+    bytes_per_key = batch * (_SCORES_AHEAD * 4 * groups * length + ahead * (cast + copy) * dims)
     return max(1, tile_bytes // (bytes_per_key * block_size)) * block_size
 
 
@@ -188,6 +194,8 @@ def _scores(rows: mx.array, keys: mx.array, groups: int) -> mx.array:
     The raw dot product: a positive scale would not change any choice.  The heads are rows of one
     product, so that keys are read once for all of them.
     """
+    # A tile's keys are cast after the tile before, which the rows depend on.
+    keys = mx.depends(keys, rows)
     scores = rows @ transposed(keys, uses=rows.shape[2]).astype(mx.float32)
     return mx.unflatten(scores.squeeze(1), 1, (groups, -1))
 
@@ -204,8 +212,7 @@ def _of_padded_rows(
     """Choose blocks for all rows at once: scores in the order of the slots, moved to content order."""
     batch, groups = index_queries.shape[:2]
     n_keys = index_keys.shape[2]
-    # Half of the bytes for scores in both orders and what pooling makes of them.
-    tile_length = max(1, tile_bytes // (2 * 6 * 4 * batch * groups * n_keys))
+    tile_length = tile_bytes // _moved_scores_bytes(batch, groups, n_keys)
     # Slots past a row's last token repeat a score, which no query of that row is late enough to see.
     slots = mx.minimum(arange(n_keys) + mx.array(left_padding)[:, None], n_keys - 1)[:, None, None]
 
@@ -221,6 +228,11 @@ def _of_padded_rows(
         return choose(_pool(_mask_future(scores, 0, first), block_size), first)
 
     return over_queries(choose_tile, index_queries, tile_length)
+
+
+def _moved_scores_bytes(batch: int, groups: int, n_keys: int) -> int:
+    """For one query of each group: half of them for scores in both orders and what pooling makes of them."""
+    return 2 * 6 * 4 * batch * groups * n_keys
 
 
 def _mask_future(scores: mx.array, first_key: int, offset: Offset) -> mx.array:
