@@ -2,8 +2,8 @@
 
     python benchmarks/attention_forms.py [--context 32768]
 
-``msa/attend.py`` chooses one of them by bytes and arithmetic, at the rates in its tables.  Here all run at every
-length, in float32 and bfloat16, with M3's head sizes.  The form that it would choose is marked.
+``msa/attend.py`` chooses one of them by bytes and arithmetic, at the rates in its tables.  Here all run at
+every length, in float32 and bfloat16, with M3's head sizes.  The form that it would choose is in bold.
 """
 
 import argparse
