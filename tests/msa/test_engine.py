@@ -195,3 +195,15 @@ def test_gradients_are_those_of_the_plain_form(started_kernels: list[str]) -> No
     for ours, theirs in zip(found, expected, strict=True):
         assert mx.abs(ours - theirs).max().item() <= 1e-5
     assert all(mx.abs(gradient).max().item() > 1e-2 for gradient in found[:3])
+
+
+def test_the_first_use_may_be_inside_a_compiled_function(started_kernels: list[str]) -> None:
+    """As in a step of ``mlx_lm.lora``."""
+    engine.configure("auto", strict=True)
+
+    def step(x: mx.array) -> mx.array:
+        assert engine.examine(SETUP).failure is None
+        return x + 1
+
+    assert mx.compile(step)(mx.array(1)).item() == 2
+    assert started_kernels
