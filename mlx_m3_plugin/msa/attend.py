@@ -63,7 +63,7 @@ def attend(
     """
     tile_bytes = tile_bytes or default_tile_bytes()
     if form is None:
-        work = Work.of(queries, keys, values, block_ids, block_size)
+        work = Work.of(queries, keys, values, block_ids, block_size, left_padding is not None)
         form = choose_form(work, tile_bytes, rates_here() if on_gpu() else CPU)
     attended = FORMS[form](
         queries, keys, values, block_ids, offset, left_padding, block_size, scale, tile_bytes
@@ -72,7 +72,10 @@ def attend(
 
 
 class Work(NamedTuple):
-    """Sizes of one call: rows, heads, groups, queries, slots, chosen tokens, channels, bytes of a number."""
+    """Sizes of one call: rows, heads, groups, queries, slots, chosen tokens, channels, bytes of a number.
+
+    Padded rows go one after the other where blocks must stand in place.
+    """
 
     rows: int
     heads: int
@@ -83,10 +86,17 @@ class Work(NamedTuple):
     channels: int
     itemsize: float
     is_quantized: bool
+    is_padded: bool = False
 
     @classmethod
     def of(
-        cls, queries: mx.array, keys: KeysValues, values: KeysValues, block_ids: mx.array, block_size: int
+        cls,
+        queries: mx.array,
+        keys: KeysValues,
+        values: KeysValues,
+        block_ids: mx.array,
+        block_size: int,
+        is_padded: bool = False,
     ) -> "Work":
         return cls(
             rows=queries.shape[0],
@@ -98,6 +108,7 @@ class Work(NamedTuple):
             channels=keys.shape[-1] + values.shape[-1],
             itemsize=queries.dtype.size if isinstance(keys, Quantized) else keys.dtype.size,
             is_quantized=isinstance(keys, Quantized),
+            is_padded=is_padded,
         )
 
 
@@ -129,7 +140,8 @@ def rates_here() -> Rates:
 def choose_form(work: Work, tile_bytes: int, rates: Rates) -> str:
     """The form of ``FORMS`` with the shortest expected time, from bytes and arithmetic."""
     seconds = expected_seconds(work, rates)
-    if not pairs_fit(work.n_slots * work.rows, work.channels, work.itemsize, work.is_quantized, tile_bytes):
+    of_a_row, gpu = work.n_slots * work.channels, rates is not CPU
+    if not pairs_fit(of_a_row, work.itemsize, work.is_quantized, work.is_padded, tile_bytes, gpu):
         del seconds["by_pairs"]
     return min(seconds, key=seconds.__getitem__)
 
@@ -137,6 +149,7 @@ def choose_form(work: Work, tile_bytes: int, rates: Rates) -> str:
 def expected_seconds(work: Work, rates: Rates) -> dict[str, float]:
     """What each form moves and computes, at these rates."""
     queries = work.rows * work.length
+    turns = work.rows if work.is_padded else 1
     # Scores or weights of every head and chosen key, and as many partial outputs, float32.
     pass_bytes = 4 * queries * work.heads * work.n_chosen
     products = 2 * queries * work.heads * work.channels
@@ -150,12 +163,14 @@ def expected_seconds(work: Work, rates: Rates) -> dict[str, float]:
         "by_query": gathered / rates.bytes + products * work.n_chosen / rates.fused + 5 * rates.launch,
         "by_pairs": (11 * pass_bytes + casts) / rates.bytes
         + products * work.n_chosen / rates.grouped
-        + 30 * work.groups * rates.launch,
+        + 30 * work.groups * turns * rates.launch,
     }
     if not work.is_quantized:
         mask = 3 * queries * work.groups * work.n_slots
         keys_values = group_channels * work.n_slots * work.itemsize
         seconds["densely"] = (
-            (mask + keys_values) / rates.bytes + products * work.n_slots / rates.fused + 7 * rates.launch
+            (mask + keys_values) / rates.bytes
+            + products * work.n_slots / rates.fused
+            + 7 * turns * rates.launch
         )
     return seconds

@@ -42,10 +42,16 @@ def attend_by_pairs(
     scale: float,
     tile_bytes: int,
 ) -> mx.array:
-    """As :func:`.attend.attend`.  Padded rows go one after the other."""
+    """As :func:`.attend.attend`.  Rows go together where that copies nothing in vain."""
+    batch = queries.shape[0]
+    n_numbers, itemsize, quantized = _sizes(keys, values, batch)
     if left_padding is None:
-        assert isinstance(offset, int)
-        return _attend(queries, keys, values, block_ids, offset, block_size, scale, tile_bytes)
+        # Without a cast, one group's blocks of several rows would have to be copied to stand together.
+        together = batch == 1 or (not quantized and itemsize < 4)
+        if together and pairs_fit(n_numbers, itemsize, quantized, False, tile_bytes, on_gpu()):
+            assert isinstance(offset, int)
+            return _attend(queries, keys, values, block_ids, offset, block_size, scale, tile_bytes)
+        left_padding = [0] * batch
 
     def attend_row(row: slice, queries: mx.array, first: int, padding: int) -> mx.array:
         k, v = without_padding(keys, row, padding), without_padding(values, row, padding)
@@ -54,20 +60,34 @@ def attend_by_pairs(
     return row_by_row(attend_row, queries, offset, left_padding)
 
 
-def pairs_fit(n_slots: int, channels: int, itemsize: float, is_quantized: bool, tile_bytes: int) -> bool:
-    """Whether one group's K and V in float32 fit in the memory of a tile beside a tile of scores.
+def pairs_fit(
+    n_numbers: int, itemsize: float, is_quantized: bool, is_padded: bool, tile_bytes: int, gpu: bool
+) -> bool:
+    """Whether the copies of one group's K and V, of ``n_numbers`` together, fit beside a tile of scores."""
+    copies = _copied_bytes(n_numbers, itemsize, is_quantized, is_padded, gpu)
+    return copies <= _most_copied(tile_bytes, gpu)
 
-    A CPU's tiles are small for another reason than memory: there they may take three times as much.
-    """
-    most = tile_bytes * 3 // 4 if on_gpu() else tile_bytes * 3
-    return _cast_bytes(n_slots, channels, itemsize, is_quantized) <= most
+
+def _most_copied(tile_bytes: int, gpu: bool) -> int:
+    # A CPU's tiles are small for another reason than memory.
+    return tile_bytes * 3 // 4 if gpu else tile_bytes * 4
 
 
-def _cast_bytes(n_slots: int, channels: int, itemsize: float, is_quantized: bool) -> int:
-    if is_quantized or (itemsize == 4 and on_gpu()):
+def _copied_bytes(n_numbers: int, itemsize: float, is_quantized: bool, is_padded: bool, gpu: bool) -> int:
+    if is_quantized:
         return 0
-    # On a CPU the transposed keys are a copy, too.
-    return int(n_slots * channels * (4 if itemsize < 4 else 2))
+    # Without its padding, a row's last block may lack slots.
+    bytes_of_a_number = itemsize if is_padded else 0
+    if itemsize < 4:
+        # In float32, and on a CPU the transposed keys before that.
+        bytes_of_a_number += 4 if gpu else 4 + itemsize / 2
+    return int(n_numbers * bytes_of_a_number)
+
+
+def _sizes(keys: KeysValues, values: KeysValues, batch: int) -> tuple[int, int, bool]:
+    """The numbers in one group's K and V of ``batch`` rows, bytes of each, and whether they are quantized."""
+    n_numbers = batch * keys.shape[2] * (keys.shape[3] + values.shape[3])
+    return (n_numbers, 0, True) if isinstance(keys, Quantized) else (n_numbers, keys.dtype.size, False)
 
 
 def _attend(
@@ -85,15 +105,17 @@ def _attend(
     groups, k = block_ids.shape[1], block_ids.shape[3]
     heads = n_heads // groups
     n_blocks = blocks_of(offset + length, block_size)
-    quantized = isinstance(keys, Quantized)
-    itemsize = 0 if isinstance(keys, Quantized) else keys.dtype.size
-    n_slots = batch * n_blocks * block_size
-    casts = _cast_bytes(n_slots, keys.shape[-1] + values.shape[-1], itemsize, quantized)
-    arrays_bytes = tile_bytes - casts if on_gpu() else tile_bytes
+    must_pad = n_blocks * block_size > keys.shape[2]
+    arrays_bytes = tile_bytes
+    if on_gpu():
+        arrays_bytes -= _copied_bytes(*_sizes(keys, values, batch), must_pad, gpu=True)
     tile_length = max(1, arrays_bytes // (_ARRAYS * 4 * batch * heads * k * block_size))
     # Sort keys hold a block and a pair in 32 bits.
     tile_length = max(1, min(tile_length, (1 << 32) // (batch * n_blocks * batch * k)))
     queries_per_block = batch * length * k * heads // n_blocks
+    if 4 * batch * keys.shape[2] * keys.shape[3] > _most_copied(tile_bytes, on_gpu()):
+        # Too much to copy the transposed keys.
+        queries_per_block = 0
 
     def attend_group(group: int, queries: mx.array) -> mx.array:
         of_group = slice(group, group + 1)
