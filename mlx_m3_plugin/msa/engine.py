@@ -323,8 +323,9 @@ class _Work:
 
     def select(self, function: Callable[..., mx.array]) -> mx.array:
         options = {"block_size": self.setup.block_size, "topk_blocks": self.setup.k}
-        arrays = self.index_queries, self.index_keys
-        return function(*arrays, self.offset, self.left_padding, local_blocks=1, init_blocks=0, **options)
+        # Of padded rows the first block is always in, as in M3.1.
+        options |= {"local_blocks": 1, "init_blocks": int(self.left_padding is not None and self.setup.k > 1)}
+        return function(self.index_queries, self.index_keys, self.offset, self.left_padding, **options)
 
     def attend(self, function: Callable[..., mx.array], block_ids: mx.array) -> mx.array:
         options: Any = {"block_size": self.setup.block_size, "scale": self.setup.channels**-0.5}
