@@ -20,11 +20,12 @@ _WIRED_FRACTION = 0.75
 # Tokens of a prompt that mlx-lm computes at a time by default.
 PREFILL_STEP = 2048
 # Memory of an attention layer's prefill, in arrays of the queries' size.  At its end there are the queries
-# before and after norm and rotation, the output of each group and all outputs together; then those while
-# groups are computed.
-_ARRAYS_AT_ITS_END, _ARRAYS_IN_GROUPS = 4.25, 3
-# The fraction of a tile's memory budget that is in use at once.
-_FRACTION_OF_TILE = 0.75
+# before and after norm and rotation, the output of each group and all outputs together; then, while groups
+# are computed, the queries and outputs, and the queries in float32.
+_ARRAYS_AT_ITS_END, _ARRAYS_IN_GROUPS = 4.25, 2
+# The fraction of a tile's memory budget that is in use at once, and what of the next group's transposed keys
+# is there already.
+_FRACTION_OF_TILE, _OF_NEXT_GROUP = 0.7, 0.25
 
 
 # --- this machine ---
@@ -162,13 +163,15 @@ def attention_transient(
 
     Args:
         itemsize: bytes of an activation.  tile: ``msa``'s memory budget.
-        copies_keys: whether the keys of a group are transposed into a copy, as on the CPU.
+        copies_keys: whether K and V of a group are copied beside the tile, as on the CPU: K is transposed,
+            and both are cast to float32.  On a GPU the casts are part of the tile.
     """
     one = queries * config.num_attention_heads * config.head_dim * itemsize
-    keys = 4 * context * config.head_dim if copies_keys else 0
+    bytes_of_a_key = itemsize * (1 + _OF_NEXT_GROUP) if itemsize == 4 else itemsize + 4 + 4
+    copies = int(bytes_of_a_key * context * config.head_dim) if copies_keys else 0
     if context <= config.budget:
         return int(_ARRAYS_AT_ITS_END * one)
-    in_groups = _ARRAYS_IN_GROUPS * one + keys + int(_FRACTION_OF_TILE * tile)
+    in_groups = _ARRAYS_IN_GROUPS * one + one * 4 // itemsize + copies + int(_FRACTION_OF_TILE * tile)
     return max(int(_ARRAYS_AT_ITS_END * one), in_groups)
 
 

@@ -139,12 +139,13 @@ def test_what_stock_takes_in_addition() -> None:
     assert stock_transients(REAL, 2048, 2048) == {"mlx-lm": 0, "mlx-vlm": 0}
 
 
+@pytest.mark.parametrize("dtype", [mx.float32, mx.bfloat16], ids=str)
 @pytest.mark.parametrize(("queries", "context"), [(32, 4096), (48, 12_288)])
-def test_the_forecast_is_what_the_layer_takes(queries: int, context: int) -> None:
-    """At real sizes, in float32 on the CPU, as ``benchmarks/msa.py`` measures it."""
-    measured = transient_of_the_layer(queries, context)
+def test_the_forecast_is_what_the_layer_takes(queries: int, context: int, dtype: mx.Dtype) -> None:
+    """At real sizes on the CPU, as ``benchmarks/msa.py`` measures it."""
+    measured = transient_of_the_layer(queries, context, dtype)
     forecast = attention_transient(
-        REAL, queries, context, itemsize=4, tile=default_tile_bytes(), copies_keys=True
+        REAL, queries, context, itemsize=dtype.size, tile=default_tile_bytes(), copies_keys=True
     )
     assert forecast == pytest.approx(measured, rel=0.1)
 
@@ -159,16 +160,18 @@ def test_the_forecast_is_what_the_benchmark_says(case: tuple[int, int], mebibyte
     assert found / 2**20 == pytest.approx(mebibytes, rel=0.1)
 
 
-def transient_of_the_layer(queries: int, context: int) -> int:
+def transient_of_the_layer(queries: int, context: int, dtype: mx.Dtype) -> int:
     layer = Attention(REAL, 3, MLX_LM)
-    layer.update(tree_map(lambda p: mx.full(p.shape, 0.02), layer.parameters()))
+    layer.update(tree_map(lambda p: mx.full(p.shape, 0.02, dtype), layer.parameters()))
     cache, held = make_layer_cache(True), context - queries
     for part in (held, queries):
-        MLX_LM.append_index_keys(cache, mx.random.normal((1, 1, part, 128)))
-        MLX_LM.kv_cache(cache).update_and_fetch(*(mx.random.normal((1, 4, part, 128)) for _ in range(2)))
+        MLX_LM.append_index_keys(cache, mx.random.normal((1, 1, part, 128), dtype))
+        MLX_LM.kv_cache(cache).update_and_fetch(
+            *(mx.random.normal((1, 4, part, 128), dtype) for _ in range(2))
+        )
         mx.eval(cache.state)
     cache.trim(queries)
-    x = mx.random.normal((1, queries, REAL.hidden_size))
+    x = mx.random.normal((1, queries, REAL.hidden_size), dtype)
     mx.eval(layer.parameters(), x)
     mx.clear_cache()
     before = mx.get_active_memory()
