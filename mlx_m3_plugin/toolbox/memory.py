@@ -11,6 +11,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 
 from ..model.config import TextConfig
+from ..msa.engine import PARTIAL_BYTES
 
 _GIB = 1 << 30
 # For the system and everything else that runs.
@@ -151,9 +152,19 @@ def transient_bytes(config: TextConfig, step: int, context: int) -> int:
     """Memory of computing a chunk in 16 bits on a GPU: that of attention or of experts, the larger one."""
     step = min(step, context)
     attention = attention_transient(config, step, context, itemsize=2, tile=512 << 20, copies_keys=False)
+    attention = max(attention, kernel_transient(config, step, context))
     # Tokens sorted by expert, gate, up and their product, then the output, sorted back and weighted.
     wide, hidden = config.intermediate_size, config.hidden_size
     return max(attention, step * config.num_experts_per_tok * (2 * (3 * hidden + 3 * wide) + 4 * hidden))
+
+
+def kernel_transient(config: TextConfig, queries: int, context: int) -> int:
+    """Peak memory of attention by the Metal kernels: a tile's partial outputs, then all outputs beside them."""
+    if context <= config.budget:
+        return 0
+    heads = queries * config.num_attention_heads
+    partials = 4 * heads * config.index_topk_blocks * (config.head_dim + 1)
+    return min(PARTIAL_BYTES, partials) + 2 * heads * config.head_dim
 
 
 def attention_transient(
