@@ -159,7 +159,7 @@ def transient_bytes(config: TextConfig, step: int, context: int) -> int:
 
 
 def kernel_transient(config: TextConfig, queries: int, context: int) -> int:
-    """Peak memory of attention by the Metal kernels: a tile's partial outputs, then all outputs beside them."""
+    """Peak memory of attention by the Metal kernels: partial outputs of a tile, and all outputs."""
     if context <= config.budget:
         return 0
     heads = queries * config.num_attention_heads
