@@ -84,6 +84,10 @@ def test_mlx_vlm_cannot_share_it(model: Path) -> None:
     assert "does not support tensor parallelism" in stock("vlm_cannot_be_shared", model)
 
 
+def test_dequantizing_loses_tensor_scales(model: Path) -> None:
+    assert stock("lm_dequantizes_without_tensor_scales", model) is True
+
+
 def test_ours_has_none_of_them(model: Path) -> None:
     """The same functions in this process, where the plugin is."""
     assert stock_faults.lm_blocks_start_at_slots(str(model)) < 1e-4
