@@ -1,6 +1,7 @@
 """Loading a checkpoint into a model, as both libraries do it: names, quantization, values."""
 
 import logging
+from collections import Counter
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
@@ -12,7 +13,7 @@ from mlx.utils import tree_flatten
 from ..model.config import TextConfig, text_config_of
 from ..model.decoder import DecoderLayer, LanguageModel
 from ..model.sharding import shard_layers
-from ..model.tensor_scales import expect_scales
+from ..model.tensor_scales import dequantize_scaled_layers, expect_scales
 from ..msa import engine
 from ..startup.settings import engine_settings, model_settings
 from ..weights import (
@@ -21,10 +22,14 @@ from ..weights import (
     infer_quantization,
     lacks_indexers,
     map_weights,
+    quantized_in,
     with_quantization,
 )
 
 log = logging.getLogger("mlx_m3_plugin")
+
+# The router and its bias.
+_FLOAT32_BY_DESIGN = ("block_sparse_moe.gate.weight", "e_score_correction_bias")
 
 
 def text_config_as_set(config: Mapping[str, Any]) -> TextConfig:
@@ -134,10 +139,27 @@ class CheckpointMixin(nn.Module):
         """See :func:`~mlx_m3_plugin.weights.check_values`."""
         check_values(self)
 
+    def dequantize_scaled_layers(self) -> None:
+        """See :func:`~mlx_m3_plugin.model.tensor_scales.dequantize_scaled_layers`."""
+        dequantize_scaled_layers(self)
+
     @property
     def cast_predicate(self) -> Callable[[str], bool]:
-        """Which parameters a conversion may cast: not the router, which is float32 by design."""
-        return lambda path: not path.endswith(("block_sparse_moe.gate.weight", "e_score_correction_bias"))
+        """Which parameters a conversion may cast: the unquantized weights.
+
+        Not the scales of quantized ones, which would change values, and not what is float32 by design:
+        the router, and what a 16-bit model stores in float32, as M3 does its patch embedding.
+        """
+        arrays: dict[str, mx.array] = dict(tree_flatten(self.parameters()))
+        quantized = set(quantized_in(arrays))
+        kept = {name for name in arrays if name.endswith(_FLOAT32_BY_DESIGN)}
+        kept |= {name for name in arrays if name.rpartition(".")[0] in quantized}
+        sizes: Counter[mx.Dtype] = Counter()
+        for name in arrays.keys() - kept:
+            sizes[arrays[name].dtype] += arrays[name].size
+        if sizes and sizes.most_common(1)[0][0] != mx.float32:
+            kept |= {name for name, array in arrays.items() if array.dtype == mx.float32}
+        return lambda path: path not in kept
 
     @property
     def quant_predicate(self) -> Callable[[str, nn.Module], Any]:

@@ -270,3 +270,14 @@ def strictly(load: Callable[..., Any]) -> Callable[..., Any]:
             _STRICT.reset(token)
 
     return strict
+
+
+# --- dequantize_model, which both libraries have ---
+
+
+# Only our classes have the method.
+@where(lambda given: hasattr(type(given["model"]), "dequantize_scaled_layers"))
+def dequantize_model(dequantize: Any, given: Arguments) -> Any:
+    """First the layers with tensor scales, which ``dequantize`` would leave out."""
+    given.arguments["model"].dequantize_scaled_layers()
+    return call(dequantize, given)

@@ -11,6 +11,7 @@ from typing import Any
 
 import mlx.core as mx
 import mlx.nn as nn
+from mlx.utils import tree_unflatten
 
 # A tensor scale is the largest magnitude its tensor can express: 6 (e2m1) times 448 (e4m3).
 NVFP4_LARGEST = 6.0 * 448.0
@@ -36,6 +37,34 @@ def expect_scales(model: nn.Module, weights: Mapping[str, mx.array]) -> None:
             module.__class__ = _taking_a_scale(type(module))  # type: ignore[arg-type]
 
 
+def dequantize_scaled_layers(model: nn.Module) -> None:
+    """Replace each layer that has a tensor scale by the host's float layer with its values, in bfloat16.
+
+    Both libraries' own ``dequantize_model`` gives bfloat16 too, and leaves tensor scales out.
+    """
+    layers = [(path, _dequantized(module)) for path, module in model.named_modules() if is_scaled(module)]
+    model.update_modules(tree_unflatten(layers))
+
+
+def is_scaled(module: nn.Module) -> bool:
+    return "global_scale" in module
+
+
+def _dequantized(scaled: Any) -> nn.Module:
+    values = mx.dequantize(
+        scaled["weight"],
+        scaled["scales"],
+        group_size=scaled.group_size,
+        bits=scaled.bits,
+        mode=scaled.mode,
+        dtype=mx.float32,
+    )
+    weight = (values * factor(scaled["global_scale"])[..., None, None]).astype(mx.bfloat16)
+    layer: nn.Module = scaled.float_class(*weight.shape[::-1], bias=False)
+    layer.weight = weight
+    return layer
+
+
 def hold_scale(quantized: nn.Module, global_scale: mx.array) -> nn.Module:
     """A quantized layer, of a matrix or of a stack of experts, that multiplies by its tensor scale."""
     scaled = _scaled_experts if quantized.weight.ndim > 2 else _scaled_linear
@@ -52,7 +81,11 @@ def _taking_a_scale(linear: Any) -> Any:
         self: Any, group_size: int = 64, bits: int = 4, mode: str = "affine", global_scale: bool = False
     ) -> nn.Module:
         quantized = linear.to_quantized(self, group_size, bits, mode)
-        return hold_scale(quantized, mx.ones(scale_shape(self.weight.shape))) if global_scale else quantized
+        if not global_scale:
+            return quantized
+        scaled = hold_scale(quantized, mx.ones(scale_shape(self.weight.shape)))
+        scaled.float_class = linear
+        return scaled
 
     return type(linear.__name__, (linear,), {"to_quantized": to_quantized})
 
@@ -60,8 +93,9 @@ def _taking_a_scale(linear: Any) -> Any:
 def _refuse(self: Any) -> None:
     """Code that reads this attribute is about to dequantize, and would ignore the tensor scale."""
     raise NotImplementedError(
-        "NVFP4 with tensor scales cannot be dequantized, fused or trained with DoRA, because the scales "
-        "would be lost: convert the checkpoint first, with `mlx-m3 convert`"
+        "layers in NVFP4 with tensor scales cannot be fused with adapters or trained with DoRA, because the "
+        "scales would be lost: first convert the checkpoint, with `mlx_lm.convert --dequantize` or "
+        "`mlx-m3 convert`"
     )
 
 

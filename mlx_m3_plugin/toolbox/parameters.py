@@ -14,7 +14,6 @@ from mlx.utils import tree_flatten
 
 from ..model.config import TextConfig
 from ..model.decoder import LanguageModel
-from ..model.tensor_scales import scale_shape
 from ..weights import Headers, group_names
 from ..weights.check import ShapeAndKind, compare, kind_of
 from ..weights.dtypes import size_in_bytes
@@ -167,7 +166,10 @@ def quantized_modules(
         except ValueError as error:
             problems.append(str(error))
         else:
-            quantized[module] = Quantization(found["bits"], found["group_size"], found["mode"])
+            scaled = found["mode"] == "nvfp4" and "global_scale" in found
+            quantized[module] = Quantization(
+                found["bits"], found["group_size"], found["mode"], tensor_scales=scaled
+            )
     return quantized, problems
 
 
@@ -207,8 +209,6 @@ def expected_parameters(
         if (spec := quantized.get(module)) is not None:
             parts = spec.parts(shape, mx.bfloat16)
             expected |= {f"{module}.{part}": (size, kind_of(dtype)) for part, (size, dtype) in parts.items()}
-            if spec.mode == "nvfp4" and f"{module}.global_scale" in plan:
-                expected[f"{module}.global_scale"] = scale_shape(shape), kind_of(mx.float32)
         elif name in plan and f"{module}.scales" in plan:
             names = (f"{module}.{part}" for part in PARTS)
             expected |= dict.fromkeys(part for part in names if part in plan)

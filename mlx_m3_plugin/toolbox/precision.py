@@ -6,7 +6,7 @@ from typing import Any
 
 import mlx.core as mx
 
-from ..model.tensor_scales import factor
+from ..model.tensor_scales import factor, scale_shape
 
 
 @dataclass(frozen=True)
@@ -16,12 +16,14 @@ class Quantization:
     Attributes:
         bits, group_size, mode: of ``mx.quantize``; bits is None for floats.
         dtype: ``bfloat16``, ``float16``, ``float32``, or ``keep`` for the one it has.
+        tensor_scales: of NVFP4, one more float32 scale for each matrix, which is kept or dropped, never made.
     """
 
     bits: int | None = None
     group_size: int = 64
     mode: str = "affine"
     dtype: str = "keep"
+    tensor_scales: bool = False
 
     def bytes_of(self, size: int, itemsize: int = 2) -> int:
         """Of a matrix with ``size`` elements; ``itemsize``: bytes of its floats, or of its scales."""
@@ -40,16 +42,25 @@ class Quantization:
         *rows, inputs = shape
         scales = (*rows, inputs // self.group_size), dtype if self.mode == "affine" else mx.uint8
         found = {"weight": ((*rows, inputs * self.bits // 32), mx.uint32), "scales": scales}
+        if self.tensor_scales:
+            found["global_scale"] = scale_shape(shape), mx.float32
         return {**found, "biases": scales} if self.mode == "affine" else found
 
     def as_quantization(self) -> dict[str, Any]:
-        """As in a config's ``quantization``; also the arguments of ``mx.quantize``."""
+        """The arguments of ``mx.quantize``."""
         return {"group_size": self.group_size, "bits": self.bits, "mode": self.mode}
+
+    def in_config(self) -> dict[str, Any]:
+        """As in a config's ``quantization``."""
+        words = self.as_quantization()
+        return words | {"global_scale": True} if self.tensor_scales else words
 
     def __str__(self) -> str:
         if self.bits is None:
             return "as stored" if self.dtype == "keep" else self.dtype
-        return f"{self.bits}-bit g{self.group_size}" if self.mode == "affine" else self.mode
+        if self.mode == "affine":
+            return f"{self.bits}-bit g{self.group_size}"
+        return f"{self.mode} with tensor scales" if self.tensor_scales else self.mode
 
 
 def converted(

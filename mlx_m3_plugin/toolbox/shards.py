@@ -161,11 +161,11 @@ class ShardWriter(ExitStack):
         write_at(self._file.fileno(), 0, header)
 
     def write(self, name: str, row: int, piece: mx.array) -> None:
-        """Write ``piece``: rows of the tensor ``name``, seen as ``[rows, last axis]``, from ``row`` on."""
+        """Write ``piece`` into the tensor ``name``, seen as rows as wide as the piece's, from ``row`` on."""
         tensor, offset = self._places[name]
         if piece.dtype != tensor.dtype:
             raise TypeError(f"{name}: got {piece.dtype} for a tensor of {tensor.dtype}")
-        width = tensor.shape[-1] if tensor.shape else 1
+        width = piece.shape[-1] if piece.shape else 1
         start = row * width * tensor.dtype.size
         if start + piece.nbytes > tensor.nbytes:
             raise ValueError(f"{name}: {piece.shape} from row {row} on does not fit into {tensor.shape}")

@@ -7,7 +7,7 @@ tensors it is made, and by which operations.  Applying a plan to lazy arrays rea
 from .check import check_values, check_weights, group_names, shorten
 from .headers import Headers, StoredTensor, read_headers
 from .layouts import fuse_experts, lacks_indexers, map_weights, plan_layout
-from .quantization import infer_quantization, quantization_entry, with_quantization
+from .quantization import infer_quantization, quantization_entry, quantized_in, with_quantization
 
 __all__ = [
     "Headers",
@@ -21,6 +21,7 @@ __all__ = [
     "map_weights",
     "plan_layout",
     "quantization_entry",
+    "quantized_in",
     "read_headers",
     "shorten",
     "with_quantization",

@@ -23,7 +23,7 @@ HEAD, QUERY_WIDTH, KEY_WIDTH, INDEX_QUERY_WIDTH = 128, 64 * 128, 4 * 128, 4 * 12
 N_VISION_LAYERS, VISION_HIDDEN, VISION_WIDTH = 32, 1280, 5120
 
 TEXT = "language_model."
-GROUP, MXFP8_GROUP = 64, 32
+GROUP, MXFP8_GROUP, NVFP4_GROUP = 64, 32, 16
 # What mlx-lm and mlx-vlm cut conversions into.
 MLX_SHARD_BYTES = 5 << 30
 
@@ -121,9 +121,16 @@ def _indexer(base: str) -> list[Tensor]:
 
 
 def text_model(
-    experts: Arrangement, prefix: str = TEXT, indexer: bool = True, router_dtype: str = "F32"
+    experts: Arrangement,
+    prefix: str = TEXT,
+    indexer: bool = True,
+    router_dtype: str = "F32",
+    first_indexer: int = N_DENSE,
 ) -> list[Tensor]:
-    """All parameters of the text model, with the experts in the arrangement asked for."""
+    """All parameters of the text model, with the experts in the arrangement asked for.
+
+    ``first_indexer``: the first layer that has one.
+    """
     tensors = [Tensor(f"{prefix}model.embed_tokens.weight", (VOCAB, HIDDEN))]
     for layer in range(N_LAYERS):
         base = f"{prefix}model.layers.{layer}"
@@ -132,9 +139,10 @@ def text_model(
             tensors.append(Tensor(f"{base}.{norm}.weight", (HIDDEN,)))
         if layer < N_DENSE:
             tensors += _gated_mlp(f"{base}.mlp", DENSE_WIDTH)
-            continue
-        if indexer:
+        if indexer and layer >= first_indexer:
             tensors += _indexer(f"{base}.self_attn")
+        if layer < N_DENSE:
+            continue
         moe = f"{base}.block_sparse_moe"
         tensors.append(Tensor(f"{moe}.gate.weight", (N_EXPERTS, HIDDEN), router_dtype))
         tensors.append(Tensor(f"{moe}.e_score_correction_bias", (N_EXPERTS,), "F32"))
@@ -189,6 +197,18 @@ def in_mxfp8(parameters: list[Tensor]) -> Iterator[Tensor]:
         if cut:
             *rows, inputs = tensor.shape
             yield Tensor(f"{tensor.module}.weight_scale_inv", (*rows, inputs // MXFP8_GROUP), "U8")
+
+
+def with_nvfp4_experts(parameters: list[Tensor]) -> Iterator[Tensor]:
+    """As M3.1-Flash is published: compressed-tensors' NVFP4 for the routed experts, the rest as MXFP8."""
+    for tensor in parameters:
+        if ".experts." not in tensor.name:
+            yield from in_mxfp8([tensor])
+            continue
+        *rows, inputs = tensor.shape
+        yield Tensor(f"{tensor.module}.weight_packed", (*rows, inputs // 2), "U8")
+        yield Tensor(f"{tensor.module}.weight_scale", (*rows, inputs // NVFP4_GROUP), "F8_E4M3")
+        yield Tensor(f"{tensor.module}.weight_global_scale", (1,), "F32")
 
 
 def _is_router(module: str) -> bool:
@@ -310,6 +330,19 @@ MXFP8_CONFIG: Config = {
 }
 # fmt: on
 del MXFP8_CONFIG["text_config"]["num_nextn_predict_layers"]
+_ALL_LAYERS = [1] * N_LAYERS
+M31_CONFIG: Config = {
+    **MXFP8_CONFIG,
+    "text_config": {
+        **MXFP8_CONFIG["text_config"],
+        "sparse_attention_config": {
+            **SPARSE_ATTENTION_CONFIG,
+            "sparse_attention_freq": _ALL_LAYERS,
+            "sparse_disable_index_value": _ALL_LAYERS,
+            "sparse_init_block": 1,
+        },
+    },
+}
 # Flat, and sparse layers still announced, though the extraction left their indexers out.
 TEXT_ONLY_CONFIG: Config = {**TEXT_CONFIG, "model_type": "minimax_m3"}
 
@@ -368,6 +401,12 @@ def write_published(path: Path) -> RealCheckpoint:
 def write_mxfp8(path: Path) -> RealCheckpoint:
     parameters = text_model(experts_one_by_one) + vision_model("F32")
     return write_sparse(path, parameters, list(in_mxfp8(parameters)), MXFP8_CONFIG, n_shards=31)
+
+
+def write_m31_flash(path: Path) -> RealCheckpoint:
+    """M3.1-Flash as published (``docs/layouts.md``), without its draft."""
+    parameters = text_model(experts_one_by_one, first_indexer=0) + vision_model("F32")
+    return write_sparse(path, parameters, list(with_nvfp4_experts(parameters)), M31_CONFIG, n_shards=31)
 
 
 def _mlx_writer(

@@ -112,6 +112,7 @@ def _automaton(module: ModuleType) -> Any:
 def use_utils(module: ModuleType, directory: Path) -> Any:
     model, config = get(module, "load_model")(directory)
     shared, *_ = get(module, "sharded_load")(str(directory))
+    get(module, "dequantize_model")(shared)
     logits = [made(mx.array([[1, 2, 3]])).tolist() for made in (model, shared)]
     return logits, config, type(model).__name__
 

@@ -13,9 +13,10 @@ from mlx_m3_plugin.toolbox.checkpoint import open_checkpoint
 from mlx_m3_plugin.toolbox.convert import plan as planning
 from mlx_m3_plugin.toolbox.convert.recipe import matrices_of, recipe_names
 from mlx_m3_plugin.toolbox.inspect import inspect
-from mlx_m3_plugin.toolbox.precision import Quantization
 from mlx_m3_plugin.weights.dtypes import name_of
+from mlx_m3_plugin.weights.quantization import PARTS
 from tests.checkpoints.conversions import (
+    MEMORY,
     SOURCES,
     Written,
     converted,
@@ -46,14 +47,15 @@ def check_tensors(source: Path, recipe: str, made: Path) -> None:
     checkpoint = open_checkpoint(source)
     for module, spec in plan.specs.items():
         stored = checkpoint.spec(module)
-        if spec == stored and f"{module}.global_scale" not in before:
-            expected = {part: before.get(f"{module}.{part}") for part in ("weight", "scales", "biases")}
+        if spec == stored:
+            expected = {part: before.get(f"{module}.{part}") for part in PARTS}
         else:
             values = dequantized(before, module, stored)
             if spec.bits is None:
                 kept = values if spec.dtype == "keep" else values.astype(getattr(mx, spec.dtype))
                 expected = {"weight": kept}
             else:
+                assert f"{module}.global_scale" not in after
                 parts = mx.quantize(values, **spec.as_quantization())
                 expected = dict(zip(("weight", "scales", "biases"), parts, strict=False))
         for part, array in expected.items():
@@ -75,7 +77,7 @@ def test_inspect_reports_the_recipes_bits(tiny: Written, tmp_path: Path, recipe:
     for matrix in matrices_of(written.text_config):
         spec = plan.specs[matrix.module]
         if spec.bits is not None:
-            assert written.spec(matrix.module) == Quantization(spec.bits, spec.group_size, spec.mode)
+            assert written.spec(matrix.module) == spec
         else:
             dtype = name_of(written.plan[f"{matrix.module}.weight"].dtype)
             assert spec.dtype in (dtype, "keep")
@@ -119,6 +121,51 @@ def test_pass_through_moves_bytes_alone(tiny: Written, tmp_path: Path) -> None:
     assert plan.nbytes == sum(
         t.nbytes for t in open_checkpoint(tiny("mxfp8_official")).headers.tensors.values()
     )
+
+
+# With tensor scales: of experts, of every matrix, and stacked.
+SCALED = ("nvfp4_modelopt_mixed", "nvfp4_everywhere_compressed_tensors", "mlx_unfused_nvfp4_tensor_scales")
+
+
+@pytest.mark.parametrize("memory", [MEMORY, 200_000])
+@pytest.mark.parametrize("layout", SCALED)
+def test_keep_keeps_tensor_scales(tiny: Written, tmp_path: Path, layout: str, memory: int) -> None:
+    check_kept(tiny(layout), tmp_path, memory)
+
+
+def test_keep_keeps_every_layout(tiny: Written, tmp_path: Path, layout_name: str) -> None:
+    check_kept(tiny(layout_name), tmp_path)
+
+
+def check_kept(source: Path, work: Path, memory: int = MEMORY) -> None:
+    (work / "keep.toml").write_text('[default]\ndtype = "keep"\n')
+    converted(source, str(work / "keep.toml"), work / "made", memory)
+    before, after = parameters(source), parameters(work / "made")
+    assert before.keys() == after.keys()
+    assert [name for name, array in before.items() if not same(array, after[name])] == []
+    assert inspect(work / "made").problems == []
+
+
+def test_keep_stops_where_it_cannot_keep(tiny: Written, tmp_path: Path) -> None:
+    source = Path(shutil.copytree(tiny("mlx_unfused_4bit"), tmp_path / "source"))
+    name = "language_model.model.layers.1.self_attn.q_proj.biases"
+    file = source / json.loads((source / "model.safetensors.index.json").read_text())["weight_map"][name]
+    weights = dict(mx.load(str(file)))
+    mx.eval(weights)
+    mx.save_safetensors(str(file), weights | {name: weights[name].astype(mx.bfloat16)}, {"format": "mlx"})
+    with pytest.raises(ValueError, match=r"keep-qat: .* model\.layers\.1\.self_attn\.q_proj\.biases"):
+        planned(source, "keep-qat")
+
+
+def test_keep_qat_leaves_what_was_trained_quantized(tiny: Written, tmp_path: Path) -> None:
+    plan = converted(tiny("nvfp4_modelopt_mixed"), "keep-qat", tmp_path / "made")
+    before, after = parameters(tiny("nvfp4_modelopt_mixed")), parameters(tmp_path / "made")
+    changed = {
+        name.rpartition(".")[0] for name in after if name not in before or not same(before[name], after[name])
+    }
+    assert changed == {"model.embed_tokens", "lm_head"}
+    assert {str(plan.specs[path]) for path in changed} == {"8-bit g64"}
+    assert after["model.layers.1.block_sparse_moe.gate.weight"].dtype == mx.float32
 
 
 def test_what_is_beside_the_weights(tiny: Written, tmp_path: Path) -> None:

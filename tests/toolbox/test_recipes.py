@@ -3,6 +3,7 @@
 import contextlib
 import json
 from dataclasses import replace
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -21,6 +22,7 @@ from mlx_m3_plugin.toolbox.convert.recipe import (
 )
 from mlx_m3_plugin.toolbox.precision import Quantization
 from tests.checkpoints import real_size
+from tests.checkpoints.conversions import planned
 
 REAL = text_config_of(real_size.CONFIG)
 DEFAULT = "[default]\nbits = 4\n"
@@ -151,6 +153,19 @@ def test_whatever_a_file_holds_the_answer_is_a_recipe_or_its_error(content: Any)
     entries = content.items() if isinstance(content, dict) else [("default", content)]
     with contextlib.suppress(RecipeError):
         recipe("\n".join(f"{key} = {toml(value)}" for key, value in entries))
+
+
+def test_keep_qat_of_m31_has_the_published_size(tmp_path: Path) -> None:
+    """kszlachcikowski/MiniMax-M3.1-Flash-oQ4e, by the same policy, has 230.8 GiB."""
+    written = real_size.write_m31_flash(tmp_path)
+    # Published: 427.052 B parameters, 250.12 GB with the draft's small files.
+    assert written.parameters == 427_051_937_408
+    assert abs(written.bytes / 250.12e9 - 1) < 1e-3
+    plan = planned(tmp_path, "keep-qat")
+    assert plan.parameters == written.parameters
+    assert round(plan.nbytes / 2**30, 1) == 230.8
+    stored = {str(spec) for spec in plan.specs.values()}
+    assert stored == {"nvfp4 with tensor scales", "mxfp8", "8-bit g64", "float32"}
 
 
 def test_sizes_of_precisions() -> None:

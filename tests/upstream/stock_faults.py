@@ -143,6 +143,22 @@ def vlm_cannot_be_shared(model: str) -> str:
     return ""
 
 
+def lm_dequantizes_without_tensor_scales(model: str) -> bool:
+    """Whether ``dequantize_model`` gives the same values for other tensor scales."""
+    import mlx.nn as nn
+    from mlx_lm.models.switch_layers import SwitchLinear
+    from mlx_lm.utils import dequantize_model
+
+    layer = SwitchLinear(64, 32, 2, bias=False).to_quantized(16, 4, "nvfp4", global_scale=True)
+    values = []
+    for factor in (1, 2):
+        holder = nn.Module()
+        holder.experts = layer
+        layer.global_scale = factor * layer.global_scale
+        values.append(dequantize_model(holder).experts.weight)
+    return bool(mx.array_equal(*values))
+
+
 if __name__ == "__main__":
     assert os.environ["MLX_M3_PLUGIN"] == "off"
     fault, model, out = sys.argv[1:]

@@ -17,6 +17,8 @@ import pytest
 from mlx_lm.utils import load_model
 from packaging.version import Version
 
+from mlx_m3_plugin.toolbox.inspect import inspect, lines_of
+from tests.checkpoints.edits import edit_json
 from tests.checkpoints.random_model import write_random_model
 from tests.upstream import stock_faults
 
@@ -52,6 +54,26 @@ def test_mlx_vlm_has_one_list_of_blocks_for_all_groups(model: Path) -> None:
 
 
 @pytest.mark.parametrize("library", ["lm", "vlm"])
+@pytest.mark.parametrize("init_blocks", [0, 1])
+def test_inspect_says_who_is_wrong_past_the_budget(init_blocks: int, library: str, model: Path) -> None:
+    def set_init_blocks(config: dict[str, Any]) -> None:
+        config["text_config"]["sparse_attention_config"]["sparse_init_block"] = init_blocks
+
+    edit_json(model / "config.json", set_init_blocks)
+    ours = np.array(stock_faults.logits(load_model(model)[0], stock_faults.PROMPT))
+    theirs = np.array(stock(f"{library}_logits", model))
+    found = inspect(model)
+    assert found.attention is not None
+    budget = found.attention.budget
+    assert np.abs(ours - theirs)[:budget].max() < 1e-4
+    is_wrong = bool(np.abs(ours - theirs)[budget:].max() > 0.1)
+    assert is_wrong or np.abs(ours - theirs).max() < 1e-4
+    assert (f"mlx-{library}" in found.wrong_without_plugin) == is_wrong
+    said = [line for line in lines_of(found) if "not right past 32 tokens without the plugin" in line]
+    assert bool(said) == bool(found.wrong_without_plugin)
+
+
+@pytest.mark.parametrize("library", ["lm", "vlm"])
 def test_blocks_start_at_slots(library: str, model: Path) -> None:
     assert stock(f"{library}_blocks_start_at_slots", model) > 0.1
 
@@ -82,6 +104,10 @@ def test_mlx_lm_shares_what_lacks_weights(model: Path) -> None:
 
 def test_mlx_vlm_cannot_share_it(model: Path) -> None:
     assert "does not support tensor parallelism" in stock("vlm_cannot_be_shared", model)
+
+
+def test_dequantizing_loses_tensor_scales(model: Path) -> None:
+    assert stock("lm_dequantizes_without_tensor_scales", model) is True
 
 
 def test_ours_has_none_of_them(model: Path) -> None:

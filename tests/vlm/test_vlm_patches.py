@@ -64,6 +64,12 @@ def use_utils(module: ModuleType, directory: Path) -> Any:
     return logits, type(processor).__name__, forced, files, reads(tokenizer, weights)
 
 
+def use_quant_utils(module: ModuleType, directory: Path) -> Any:
+    model = nn.Sequential(nn.Linear(64, 8))
+    nn.quantize(model)
+    return type(get(module, "dequantize_model")(model).layers[0]).__name__
+
+
 def use_prompt_utils(module: ModuleType, directory: Path) -> Any:
     class Processor(Recorder):
         def apply_chat_template(self, messages: Any, **kwargs: Any) -> str:
@@ -143,6 +149,7 @@ def use_streaming(module: ModuleType, directory: Path) -> Any:
 
 USES: dict[str, Use] = {
     "mlx_vlm.utils": use_utils,
+    "mlx_vlm.quant_utils": use_quant_utils,
     "mlx_vlm.prompt_utils": use_prompt_utils,
     "mlx_vlm.tools.registry": use_registry,
     "mlx_vlm.tool_parsers": use_registry,

@@ -1,5 +1,6 @@
 """NVFP4 with a tensor scale for every matrix, as llm-compressor's and ModelOpt's recipes make it."""
 
+import json
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -10,9 +11,10 @@ import pytest
 from mlx.utils import tree_flatten
 from mlx_lm.tuner.lora import LoRALinear, LoRASwitchLinear
 from mlx_lm.tuner.utils import linear_to_lora_layers
-from mlx_lm.utils import dequantize_model, load_model, save_config, save_model
+from mlx_lm.utils import load_model, save_config, save_model
 
 from mlx_m3_plugin.toolbox.inspect import inspect
+from tests.checkpoints.conversions import parameters
 from tests.checkpoints.layouts import experts
 from tests.checkpoints.layouts.arrange import nested
 from tests.checkpoints.opens import load_language_model, logits_of, reference_logits
@@ -97,9 +99,38 @@ def model(tmp_path_factory: pytest.TempPathFactory) -> Any:
     return load_model(directory)[0]
 
 
-def test_dequantizing_is_refused(model: Any) -> None:
-    with pytest.raises(NotImplementedError, match="tensor scales cannot be dequantized"):
-        dequantize_model(model)
+@pytest.mark.parametrize("library", ["mlx_lm", "mlx_vlm"])
+@pytest.mark.parametrize("way", WAYS)
+def test_dequantized_by_either_library_it_has_the_true_values(way: str, library: str, tmp_path: Path) -> None:
+    convert = pytest.importorskip(f"{library}.convert")
+    values = write(tmp_path / "m3", way, "lm_head")
+    convert.convert(str(tmp_path / "m3"), str(tmp_path / "floats"), dequantize=True)
+    assert "quantization" not in json.loads((tmp_path / "floats" / "config.json").read_text())
+    found = parameters(tmp_path / "floats")
+    scaled = {name: value for name, value in values.items() if name.endswith("_proj.weight")}
+    assert len(scaled) > 30
+    for name, value in scaled.items():
+        # The divisor of compressed-tensors and MLX's factor are two roundings in float32.
+        assert mx.allclose(found[name].astype(mx.float32), value, rtol=2**-8, atol=0), name
+
+
+@pytest.mark.parametrize("library", ["mlx_lm", "mlx_vlm"])
+def test_copied_in_bfloat16_it_keeps_its_scales(library: str, tmp_path: Path) -> None:
+    convert = pytest.importorskip(f"{library}.convert")
+    write(tmp_path / "m3", "modelopt")
+    config = json.loads((tmp_path / "m3" / "config.json").read_text())
+    (tmp_path / "m3" / "config.json").write_text(json.dumps(config | {"torch_dtype": "bfloat16"}))
+    convert.convert(str(tmp_path / "m3"), str(tmp_path / "copy"))
+    before, after = parameters(tmp_path / "m3"), parameters(tmp_path / "copy")
+    scaled = [name.removesuffix(".global_scale") for name in before if name.endswith(".global_scale")]
+    parts = [f"{module}.{part}" for module in scaled for part in ("weight", "scales", "global_scale")]
+    assert len(parts) > 90
+    assert [name for name in parts if not same(before[name], after[name])] == []
+    assert after["model.norm.weight"].dtype == mx.bfloat16
+
+
+def same(one: mx.array, other: mx.array) -> bool:
+    return one.dtype == other.dtype and bool(mx.array_equal(one, other))
 
 
 @pytest.mark.parametrize("dequantize", [False, True])

@@ -4,7 +4,15 @@ from functools import partial
 from typing import Any
 
 from mlx_m3_plugin.hosts.mlx_lm import chat
-from mlx_m3_plugin.hosts.patching import Arguments, Patch, call, for_m3, is_m3_checkpoint, with_checks
+from mlx_m3_plugin.hosts.patching import (
+    Arguments,
+    Patch,
+    call,
+    dequantize_model,
+    for_m3,
+    is_m3_checkpoint,
+    with_checks,
+)
 
 
 def load_model(module: Any, original: Any) -> Any:
@@ -106,6 +114,13 @@ PATCHES = [
         "load_model checks the files of M3 checkpoints",
         load_model,
         until="never: MLX opens files that are cut off, and lets the second tensor of one name win",
+    ),
+    Patch(
+        "mlx_lm.utils:dequantize_model(model)",
+        "dequantizing keeps tensor scales",
+        dequantize_model,
+        until="mlx-lm's dequantize_model takes tensor scales",
+        fault="test_dequantizing_loses_tensor_scales",
     ),
     Patch(
         "mlx_lm.utils:sharded_load(repo, pipeline_group, tensor_group, return_config)",

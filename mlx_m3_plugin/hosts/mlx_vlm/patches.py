@@ -8,7 +8,15 @@ from typing import Any
 
 from mlx_m3_plugin.chat.markers import THINK_END, THINK_START
 from mlx_m3_plugin.hosts.mlx_vlm import prompts, replies, requests
-from mlx_m3_plugin.hosts.patching import Arguments, Patch, call, strictly, where, with_checks
+from mlx_m3_plugin.hosts.patching import (
+    Arguments,
+    Patch,
+    call,
+    dequantize_model,
+    strictly,
+    where,
+    with_checks,
+)
 
 # What save_config has to say of the weights that save_weights has written: by directory.
 _described: dict[Path | None, dict[str, Any]] = {}
@@ -103,6 +111,12 @@ PATCHES = [
         "thinking budgets",
         prompts.thinking_budget,
         since="0.7",
+    ),
+    Patch(
+        "mlx_vlm.quant_utils:dequantize_model(model)",
+        "dequantizing keeps tensor scales",
+        dequantize_model,
+        until="never: mlx-vlm's dequantize_model knows the tensor scales of its own layers alone",
     ),
     Patch(
         f"mlx_vlm.utils:{_SAVE_WEIGHTS}",

@@ -15,6 +15,7 @@ from ..checksums import SUMS
 from ..common import read_json_object, size_in_words, version_of
 from ..new_directory import LOCK, STATE
 from ..parameters import component_of
+from ..stock import wrong_past_the_budget
 from .plan import ConversionPlan
 
 _WEIGHTS = (".safetensors", ".bin", ".gguf", ".pt", ".pth", ".npz")
@@ -61,9 +62,9 @@ pip install mlx-lm
 mlx_lm.generate --model path/to/this --prompt "Hello" --max-tokens 4096 --temp 1.0 --top-p 0.95 --top-k 40
 ```
 
-It opens in stock mlx-lm 0.32 and newer and in stock mlx-vlm {vlm} and newer. With
-`pip install mlx-m3-plugin` both answer exactly as the reference does past 2,048 tokens, in batches too, and
-their servers understand M3's reasoning and tool calls.
+{opens}
+With `pip install mlx-m3-plugin` both answer exactly as the reference does past {budget:,} tokens, in batches
+too, and their servers understand M3's reasoning and tool calls.
 
 `sha256sum -c SHA256SUMS` or `mlx-m3 inspect --verify` checks that a download is whole.
 
@@ -154,10 +155,25 @@ def model_card(plan: ConversionPlan) -> str:
         parameters=plan.parameters,
         packages=", ".join(f"{name} {found}" for name in _PACKAGES if (found := version_of(name))),
         components="\n".join(f"| {name} | {count:,} | {spec} |" for name, count, _, spec in components(plan)),
-        # mlx-vlm 0.6.4 packs the shared expert always.
-        vlm="0.6.4" if plan.packed else "0.6.5",
+        opens=_opens(plan),
+        budget=plan.source.text_config.budget,
         text=plan.recipe.text.strip(),
     )
+
+
+def _opens(plan: ConversionPlan) -> str:
+    """What stock libraries make of it."""
+    # mlx-vlm 0.6.4 packs the shared expert always.
+    vlm = "0.6.4" if plan.packed else "0.6.5"
+    text = f"It opens in stock mlx-lm 0.32 and newer and in stock mlx-vlm {vlm} and newer."
+    if any(spec.tensor_scales for spec in plan.specs.values()):
+        text = "Stock mlx-lm 0.32 and newer open NVFP4's tensor scales on some GPUs; stock mlx-vlm does not."
+    source = plan.source
+    wrong = wrong_past_the_budget(source.text_config, bool(source.with_indexer))
+    if wrong:
+        reasons = " and ".join(f"{library} ({why})" for library, why in wrong.items())
+        text += f"\nPast {source.text_config.budget:,} tokens they are not right alone: {reasons}."
+    return text
 
 
 def components(plan: ConversionPlan) -> list[tuple[str, int, int, str]]:

@@ -8,6 +8,7 @@ from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any
 
+from ...weights import group_names, shorten
 from ...weights.names import TEXT_PREFIX
 from ...weights.quantization import quantization_entry
 from ...weights.tensor import Tensor
@@ -15,7 +16,7 @@ from ..checkpoint import Checkpoint
 from ..parameters import text_shapes
 from ..precision import Quantization
 from ..shards import NewTensor
-from .recipe import VISION, Matrix, Recipe, matrices_of
+from .recipe import VISION, Matrix, Recipe, RecipeError, matrices_of
 
 # The largest file, as in conversions by mlx-lm and mlx-vlm.
 SHARD_BYTES = 5 << 30
@@ -47,7 +48,7 @@ class NewModule:
     Attributes:
         path: with the prefix.
         matrices: those of the source in it, one below the other, experts one after the other.
-        tensors: by part: ``weight``, ``scales``, ``biases``.
+        tensors: by part: ``weight``, ``scales``, ``biases``, ``global_scale``.
     """
 
     path: str
@@ -112,7 +113,7 @@ class ConversionPlan:
 
     def quantization(self) -> dict[str, Any] | None:
         """The ``quantization`` of the config to write."""
-        specs = {m.path: m.spec.as_quantization() for m in self.modules if m.spec.bits is not None}
+        specs = {m.path: m.spec.in_config() for m in self.modules if m.spec.bits is not None}
         return quantization_entry(specs)
 
 
@@ -128,11 +129,31 @@ def plan_conversion(
     # What is quantized already and to be kept keeps its quantization.
     kept = Quantization()
     chosen |= {path: source.spec(path) for path, spec in chosen.items() if spec == kept}
+    _check_kept(source, recipe, chosen)
     packed = _can_pack(source, chosen)
     modules = list(_text_modules(source, matrices, chosen, packed))
     vision = next((rule.spec for rule in reversed(recipe.rules) if VISION in rule.parts), Quantization())
     modules += [_copied(source, name, name, vision) for name in source.vision]
     return ConversionPlan(source, recipe, packed, _cut(modules), chosen)
+
+
+def _check_kept(source: Checkpoint, recipe: Recipe, specs: Mapping[str, Quantization]) -> None:
+    """See that what is stored as its spec says can be written with the same bits.
+
+    Raises:
+        RecipeError: names the tensors that cannot.
+    """
+    lost = []
+    for path, spec in specs.items():
+        stored = source.parts(path)
+        if spec == source.spec(path):
+            written = spec.parts(stored["weight"].shape, source.float_dtype(path))
+            lost += [f"{path}.{part}" for part, t in stored.items() if written[part][1] != t.dtype]
+    if lost:
+        raise RecipeError(
+            f"{recipe.name}: MLX's layers cannot hold these tensors in the dtype they have: "
+            f"{', '.join(shorten(group_names(lost)))}; store their modules in another way"
+        )
 
 
 def _can_pack(source: Checkpoint, specs: Mapping[str, Quantization]) -> bool:
@@ -146,8 +167,9 @@ def _can_pack(source: Checkpoint, specs: Mapping[str, Quantization]) -> bool:
         for projections in (("gate_proj", "up_proj"), ("down_proj",)):
             paths = [f"{moe}.{owner}.{p}" for p in projections for owner in ("switch_mlp", "shared_experts")]
             stored = {(specs[path], source.float_dtype(path)) for path in paths}
-            # Unquantized, a fused matrix would have more elements than MLX can count.
-            if len(stored) > 1 or specs[paths[0]].bits is None:
+            # Unquantized, a fused matrix would have more elements than MLX can count.  Fused gate and up
+            # would have one tensor scale.
+            if len(stored) > 1 or specs[paths[0]].bits is None or specs[paths[0]].tensor_scales:
                 return False
     return bool(with_experts)
 

@@ -166,26 +166,30 @@ def _write_shard(
     at_once = min(memory // _PART_OF_MEMORY, _MOST_AT_ONCE)
     with ShardWriter(path, tensors, _METADATA) as writer:
         for module in modules:
-            for first, arrays in _converted_rows(module, reader, at_once):
-                for part, array in arrays.items():
-                    writer.write(module.tensors[part].name, first, array)
+            for part, row, array in _converted_rows(module, reader, at_once):
+                writer.write(module.tensors[part].name, row, array)
             progress(module, module.nbytes)
         writer.finish()
 
 
 def _converted_rows(
     module: NewModule, reader: TensorReader, memory: int
-) -> Iterator[tuple[int, dict[str, mx.array]]]:
-    """All of a module's tensors in pieces of some matrix rows: the first row, and the rows by part.
+) -> Iterator[tuple[str, int, mx.array]]:
+    """All of a module's tensors in pieces of some matrix rows: the part, the first row, and the rows.
 
     Rows are quantized one by one, so it makes no difference where they are cut.  ``memory``: for one piece.
     """
     before = 0
-    for matrix in module.matrices:
+    for number, matrix in enumerate(module.matrices):
         step = max(1, memory // (_BYTES_PER_ELEMENT * max(matrix.inputs, 1)))
         for start in range(0, matrix.outputs, step):
             rows = (start, min(start + step, matrix.outputs))
-            yield before + start, _converted(matrix, module.spec, reader, rows)
+            for part, array in _converted(matrix, module.spec, reader, rows).items():
+                if part != "global_scale":
+                    yield part, before + start, array
+                elif start == 0:
+                    # One for the whole matrix.
+                    yield part, number, array
         before += matrix.outputs
 
 
@@ -197,7 +201,7 @@ def _converted(
         part: reader.read(tensor if is_whole or part == "global_scale" else tensor.taken(*rows))
         for part, tensor in matrix.parts.items()
     }
-    if spec == matrix.spec and "global_scale" not in stored:
+    if spec == matrix.spec:
         return stored
     made = converted(stored, matrix.spec, spec)
     mx.eval(made)

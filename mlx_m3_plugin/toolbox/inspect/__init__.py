@@ -25,6 +25,7 @@ from ..checksums import Verification, verify
 from ..common import Answer, bytes_bar, component_table, size_in_words, version_of
 from ..memory import Memory, is_mac, machine_memory, memory_for
 from ..parameters import NOT_IN_THE_TEXT_MODEL
+from ..stock import wrong_past_the_budget
 from .layout import Component, Layout, Precision, StoredDtype, dtype_histogram, measure, recognise_layout
 
 # Of a line of text.
@@ -67,6 +68,8 @@ class Inspection:
         components: None if the config or a format is not understood; then ``parameters``,
             ``attention`` and ``memory`` are None as well.
         opens: ``mlx-lm`` and ``mlx-vlm`` -> whether it opens there with this plugin.
+        wrong_without_plugin: library -> why its answers are not right past ``attention.budget`` tokens
+            without this plugin, where it opens the checkpoint.
         notes: what to know before using it.  problems: what is wrong with it, one line each.
         verified: None unless the files were compared with their checksums.
     """
@@ -84,6 +87,7 @@ class Inspection:
     precisions: list[Precision] = field(default_factory=list)
     attention: AttentionSummary | None = None
     opens: dict[str, bool] = field(default_factory=lambda: {"mlx-lm": False, "mlx-vlm": False})
+    wrong_without_plugin: dict[str, str] = field(default_factory=dict)
     memory: Memory | None = None
     commands: list[str] = field(default_factory=list)
     notes: list[str] = field(default_factory=list)
@@ -165,6 +169,7 @@ def _inspect_tensors(found: Inspection, headers: Headers, contents: Contents) ->
         context=config.max_position_embeddings,
         yarn=dict(rope) if "yarn" in (rope.get("rope_type"), rope.get("type")) else None,
     )
+    found.wrong_without_plugin = wrong_past_the_budget(config, bool(contents.with_indexer))
     weights = sum(part.bytes for part in found.components if part.name not in NOT_IN_THE_TEXT_MODEL)
     found.memory = memory_for(config, weights, len(contents.with_indexer), machine_memory())
     if not contents.with_indexer:
@@ -252,6 +257,7 @@ def _what_it_is(found: Inspection) -> list[str]:
         "model type": found.model_type,
         "layout": "; ".join(found.layout.in_words()),
         "opens in": _opens(found.opens),
+        **_without_plugin(found),
         "stored as": "; ".join(stored),
         "size": f"{found.tensors:,} tensors in {_files(found.files)}, {size}",
         "quantization": _quantization(found),
@@ -271,6 +277,14 @@ def _opens(opens: Mapping[str, bool]) -> str:
     parts = [f"{' and '.join(yes)}, with this plugin"] if yes else []
     parts += [f"not in {' and '.join(no)}: see the problems below"] if no else []
     return "; ".join(parts)
+
+
+def _without_plugin(found: Inspection) -> dict[str, str]:
+    if found.attention is None or not found.wrong_without_plugin:
+        return {}
+    libraries = " and ".join(f"{library} ({why})" for library, why in found.wrong_without_plugin.items())
+    past = f"past {found.attention.budget:,} tokens"
+    return {"without it": f"where it opens, not right {past} without the plugin: {libraries}"}
 
 
 def _files(count: int) -> str:
