@@ -43,7 +43,11 @@ _VISION_OF_TRANSFORMERS = {
 
 def is_unused(name: str) -> bool:
     """Whether a stored tensor belongs to no part of the model that we run."""
-    return _DRAFT.match(name) is not None or _EXTRA.search(name) is not None
+    return is_draft(name) or _EXTRA.search(name) is not None
+
+
+def is_draft(name: str) -> bool:
+    return _DRAFT.match(name) is not None
 
 
 def unused_in_words(names: Iterable[str]) -> list[str]:
