@@ -53,7 +53,10 @@ def test_real_sizes_are_counted_to_the_unit(name, tmp_path):
     )
     assert sum(component.bytes for component in found.components) == written.bytes
     counted = {component.name: component.parameters for component in found.components}
-    if name == "text_only_6bit":
+    if name == "m31":
+        assert counted == REAL_COMPONENTS | {"indexer": 60 * 3_932_416}
+        assert found.model == "MiniMax-M3.1-Flash"
+    elif name == "text_only_6bit":
         gone = ("indexer", "vision tower", "projector", "patch merge")
         assert counted == {part: n for part, n in REAL_COMPONENTS.items() if part not in gone}
     else:
@@ -64,7 +67,7 @@ def test_real_sizes_are_counted_to_the_unit(name, tmp_path):
         "tokenizer_config.json is missing",
         "no chat template",
     ]
-    assert found.memory.per_token == (122_880 if name == "text_only_6bit" else 137_472)
+    assert found.memory.per_token == {"text_only_6bit": 122_880, "m31": 138_240}.get(name, 137_472)
 
 
 def test_the_official_mxfp8_checkpoint(tmp_path):
@@ -299,8 +302,8 @@ def test_the_effort_of_reasoning(checkpoint):
         ("mxfp8_with_extras", "rotary frequencies and scales of FP8 caches are not used: 15 tensors"),
         (
             "published_pruned",
-            "the config describes more layers than num_hidden_layers: of moe_layer_freq, sparse_attention_freq, "
-            "the first entries count",
+            "the config describes more layers than num_hidden_layers: of moe_layer_freq, "
+            "sparse_attention_freq, the first entries count",
         ),
         ("m31_published", "dspark/ holds a draft head, which is not used"),
     ],
