@@ -23,6 +23,7 @@ from ..weights import (
     lacks_indexers,
     map_weights,
     quantized_in,
+    unused_in_words,
     with_quantization,
 )
 
@@ -90,6 +91,8 @@ class CheckpointMixin(nn.Module):
         config, text_model = self.text_config, self.language_model.model
         held = None if text_model.end_idx is None else range(text_model.start_idx, text_model.end_idx)
         mapped = map_weights(weights, config, self.text_prefix, vision=self.takes_vision, layers=held)
+        for line in unused_in_words(weights):
+            log.warning("mlx-m3-plugin: %s", line)
         if lacks_indexers(mapped, config):
             for layer in self.layers:
                 if layer.self_attn.is_sparse_attn:

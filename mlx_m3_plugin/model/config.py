@@ -19,9 +19,12 @@ _KEYS = {
     "index_head_dim": ("sparse_index_dim", "index_head_dim"),
     "index_block_size": ("sparse_block_size", "index_block_size"),
     "index_topk_blocks": ("sparse_topk_blocks", "index_topk_blocks"),
-    "index_local_blocks": ("sparse_local_block", "index_local_blocks"),
-    "index_init_blocks": ("sparse_init_block", "index_init_blocks"),
+    "index_local_blocks": ("sparse_local_block", "index_local_blocks", "sparse_local_tokens"),
+    "index_init_blocks": ("sparse_init_block", "index_init_blocks", "sparse_init_tokens"),
 }
+# Read as blocks, rounded up, where a config does not give blocks.  As in SGLang.
+_IN_TOKENS = {"index_local_blocks": "sparse_local_tokens", "index_init_blocks": "sparse_init_tokens"}
+_LAYER_LISTS = ("moe_layer_freq", "mlp_layer_types", "layer_types", "sparse_attention_freq")
 
 # What a checkpoint's config must say, because a default would be a guess.
 _REQUIRED = """
@@ -115,12 +118,13 @@ class TextConfig:
             ValueError: a key has a wrong type, or a value that this model does not compute.
         """
         sparse = _mapping(params, "sparse_attention_config")
-        _refuse_unknown_values(params, sparse)
         known = {f.name for f in fields(cls)} - {"pipeline_split"}
         read = {k: v for k, v in params.items() if k in known and v is not None}
-        read.update({attribute: sparse[keys[0]] for attribute, keys in _KEYS.items() if keys[0] in sparse})
-
         n_layers = _integer(read.get("num_hidden_layers", cls.num_hidden_layers), "num_hidden_layers")
+        _refuse_unknown_values(params, sparse, n_layers)
+        read.update({attribute: sparse[keys[0]] for attribute, keys in _KEYS.items() if keys[0] in sparse})
+        read.update(_blocks_from_tokens({**params, **sparse}, read))
+
         read["layer_types"] = _layer_types(params, sparse, n_layers)
         read["mlp_layer_types"] = _mlp_layer_types(params, n_layers)
         read.update(_rope(params, _integer(read.get("head_dim", cls.head_dim), "head_dim")))
@@ -195,9 +199,9 @@ def text_config_of(config: Mapping[str, Any], overrides: Mapping[str, Any] | Non
     Raises:
         ValueError: a key is missing, has a wrong type, or a value that this model does not compute.
     """
-    text = dict(config)
-    if config.get("text_config") is not None:
-        text = dict(_mapping(config, "text_config"))
+    part = _text_part(config)
+    text = dict(part)
+    if part is not config:
         # transformers keeps this one at the top of a re-saved config.
         text.setdefault("tie_word_embeddings", config.get("tie_word_embeddings", False))
     if config.get("attention") is not None:
@@ -207,6 +211,22 @@ def text_config_of(config: Mapping[str, Any], overrides: Mapping[str, Any] | Non
     if _uses_sparse_attention(sparse) if sparse else "layer_types" in text:
         _require(text, _REQUIRED_IF_SPARSE)
     return replace(TextConfig.from_dict(text), **(overrides or {}))
+
+
+def uncut_lists(config: Mapping[str, Any]) -> list[str]:
+    """Keys of lists with entries for more layers than the model has, of which the first ones count."""
+    text = _text_part(config)
+    lists = {**text, **_mapping(text, "sparse_attention_config")}
+    n_layers = text.get("num_hidden_layers", 0)
+    found = ((key, lists.get(key)) for key in _LAYER_LISTS)
+    return [key for key, entries in found if isinstance(entries, (list, tuple)) and len(entries) > n_layers]
+
+
+def _text_part(config: Mapping[str, Any]) -> Mapping[str, Any]:
+    """``text_config``, or all of a flat config.  Loaders add a ``text_config`` with little in it to those."""
+    nested = _mapping(config, "text_config")
+    is_flat = "num_hidden_layers" in config and "num_hidden_layers" not in nested
+    return nested if config.get("text_config") is not None and not is_flat else config
 
 
 def _require(text: Mapping[str, Any], attributes: Sequence[str]) -> None:
@@ -258,11 +278,23 @@ def _mlp_layer_types(params: Mapping[str, Any], n_layers: int) -> list[str]:
 
 
 def _per_layer(value: Any, key: str, n_layers: int, allowed: tuple[Any, ...]) -> list[Any]:
-    is_list = isinstance(value, (list, tuple)) and len(value) == n_layers
+    """The first entries: checkpoints with the first layers of a model may have the lists for all."""
+    is_list = isinstance(value, (list, tuple)) and len(value) >= n_layers
     _check(is_list, f"{key} must be a list with one entry for each of {n_layers} layers")
-    for entry in value:
+    entries = list(value[:n_layers])
+    for entry in entries:
         _check(entry in allowed, f"{key} holds {entry!r}; allowed are {', '.join(map(repr, allowed))}")
-    return list(value)
+    return entries
+
+
+def _blocks_from_tokens(params: Mapping[str, Any], read: Mapping[str, Any]) -> dict[str, int]:
+    size = _integer(read.get("index_block_size", TextConfig.index_block_size), _key("index_block_size"))
+    given = {
+        attribute: _integer(params[key], key, at_least=0)
+        for attribute, key in _IN_TOKENS.items()
+        if attribute not in read and params.get(key) is not None
+    }
+    return {attribute: -(-tokens // size) for attribute, tokens in given.items()}
 
 
 def _rope(params: Mapping[str, Any], head_dim: int) -> dict[str, Any]:
@@ -284,7 +316,7 @@ def _rope(params: Mapping[str, Any], head_dim: int) -> dict[str, Any]:
     return {"rope_theta": theta, "rotary_dims": rotary_dims, "rope_parameters": rope}
 
 
-def _refuse_unknown_values(params: Mapping[str, Any], sparse: Mapping[str, Any]) -> None:
+def _refuse_unknown_values(params: Mapping[str, Any], sparse: Mapping[str, Any], n_layers: int) -> None:
     for key, known in _ONLY_KNOWN_VALUE.items():
         value = params.get(key)
         _expect(value is None or value in known, key, repr(known[0]), value)
@@ -293,7 +325,7 @@ def _refuse_unknown_values(params: Mapping[str, Any], sparse: Mapping[str, Any])
     index_values = sparse.get("sparse_disable_index_value")
     freq = sparse.get("sparse_attention_freq")
     if isinstance(index_values, list) and isinstance(freq, list):
-        lacking = any(f and not disabled for f, disabled in zip(freq, index_values, strict=False))
+        lacking = any(f and not disabled for f, disabled in zip(freq[:n_layers], index_values, strict=False))
         _check(
             not lacking, "sparse_disable_index_value is 0 on a sparse layer; index values are not supported"
         )

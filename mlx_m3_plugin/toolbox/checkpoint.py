@@ -25,6 +25,10 @@ from .parameters import differences, quantized_modules, text_shapes, vision_shap
 from .precision import Quantization
 from .shards import TensorReader
 
+# What MiniMax calls the models, which share a model_type.
+M3, M31 = "MiniMax-M3", "MiniMax-M3.1-Flash"
+# The folder of M3.1's draft head, a checkpoint of its own.
+DRAFT_FOLDER = "dspark"
 CHAT_TEMPLATE_FILES = ("chat_template.jinja", "chat_template.json")
 _REPOSITORY = re.compile(r"^[\w-][\w.-]*/[\w.-]+$")
 _HUB_HOSTS = ("huggingface.co", "www.huggingface.co", "hf.co")
@@ -170,6 +174,7 @@ class Source:
         config: ``config.json``.
         tokenizer_config: ``tokenizer_config.json``, None if there is none.
         chat_template: its text, from any of the files that may contain it.
+        has_draft_folder: whether a draft head lies in a folder beside the model.
         problems: settings that cannot be read, one line each.
     """
 
@@ -179,6 +184,7 @@ class Source:
     config: dict[str, Any]
     tokenizer_config: dict[str, Any] | None = None
     chat_template: str | None = None
+    has_draft_folder: bool = False
     problems: list[str] = field(default_factory=list)
 
 
@@ -258,6 +264,10 @@ def _read_config(name: str, read_file: ReadText) -> dict[str, Any]:
 
 def _with_settings(source: Source, read_file: ReadText) -> Source:
     try:
+        source.has_draft_folder = read_file(f"{DRAFT_FOLDER}/config.json") is not None
+    except UnreadableText:
+        source.has_draft_folder = True
+    try:
         text = read_file("tokenizer_config.json")
         source.tokenizer_config = None if text is None else parse_json_object(text, "tokenizer_config.json")
     except UnreadableText as error:
@@ -280,7 +290,7 @@ def _reader_of(directory: Path) -> ReadText:
     def read(file: str) -> str | None:
         try:
             return read_text(directory / file)
-        except FileNotFoundError:
+        except (FileNotFoundError, NotADirectoryError):
             return None
 
     return read
@@ -315,6 +325,15 @@ class Contents:
         """The numbers of the layers that select blocks."""
         layers = range(self.text_config.num_hidden_layers)
         return [layer for layer in layers if self.indexers and self.text_config.is_sparse_attention(layer)]
+
+
+def model_name(config: TextConfig) -> str:
+    """Which of MiniMax's models this is: M3.1 selects blocks on layers with dense MLPs too, and keeps an
+    initial block; M3 does neither."""
+    layers = range(config.num_hidden_layers)
+    with_dense_mlp = [layer for layer in layers if not config.is_moe(layer)]
+    on_all = bool(with_dense_mlp) and all(map(config.is_sparse_attention, layers))
+    return M31 if on_all or config.index_init_blocks else M3
 
 
 def read_text_config(config: dict[str, Any], name: str = "config.json") -> TextConfig:

@@ -10,9 +10,10 @@ from pathlib import Path
 
 from ..model.config import TextConfig
 from ..startup.settings import PIPELINE_SPLIT
+from ..weights import shorten
 from ..weights.dtypes import size_in_bytes
 from ..weights.names import is_vision, layer_of
-from .checkpoint import Contents, Source, open_source, read_contents, read_text_config
+from .checkpoint import Contents, Source, model_name, open_source, read_contents, read_text_config
 from .common import Answer, size_in_words, tokens_in_words
 from .memory import (
     PREFILL_STEP,
@@ -27,7 +28,7 @@ from .memory import (
     transient_bytes,
     wired_limit,
 )
-from .parameters import NOT_IN_THE_TEXT_MODEL, bytes_of_components
+from .parameters import NOT_IN_THE_TEXT_MODEL, OTHER, bytes_of_components
 
 # Components that a token does not read, or (embeddings, routed experts) reads only a part of.
 _NOT_READ_WHOLE = (*NOT_IN_THE_TEXT_MODEL, "routed experts", "embeddings")
@@ -41,6 +42,7 @@ class Fit:
     """What fits one machine, in bytes and tokens.
 
     Attributes:
+        model: which of MiniMax's models it is.
         weights: what mlx-lm loads.  vision: what mlx-vlm loads in addition.
         per_token: of context.  cache: of ``context`` tokens.
         context: tokens planned for: the requested number, at most ``model_context``; if none was
@@ -57,6 +59,7 @@ class Fit:
     """
 
     name: str
+    model: str
     memory: int
     reserve: int
     weights: int
@@ -135,10 +138,12 @@ def fit(
     touched = _touched(config, parts, sparse, planned, per_token)
     return Fit(
         name=source.name,
+        model=model_name(config),
         memory=memory,
         reserve=reserve,
         weights=weights,
-        vision=sum(parts.values()) - weights,
+        # Not with draft heads, which neither loads.
+        vision=sum(parts.values()) - weights - parts[OTHER],
         per_token=per_token,
         kv_bits=kv_bits,
         context=planned,
@@ -160,7 +165,7 @@ def fit(
 def _open_whole(path_or_repository: str | Path, kv_bits: int | None) -> tuple[Source, Contents]:
     """Open a checkpoint of which every part can be counted.
 
-    Missing or damaged shards would count as nothing and fit anywhere.
+    Missing tensors and damaged shards would count as nothing and fit anywhere.
     """
     if kv_bits not in (None, 4, 8):
         raise ValueError(f"--kv-bits must be 4 or 8, not {kv_bits}")
@@ -170,8 +175,12 @@ def _open_whole(path_or_repository: str | Path, kv_bits: int | None) -> tuple[So
         contents = read_contents(source.headers, source.config, read_text_config(source.config))
     except ValueError as error:
         problems = [str(error), *problems]
+    else:
+        missing = contents.problems + contents.of_text + contents.of_vision
+        # Tensors of damaged files would only be reported twice.
+        problems = problems or missing
     if contents is None or problems:
-        raise ValueError("\n  ".join([f"{source.name}: its size is unknown:", *problems[:10]]))
+        raise ValueError("\n  ".join([f"{source.name}: its size is unknown:", *shorten(problems)]))
     return source, contents
 
 
@@ -208,7 +217,10 @@ def fit_lines(found: Fit) -> list[str]:
         ("a chunk of a prompt", found.transient, f"{found.prefill_step:,} tokens at a time (estimate)"),
         ("total", found.total, _verdict(found)),
     ]
-    lines = [found.name, *(f"  {name:<20} {size_in_words(size):>11}  {note}" for name, size, note in rows)]
+    lines = [
+        f"{found.name} ({found.model})",
+        *(f"  {name:<20} {size_in_words(size):>11}  {note}" for name, size, note in rows),
+    ]
     lines.append(_largest_context(found))
     if any(found.stock.values()):
         stock = " and ".join(f"{size_in_words(size)} in {name}" for name, size in found.stock.items())

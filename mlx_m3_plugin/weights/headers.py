@@ -9,13 +9,13 @@ from collections.abc import Iterator
 from dataclasses import dataclass, field
 from itertools import pairwise
 from os import PathLike
-from pathlib import Path
+from pathlib import Path, PurePosixPath, PureWindowsPath
 from typing import Any
 
 import mlx.core as mx
 
 from .check import shorten
-from .dtypes import MLX_DTYPES, size_in_bytes
+from .dtypes import EXPONENTS, MLX_DTYPES, mlx_reads, size_in_bytes
 
 TEXT_ONLY = "minimax_m3"
 MODEL_TYPES = ("minimax_m3_vl", TEXT_ONLY)
@@ -23,6 +23,7 @@ INDEX = "model.safetensors.index.json"
 
 # The safetensors format's own limit.
 _LARGEST_HEADER = 100_000_000
+_LFS_POINTER = b"version https://git-lfs"
 
 
 def is_m3(directory: object) -> bool:
@@ -57,6 +58,26 @@ def check_files(directory: str | Path) -> None:
         raise ValueError("\n  ".join([head, *shorten(problems)]))
 
 
+def check_dtypes(directory: str | Path) -> None:
+    """For a library that gives all shards to MLX.
+
+    Raises:
+        ValueError: the installed MLX does not read a dtype that newer ones read.
+    """
+    if not weight_files(Path(directory)):
+        return
+    if unread := dtypes_not_read(read_headers(directory)):
+        raise ValueError(f"{directory}: {unread} (mlx-m3-plugin)")
+
+
+def dtypes_not_read(headers: "Headers") -> str | None:
+    """What the installed MLX does not read of these, though newer ones do."""
+    name = next((n for n, t in headers.tensors.items() if t.stored_dtype == EXPONENTS), None)
+    if name is None or mlx_reads(EXPONENTS):
+        return None
+    return f"{name} is {EXPONENTS}, which this version of MLX does not read: upgrade mlx to 0.32 or newer"
+
+
 @dataclass(frozen=True)
 class StoredTensor:
     """One tensor as its file's header describes it.
@@ -81,18 +102,30 @@ class StoredTensor:
 
 @dataclass
 class Headers:
-    """All tensors of a checkpoint, and what is wrong with its files, one line each."""
+    """All tensors of a checkpoint, and what is wrong with its files, one line each.
+
+    Attributes:
+        files: their names, from the checkpoint's directory.
+        unlisted: those that the index does not list; none without an index.
+    """
 
     tensors: dict[str, StoredTensor] = field(default_factory=dict)
     files: list[str] = field(default_factory=list)
+    unlisted: list[str] = field(default_factory=list)
     problems: list[str] = field(default_factory=list)
 
     def add(self, file: str, tensors: dict[str, StoredTensor]) -> None:
         self.files.append(file)
+        twice: dict[str, list[str]] = {}
         for name, tensor in tensors.items():
             if name in self.tensors:
-                self.problems.append(f"{name} is in two files: {self.tensors[name].file} and {file}")
+                twice.setdefault(self.tensors[name].file, []).append(name)
             self.tensors[name] = tensor
+        for other, names in twice.items():
+            what = f"{names[0]} is" if len(names) == 1 else f"{len(names)} tensors ({names[0]} is one) are"
+            old = [f for f in (other, file) if f in self.unlisted]
+            hint = f"; {INDEX} does not list {old[0]}: remove it if it is an old shard" if old else ""
+            self.problems.append(f"{what} in two files: {other} and {file}{hint}")
 
 
 def read_headers(directory: str | Path) -> Headers:
@@ -107,35 +140,51 @@ def read_headers(directory: str | Path) -> Headers:
     files = weight_files(directory)
     if not files and not (directory / INDEX).exists():
         raise FileNotFoundError(f"{directory} has no .safetensors file")
-    headers = Headers()
-    for file in files:
+    listed = set(_weight_map(directory).values())
+    names = {file: file.relative_to(directory).as_posix() for file in files}
+    headers = Headers(unlisted=[name for name in names.values() if listed and name not in listed])
+    for file, name in names.items():
         try:
-            headers.add(file.name, read_header(file))
+            headers.add(name, read_header(file, name))
         except (ValueError, OSError) as error:
-            headers.files.append(file.name)
-            headers.problems.append(f"{file.name}: {error}")
+            headers.files.append(name)
+            headers.problems.append(f"{name}: {error}")
     headers.problems += _index_problems(directory, headers)
     return headers
 
 
 def weight_files(directory: Path) -> list[Path]:
-    """The shards of a checkpoint: those named in its index, and others named like them."""
-    listed = {directory / name for name in set(_weight_map(directory).values())}
+    """The shards of a checkpoint: those named in its index, and others named like them.
+
+    The index may name files in folders of the directory; it is not followed out of it.
+    """
+    listed = {directory / name for name in set(_weight_map(directory).values()) if _is_inside(name)}
     found = set(directory.glob("model*.safetensors"))
     if not listed and not found:
         found = set(directory.glob("*.safetensors")) - {directory / "consolidated.safetensors"}
     return sorted(file for file in listed | found if file.exists())
 
 
-def read_header(file: Path) -> dict[str, StoredTensor]:
-    """The tensors of one file.
+def _is_inside(name: str) -> bool:
+    path = PurePosixPath(name.replace("\\", "/"))
+    return not path.is_absolute() and ".." not in path.parts and not PureWindowsPath(name).drive
+
+
+def read_header(file: Path, name_of_file: str | None = None) -> dict[str, StoredTensor]:
+    """The tensors of one file, which they say is called ``name_of_file``.
 
     Raises:
         ValueError: the file is not a complete safetensors file; says what is wrong.
     """
     size = file.stat().st_size
     with file.open("rb") as stream:
-        length = int.from_bytes(stream.read(8), "little")
+        start = stream.read(len(_LFS_POINTER))
+        if start == _LFS_POINTER:
+            raise ValueError(
+                "a Git LFS pointer in place of the file: fetch it with `git lfs pull` or `hf download`"
+            )
+        length = int.from_bytes(start[:8], "little")
+        stream.seek(8)
         if size < 8 or length > min(size - 8, _LARGEST_HEADER):
             raise ValueError(f"incomplete safetensors file (a header of {length} bytes); download it again")
         text = stream.read(length)
@@ -143,7 +192,7 @@ def read_header(file: Path) -> dict[str, StoredTensor]:
     entries.pop("__metadata__", None)
     tensors, data_ends = {}, [0]
     for name, entry in entries.items():
-        tensors[name] = _tensor(name, entry, file.name, 8 + length)
+        tensors[name] = _tensor(name, entry, name_of_file or file.name, 8 + length)
         data_ends.append(entry["data_offsets"][1])
     data = size - 8 - length
     if max(data_ends) > data:
@@ -197,12 +246,15 @@ def _check_no_overlap(entries: dict[str, Any]) -> None:
 
 def _index_problems(directory: Path, headers: Headers) -> Iterator[str]:
     weight_map = _weight_map(directory)
-    present = {file.name for file in weight_files(directory)}
+    present = {file.relative_to(directory).as_posix() for file in weight_files(directory)}
     absent: dict[str, list[str]] = {}
     for name, file in weight_map.items():
         if file not in present:
             absent.setdefault(file, []).append(name)
     for file, names in sorted(absent.items()):
+        if not _is_inside(file):
+            yield f"{file} is listed in {INDEX} and is not in the checkpoint's directory"
+            continue
         yield f"{file} is listed in {INDEX} and absent; it holds {len(names)} tensors ({names[0]} is one)"
     unreadable = {problem.partition(":")[0] for problem in headers.problems}
     for name, file in weight_map.items():

@@ -10,7 +10,15 @@ import mlx.core as mx
 
 from ..model.config import TextConfig
 from .formats import read_formats
-from .names import EXPERT_PROJECTIONS, TEXT_PREFIX, is_unused, is_vision, layer_of, published_name
+from .names import (
+    EXPERT_PROJECTIONS,
+    TEXT_PREFIX,
+    is_text,
+    is_unused,
+    is_vision,
+    layer_of,
+    published_name,
+)
 from .quantization import PARTS
 from .tensor import HasShape, Tensor, TensorPlan
 
@@ -83,7 +91,8 @@ def plan_layout(
             _split_gate_up(plan, f"{moe}.shared_experts")
         else:
             _split_gate_up(plan, f"{base}.mlp")
-    text = {prefix + name: tensor for name, tensor in plan.items()}
+    # A name that is not the text model's is left as it is stored.
+    text = {prefix + name if is_text(name) else name: tensor for name, tensor in plan.items()}
     return {**text, **in_vision} if vision else text
 
 
@@ -129,7 +138,9 @@ def _stack_experts(plan: TensorPlan, moe: str, num_experts: int) -> None:
                 continue
             tensors = [plan[name] for name in names]
             if len({(t.shape, t.dtype) for t in tensors}) == 1:
-                plan[f"{moe}.switch_mlp.{projection}.{part}"] = Tensor.stack(tensors)
+                stack = f"{moe}.switch_mlp.{projection}.{part}"
+                _check_not_twice(plan, stack, names[0])
+                plan[stack] = Tensor.stack(tensors)
                 for name in names:
                     del plan[name]
 
@@ -142,8 +153,9 @@ def _take_out_shared_expert(plan: TensorPlan, moe: str, num_experts: int) -> Non
             experts = plan.get(name)
             if experts is not None and experts.shape[:1] == (num_experts + 1,):
                 plan[name] = experts.slice(0, num_experts)
-                shared = experts.slice(num_experts, num_experts + 1).reshape(*experts.shape[1:])
-                plan[f"{moe}.shared_experts.{projection}.{part}"] = shared
+                shared = f"{moe}.shared_experts.{projection}.{part}"
+                _check_not_twice(plan, shared, name)
+                plan[shared] = experts.slice(num_experts, num_experts + 1).reshape(*experts.shape[1:])
 
 
 def _put_in_shared_expert(plan: TensorPlan, moe: str) -> None:
@@ -168,8 +180,21 @@ def _split_gate_up(plan: TensorPlan, owner: str) -> None:
         if fused is not None and len(fused.shape) > 1:
             del plan[f"{owner}.gate_up_proj.{part}"]
             outputs = fused.shape[-2]
-            plan[f"{owner}.gate_proj.{part}"] = fused.slice(0, outputs // 2, axis=-2)
-            plan[f"{owner}.up_proj.{part}"] = fused.slice(outputs // 2, outputs, axis=-2)
+            halves = {"gate_proj": (0, outputs // 2), "up_proj": (outputs // 2, outputs)}
+            for projection, (start, stop) in halves.items():
+                half = f"{owner}.{projection}.{part}"
+                _check_not_twice(plan, half, f"{owner}.gate_up_proj.{part}")
+                plan[half] = fused.slice(start, stop, axis=-2)
+    # Both halves share a tensor scale, which belongs to a whole matrix.
+    shared = f"{owner}.gate_up_proj.global_scale"
+    if shared in plan and f"{owner}.gate_proj.weight" in plan:
+        scale = plan.pop(shared)
+        plan.update({f"{owner}.{half}.global_scale": scale for half in ("gate_proj", "up_proj")})
+
+
+def _check_not_twice(plan: TensorPlan, name: str, other: str) -> None:
+    if name in plan:
+        raise ValueError(f"this checkpoint has the same tensor twice, as {name} and in {other}; remove one")
 
 
 def _join_gate_up(plan: TensorPlan, owner: str) -> None:

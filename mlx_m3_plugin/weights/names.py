@@ -7,6 +7,7 @@ transformers names otherwise in memory is in its ``conversion_mapping``.
 """
 
 import re
+from collections.abc import Iterable
 
 from ..model.config import TextConfig
 
@@ -15,14 +16,22 @@ TEXT_PREFIX = "language_model."
 # An expert's projections: the published name -> MLX's.
 EXPERT_PROJECTIONS = {"w1": "gate_proj", "w2": "down_proj", "w3": "up_proj"}
 
-_TEXT = re.compile(r"^(?:model\.)?(?:language_model\.)?(?:model\.)?((?:layers|embed_tokens|norm)\..*)$")
-_HEAD = re.compile(r"^(?:model\.)?(?:language_model\.)?(lm_head\..*)$")
-_VISION = re.compile(r"^(?:model\.)?((?:vision_tower|multi_modal_projector|patch_merge_mlp)\..*)$")
+# Some tools add a prefix to names that have it already.
+_PREFIXES = r"^(?:model\.|language_model\.)*"
+_TEXT = re.compile(_PREFIXES + r"((?:layers|embed_tokens|norm)\..*)$")
+_HEAD = re.compile(_PREFIXES + r"(lm_head\..*)$")
+_VISION = re.compile(_PREFIXES + r"((?:vision_tower|multi_modal_projector|patch_merge_mlp)\..*)$")
+_EXPERT = re.compile(rf"^experts\.(\d+)\.({'|'.join(EXPERT_PROJECTIONS.values())})\.")
 _STACKED = re.compile(r"^(?:experts|switch_mlp)\.(gate_up_proj|gate_proj|up_proj|down_proj)(?:\.(\w+))?$")
 _LAYER = re.compile(r"^model\.layers\.(\d+)\.")
 
-# Heads for predicting several tokens, which the config promises and no release has.
-_UNUSED = re.compile(r"^(?:model\.|language_model\.)*mtp\.")
+# Heads that draft several tokens; M3.1's DSpark head is published in a folder of its own.
+_DRAFT = re.compile(_PREFIXES + r"(?:mtp|dspark)\.")
+# What other engines store and nothing needs: the config gives rotary frequencies, and the KV cache here
+# has scales of its own.
+_EXTRA = re.compile(
+    r"(?:^|\.)rotary_emb\.inv_freq$|\.self_attn\.(?:attn\.|[kv]_proj\.)?(?:[kv]_scale|kv_scale|output_scale)$"
+)
 
 _VISION_OF_TRANSFORMERS = {
     "vision_tower.embeddings.proj.": "vision_tower.vision_model.embeddings.patch_embedding.",
@@ -33,7 +42,31 @@ _VISION_OF_TRANSFORMERS = {
 
 
 def is_unused(name: str) -> bool:
-    return _UNUSED.match(name) is not None
+    """Whether a stored tensor belongs to no part of the model that we run."""
+    return is_draft(name) or _EXTRA.search(name) is not None
+
+
+def is_draft(name: str) -> bool:
+    return _DRAFT.match(name) is not None
+
+
+def unused_in_words(names: Iterable[str]) -> list[str]:
+    """One line for each kind of unused tensor among stored names."""
+    unused = [name for name in names if is_unused(name)]
+    drafts = [name for name in unused if _DRAFT.match(name)]
+    extras = len(unused) - len(drafts)
+    lines = []
+    if drafts:
+        prefixes = sorted({match[0] for name in drafts if (match := _DRAFT.match(name))})
+        listed = ", ".join(f"{prefix}*" for prefix in prefixes)
+        lines.append(f"draft tensors are not used: {len(drafts)} ({listed})")
+    if extras:
+        lines.append(f"rotary frequencies and scales of FP8 caches are not used: {extras} tensors")
+    return lines
+
+
+def is_text(published: str) -> bool:
+    return published.startswith(("model.", "lm_head."))
 
 
 def is_vision(published: str) -> bool:
@@ -76,6 +109,9 @@ def _in_layer(name: str, config: TextConfig) -> str:
 def _in_moe(name: str) -> str:
     if name == "gate.e_score_correction_bias":
         return "e_score_correction_bias"
+    if expert := _EXPERT.match(name):
+        stored = next(w for w, projection in EXPERT_PROJECTIONS.items() if projection == expert[2])
+        return f"experts.{expert[1]}.{stored}.{name.removeprefix(expert[0])}"
     stacked = _STACKED.match(name)
     # transformers holds stacked experts as parameters, not as modules with a weight.
     return f"switch_mlp.{stacked[1]}.{stacked[2] or 'weight'}" if stacked else name

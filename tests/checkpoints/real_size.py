@@ -125,23 +125,19 @@ def text_model(
     prefix: str = TEXT,
     indexer: bool = True,
     router_dtype: str = "F32",
-    first_indexer: int = N_DENSE,
+    first_indexed: int = N_DENSE,
 ) -> list[Tensor]:
-    """All parameters of the text model, with the experts in the arrangement asked for.
-
-    ``first_indexer``: the first layer that has one.
-    """
+    """All parameters of the text model, with the experts in the arrangement asked for."""
     tensors = [Tensor(f"{prefix}model.embed_tokens.weight", (VOCAB, HIDDEN))]
     for layer in range(N_LAYERS):
         base = f"{prefix}model.layers.{layer}"
         tensors += _attention(f"{base}.self_attn")
         for norm in ("input_layernorm", "post_attention_layernorm"):
             tensors.append(Tensor(f"{base}.{norm}.weight", (HIDDEN,)))
-        if layer < N_DENSE:
-            tensors += _gated_mlp(f"{base}.mlp", DENSE_WIDTH)
-        if indexer and layer >= first_indexer:
+        if indexer and layer >= first_indexed:
             tensors += _indexer(f"{base}.self_attn")
         if layer < N_DENSE:
+            tensors += _gated_mlp(f"{base}.mlp", DENSE_WIDTH)
             continue
         moe = f"{base}.block_sparse_moe"
         tensors.append(Tensor(f"{moe}.gate.weight", (N_EXPERTS, HIDDEN), router_dtype))
@@ -199,16 +195,14 @@ def in_mxfp8(parameters: list[Tensor]) -> Iterator[Tensor]:
             yield Tensor(f"{tensor.module}.weight_scale_inv", (*rows, inputs // MXFP8_GROUP), "U8")
 
 
-def with_nvfp4_experts(parameters: list[Tensor]) -> Iterator[Tensor]:
-    """As M3.1-Flash is published: compressed-tensors' NVFP4 for the routed experts, the rest as MXFP8."""
-    for tensor in parameters:
-        if ".experts." not in tensor.name:
-            yield from in_mxfp8([tensor])
-            continue
-        *rows, inputs = tensor.shape
-        yield Tensor(f"{tensor.module}.weight_packed", (*rows, inputs // 2), "U8")
-        yield Tensor(f"{tensor.module}.weight_scale", (*rows, inputs // NVFP4_GROUP), "F8_E4M3")
-        yield Tensor(f"{tensor.module}.weight_global_scale", (1,), "F32")
+def in_nvfp4_and_mxfp8(parameters: list[Tensor]) -> Iterator[Tensor]:
+    """As M3.1 is published: routed experts in compressed-tensors' NVFP4, the rest as in :func:`in_mxfp8`."""
+    experts = [tensor for tensor in parameters if ".experts." in tensor.name]
+    for module, (rows, inputs) in ((tensor.module, tensor.shape) for tensor in experts):
+        yield Tensor(f"{module}.weight_packed", (rows, inputs // 2), "U8")
+        yield Tensor(f"{module}.weight_scale", (rows, inputs // NVFP4_GROUP), "F8_E4M3")
+        yield Tensor(f"{module}.weight_global_scale", (1,), "F32")
+    yield from in_mxfp8([tensor for tensor in parameters if ".experts." not in tensor.name])
 
 
 def _is_router(module: str) -> bool:
@@ -330,18 +324,19 @@ MXFP8_CONFIG: Config = {
 }
 # fmt: on
 del MXFP8_CONFIG["text_config"]["num_nextn_predict_layers"]
-_ALL_LAYERS = [1] * N_LAYERS
 M31_CONFIG: Config = {
-    **MXFP8_CONFIG,
+    **CONFIG,
     "text_config": {
         **MXFP8_CONFIG["text_config"],
-        "sparse_attention_config": {
-            **SPARSE_ATTENTION_CONFIG,
-            "sparse_attention_freq": _ALL_LAYERS,
-            "sparse_disable_index_value": _ALL_LAYERS,
+        "sparse_attention_config": SPARSE_ATTENTION_CONFIG
+        | {
+            "sparse_attention_freq": [1] * N_LAYERS,
+            "sparse_disable_index_value": [1] * N_LAYERS,
             "sparse_init_block": 1,
         },
     },
+    "quantization_config": MXFP8_CONFIG["quantization_config"]
+    | {"moe_quant_algo": "NVFP4", "moe_quant_format": "nvfp4-pack-quantized"},
 }
 # Flat, and sparse layers still announced, though the extraction left their indexers out.
 TEXT_ONLY_CONFIG: Config = {**TEXT_CONFIG, "model_type": "minimax_m3"}
@@ -403,10 +398,9 @@ def write_mxfp8(path: Path) -> RealCheckpoint:
     return write_sparse(path, parameters, list(in_mxfp8(parameters)), MXFP8_CONFIG, n_shards=31)
 
 
-def write_m31_flash(path: Path) -> RealCheckpoint:
-    """M3.1-Flash as published (``docs/layouts.md``), without its draft."""
-    parameters = text_model(experts_one_by_one, first_indexer=0) + vision_model("F32")
-    return write_sparse(path, parameters, list(with_nvfp4_experts(parameters)), M31_CONFIG, n_shards=31)
+def write_m31(path: Path) -> RealCheckpoint:
+    parameters = text_model(experts_one_by_one, first_indexed=0) + vision_model("F32")
+    return write_sparse(path, parameters, list(in_nvfp4_and_mxfp8(parameters)), M31_CONFIG, n_shards=48)
 
 
 def _mlx_writer(
@@ -430,6 +424,7 @@ def write_text_only_6bit(path: Path) -> RealCheckpoint:
 REAL_LAYOUTS: dict[str, Callable[[Path], RealCheckpoint]] = {
     "published": write_published,
     "mxfp8": write_mxfp8,
+    "m31": write_m31,
     "unfused_4bit": _mlx_writer(experts_stacked, uniform_bits(4)),
     "fused_4bit": _mlx_writer(experts_fused_with_shared, uniform_bits(4)),
     "oq4": _mlx_writer(experts_fused_with_shared, oq4_bits, "F16"),

@@ -109,7 +109,7 @@ def with_prefix(weights: Weights) -> Weights:
 
 
 def with_other_parts(weights: Weights) -> Weights:
-    """Vision and multi-token-prediction tensors beside the text model's."""
+    """Vision, draft heads and what other engines store, beside the text model's."""
     one = mx.ones((2, 2))
     others = (
         "vision_tower.vision_model.embeddings.patch_embedding.weight",
@@ -120,5 +120,10 @@ def with_other_parts(weights: Weights) -> Weights:
         "model.multi_modal_projector.linear_1.bias",
         "mtp.layers.0.self_attn.q_proj.weight",
         "model.mtp.norm.weight",
+        "language_model.model.dspark.layers.0.decoder_layer.self_attn.q_proj.weight",
+        "dspark.fc.weight",
+        "model.layers.1.self_attn.rotary_emb.inv_freq",
+        "language_model.model.layers.1.self_attn.attn.k_scale",
+        "language_model.model.layers.0.self_attn.v_proj.output_scale",
     )
     return weights | dict.fromkeys(others, one)

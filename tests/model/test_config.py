@@ -5,7 +5,7 @@ from importlib import import_module
 
 import pytest
 
-from mlx_m3_plugin.model.config import TextConfig, text_config_of
+from mlx_m3_plugin.model.config import TextConfig, text_config_of, uncut_lists
 from tests.model import m3_configs
 
 SPELLINGS = {
@@ -149,6 +149,54 @@ def test_tied_embeddings_are_told_on_top_or_nested(top, nested, tied):
     assert text_config_of(config).tie_word_embeddings is tied
 
 
+# --- other tools' spellings ---
+
+
+@pytest.mark.parametrize("key", ["moe_layer_freq", "mlp_layer_types", "layer_types", "sparse_attention_freq"])
+def test_of_a_longer_list_the_first_entries_count(key):
+    """The first layers of a model, whose config was not cut."""
+    text = RESAVED_TEXT if "types" in key else PUBLISHED_TEXT
+    config = text_config_of({"model_type": "minimax_m3_vl", "text_config": {**text, "num_hidden_layers": 5}})
+    assert config.layer_types == ["full_attention"] * 3 + ["minimax_m3_sparse"] * 2
+    assert config.mlp_layer_types == ["dense"] * 3 + ["sparse"] * 2
+    assert key in uncut_lists({"text_config": {**text, "num_hidden_layers": 5}})
+    assert uncut_lists({"text_config": text}) == []
+
+
+def test_entries_of_layers_that_are_not_there_are_not_looked_at():
+    freq = [0] * 3 + [1] * 2 + ["?"] * 55
+    params = published_sparse(sparse_attention_freq=freq, sparse_disable_index_value=[1] * 5 + [0] * 55)
+    assert (
+        TextConfig.from_dict({**params, "num_hidden_layers": 5}).layer_types[3:] == ["minimax_m3_sparse"] * 2
+    )
+
+
+@pytest.mark.parametrize(
+    ("tokens", "blocks"),
+    [((0, 0), (0, 0)), ((1, 128), (1, 1)), ((128, 129), (1, 2)), ((257, 1), (3, 1))],
+    ids=str,
+)
+def test_initial_and_local_tokens_are_whole_blocks(tokens, blocks):
+    sparse = without(
+        PUBLISHED_TEXT["sparse_attention_config"], "sparse_init_block", "sparse_local_block"
+    ) | dict(zip(("sparse_init_tokens", "sparse_local_tokens"), tokens, strict=True))
+    text = published(sparse_attention_config=sparse)
+    config = text_config_of({"model_type": "minimax_m3_vl", "text_config": text})
+    assert (config.index_init_blocks, config.index_local_blocks) == blocks
+
+
+def test_blocks_go_before_tokens():
+    given = published_sparse(sparse_init_block=2, sparse_init_tokens=128, sparse_local_tokens=640)
+    config = TextConfig.from_dict(given)
+    assert (config.index_init_blocks, config.index_local_blocks) == (2, 1)
+
+
+@pytest.mark.parametrize("added", [{}, {"pack_shared_expert": False}])
+def test_a_loader_may_add_a_text_config_to_a_flat_one(added):
+    flat = {**m3_configs.FLAT, "text_config": added}
+    assert meaning(text_config_of(flat)) == meaning(text_config_of(m3_configs.PUBLISHED))
+
+
 # --- rotary embedding ---
 
 YARN = {"rope_type": "yarn", "factor": 2.0, "original_max_position_embeddings": 524288}
@@ -234,6 +282,16 @@ WRONG_TYPES = [
     (published_sparse(sparse_block_size=0), "block_size"),
     (published_sparse(sparse_topk_blocks=None), "topk_blocks"),
     (published_sparse(sparse_local_block=-1), "local_block"),
+    (published_sparse(sparse_init_block=None), "init_block"),
+    (
+        published(
+            sparse_attention_config={
+                **without(PUBLISHED_TEXT["sparse_attention_config"], "sparse_local_block"),
+                "sparse_local_tokens": 1.5,
+            }
+        ),
+        "sparse_local_tokens",
+    ),
 ]
 DO_NOT_FIT = [
     (published(num_attention_heads=62), "num_attention_heads"),

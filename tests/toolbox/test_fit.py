@@ -21,6 +21,7 @@ from mlx_m3_plugin.toolbox.fit import fit, fit_pipeline
 from mlx_m3_plugin.toolbox.inspect import inspect
 from mlx_m3_plugin.toolbox.memory import attention_transient, stock_transients, wired_limit
 from tests.checkpoints import real_size
+from tests.checkpoints.edits import edit_header
 from tests.checkpoints.tiny_layouts import LAYOUTS
 
 GIB = 1 << 30
@@ -224,6 +225,28 @@ def test_counts_and_words() -> None:
         with pytest.raises(ValueError, match="invalid number of tokens"):
             parse_count(text)
     assert [size_in_words(n) for n in (5, 3 << 20, 5 << 29)] == ["5 bytes", "3.0 MiB", "2.5 GiB"]
+
+
+# --- what is in the checkpoint ---
+
+
+@pytest.mark.parametrize("machines", [1, 2])
+def test_a_missing_tensor_is_named(machines: int, tmp_path: Path) -> None:
+    """It would count as nothing, and fit anywhere."""
+    LAYOUTS["mlx_unfused_4bit"].write(tmp_path / "m3")
+    name = "language_model.model.layers.1.block_sparse_moe.switch_mlp.down_proj.weight"
+    edit_header(tmp_path / "m3", name, lambda header, name: header.pop(name))
+    with pytest.raises(ValueError, match=rf"its size is unknown:(.|\n)*{name}"):
+        fit(tmp_path / "m3", 64 * GIB) if machines == 1 else fit_pipeline(tmp_path / "m3", [64 * GIB] * 2)
+
+
+def test_a_draft_head_in_the_shards_is_loaded_by_neither(tiny: Callable[[str], Path]) -> None:
+    without, with_draft = (
+        fit(tiny(name), 64 * GIB) for name in ("m31_oq_keeping_nvfp4", "m31_oq_keeping_nvfp4_draft")
+    )
+    assert (with_draft.weights, with_draft.vision) == (without.weights, without.vision)
+    assert without.vision > 0
+    assert with_draft.model == "MiniMax-M3.1-Flash"
 
 
 # --- several machines ---

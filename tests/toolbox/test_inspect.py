@@ -14,7 +14,7 @@ from mlx_lm.models.minimax_m3_vl import Model, ModelArgs
 
 from mlx_m3_plugin.cli import main
 from mlx_m3_plugin.model.config import TextConfig
-from mlx_m3_plugin.toolbox.inspect import inspect
+from mlx_m3_plugin.toolbox.inspect import inspect, lines_of
 from mlx_m3_plugin.toolbox.parameters import text_shapes
 from tests.checkpoints.edits import edit_header, edit_json, stored_names
 from tests.checkpoints.random_model import write_random_model
@@ -53,7 +53,10 @@ def test_real_sizes_are_counted_to_the_unit(name, tmp_path):
     )
     assert sum(component.bytes for component in found.components) == written.bytes
     counted = {component.name: component.parameters for component in found.components}
-    if name == "text_only_6bit":
+    if name == "m31":
+        assert counted == REAL_COMPONENTS | {"indexer": 60 * 3_932_416}
+        assert found.model == "MiniMax-M3.1-Flash"
+    elif name == "text_only_6bit":
         gone = ("indexer", "vision tower", "projector", "patch merge")
         assert counted == {part: n for part, n in REAL_COMPONENTS.items() if part not in gone}
     else:
@@ -64,7 +67,7 @@ def test_real_sizes_are_counted_to_the_unit(name, tmp_path):
         "tokenizer_config.json is missing",
         "no chat template",
     ]
-    assert found.memory.per_token == (122_880 if name == "text_only_6bit" else 137_472)
+    assert found.memory.per_token == {"text_only_6bit": 122_880, "m31": 138_240}.get(name, 137_472)
 
 
 def test_the_official_mxfp8_checkpoint(tmp_path):
@@ -239,6 +242,90 @@ def test_a_chat_template_may_be_elsewhere(where, checkpoint):
     no_template(checkpoint)
     (checkpoint / where).write_text(json.dumps({"chat_template": template}))
     assert inspect(checkpoint).problems == []
+
+
+# --- which model it is ---
+
+
+def test_m31_by_its_name(tiny, capsys):
+    assert main(["inspect", str(tiny("m31_published"))]) == 0
+    printed = capsys.readouterr().out
+    assert re.search(r"model +MiniMax-M3\.1-Flash\n", printed)
+    assert re.search(r"block budget +32 tokens, 4 blocks of 8, always 1 initial and 1 local\n", printed)
+    assert re.search(r"draft head +dspark/, not used\n", printed)
+    assert "--top-k" not in printed
+
+
+@pytest.mark.parametrize(
+    ("name", "draft"),
+    [
+        ("m31_oq_keeping_nvfp4", None),
+        ("m31_oq_keeping_nvfp4_draft", "14 tensors in the shards"),
+        ("m31_published_text_only", None),
+    ],
+)
+def test_conversions_of_m31(name, draft, tiny):
+    found = inspect(tiny(name))
+    assert (found.model, found.draft, found.attention.initial) == ("MiniMax-M3.1-Flash", draft, 1)
+    assert len(found.notes) == bool(draft)
+
+
+@pytest.mark.parametrize("name", ["published_float", "published_pruned", "mlx_no_indexer", "mxfp8_official"])
+def test_m3_by_its_name(name, tiny):
+    found = inspect(tiny(name))
+    assert (found.model, found.draft, found.attention.initial) == ("MiniMax-M3", None, 0)
+
+
+def test_the_effort_of_reasoning(checkpoint):
+    assert inspect(checkpoint).efforts == []
+    with (checkpoint / "chat_template.jinja").open("a") as file:
+        file.write("{% if reasoning_effort %}<effort>{{ reasoning_effort }}</effort>{% endif %}")
+    found = inspect(checkpoint)
+    assert found.efforts == ["low", "medium", "high", "xhigh", "max"]
+    options = [command.partition("--chat-template-")[2] for command in found.commands]
+    assert options[0] == """config '{"reasoning_effort": "max"}'"""
+    assert options[2] == """args '{"reasoning_effort": "max"}'"""
+    assert "ten times the tokens" in " ".join(" ".join(lines_of(found)).split())
+
+
+# --- what is stored and not used ---
+
+
+@pytest.mark.parametrize(
+    ("name", "note"),
+    [
+        ("published_with_mtp", "draft tensors are not used: 2 (mtp.*)"),
+        (
+            "m31_oq_keeping_nvfp4_draft",
+            "draft tensors are not used: 14 (language_model.model.dspark.*, mtp.*)",
+        ),
+        ("mxfp8_with_extras", "rotary frequencies and scales of FP8 caches are not used: 15 tensors"),
+        (
+            "published_pruned",
+            "the config describes more layers than num_hidden_layers: of moe_layer_freq, "
+            "sparse_attention_freq, the first entries count",
+        ),
+        ("m31_published", "dspark/ holds a draft head, which is not used"),
+    ],
+)
+def test_notes(name, note, tiny):
+    assert inspect(tiny(name)).notes == [note]
+
+
+def test_a_file_that_no_index_lists_is_noted(checkpoint):
+    file = checkpoint / "model-extra.safetensors"
+    (checkpoint / "model-00001-of-00003.safetensors").rename(file)
+    names = stored_names(checkpoint)
+    edit_json(
+        checkpoint / "model.safetensors.index.json",
+        lambda index: index.update(
+            weight_map={n: f for n, f in index["weight_map"].items() if "00001-of" not in f}
+        ),
+    )
+    assert len(stored_names(checkpoint)) < len(names)
+    found = inspect(checkpoint)
+    assert found.problems == []
+    assert found.notes[0].startswith("model.safetensors.index.json does not list model-extra.safetensors")
 
 
 # --- the command ---

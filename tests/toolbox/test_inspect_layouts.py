@@ -16,7 +16,7 @@ from tests.checkpoints.edits import edit_json, stored_names
         ("published_model_language_model", ["transformers' names"]),
         ("published_text_only", ["text-only names"]),
         ("published_dense_under_moe", ["dense MLPs under block_sparse_moe"]),
-        ("published_with_mtp", ["2 unused mtp tensors"]),
+        ("published_with_mtp", ["2 unused tensors"]),
         ("transformers_in_memory", ["transformers' in-memory module names", "gate and up fused"]),
         ("mlx_unfused_4bit", ["experts stacked (4 rows), gate and up separate"]),
         (

@@ -157,7 +157,7 @@ def test_whatever_a_file_holds_the_answer_is_a_recipe_or_its_error(content: Any)
 
 def test_keep_qat_of_m31_has_the_published_size(tmp_path: Path) -> None:
     """kszlachcikowski/MiniMax-M3.1-Flash-oQ4e, by the same policy, has 230.8 GiB."""
-    written = real_size.write_m31_flash(tmp_path)
+    written = real_size.write_m31(tmp_path)
     # Published: 427.052 B parameters, 250.12 GB with the draft's small files.
     assert written.parameters == 427_051_937_408
     assert abs(written.bytes / 250.12e9 - 1) < 1e-3

@@ -60,7 +60,7 @@ def test_all_commands_open_a_cached_repository_offline(tmp_path: Path) -> None:
 
     for name in ("someone/m3", address):
         assert run("inspect", name).startswith("someone/m3\n")
-        assert run("fit", name, "--memory", "64GB").startswith("someone/m3\n")
+        assert run("fit", name, "--memory", "64GB").startswith("someone/m3 (MiniMax-M3)\n")
     run("convert", address, "made", "--recipe", "4bit")
     assert "| made from | someone/m3 |" in (tmp_path / "made" / "README.md").read_text()
     options = ["--reference", "someone/m3", "--tokens", "64", "--context", "64", "--cache", "passes"]

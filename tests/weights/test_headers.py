@@ -4,7 +4,10 @@ import mlx.core as mx
 import pytest
 
 from mlx_m3_plugin.weights import read_headers
-from mlx_m3_plugin.weights.headers import check_files, is_m3
+from mlx_m3_plugin.weights.dtypes import mlx_reads
+from mlx_m3_plugin.weights.headers import INDEX, check_files, is_m3, read_header
+from tests.checkpoints.edits import edit_header
+from tests.checkpoints.opens import TOKENS, load_language_model, logits_of
 from tests.checkpoints.tiny_layouts import LAYOUTS
 
 FIRST, SECOND, THIRD = (f"model-0000{n}-of-00003.safetensors" for n in (1, 2, 3))
@@ -34,12 +37,60 @@ def test_every_problem_is_told_at_once(checkpoint):
     problems = "\n".join(read_headers(checkpoint).problems)
     assert f"{FIRST} is listed in model.safetensors.index.json and absent; it holds" in problems
     assert f"{SECOND}: truncated: 10 bytes are missing, of 1 tensors" in problems
-    assert f"is in two files: {THIRD} and model-extra.safetensors" in problems
+    assert f"are in two files: {THIRD} and model-extra.safetensors" in problems
     # What an absent or truncated file would hold is not told tensor by tensor.
     assert "is listed in model.safetensors.index.json and not in" not in problems
-    with pytest.raises(ValueError, match="is not a complete checkpoint") as error:
+    with pytest.raises(ValueError, match="is not a complete checkpoint"):
         check_files(checkpoint)
-    assert "... and" in str(error.value)
+
+
+def test_a_shard_that_no_index_lists_is_named(checkpoint):
+    """Of an upload before: mlx-lm would load it as well, and whichever tensor comes last would win."""
+    old = "model-00001-of-00007.safetensors"
+    (checkpoint / old).write_bytes((checkpoint / FIRST).read_bytes())
+    count = len(read_header(checkpoint / FIRST))
+    (problem,) = read_headers(checkpoint).problems
+    assert problem.startswith(f"{count} tensors (")
+    assert f"are in two files: {FIRST} and {old}; {INDEX} does not list {old}: remove it" in problem
+    assert read_headers(checkpoint).unlisted == [old]
+
+
+def test_a_git_lfs_pointer_is_named(checkpoint):
+    (checkpoint / SECOND).write_text(
+        "version https://git-lfs.github.com/spec/v1\noid sha256:4d7a21\nsize 12345\n"
+    )
+    with pytest.raises(ValueError, match=rf"{SECOND}: a Git LFS pointer .* `git lfs pull`"):
+        check_files(checkpoint)
+
+
+@pytest.mark.parametrize("outside", ["../m3-outside.safetensors", "a/../../m3-outside.safetensors", "/tmp/x"])
+def test_an_index_does_not_lead_out_of_the_directory(outside, checkpoint):
+    moved = checkpoint.parent / "m3-outside.safetensors"
+    (checkpoint / FIRST).rename(moved)
+    index = checkpoint / INDEX
+    index.write_text(index.read_text().replace(FIRST, outside))
+    try:
+        headers = read_headers(checkpoint)
+        assert headers.files == [SECOND, THIRD]
+        assert [p for p in headers.problems if f"{outside} is listed in {INDEX} and is not in the" in p]
+    finally:
+        moved.unlink()
+
+
+@pytest.mark.parametrize("library", ["mlx_lm", "mlx_vlm"])
+def test_exponents_may_have_a_dtype_of_their_own(library, checkpoint):
+    """F8_E8M0, which MLX gives as bytes."""
+    pytest.importorskip(library)
+    with_u8 = logits_of(load_language_model(library, checkpoint)(TOKENS))
+    scales = [n for n, t in read_headers(checkpoint).tensors.items() if n.endswith("weight_scale_inv")]
+    for name in scales:
+        edit_header(checkpoint, name, lambda header, name: header[name].update(dtype="F8_E8M0"))
+    assert {read_headers(checkpoint).tensors[name].stored_dtype for name in scales} == {"F8_E8M0"}
+    if library == "mlx_lm" and not mlx_reads("F8_E8M0"):
+        with pytest.raises(ValueError, match=r"F8_E8M0.*upgrade mlx"):
+            load_language_model(library, checkpoint)
+    else:
+        assert mx.array_equal(logits_of(load_language_model(library, checkpoint)(TOKENS)), with_u8)
 
 
 @pytest.mark.parametrize(
@@ -51,6 +102,7 @@ def test_every_problem_is_told_at_once(checkpoint):
         ('{"a": {"dtype": "F32", "shape": [-2], "data_offsets": [0, 8]}}', "a: its entry"),
         ('{"a": {"dtype": "F32", "shape": ["2"], "data_offsets": [0, 8]}}', "a: its entry"),
         ('{"a": {"dtype": "F4", "shape": [2], "data_offsets": [0, 8]}}', "a: MLX does not read .* F4"),
+        ('{"a": {"dtype": "F64", "shape": [1], "data_offsets": [0, 8]}}', "a: MLX does not read .* F64"),
         ('{"a": {"dtype": "F32", "shape": [3], "data_offsets": [0, 8]}}', "a: 8 bytes do not make a F32"),
         (
             '{"a": {"dtype": "U8", "shape": [5], "data_offsets": [0, 5]},'

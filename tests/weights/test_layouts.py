@@ -181,6 +181,36 @@ def test_unknown_tensors_keep_their_names(float_truth):
     assert made.keys() - with_prefix(float_truth).keys() == {f"{PREFIX}model.layers.1.self_attn.surprise"}
 
 
+@pytest.mark.parametrize("prefix", ["", PREFIX])
+def test_a_tensor_of_another_model_is_named_as_stored(prefix, float_truth):
+    stored = with_prefix(float_truth) | {"visual.blocks.0.attn.qkv.weight": mx.ones(1)}
+    made = map_weights(stored, CONFIG, prefix)
+    assert "visual.blocks.0.attn.qkv.weight" in made
+    assert len(made) == len(stored)
+
+
+@pytest.mark.parametrize("layout", ["published", "fused", "shared_as_last_expert"])
+def test_experts_in_two_arrangements_are_refused(layout, float_truth):
+    """As old shards beside new ones hold them: neither may win in silence."""
+    apart = {name: array for name, array in float_truth.items() if f"{MOE}.s" in name}
+    stored = apart | LAYOUTS[layout](float_truth)
+    with pytest.raises(ValueError, match=r"the same tensor twice, as model\.layers\.1\.block_sparse_moe\.s"):
+        map_weights(stored, CONFIG, PREFIX)
+
+
+@pytest.mark.parametrize("owner", ["switch_mlp", "shared_experts"])
+def test_fused_halves_share_their_tensor_scale(owner, float_truth):
+    fused = arrange.fused(float_truth)[f"{MOE}.{owner}.gate_up_proj.weight"]
+    packed, scales = mx.quantize(fused, group_size=16, bits=4, mode="nvfp4")
+    scale = mx.arange(EXPERTS) + 1.0 if owner == "switch_mlp" else mx.array(3.0)
+    parts = {"weight": packed, "scales": scales, "global_scale": scale}
+    stored = {f"{MOE}.{owner}.gate_up_proj.{part}": array for part, array in parts.items()}
+    made = map_weights(stored, CONFIG, "")
+    assert len(made) == 6
+    for half in ("gate_proj", "up_proj"):
+        assert mx.array_equal(made[f"{MOE}.{owner}.{half}.global_scale"], scale)
+
+
 @pytest.mark.parametrize("layout", LAYOUTS)
 def test_the_plan_tells_shapes_and_dtypes(layout, truth):
     plan = plan_layout(LAYOUTS[layout](truth), CONFIG, "")

@@ -5,12 +5,17 @@ import pytest
 from mlx.utils import tree_flatten
 from mlx_lm.utils import load_model
 
+from mlx_m3_plugin.toolbox.fit import fit
 from mlx_m3_plugin.weights import read_headers
 from tests.checkpoints.real_size import REAL_LAYOUTS
 
 TENSORS = {"published": 23_416, "mxfp8": 45_838}
 BYTES = {"published": 854_172_958_720, "mxfp8": 443_742_085_120, "fused_4bit": 241_477_881_856}
 PARAMETERS, WITHOUT_VISION_AND_INDEXERS = 427_040_140_160, 425_950_425_216
+# Three more layers have an indexer.
+M31_PARAMETERS = PARAMETERS + 3 * 3_932_416
+# What is published, in GB: of the model, and of a conversion with 8-bit embeddings and head.
+M31_PUBLISHED = 250.12
 
 
 @pytest.mark.parametrize("layout", REAL_LAYOUTS)
@@ -19,7 +24,8 @@ def test_a_checkpoint_of_real_size_opens_without_being_read(layout, tmp_path):
     assert written.tensors == TENSORS.get(layout, written.tensors)
     assert written.bytes == BYTES.get(layout, written.bytes)
     text_only = layout == "text_only_6bit"
-    assert written.parameters == (WITHOUT_VISION_AND_INDEXERS if text_only else PARAMETERS)
+    others = {"text_only_6bit": WITHOUT_VISION_AND_INDEXERS, "m31": M31_PARAMETERS}
+    assert written.parameters == others.get(layout, PARAMETERS)
 
     mx.clear_cache()
     before = mx.get_active_memory()
@@ -34,6 +40,31 @@ def test_a_checkpoint_of_real_size_opens_without_being_read(layout, tmp_path):
     assert len(vision) == (0 if text_only else 523)
     in_text = written.bytes - sum(headers.tensors[name].nbytes for name in vision)
     assert sum(array.nbytes for array in arrays.values()) == in_text
+
+
+@pytest.mark.parametrize("library", ["mlx_lm", "mlx_vlm"])
+def test_m31_has_its_published_size_everywhere(library, tmp_path):
+    """In the headers, as `fit` says, as the dry run of a conversion says, and in both hosts."""
+    pytest.importorskip(library)
+    written = REAL_LAYOUTS["m31"](tmp_path)
+    assert written.bytes / 1e9 == pytest.approx(M31_PUBLISHED, rel=0.005)
+    assert written.parameters / 1e9 == pytest.approx(427.052, abs=0.0005)
+    found = fit(tmp_path, 512 << 30)
+    assert found.model == "MiniMax-M3.1-Flash"
+    assert found.weights + found.vision == written.bytes
+
+    mx.clear_cache()
+    before = mx.get_active_memory()
+    if library == "mlx_lm":
+        arrays = dict(tree_flatten(load_model(tmp_path, lazy=True)[0].parameters()))
+        expected = found.weights
+    else:
+        from mlx_vlm.utils import load_model as load_vlm
+
+        arrays = dict(tree_flatten(load_vlm(tmp_path, lazy=True).parameters()))
+        expected = written.bytes
+    assert mx.get_active_memory() - before < 2**20
+    assert sum(array.nbytes for array in arrays.values()) == expected
 
 
 def test_the_bits_of_a_mixed_checkpoint_follow_its_tensors(tmp_path):

@@ -20,7 +20,9 @@ def load_model(module: Any, original: Any) -> Any:
 
     def load(given: Arguments) -> Any:
         from mlx_m3_plugin.hosts.mlx_lm.sharded import with_shards_named_as_expected
+        from mlx_m3_plugin.weights.headers import check_dtypes
 
+        check_dtypes(given.arguments["model_path"])
         with with_shards_named_as_expected(given.arguments["model_path"]) as path:
             given.arguments["model_path"] = path
             return call(original, given)

@@ -114,18 +114,19 @@ def only_shards(directory: Path, wanted: Sequence[str] | None) -> Iterator[Path]
 def with_shards_named_as_expected(directory: str | Path) -> Iterator[Path]:
     """``directory``, or one of links to it whose shards have names that mlx-lm looks for.
 
-    mlx-lm opens ``model*.safetensors``; ModelOpt's checkpoints name theirs otherwise.  The links
+    mlx-lm opens ``model*.safetensors``; ModelOpt's checkpoints name theirs otherwise, and some are in
+    folders.  The links
     are not needed once the files are open.
     """
     directory = Path(directory)
     shards = weight_files(directory)
-    if all(file.name.startswith("model") for file in shards):
+    if all(file.parent == directory and file.name.startswith("model") for file in shards):
         yield directory
         return
-    names = {}
-    for file in directory.iterdir():
-        prefix = "model-" if file in shards and not file.name.startswith("model") else ""
-        names[prefix + file.name] = file
+    names = {file.name: file for file in directory.iterdir() if file not in shards}
+    for file in shards:
+        name = "-".join(file.relative_to(directory).parts)
+        names[name if name.startswith("model") else f"model-{name}"] = file
     with _links(names) as links:
         yield links
 

@@ -11,12 +11,18 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
-from ...weights import Headers, shorten
+from ...model.config import uncut_lists
+from ...weights import Headers, shorten, unused_in_words
+from ...weights.headers import INDEX, dtypes_not_read
+from ...weights.names import is_draft
 from ..checkpoint import (
     CHAT_TEMPLATE_FILES,
+    DRAFT_FOLDER,
+    M3,
     Contents,
     Source,
     locate_weights,
+    model_name,
     open_source,
     read_contents,
     read_text_config,
@@ -36,8 +42,13 @@ _WHY_SAMPLING = (
     "(with the sampling that MiniMax recommends: greedy decoding, the default of these commands, can make "
     "low-bit weights repeat themselves while thinking)"
 )
-_MAX_TOKENS = "--max-tokens 4096"
 _SAMPLING = "--temp 1.0 --top-p 0.95"
+# M3.1 always reasons: about 600 tokens at low effort and 6,400 at max.
+_EFFORTS, _DEFAULT_EFFORT = ("low", "medium", "high", "xhigh", "max"), "max"
+_WHY_EFFORT = (
+    "(max is the effort that MiniMax's own service uses by default; it takes about ten times the tokens of "
+    "low, so leave room for them)"
+)
 
 
 @dataclass(frozen=True)
@@ -47,6 +58,7 @@ class AttentionSummary:
     Attributes:
         layers: how many there are.  with_indexer: the numbers of the layers that select blocks.
         budget: tokens that a query of such a layer attends to, ``blocks`` of ``block_size``.
+        initial, local: how many of these blocks are always the first ones, and those up to the query.
         context: the most tokens that the model supports.
         yarn: the config's YaRN entry, if any.
     """
@@ -56,6 +68,8 @@ class AttentionSummary:
     budget: int
     blocks: int
     block_size: int
+    initial: int
+    local: int
     context: int
     yarn: dict[str, Any] | None
 
@@ -65,6 +79,9 @@ class Inspection:
     """The result of ``mlx-m3 inspect``.
 
     Attributes:
+        model: which of MiniMax's models it is, None if the config is not understood.
+        efforts: what the chat template takes as reasoning effort, empty if it takes none.
+        draft: where a draft head is, which is not used; None if there is none.
         components: None if the config or a format is not understood; then ``parameters``,
             ``attention`` and ``memory`` are None as well.
         opens: ``mlx-lm`` and ``mlx-vlm`` -> whether it opens there with this plugin.
@@ -82,6 +99,9 @@ class Inspection:
     layout: Layout
     dtypes: list[StoredDtype]
     vision: bool
+    model: str | None = None
+    efforts: list[str] = field(default_factory=list)
+    draft: str | None = None
     parameters: int | None = None
     components: list[Component] | None = None
     precisions: list[Precision] = field(default_factory=list)
@@ -133,8 +153,12 @@ def inspect(path_or_repository: str | Path) -> Inspection:
         layout=layout,
         dtypes=dtype_histogram(headers),
         vision=layout.vision,
+        model=None if config is None else model_name(config),
+        efforts=[*_EFFORTS] if takes_effort(source.chat_template or "") else [],
+        draft=_draft(source),
         problems=[*problems],
     )
+    found.notes += _notes(source)
     if config is not None:
         try:
             contents = read_contents(headers, source.config, config)
@@ -150,9 +174,44 @@ def inspect(path_or_repository: str | Path) -> Inspection:
         )
     else:
         found.commands = stock_commands(
-            source.model, mlx_lm=found.opens["mlx-lm"], mlx_vlm=found.opens["mlx-vlm"] and found.vision
+            source.model,
+            mlx_lm=found.opens["mlx-lm"],
+            mlx_vlm=found.opens["mlx-vlm"] and found.vision,
+            model_name=found.model or M3,
+            effort=_DEFAULT_EFFORT if found.efforts else None,
         )
     return found
+
+
+def _draft(source: Source) -> str | None:
+    tensors = sum(map(is_draft, source.headers.tensors))
+    places = ([f"{DRAFT_FOLDER}/"] if source.has_draft_folder else []) + (
+        [f"{tensors} tensors in the shards"] if tensors else []
+    )
+    return " and ".join(places) or None
+
+
+def takes_effort(chat_template: str) -> bool:
+    return "reasoning_effort" in chat_template
+
+
+def _notes(source: Source) -> list[str]:
+    headers, notes = source.headers, unused_in_words(source.headers.tensors)
+    if source.has_draft_folder:
+        notes.append(f"{DRAFT_FOLDER}/ holds a draft head, which is not used")
+    if headers.unlisted:
+        files = ", ".join(shorten(headers.unlisted, 3))
+        notes.append(f"{INDEX} does not list {files}: mlx-lm loads what is in there, mlx-vlm does not")
+    try:
+        if uncut := uncut_lists(source.config):
+            notes.append(
+                f"the config describes more layers than num_hidden_layers: of {', '.join(uncut)}, the first "
+                "entries count"
+            )
+    except ValueError:
+        # Whoever reads the config reports it.
+        pass
+    return notes
 
 
 def _inspect_tensors(found: Inspection, headers: Headers, contents: Contents) -> None:
@@ -166,6 +225,8 @@ def _inspect_tensors(found: Inspection, headers: Headers, contents: Contents) ->
         budget=config.budget,
         blocks=config.index_topk_blocks,
         block_size=config.index_block_size,
+        initial=config.index_init_blocks,
+        local=config.index_local_blocks,
         context=config.max_position_embeddings,
         yarn=dict(rope) if "yarn" in (rope.get("rope_type"), rope.get("type")) else None,
     )
@@ -180,12 +241,18 @@ def _inspect_tensors(found: Inspection, headers: Headers, contents: Contents) ->
             f"{config.budget:,} tokens"
         )
     found.problems += contents.problems
+    unread = dtypes_not_read(headers)
+    found.problems += [unread] if unread else []
     if headers.problems:
         # Tensors of damaged files would only be reported twice.
         return
     found.problems += contents.of_text + contents.of_vision
     text_is_whole = not (contents.of_text or contents.problems)
-    found.opens = {"mlx-lm": text_is_whole, "mlx-vlm": text_is_whole and not contents.of_vision}
+    found.opens = {
+        "mlx-lm": text_is_whole and not unread,
+        # It reads such dtypes by itself.
+        "mlx-vlm": text_is_whole and not contents.of_vision,
+    }
 
 
 def _tokenizer_problems(source: Source) -> list[str]:
@@ -207,24 +274,36 @@ def _tokenizer_problems(source: Source) -> list[str]:
 # --- how to run it ---
 
 
-def stock_commands(name: str, *, mlx_lm: bool, mlx_vlm: bool) -> list[str]:
-    """Stock command lines of these libraries, with M3's recommended sampling, ready to paste."""
+def stock_commands(
+    name: str, *, mlx_lm: bool, mlx_vlm: bool, model_name: str = M3, effort: str | None = None
+) -> list[str]:
+    """Stock command lines of these libraries, with the sampling that MiniMax recommends for ``model_name``,
+    ready to paste.
+
+    Args:
+        effort: of reasoning, where the chat template takes it.  ``mlx_lm.chat`` and mlx-vlm have no option.
+    """
     model = f"--model {shlex.quote(name)}"
+    tokens = "--max-tokens 4096" if model_name == M3 else "--max-tokens 16384"
+    # Nothing is known of it for M3.1.
+    top_k = " --top-k 40" if model_name == M3 else ""
+    arguments = "" if effort is None else f""" '{{"reasoning_effort": "{effort}"}}'"""
+    config, args = (f" --chat-template-{x}{arguments}" if arguments else "" for x in ("config", "args"))
     lines = []
     if mlx_lm:
         lines += [
-            f'mlx_lm.generate {model} --prompt "Hello" {_MAX_TOKENS} {_SAMPLING} --top-k 40',
+            f'mlx_lm.generate {model} --prompt "Hello" {tokens} {_SAMPLING}{top_k}{config}',
             # It has no --top-k.
-            f"mlx_lm.chat {model} {_MAX_TOKENS} {_SAMPLING}",
-            f"mlx_lm.server {model} {_MAX_TOKENS} {_SAMPLING} --top-k 40",
+            f"mlx_lm.chat {model} {tokens} {_SAMPLING}",
+            f"mlx_lm.server {model} {tokens} {_SAMPLING}{top_k}{args}",
         ]
     if mlx_vlm:
-        sampling = _SAMPLING.replace("--temp ", "--temperature ") + " --top-k 40"
+        sampling = _SAMPLING.replace("--temp ", "--temperature ") + top_k
         if (version_of("mlx-vlm") or "").startswith("0.6."):
             # It takes the others from generation_config.json only.  until: mlx-vlm 0.7
             sampling = "--temperature 1.0"
         question = '--image photo.jpg --prompt "What is this?"'
-        lines.append(f"mlx_vlm.generate {model} {question} {_MAX_TOKENS} {sampling}")
+        lines.append(f"mlx_vlm.generate {model} {question} {tokens} {sampling}")
     return lines
 
 
@@ -246,7 +325,8 @@ def lines_of(found: Inspection) -> list[str]:
         lines += ["", "Checksums", *_indented([f"{read}: {result}"])]
     lines += ["", "Problems", *_indented(shorten(found.problems, _MOST_PROBLEMS) or ["none"])]
     if found.commands:
-        lines += ["", "To run it", *map(_command, found.commands), *_indented([_WHY_SAMPLING])]
+        why = [_WHY_SAMPLING, *([_WHY_EFFORT] if found.efforts else [])]
+        lines += ["", "To run it", *map(_command, found.commands), *_indented(why)]
     return lines
 
 
@@ -254,6 +334,7 @@ def _what_it_is(found: Inspection) -> list[str]:
     stored = (f"{d.dtype} {d.tensors:,} tensors, {size_in_words(d.bytes)}" for d in found.dtypes)
     size = f"{found.bytes:,} bytes ({size_in_words(found.bytes)})"
     facts = {
+        "model": found.model or "unknown",
         "model type": found.model_type,
         "layout": "; ".join(found.layout.in_words()),
         "opens in": _opens(found.opens),
@@ -265,6 +346,10 @@ def _what_it_is(found: Inspection) -> list[str]:
     }
     if found.attention is not None:
         facts |= _attention(found.attention)
+    if found.efforts:
+        facts["effort"] = f"{', '.join(found.efforts)} (reasoning_effort of the chat template)"
+    if found.draft is not None:
+        facts["draft head"] = f"{found.draft}, not used"
     return [
         line
         for label, fact in facts.items()
@@ -307,6 +392,7 @@ def _attention(attention: AttentionSummary) -> dict[str, str]:
     sparse, layers = attention.with_indexer, attention.layers
     indexer = f"{len(sparse)} of {layers} layers" + (f" ({_ranges(sparse)})" if sparse else "")
     budget = f"{attention.budget:,} tokens, {attention.blocks} blocks of {attention.block_size}"
+    budget += f", always {attention.initial} initial and {attention.local} local" if attention.initial else ""
     context = f"{attention.context:,} tokens"
     if attention.yarn is not None:
         factor, original = map(attention.yarn.get, ("factor", "original_max_position_embeddings"))

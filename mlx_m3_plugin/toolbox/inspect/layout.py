@@ -49,7 +49,7 @@ class Layout:
         expert_rows: length of the stack.
         shared_expert: ``apart``, ``last row`` of the experts' stack, or ``none``.
         dense_under_moe: dense layers' MLPs are named ``block_sparse_moe``.
-        unused: number of tensors for multi-token prediction, which nothing reads.
+        unused: number of tensors that nothing reads, such as those of a draft head.
         foreign_parts: suffixes of tensors that are quantized in another library's format.
     """
 
@@ -74,7 +74,7 @@ class Layout:
         if self.dense_under_moe:
             words.append("dense MLPs under block_sparse_moe")
         if self.unused:
-            words.append(f"{self.unused} unused mtp tensors")
+            words.append(f"{self.unused} unused tensors")
         return words
 
 

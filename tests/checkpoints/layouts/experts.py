@@ -167,6 +167,7 @@ _NVFP4 = {"num_bits": 4, "group_size": 16, "strategy": "tensor_group", "scale_dt
 CT_NVFP4 = ("nvfp4-pack-quantized", _EXPERTS, _NVFP4)
 # The default recipe of llm-compressor.
 CT_NVFP4_LINEAR = ("nvfp4-pack-quantized", "Linear", _NVFP4)
+NVFP4_LAYERS = {"quant_method": "modelopt", "quant_algo": "NVFP4", "quantized_layers": {}}
 _QUARK_FP4 = {"dtype": "fp4", "qscheme": "per_group", "group_size": 32, "ch_axis": -1, "scale_format": "e8m0"}
 QUARK = {
     "quant_method": "quark",

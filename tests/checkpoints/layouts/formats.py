@@ -5,7 +5,7 @@ that it stands for.
 """
 
 from collections.abc import Callable, Iterable
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 import mlx.core as mx
@@ -30,6 +30,8 @@ class Checkpoint:
     Attributes:
         float8: the uint8 tensors that the files call float8.
         other_files: JSON files beside the config.
+        folder: of the shards, inside the directory; empty for the directory itself.
+        beside: checkpoints of other models, by the names of their folders.
     """
 
     tensors: Weights
@@ -37,10 +39,16 @@ class Checkpoint:
     values: Weights
     float8: Iterable[str] = ()
     other_files: Json = field(default_factory=dict)
+    folder: str = ""
+    beside: "dict[str, Checkpoint]" = field(default_factory=dict)
 
     def write(self, directory: Path, files: dict[str, bytes]) -> Weights:
         """With ``files`` beside what it has itself."""
-        write_files(directory, self.tensors, self.config, set(self.float8), files, self.other_files)
+        write_files(
+            directory, self.tensors, self.config, set(self.float8), files, self.other_files, self.folder
+        )
+        for name, other in self.beside.items():
+            other.write(directory / name, {})
         return self.values
 
 
@@ -53,13 +61,15 @@ def plain(
     config: Spelling = as_published,
     vision: bool = True,
     extra: Weights | None = None,
+    folder: str = "",
     *,
     source: Source,
 ) -> Checkpoint:
     tensors = {rename(name): array for name, array in arrange(source.parameters).items()}
     if vision:
         tensors |= {rename(name): array for name, array in source.vision.items()}
-    return Checkpoint(tensors | (extra or {}), config(source.config), source.parameters)
+    made = Checkpoint(tensors | (extra or {}), config(source.config), source.parameters)
+    return replace(made, folder=folder)
 
 
 def mtp_tensors() -> Weights:

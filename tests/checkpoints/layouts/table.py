@@ -12,7 +12,7 @@ from pathlib import Path
 
 import mlx.core as mx
 
-from . import arrange, experts, formats, integers
+from . import arrange, circulating, experts, formats, integers, m31
 from .arrange import as_they_are, model_around, model_language_model, text_only
 from .experts import CT_MXFP4, CT_MXFP8, CT_NVFP4, compressed_tensors, other_experts, two_to_a_byte
 from .formats import (
@@ -384,6 +384,114 @@ _MLX_FUSED = (
     ),
 )
 
+M31 = "MiniMaxAI/MiniMax-M3.1-Flash"
+# Published as NVFP4 experts with a tensor scale each, the rest MXFP8.
+_M31 = (
+    Layout("m31_published", "M3.1: NVFP4 experts, the rest MXFP8, draft in dspark/", M31, m31.published),
+    text(
+        "m31_published_text_only",
+        "M3.1 as published, text only, flat config",
+        "extractions as minimax_m3",
+        partial(m31.published_text_only, flat),
+    ),
+    Layout(
+        "m31_oq_keeping_nvfp4",
+        "M3.1: MLX, NVFP4 experts bit for bit, 8-bit ends, the rest MXFP8",
+        "oMLX oQ of MiniMax-M3.1-Flash",
+        m31.keeping_the_experts,
+    ),
+    Layout(
+        "m31_oq_keeping_nvfp4_draft",
+        "the same with draft tensors in the shards",
+        "kszlachcikowski/MiniMax-M3.1-Flash-oQ4e",
+        m31.keeping_the_experts_and_a_draft,
+    ),
+    text(
+        "m31_mlx_4bit",
+        "M3.1: MLX 4-bit",
+        "mlx-community/MiniMax-M3.1-Flash-Text-4bit",
+        partial(m31.conversion, FOUR_BITS),
+    ),
+    Layout(
+        "m31_mlx_fused_129_4bit",
+        "M3.1: MLX fused 129, 4-bit",
+        MLX_VLM,
+        partial(m31.conversion, FOUR_BITS, arrange=FUSED_129, vision=True),
+    ),
+)
+
+_CIRCULATING = (
+    in_float(
+        "published_pruned",
+        "published, the first layers; lists for all layers in the config",
+        "ubicloud/MiniMax-M3-MXFP8-Pruned",
+        circulating.pruned,
+    ),
+    in_float(
+        "published_expert_projections",
+        "published, experts.N.gate_proj in place of w1",
+        "exports by other tools",
+        circulating.experts_by_projection,
+    ),
+    in_float(
+        "published_doubled_prefix",
+        "published, as language_model.language_model.model.layers",
+        OUTER,
+        partial(plain, rename=circulating.doubled_prefix),
+    ),
+    in_float(
+        "published_in_a_folder",
+        "published, shards in a folder that the index names",
+        "own uploads",
+        partial(plain, folder="shards"),
+    ),
+    text_in_float(
+        "published_flat_vl",
+        "published experts, text only, flat config as minimax_m3_vl",
+        "extractions",
+        partial(plain, config=circulating.flat_with_vision_type, vision=False),
+    ),
+    in_float(
+        "published_sparse_tokens",
+        "published, initial and local blocks given in tokens",
+        "SGLang's spelling",
+        circulating.sparse_tokens,
+    ),
+    Layout(
+        "mxfp8_with_extras",
+        "MXFP8 with rotary frequencies and scales of an FP8 KV cache",
+        "exports by other tools",
+        circulating.with_extras,
+    ),
+    Layout(
+        "nvfp4_modelopt_shared_experts",
+        "ModelOpt NVFP4 for routed and shared experts, the rest float",
+        "lukealonso/MiniMax-M3-NVFP4",
+        circulating.nvfp4_shared_experts,
+    ),
+    Layout(
+        "nvfp4_modelopt_fused_down",
+        "ModelOpt NVFP4 experts; dense and shared MLPs with down NVFP4, gate and up fused in float",
+        "brandonmusic/MiniMax-M3-NVFP4",
+        partial(circulating.fused_mlps, "down_proj"),
+    ),
+    Layout(
+        "nvfp4_modelopt_fused_gate_up",
+        "the same with gate and up fused in NVFP4, down float",
+        "own quantizations",
+        partial(circulating.fused_mlps, "gate_up_proj"),
+    ),
+)
+
 LAYOUTS = {
-    layout.name: layout for layout in (*_PUBLISHED, *_LOW_PRECISION, *_INTEGERS, *_MLX_UNFUSED, *_MLX_FUSED)
+    layout.name: layout
+    for layout in (
+        *_PUBLISHED,
+        *_LOW_PRECISION,
+        *_INTEGERS,
+        *_MLX_UNFUSED,
+        *_MLX_FUSED,
+        *_M31,
+        *_CIRCULATING,
+    )
 }

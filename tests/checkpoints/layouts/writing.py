@@ -33,17 +33,19 @@ def write_files(
     float8: set[str],
     files: dict[str, bytes],
     other: Json,
+    folder: str = "",
 ) -> None:
     """A checkpoint directory of three shards, cut without regard to layers and modules.
 
     Args:
+        folder: of the shards, inside ``directory``.
         files, other: as bytes and as JSON, by name.
     """
-    directory.mkdir(parents=True, exist_ok=True)
+    (directory / folder).mkdir(parents=True, exist_ok=True)
     names = sorted(tensors)
     weight_map: dict[str, str] = {}
     for shard in range(3):
-        file = f"model-0000{shard + 1}-of-00003.safetensors"
+        file = f"{folder}/" * bool(folder) + f"model-0000{shard + 1}-of-00003.safetensors"
         own = names[len(names) * shard // 3 : len(names) * (shard + 1) // 3]
         write_safetensors(directory / file, {name: tensors[name] for name in own}, float8)
         weight_map |= dict.fromkeys(own, file)
