@@ -7,6 +7,7 @@ import mlx.nn as nn
 from mlx.utils import tree_flatten, tree_map, tree_unflatten
 
 from mlx_m3_plugin.hosts.loading import CheckpointMixin
+from mlx_m3_plugin.model.tensor_scales import is_scaled
 from mlx_m3_plugin.weights import fuse_experts, quantization_entry
 from mlx_m3_plugin.weights.tensor import Tensor
 
@@ -82,6 +83,8 @@ def _quantization(model: nn.Module, stored: dict[str, mx.array]) -> dict[str, An
         if getattr(module, "bits", None) is None or "scales" not in module:
             continue
         spec = {"group_size": module.group_size, "bits": module.bits, "mode": module.mode}
+        if is_scaled(module):
+            spec["global_scale"] = True
         # Gate and up may be stored as one.
         for name in (path, path.replace(".switch_mlp.gate_proj", ".switch_mlp.gate_up_proj")):
             if f"{name}.scales" in stored:
