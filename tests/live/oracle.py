@@ -3,6 +3,8 @@
 The oracle runs one unpadded row at a time; its own left-padded batches are wrong.
 """
 
+import functools
+import json
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -45,7 +47,8 @@ BASE = dict(
 )
 SPARSE, DENSE = "minimax_m3_sparse", "full_attention"
 
-# Several ratios of blocks to budget, 0 to 2 local blocks, both embeddings, all patterns of layers.
+# Several ratios of blocks to budget, 0 to 2 local blocks, both embeddings, all patterns of layers; and
+# M3.1's pattern with 0 to 2 initial blocks, which transformers itself does not compute.
 SHAPES: dict[str, dict[str, Any]] = {
     "as_published": dict(
         layer_types=[DENSE, SPARSE, SPARSE, SPARSE], mlp_layer_types=["dense", "sparse", "sparse", "sparse"]
@@ -76,6 +79,16 @@ SHAPES: dict[str, dict[str, Any]] = {
         index_block_size=4,
         index_topk_blocks=6,
     ),
+    **{
+        f"init_{initial}_local_{local}": dict(
+            layer_types=[SPARSE] * 4,
+            mlp_layer_types=["dense", "sparse", "sparse", "sparse"],
+            index_init_blocks=initial,
+            index_local_blocks=local,
+        )
+        for initial in (0, 1, 2)
+        for local in (0, 1, 2)
+    },
     "yarn": dict(
         layer_types=[DENSE, SPARSE, SPARSE, SPARSE],
         mlp_layer_types=["dense", "sparse", "sparse", "sparse"],
@@ -106,8 +119,20 @@ class Oracle:
     ties: set[int] = field(default_factory=set)
 
     def save(self, path: Path) -> None:
-        """As ``save_pretrained`` writes it: published key names, 5.x config."""
-        self.model.save_pretrained(path)
+        save_model(self.model, path)
+
+
+def save_model(model: Any, path: Path) -> None:
+    """As ``save_pretrained`` writes it: published key names, 5.x config; and the initial blocks."""
+    model.save_pretrained(path)
+    config = json.loads((path / "config.json").read_text())
+    counts = {getattr(indexer, "initial_blocks", 0) for indexer in indexers(model)}
+    config["text_config"]["index_init_blocks"] = max(counts, default=0)
+    (path / "config.json").write_text(json.dumps(config))
+
+
+def indexers(model: Any) -> list[Any]:
+    return [module for module in model.modules() if isinstance(module, t5.MiniMaxM3VLIndexer)]
 
 
 def make_oracle(shape: dict[str, Any], seed: int, n_tokens: int = 150) -> Oracle:
@@ -144,6 +169,7 @@ def _make_oracle(shape: dict[str, Any], seed: int, n_tokens: int) -> Oracle:
     config._attn_implementation = "eager"
     config.text_config._attn_implementation = "eager"
     model = t5.MiniMaxM3SparseForConditionalGeneration(config).float().eval()
+    force_initial_blocks(model, shape.get("index_init_blocks", 0))
     _randomize(model)
 
     tokens = np.random.default_rng(seed).integers(0, text.vocab_size, n_tokens)
@@ -153,6 +179,34 @@ def _make_oracle(shape: dict[str, Any], seed: int, n_tokens: int) -> Oracle:
     with recorded_ties(model) as ties:
         logits = forward(model, tokens)
     return Oracle(model, tokens, logits, ties)
+
+
+def force_initial_blocks(model: Any, count: int) -> None:
+    """Patch the indexers of a model to keep the first ``count`` blocks.
+
+    transformers 5.24 has no initial blocks: it drops the setting.  The patch does as transformers does for
+    local blocks: before the top-k it raises the scores of these blocks, where a query sees them, to infinity.
+    """
+    if not count:
+        return
+    for indexer in indexers(model):
+        indexer.initial_blocks = count
+        indexer.forward = functools.partial(_forward_with_initial_blocks, indexer, count)
+
+
+def _forward_with_initial_blocks(indexer: Any, count: int, *args: Any, **kwargs: Any) -> Any:
+    topk = torch.Tensor.topk
+
+    def topk_with_initial(scores: torch.Tensor, k: int, dim: int = -1, **options: Any) -> Any:
+        first = scores[..., :count]
+        scores[..., :count] = first.masked_fill(first > float("-inf"), float("inf"))
+        return topk(scores, k, dim=dim, **options)
+
+    torch.Tensor.topk = topk_with_initial  # type: ignore[method-assign,assignment]
+    try:
+        return type(indexer).forward(indexer, *args, **kwargs)
+    finally:
+        torch.Tensor.topk = topk  # type: ignore[method-assign]
 
 
 def forward(model: Any, tokens: np.ndarray) -> np.ndarray:
@@ -192,7 +246,7 @@ class recorded_ties:
     with scores within ``TIE``, or experts, with scores in [0, 1] within ``ROUTER_TIE``."""
 
     def __init__(self, model: Any):
-        self._indexers = [m for m in model.modules() if isinstance(m, t5.MiniMaxM3VLIndexer)]
+        self._indexers = indexers(model)
         self._routers = [m for m in model.modules() if isinstance(m, t5.MiniMaxM3VLTopKRouter)]
         self.positions: set[int] = set()
 

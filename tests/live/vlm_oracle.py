@@ -135,7 +135,7 @@ def _randomize_vision(model: Any) -> None:
 
 def save_checkpoint(model: Any, path: Path) -> None:
     """As ``save_pretrained`` writes it, with the least of a tokenizer that a processor wants."""
-    model.save_pretrained(path)
+    oracle.save_model(model, path)
     m3_tokenizer().save(str(path / "tokenizer.json"))
     described = {"tokenizer_class": "PreTrainedTokenizerFast", "eos_token": "[e~[", "pad_token": "[e~["}
     (path / "tokenizer_config.json").write_text(json.dumps(described))
