@@ -9,8 +9,8 @@ import mlx.nn as nn
 import numpy as np
 from mlx.utils import tree_flatten
 
-from mlx_m3_plugin import msa
 from mlx_m3_plugin.model.attention import Attention
+from mlx_m3_plugin.msa import engine
 from tests.msa import reference
 
 BF16 = mx.bfloat16
@@ -103,7 +103,7 @@ class Choice(NamedTuple):
 def choices() -> Iterator[list[tuple[Choice, mx.array, Any]]]:
     """All choices of blocks, with the input of the layer and the layer."""
     made: list[tuple[Choice, mx.array, Any]] = []
-    select_blocks, call = msa.select_blocks, Attention.__call__
+    select_blocks, call = engine.select_blocks, Attention.__call__
     now: list[Any] = []
 
     def watched_call(layer: Any, x: mx.array, mask: Any = None, cache: Any = None) -> mx.array:
@@ -111,17 +111,17 @@ def choices() -> Iterator[list[tuple[Choice, mx.array, Any]]]:
         return call(layer, x, mask, cache)
 
     def watched(
-        queries: mx.array, keys: mx.array, offset: Any, padding: Any = None, **options: Any
+        queries: mx.array, keys: mx.array, offset: Any, padding: Any = None, *, setup: Any, **options: Any
     ) -> mx.array:
-        ids = select_blocks(queries, keys, offset, padding, **options)
+        ids = select_blocks(queries, keys, offset, padding, setup=setup, **options)
         made.append((Choice(queries, keys, offset, padding, options, ids), *now))
         return ids
 
-    msa.select_blocks, Attention.__call__ = watched, watched_call
+    engine.select_blocks, Attention.__call__ = watched, watched_call
     try:
         yield made
     finally:
-        msa.select_blocks, Attention.__call__ = select_blocks, call
+        engine.select_blocks, Attention.__call__ = select_blocks, call
 
 
 def assert_by_definition(choice: Choice) -> int:
