@@ -13,7 +13,7 @@ from .host import Host
 from .norm import GemmaRMSNorm, make_norm, norm_heads
 
 # Up to so many tokens, starting kernels costs a GPU more than a copy of all heads.
-_TOGETHER = 256
+_TOGETHER = 64
 
 
 class Attention(nn.Module):

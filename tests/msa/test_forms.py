@@ -6,7 +6,7 @@ from pathlib import Path
 import pytest
 
 import mlx_m3_plugin
-from mlx_m3_plugin.msa.attend import Work, choose_form
+from mlx_m3_plugin.msa.attend import CPU, GPU, Work, choose_form
 
 GPU_TILE, CPU_TILE = 512 << 20, 16 << 20
 # For rows, queries and context in 16 bits: the form on a GPU and on a CPU.
@@ -38,22 +38,22 @@ def work(rows: int, queries: int, context: int, itemsize: int = 2, is_quantized:
 
 @pytest.mark.parametrize(("sizes", "forms"), IN_16_BITS.items())
 def test_forms_in_16_bits(sizes: tuple[int, int, int], forms: tuple[str, str]) -> None:
-    found = (choose_form(work(*sizes), GPU_TILE, gpu=True), choose_form(work(*sizes), CPU_TILE, gpu=False))
+    found = (choose_form(work(*sizes), GPU_TILE, GPU), choose_form(work(*sizes), CPU_TILE, CPU))
     assert found == forms
 
 
 @pytest.mark.parametrize(("sizes", "form"), WITHOUT_CASTS.items())
 def test_forms_without_casts(sizes: tuple[int, int, int], form: str) -> None:
-    assert choose_form(work(*sizes, itemsize=4), GPU_TILE, gpu=True) == form
-    assert choose_form(work(*sizes, is_quantized=True), GPU_TILE, gpu=True) == form
-    assert choose_form(work(*sizes, is_quantized=True), CPU_TILE, gpu=False) == form
+    assert choose_form(work(*sizes, itemsize=4), GPU_TILE, GPU) == form
+    assert choose_form(work(*sizes, is_quantized=True), GPU_TILE, GPU) == form
+    assert choose_form(work(*sizes, is_quantized=True), CPU_TILE, CPU) == form
 
 
 def test_padding_is_copied_beside_the_casts() -> None:
     """45,000 slots in 16 bits fit, but not with the copy that padding takes."""
     sizes = work(1, 512, 45_056)
-    assert choose_form(sizes, CPU_TILE, gpu=False) == "by_pairs"
-    assert choose_form(sizes._replace(is_padded=True), CPU_TILE, gpu=False) == "by_query"
+    assert choose_form(sizes, CPU_TILE, CPU) == "by_pairs"
+    assert choose_form(sizes._replace(is_padded=True), CPU_TILE, CPU) == "by_query"
 
 
 def test_compiled_functions_read_no_shapes() -> None:
