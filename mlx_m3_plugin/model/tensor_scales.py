@@ -51,13 +51,14 @@ def is_scaled(module: nn.Module) -> bool:
 
 
 def _dequantized(scaled: Any) -> nn.Module:
+    # Without its tensor scale a value of NVFP4 has few enough bits to be exact in bfloat16.
     values = mx.dequantize(
         scaled["weight"],
         scaled["scales"],
         group_size=scaled.group_size,
         bits=scaled.bits,
         mode=scaled.mode,
-        dtype=mx.float32,
+        dtype=mx.bfloat16,
     )
     weight = (values * factor(scaled["global_scale"])[..., None, None]).astype(mx.bfloat16)
     layer: nn.Module = scaled.float_class(*weight.shape[::-1], bias=False)

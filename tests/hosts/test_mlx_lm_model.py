@@ -198,6 +198,25 @@ def test_cast_predicate_keeps_the_router_in_float32(model_type):
     assert all(name.endswith(("block_sparse_moe.gate.weight", "e_score_correction_bias")) for name in kept)
 
 
+@pytest.mark.parametrize(("dtype", "is_kept"), [(mx.bfloat16, True), (mx.float16, True), (mx.float32, False)])
+def test_what_a_16_bit_model_has_in_float32_is_not_cast(dtype, is_kept):
+    model = our_model()
+    model.set_dtype(dtype)
+    norm = model.language_model.model.norm
+    norm.weight = norm.weight.astype(mx.float32)
+    assert model.cast_predicate("language_model.model.norm.weight") is not is_kept
+    assert model.cast_predicate("language_model.lm_head.weight")
+
+
+@pytest.mark.parametrize("mode", ["affine", "mxfp8"])
+def test_no_part_of_a_quantized_matrix_is_cast(mode):
+    model = our_model()
+    nn.quantize(model, 32, 8, mode=mode, class_predicate=lambda path, _: path.endswith("lm_head"))
+    head = [name for name, _ in tree_flatten(model.parameters()) if "lm_head" in name]
+    assert len(head) == (3 if mode == "affine" else 2)
+    assert not any(map(model.cast_predicate, head))
+
+
 @needs_native
 def test_what_the_native_cast_predicate_keeps_is_kept():
     model = our_model()

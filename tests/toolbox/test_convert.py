@@ -11,6 +11,7 @@ import pytest
 from mlx_m3_plugin.cli import main
 from mlx_m3_plugin.toolbox.checkpoint import open_checkpoint
 from mlx_m3_plugin.toolbox.convert import plan as planning
+from mlx_m3_plugin.toolbox.convert.config_and_card import model_card
 from mlx_m3_plugin.toolbox.convert.recipe import matrices_of, recipe_names
 from mlx_m3_plugin.toolbox.inspect import inspect
 from mlx_m3_plugin.weights.dtypes import name_of
@@ -26,6 +27,7 @@ from tests.checkpoints.conversions import (
     parameters,
     planned,
 )
+from tests.checkpoints.edits import edit_json
 from tests.checkpoints.tiny_layouts import LAYOUTS
 
 
@@ -166,6 +168,22 @@ def test_keep_qat_leaves_what_was_trained_quantized(tiny: Written, tmp_path: Pat
     assert changed == {"model.embed_tokens", "lm_head"}
     assert {str(plan.specs[path]) for path in changed} == {"8-bit g64"}
     assert after["model.layers.1.block_sparse_moe.gate.weight"].dtype == mx.float32
+
+
+def test_the_card_says_what_stock_libraries_get_wrong(tiny: Written, tmp_path: Path) -> None:
+    source = Path(shutil.copytree(tiny("nvfp4_modelopt_mixed"), tmp_path / "source"))
+    for init_blocks, recipe in ((0, "4bit"), (1, "keep-qat")):
+        edit_json(
+            source / "config.json",
+            lambda config, n=init_blocks: config["text_config"]["sparse_attention_config"].update(
+                sparse_init_block=n
+            ),
+        )
+        card = model_card(planned(source, recipe))
+        assert "Past 32 tokens they are not right alone: " in card
+        assert "mlx-vlm (it selects the same blocks for all groups of heads)" in card
+        assert ("mlx-lm (it ignores sparse_init_block)" in card) == bool(init_blocks)
+        assert ("tensor scales on some GPUs; stock mlx-vlm does not" in card) == (recipe == "keep-qat")
 
 
 def test_what_is_beside_the_weights(tiny: Written, tmp_path: Path) -> None:

@@ -368,8 +368,8 @@ def _without_plugin(found: Inspection) -> dict[str, str]:
     if found.attention is None or not found.wrong_without_plugin:
         return {}
     libraries = " and ".join(f"{library} ({why})" for library, why in found.wrong_without_plugin.items())
-    past = f"past {found.attention.budget:,} tokens"
-    return {"without it": f"where it opens, not right {past} without the plugin: {libraries}"}
+    wrong = f"not right past {found.attention.budget:,} tokens without the plugin"
+    return {"without it": f"{wrong}, where it opens: {libraries}"}
 
 
 def _files(count: int) -> str:
