@@ -214,10 +214,14 @@ def text_config_of(config: Mapping[str, Any], overrides: Mapping[str, Any] | Non
 
 
 def uncut_lists(config: Mapping[str, Any]) -> list[str]:
-    """Keys of lists with entries for more layers than the model has, of which the first ones count."""
+    """Keys of lists with entries for more layers than the model has, of which the first ones count.
+
+    Raises:
+        ValueError: the number of layers is not a number.
+    """
     text = text_part(config)
     lists = {**text, **_mapping(text, "sparse_attention_config")}
-    n_layers = text.get("num_hidden_layers", 0)
+    n_layers = _integer(text.get("num_hidden_layers"), "num_hidden_layers")
     found = ((key, lists.get(key)) for key in _LAYER_LISTS)
     return [key for key, entries in found if isinstance(entries, (list, tuple)) and len(entries) > n_layers]
 
