@@ -199,7 +199,7 @@ def text_config_of(config: Mapping[str, Any], overrides: Mapping[str, Any] | Non
     Raises:
         ValueError: a key is missing, has a wrong type, or a value that this model does not compute.
     """
-    part = _text_part(config)
+    part = text_part(config)
     text = dict(part)
     if part is not config:
         # transformers keeps this one at the top of a re-saved config.
@@ -214,15 +214,19 @@ def text_config_of(config: Mapping[str, Any], overrides: Mapping[str, Any] | Non
 
 
 def uncut_lists(config: Mapping[str, Any]) -> list[str]:
-    """Keys of lists with entries for more layers than the model has, of which the first ones count."""
-    text = _text_part(config)
+    """Keys of lists with entries for more layers than the model has, of which the first ones count.
+
+    Raises:
+        ValueError: the number of layers is not a number.
+    """
+    text = text_part(config)
     lists = {**text, **_mapping(text, "sparse_attention_config")}
-    n_layers = text.get("num_hidden_layers", 0)
+    n_layers = _integer(text.get("num_hidden_layers"), "num_hidden_layers")
     found = ((key, lists.get(key)) for key in _LAYER_LISTS)
     return [key for key, entries in found if isinstance(entries, (list, tuple)) and len(entries) > n_layers]
 
 
-def _text_part(config: Mapping[str, Any]) -> Mapping[str, Any]:
+def text_part(config: Mapping[str, Any]) -> Mapping[str, Any]:
     """``text_config``, or all of a flat config.  Loaders add a ``text_config`` with little in it to those."""
     nested = _mapping(config, "text_config")
     is_flat = "num_hidden_layers" in config and "num_hidden_layers" not in nested

@@ -37,7 +37,7 @@ def verify(directory: Path, watch: Watch) -> Verification:
     Raises:
         ValueError: there are no checksums, so nothing can be verified.
     """
-    shards = {file.name: file for file in weight_files(directory)}
+    shards = {file.relative_to(directory).as_posix(): file for file in weight_files(directory)}
     expected = {name: blob for name, file in shards.items() if (blob := _blob_sum(file))}
     expected |= read_sums(directory)
     if not expected:

@@ -12,7 +12,7 @@ import mlx.core as mx
 import mlx.nn as nn
 from mlx.utils import tree_flatten
 
-from ..model.config import TextConfig
+from ..model.config import TextConfig, text_part
 from ..model.decoder import LanguageModel
 from ..weights import Headers, group_names
 from ..weights.check import ShapeAndKind, compare, kind_of
@@ -118,7 +118,7 @@ def vision_shapes(config: Mapping[str, Any]) -> Shapes:
 
 
 def _vision(config: Mapping[str, Any]) -> Iterator[tuple[str, tuple[int, ...]]]:
-    vision, text = config.get("vision_config") or {}, config.get("text_config") or config
+    vision, text = config.get("vision_config") or {}, text_part(config)
     merging = vision.get("img_token_compression_config") or config.get("img_token_compression_config") or {}
     hidden, wide = vision.get("hidden_size", 1280), vision.get("intermediate_size", 5120)
     frames = vision.get("temporal_patch_size", merging.get("temporal_patch_size", 2))

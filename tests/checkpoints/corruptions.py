@@ -201,6 +201,24 @@ def absurd_header(shards: Shards, rng: random.Random) -> Damage:
     return Damage(f"header length {length} of {file}", [file])
 
 
+def lfs_pointer(shards: Shards, rng: random.Random) -> Damage:
+    """What a clone without Git LFS leaves."""
+    file = rng.choice(sorted(shards.files))
+    size = (shards.directory / file).stat().st_size
+    (shards.directory / file).write_text(
+        f"version https://git-lfs.github.com/spec/v1\noid sha256:{rng.randbytes(32).hex()}\nsize {size}\n"
+    )
+    return Damage(f"LFS pointer {file}", [f"{file}: a Git LFS pointer"])
+
+
+def stale_shard(shards: Shards, rng: random.Random) -> Damage:
+    """One of an earlier upload, which was cut into more files."""
+    file = rng.choice(sorted(shards.files))
+    stale = file.replace("-of-00003", f"-of-{rng.randrange(4, 60):05}")
+    (shards.directory / stale).write_bytes((shards.directory / file).read_bytes())
+    return Damage(f"stale {stale}", [f"does not list {stale}"])
+
+
 def remove_shard(shards: Shards, rng: random.Random) -> Damage:
     file = rng.choice(sorted(shards.files))
     (shards.directory / file).unlink()
@@ -269,6 +287,8 @@ CORRUPTIONS: dict[str, Corruption] = {
         wrong_length,
         truncate,
         absurd_header,
+        lfs_pointer,
+        stale_shard,
         remove_shard,
         nan_scale,
         expert_count,

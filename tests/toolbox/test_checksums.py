@@ -15,6 +15,7 @@ from mlx_m3_plugin.toolbox.convert import plan as planning
 from mlx_m3_plugin.toolbox.convert.run import convert
 from mlx_m3_plugin.weights.headers import weight_files
 from tests.checkpoints.conversions import MEMORY, Written, after, converted, interrupt, planned
+from tests.checkpoints.tiny_layouts import LAYOUTS
 
 
 @pytest.fixture
@@ -106,6 +107,19 @@ def test_missing_and_unlisted_files_are_told(made: Path, capsys: pytest.CaptureF
     assert code == 1
     assert f"{weight_files(made)[0].name}: has no checksum" in said
     assert "gone.safetensors: is missing" in said
+
+
+def test_shards_in_a_folder_are_compared_too(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    LAYOUTS["published_in_a_folder"].write(tmp_path)
+    sums = (
+        f"{hashlib.sha256(f.read_bytes()).hexdigest()}  shards/{f.name}\n" for f in weight_files(tmp_path)
+    )
+    (tmp_path / SUMS).write_text("".join(sums))
+    assert inspected(capsys, tmp_path, "--verify")[0] == 0
+    change_a_byte(weight_files(tmp_path)[1])
+    code, said = inspected(capsys, tmp_path, "--verify")
+    assert code == 1
+    assert "shards/model-00002-of-00003.safetensors: its content has changed" in said
 
 
 def test_without_checksums_nothing_can_be_verified(

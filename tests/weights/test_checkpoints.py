@@ -12,7 +12,7 @@ from mlx_lm.utils import load_config, load_model
 from mlx_m3_plugin.toolbox.checkpoint import open_checkpoint
 from mlx_m3_plugin.toolbox.parameters import expected_parameters, text_shapes
 from mlx_m3_plugin.weights.check import shape_and_kind
-from tests.checkpoints.opens import reference_logits
+from tests.checkpoints.opens import load_language_model, reference_logits
 from tests.checkpoints.tiny_layouts import LAYOUTS, UNREPRESENTABLE
 
 # Three times the block budget of these models.
@@ -51,6 +51,15 @@ def check_that_inspection_expects_its_parameters(model, tmp_path):
         for path, array in tree_flatten(model.parameters())
     }
     assert expected == loaded
+
+
+@pytest.mark.parametrize("library", ["mlx_lm", "mlx_vlm"])
+def test_one_line_says_what_is_not_used(library, tmp_path, caplog):
+    pytest.importorskip(library)
+    LAYOUTS["m31_oq_keeping_nvfp4_draft"].write(tmp_path)
+    load_language_model(library, tmp_path)
+    ours = [record.getMessage() for record in caplog.records if record.name == "mlx_m3_plugin"]
+    assert ours == ["mlx-m3-plugin: draft tensors are not used: 14 (language_model.model.dspark.*, mtp.*)"]
 
 
 @pytest.mark.parametrize("name", UNREPRESENTABLE)

@@ -1,10 +1,13 @@
 """Checkpoints of the real size, as sparse files, open strictly without being read."""
 
+import json
+
 import mlx.core as mx
 import pytest
 from mlx.utils import tree_flatten
 from mlx_lm.utils import load_model
 
+from mlx_m3_plugin.cli import main
 from mlx_m3_plugin.toolbox.fit import fit
 from mlx_m3_plugin.weights import read_headers
 from tests.checkpoints.real_size import REAL_LAYOUTS
@@ -14,7 +17,7 @@ BYTES = {"published": 854_172_958_720, "mxfp8": 443_742_085_120, "fused_4bit": 2
 PARAMETERS, WITHOUT_VISION_AND_INDEXERS = 427_040_140_160, 425_950_425_216
 # Three more layers have an indexer.
 M31_PARAMETERS = PARAMETERS + 3 * 3_932_416
-# What is published, in GB: of the model, and of a conversion with 8-bit embeddings and head.
+# Of MiniMax's files, in GB.
 M31_PUBLISHED = 250.12
 
 
@@ -65,6 +68,15 @@ def test_m31_has_its_published_size_everywhere(library, tmp_path):
         expected = written.bytes
     assert mx.get_active_memory() - before < 2**20
     assert sum(array.nbytes for array in arrays.values()) == expected
+
+
+def test_a_conversion_of_m31_is_as_large_as_one_of_m3_and_three_indexers(tmp_path, capsys):
+    """The published 4-bit M3 is the only conversion by a recipe of ours whose size is known."""
+    REAL_LAYOUTS["m31"](tmp_path)
+    assert main(["convert", str(tmp_path), "--recipe", "4bit", "--dry-run", "--json"]) == 0
+    planned = json.loads(capsys.readouterr().out)
+    assert planned["bytes"] == pytest.approx(BYTES["fused_4bit"] + 3 * 3_932_416 * 4.5 / 8, rel=0.005)
+    assert planned["parameters"] == M31_PARAMETERS
 
 
 def test_the_bits_of_a_mixed_checkpoint_follow_its_tensors(tmp_path):

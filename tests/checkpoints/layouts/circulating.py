@@ -48,10 +48,8 @@ def sparse_tokens(*, source: Source) -> Checkpoint:
 
 def flat_with_vision_type(config: Json) -> Json:
     """``model_type: minimax_m3_vl`` with the text keys on top."""
-    return as_published(config)["text_config"] | {
-        "model_type": "minimax_m3_vl",
-        "architectures": ["MiniMaxM3SparseForConditionalGeneration"],
-    }
+    outer = as_published(config)
+    return outer.pop("text_config") | outer
 
 
 def with_extras(*, source: Source) -> Checkpoint:

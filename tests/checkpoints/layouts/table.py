@@ -445,11 +445,11 @@ _CIRCULATING = (
         "own uploads",
         partial(plain, folder="shards"),
     ),
-    text_in_float(
+    in_float(
         "published_flat_vl",
-        "published experts, text only, flat config as minimax_m3_vl",
-        "extractions",
-        partial(plain, config=circulating.flat_with_vision_type, vision=False),
+        "published, flat config as minimax_m3_vl",
+        "exports by other tools",
+        partial(plain, config=circulating.flat_with_vision_type),
     ),
     in_float(
         "published_sparse_tokens",
