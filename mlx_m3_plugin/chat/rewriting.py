@@ -1,84 +1,90 @@
 """A reply rewritten as it streams, for servers that know no more of M3 than its markers."""
 
-import logging
 import re
 from typing import Any
 
 from .markers import NAMESPACE, THINK_END, THINK_START
-from .reply import Part, ReplySplitter
-from .tool_calls import (
-    MOST_BLANKS,
-    MOST_PROBLEMS,
-    OfferedTools,
-    parse_block,
-    tool_call_end,
-    tool_call_start,
-)
+from .reply import Event, ReplyParser
+from .tool_calls import RepairLog, as_json, tool_call_end, tool_call_start
 
-log = logging.getLogger("mlx_m3_plugin")
-
-_OUTER_TAGS = re.compile(
-    rf"\A{re.escape(NAMESPACE)}\s{{0,{MOST_BLANKS}}}<tool_call>|"
-    rf"{re.escape(NAMESPACE)}\s{{0,{MOST_BLANKS}}}</tool_call>\Z"
-)
+# In markers that are text.  Unicode keeps this code for programs: it is no character.
+_NO_CHARACTER = "\ufdd0"
+_AS_TEXT = {marker: marker[0] + _NO_CHARACTER + marker[1:] for marker in (NAMESPACE, THINK_START, THINK_END)}
+_BLOCK = re.compile(f"{re.escape(tool_call_start)}(.*?){re.escape(tool_call_end)}", re.DOTALL)
 
 
 class ReplyRewriter:
     """Feed it the pieces of a reply; it returns what a server is to see instead.
 
-    That is text in which every marker means what it says and comes whole, in one piece: reasoning
-    opened and closed where it is, and for what there is of calls one block after the other, each
-    closed and with at least one complete call in it.  Stray markers are gone; what was wrong with
-    a call is logged, here or by :func:`~.tool_calls.parse_tool_call`, which reads the blocks.
+    That is text in which every marker means what it says and comes whole, in one piece: reasoning opened and
+    closed where it is, and for each call a block with the call as JSON.  Markers that are text are written
+    so that nobody finds them; :func:`restored` undoes that.
 
     Args:
         tools: the request's tools, in OpenAI's form.
         in_reasoning: the prompt ends with the opening marker.  The text then begins with it.
-        calls_are_text: leave calls as they were written, for a server that looks for none.
+        calls_are_text: leave calls as they were written.
     """
 
     def __init__(self, tools: Any = None, in_reasoning: bool = False, calls_are_text: bool = False):
-        self._tools = OfferedTools(tools)
-        self._calls_are_text = calls_are_text
-        self._splitter = ReplySplitter(in_reasoning)
+        self._parser = ReplyParser(tools, in_reasoning, calls_are_text=calls_are_text)
+        self._log = RepairLog()
         # What is to come first, and whether reasoning is open in what was returned.
         self._begin = THINK_START if in_reasoning else ""
         self._reasoning_is_open = in_reasoning
-        self._problems_left = MOST_PROBLEMS
+        # Of the text that was returned last.
+        self._end = ""
 
     def feed(self, piece: str) -> str:
-        return self._rewritten(self._splitter.feed(piece))
+        return self._rewritten(self._parser.feed(piece))
 
     def finish(self) -> str:
         """What is left when no more text comes."""
-        return self._rewritten(self._splitter.finish())
+        return self._rewritten(self._parser.finish())
 
-    def _rewritten(self, parts: list[Part]) -> str:
+    def _rewritten(self, events: list[Event]) -> str:
+        self._log.add(events)
         begin, self._begin = self._begin, ""
-        return begin + "".join(map(self._text_of, parts))
+        return begin + "".join(map(self._text_of, events))
 
-    def _text_of(self, part: Part) -> str:
-        if part.kind == "problem":
-            self._log("reply", part.text)
+    def _text_of(self, event: Event) -> str:
+        if event.kind == "repair":
             return ""
-        text = self._block(part.text) if part.kind == "calls" else part.text
-        if not text:
-            return ""
-        was_open, self._reasoning_is_open = self._reasoning_is_open, part.kind == "reasoning"
-        if was_open == self._reasoning_is_open:
-            return text
-        return (THINK_END if was_open else THINK_START) + text
+        was_open, self._reasoning_is_open = self._reasoning_is_open, event.kind == "reasoning"
+        switched = was_open != self._reasoning_is_open
+        marker = (THINK_END if was_open else THINK_START) if switched else ""
+        if event.call:
+            self._end = ""
+            return marker + tool_call_start + as_json(event.call) + tool_call_end
+        text, end = as_text(event.text), "" if switched else self._end
+        if _holds_marker(end + text[: len(NAMESPACE)]):
+            # Two halves of one, now that what was between them is gone.
+            text = _NO_CHARACTER + text
+        self._end = (end + text)[1 - len(NAMESPACE) :]
+        return marker + text
 
-    def _block(self, text: str) -> str:
-        if self._calls_are_text:
-            return text
-        block = parse_block(text, self._tools)
-        if block.calls:
-            return tool_call_start + _OUTER_TAGS.sub("", text) + tool_call_end
-        self._log("tool call", *block.problems)
-        return ""
 
-    def _log(self, where: str, *problems: str) -> None:
-        for problem in problems[: self._problems_left]:
-            log.warning("mlx-m3-plugin: in a %s: %s", where, problem)
-        self._problems_left = max(self._problems_left - len(problems), 0)
+def _holds_marker(text: str) -> bool:
+    return any(marker in text for marker in _AS_TEXT)
+
+
+def as_text(text: str) -> str:
+    """With markers that nobody takes for markers."""
+    for marker, written in _AS_TEXT.items():
+        text = text.replace(marker, written)
+    return text
+
+
+def restored(text: str) -> str:
+    """Rewritten text without calls, as the reply has it."""
+    return text.replace(_NO_CHARACTER, "") if _NO_CHARACTER in text else text
+
+
+def without_calls(text: str) -> str:
+    """What is beside the calls of rewritten text."""
+    return _BLOCK.sub("", text)
+
+
+def calls_in(text: str) -> list[str]:
+    """The calls of rewritten text, as JSON."""
+    return _BLOCK.findall(text)

@@ -10,7 +10,7 @@ import re
 from collections.abc import Iterator, Mapping
 from copy import deepcopy
 from dataclasses import dataclass, field
-from functools import reduce
+from functools import cache, reduce
 from itertools import chain, product
 from typing import Any
 from urllib.parse import unquote
@@ -18,19 +18,26 @@ from urllib.parse import unquote
 Schema = Mapping[str, Any]
 
 _BARE_TAG = re.compile(r"\s*<([^\s<>/][^<>]*)>")
+_M2_PARAMETER = re.compile(r"""parameter\s+name\s*=\s*["']?(.*?)["']?\s*\Z""", re.DOTALL)
 _INTEGER = re.compile(r"[+-]?[0-9]+\Z")
+_JSON_NUMBER = re.compile(r"-?(0|[1-9][0-9]*)(\.[0-9]+)?([eE][+-]?[0-9]+)?\Z")
+_WORD = {"true": True, "false": False, "null": None}
 _NUMBER = re.compile(r"[+-]?([0-9]+(\.[0-9]*)?|\.[0-9]+)([eE][+-]?[0-9]+)?\Z")
-# JSON schema's names, and what tool authors write besides them.
-_KINDS = {
-    **{kind: kind for kind in ("string", "integer", "number", "boolean", "null", "array", "object")},
-    **dict.fromkeys(("str", "text"), "string"),
-    **dict.fromkeys(("int", "long"), "integer"),
-    **dict.fromkeys(("float", "double"), "number"),
-    **dict.fromkeys(("dict", "map"), "object"),
-    "bool": "boolean",
-    "list": "array",
-    "none": "null",
+# JSON schema's names, and what tool authors write besides them: words of languages and of SQL.
+_WORDS = {
+    "string": "str text char character varchar nvarchar nchar clob tinytext mediumtext longtext varchar2"
+    " nvarchar2 uuid guid url uri email date time datetime timestamp bytes bytea blob path file symbol",
+    "integer": "int integer long short byte tinyint smallint mediumint bigint bigserial serial i u uint ulong"
+    " ushort ubyte usize isize size sint unsigned signed longlong biginteger",
+    "number": "num number float double real decimal numeric money f floating bigdecimal",
+    "boolean": "bool boolean binary bit logical",
+    "array": "array arr list sequence seq tuple set vec vector arraylist collection iterable frozenset slice",
+    "object": "object obj dict dictionary map mapping hash hashmap record struct json jsonb",
+    "null": "null none nil void undefined",
 }
+_KINDS = {word: kind for kind, words in _WORDS.items() for word in (kind, *words.split())}
+_SIZE = re.compile(r"[\[(<].*|[0-9]+(_?t)?$|_t$", re.DOTALL)
+_SIGN = re.compile(r"^(un)?signed(?=.)|\s+precision$|\s+varying$|(?<=.)(un)?signed$")
 # Nobody's arguments are as deep; text that opens tags without end has to be refused somewhere.
 MAX_DEPTH = 100
 # Python's own limit on digits, below which int() is fast.
@@ -50,6 +57,7 @@ class Element:
         name: of the tag.  text: all text directly in it.
         children: the tags directly in it.  source: everything between its tags, as written.
         depth: tags around it.
+        between: text that is not blank among the children, each with the number of children before it.
     """
 
     name: str
@@ -57,6 +65,13 @@ class Element:
     children: list["Element"] = field(default_factory=list)
     source: str = ""
     depth: int = 0
+    between: list[tuple[int, str]] = field(default_factory=list)
+
+
+def parameter_name(tag: str) -> str | None:
+    """``x`` of ``parameter name="x"``, as M2 writes its tags."""
+    found = _M2_PARAMETER.match(tag)
+    return found[1] if found else None
 
 
 def bare_elements(text: str, depth: int) -> list[Element] | None:
@@ -70,12 +85,13 @@ def bare_elements(text: str, depth: int) -> list[Element] | None:
         opening = _BARE_TAG.match(text, position)
         if opening is None:
             return found if found and not text[position:].strip() else None
-        closing = f"</{opening[1]}>"
+        name = parameter_name(opening[1])
+        closing = f"</{opening[1] if name is None else 'parameter'}>"
         end = text.find(closing, opening.end())
         if end < 0 or depth > MAX_DEPTH:
             return None
         inner = text[opening.end() : end]
-        found.append(Element(opening[1], inner, source=inner, depth=depth))
+        found.append(Element(opening[1] if name is None else name, inner, source=inner, depth=depth))
         position = end + len(closing)
 
 
@@ -92,11 +108,19 @@ def typed_arguments(parameters: list[Element], schemas: "Schemas") -> dict[str, 
 class Schemas:
     """A tool's whole ``parameters``, into which ``$ref`` points, and the alternatives in them."""
 
-    def __init__(self, root: Any):
+    def __init__(self, root: Any, as_json: bool = False):
         self.root: Schema = root if isinstance(root, Mapping) else {}
+        # Nobody knows the tools: texts that are JSON are read as such.
+        self.as_json = as_json
         # By identity, which is why the schema is kept with it.
         self._known: dict[int, tuple[Any, list[Schema]]] = {}
+        self._shapes: dict[int, tuple[Any, Shape]] = {}
         self._steps_left = 0
+
+    def shape(self, schema: Any) -> "Shape":
+        if id(schema) not in self._shapes:
+            self._shapes[id(schema)] = schema, Shape(schema, self)
+        return self._shapes[id(schema)][1]
 
     def branches(self, schema: Any) -> list[Schema]:
         """The alternatives of a schema, in its order: no ``$ref``, ``anyOf``, ``oneOf``, ``allOf``,
@@ -131,7 +155,7 @@ class Schemas:
         else:
             types = schema.get("type")
             for name in types if isinstance(types, list) else [types]:
-                yield {**schema, "type": _KINDS.get(name.lower()) if isinstance(name, str) else None}
+                yield {**schema, "type": _kind(name) if isinstance(name, str) else None}
 
     def _all_of(self, parts: list[Any], way: tuple[str, ...]) -> Iterator[Schema]:
         """Every alternative of each part with every one of the others."""
@@ -143,6 +167,56 @@ class Schemas:
             anything: Schema | None = _ANYTHING
             if (merged := reduce(_both, combination, anything)) is not None:
                 yield merged
+
+
+@cache
+def _kind(name: str) -> str | None:
+    """JSON schema's name for a type, whatever language its author comes from."""
+    word = name.strip().lower()
+    if word in _KINDS:
+        return _KINDS[word]
+    if word.endswith("[]"):
+        return "array"
+    bare = _SIGN.sub("", _SIZE.sub("", word).strip()).strip(" _-")
+    return _KINDS.get(bare) or _KINDS.get(_SIZE.sub("", bare).replace(" ", ""))
+
+
+class Shape:
+    """What a schema says about the tags in an element.
+
+    Attributes:
+        is_text: tags are text.  is_open: tags of any name may be in it.
+        is_leaf: there is a text in it, and no tags.  is_array: it may be an array.
+    """
+
+    def __init__(self, schema: Any, schemas: Schemas):
+        self._schemas = schemas
+        self._branches = schemas.branches(schema)
+        kinds = {branch["type"] for branch in self._branches} or {None}
+        self._objects = [branch for branch in self._branches if branch["type"] == "object"]
+        self._arrays = [branch for branch in self._branches if branch["type"] == "array"]
+        self.is_text = "string" in kinds and not kinds & {"array", "object", None}
+        self.is_leaf = not kinds & {"array", "object"}
+        self.is_array = bool(self._arrays)
+        closed = [not branch.get("additionalProperties", not _properties(branch)) for branch in self._objects]
+        self.is_open = None in kinds or not all(closed)
+
+    def names(self, tag: str) -> bool:
+        """Whether the schema itself has such a tag."""
+        return any(tag in _properties(branch) for branch in self._objects) or (
+            tag == "item" and self.is_array
+        )
+
+    def of_child(self, tag: str, index: int) -> "Shape":
+        for branch in self._objects:
+            if tag in _properties(branch):
+                return self._schemas.shape(_properties(branch)[tag])
+        for branch in self._arrays if tag == "item" or not self._objects else ():
+            return self._schemas.shape(_item_schema(branch, index))
+        extra = [
+            branch["additionalProperties"] for branch in self._objects if "additionalProperties" in branch
+        ]
+        return self._schemas.shape(extra[0] if extra else None)
 
 
 def _without(schema: Schema, key: str) -> dict[str, Any]:
@@ -257,6 +331,10 @@ _NO_VALUE = object()
 
 def _leaf(element: Element, branches: list[Schema], schemas: Schemas) -> Any:
     text, kinds = element.text, [branch["type"] for branch in branches]
+    if schemas.as_json and not branches:
+        return _any_json(text)
+    if text.strip() == "null" and _takes_null(branches, text):
+        return None
     if not text.strip() and not any(map(_takes_text, branches)):
         for empty, kind in ((None, "null"), ([], "array"), ({}, "object")):
             if kind in kinds:
@@ -270,6 +348,24 @@ def _leaf(element: Element, branches: list[Schema], schemas: Schemas) -> Any:
     arrays = [schema for schema in branches if schema["type"] == "array"]
     # One bare value as an array of it; else, whatever the schema wanted, this is what was written.
     return _array_of_one(element, arrays[0], schemas) if arrays and text.strip() else text
+
+
+def _takes_null(branches: list[Schema], text: str) -> bool:
+    """Whether the word is null: where that is allowed, or where it can't be a text."""
+    texts = [branch for branch in branches if branch["type"] == "string" or _listed(branch)]
+    if any(branch["type"] == "null" or None in _listed(branch) for branch in branches):
+        return text == "null" or not any(map(_takes_text, texts))
+    return not texts
+
+
+def _any_json(text: str) -> Any:
+    word = text.strip()
+    if word in ("true", "false", "null") or _JSON_NUMBER.match(word):
+        return (
+            _number(word) if word[-1].isdigit() and _number(word) is not _NO_VALUE else _WORD.get(word, text)
+        )
+    value = _json(word, list if word.startswith("[") else dict)
+    return text if value is _NO_VALUE else value
 
 
 def _is_exact(value: Any, text: str) -> bool:
@@ -341,7 +437,7 @@ def _array_of_one(element: Element, schema: Schema, schemas: Schemas) -> list[An
 def _structure(element: Element, schema: Schema, schemas: Schemas) -> Any:
     only_items = all(child.name == "item" for child in element.children)
     if schema["type"] == "array" or (schema["type"] is None and only_items):
-        return _items(element.children, schema, schemas)
+        return _items(_with_text(element), schema, schemas)
     return _object(element, schema, schemas)
 
 
@@ -373,6 +469,14 @@ def _object_fits(element: Element, names: set[str], schema: Schema, schemas: Sch
         if listed and all(listed) and not any(_is_written(v, child) for values in listed for v in values):
             return False
     return True
+
+
+def _with_text(element: Element) -> list[Element]:
+    """The items of an array: text among them is one as well."""
+    items = list(element.children)
+    for index, text in reversed(element.between):
+        items.insert(index, Element("item", text.strip(), source=text, depth=element.depth + 1))
+    return items
 
 
 def _items(elements: list[Element], schema: Schema, schemas: Schemas) -> list[Any]:

@@ -8,10 +8,10 @@ from typing import Any
 
 import pytest
 
-from mlx_m3_plugin.chat.rewriting import ReplyRewriter
-from mlx_m3_plugin.chat.tool_calls import Block, ToolCallError, parse_block, parse_tool_call
+from mlx_m3_plugin.chat.rewriting import ReplyRewriter, calls_in
+from mlx_m3_plugin.chat.tool_calls import ToolCallError, parse_tool_call
 from tests.chat import tool_fuzz
-from tests.chat.tool_replies import MARKERS, Reply, read
+from tests.chat.tool_replies import Reply, read, read_block
 
 # Of one draw of tools and blocks.
 CASES = 50
@@ -34,23 +34,21 @@ def test_no_input_does_harm(
 
 
 def _check(rng: random.Random, text: str, tools: Any) -> None:
-    block = parse_block(text, tools)
+    block = read_block(text, tools)
     for call in block.calls:
         # What a server sends on: JSON, with no NaN in it.
         json.dumps(call.arguments, allow_nan=False)
     _check_what_servers_get(text, tools, block)
     whole, cut = _reply([text], tools), _reply(tool_fuzz.pieces(rng, text), tools)
     assert cut == whole
-    if any(marker in text for text in (whole.reasoning, whole.content) for marker in MARKERS):
-        # No marker of the reply's: what was on both sides of one that is gone.
-        return
     rewriter = ReplyRewriter(tools)
     rewritten = "".join(map(rewriter.feed, tool_fuzz.pieces(rng, text))) + rewriter.finish()
-    again = _reply([rewritten], tools)
-    assert (again.reasoning, again.content, again.calls) == (whole.reasoning, whole.content, whole.calls)
+    assert [parse_tool_call(call, tools) for call in calls_in(rewritten)] == [
+        call.as_dict() for call in whole.calls
+    ]
 
 
-def _check_what_servers_get(text: str, tools: Any, block: Block) -> None:
+def _check_what_servers_get(text: str, tools: Any, block: Reply) -> None:
     """The one documented exception, where there is no complete call, and only there."""
     if not block.calls:
         with pytest.raises(ToolCallError, match=r"\w"):
@@ -71,4 +69,4 @@ def test_what_is_nested_too_deep_is_refused(depth: int) -> None:
     call = f'{tool_fuzz.NS}<invoke name="f">{{}}{tool_fuzz.NS}</invoke>'
     reply = _reply([f"{tool_fuzz.NS}<tool_call>{call.format(nested)}{call.format('')}"], None)
     assert [call.arguments for call in reply.calls] == [{}]
-    assert reply.problems[0] == "the call of f has tags more than 100 deep"
+    assert reply.content == call.format(nested)

@@ -5,8 +5,8 @@ from typing import Any
 
 from hypothesis import HealthCheck, given, settings
 
-from mlx_m3_plugin.chat.tool_calls import parse_block
 from tests.chat.tool_rendering import block_of
+from tests.chat.tool_replies import read_block
 from tests.chat.tool_schemas import calls
 from tests.chat.tool_values import exactly, pruned
 
@@ -18,8 +18,8 @@ def test_what_the_template_writes_is_read_back(count: Callable[[int, int], int])
         tools, made = case
         if not made:
             return
-        block = parse_block(block_of(made), tools)
-        assert block.problems == []
+        block = read_block(block_of(made), tools)
+        assert (block.repairs, block.content) == ([], "")
         assert [call.name for call in block.calls] == [call["name"] for call in made]
         for call, expected in zip(block.calls, made, strict=True):
             assert exactly(call.arguments, pruned(expected["arguments"])), (call.arguments, expected)

@@ -5,8 +5,8 @@ from typing import Any
 
 import pytest
 
-from mlx_m3_plugin.chat.tool_calls import parse_block
 from tests.chat.tool_rendering import marked
+from tests.chat.tool_replies import read_block
 
 NUMBER_OR_LIST = {"anyOf": [{"type": "number"}, {"type": "array", "items": {"type": "number"}}]}
 PERSON = {"type": "object", "properties": {"name": {"type": "string"}, "age": {"type": "integer"}}}
@@ -21,8 +21,8 @@ def value_of(text: str, schema: Any, **root: Any) -> Any:
     """Of a parameter ``p`` that is written as ``text``."""
     parameters = {"type": "object", "properties": {"p": schema}, **root}
     tools = [{"type": "function", "function": {"name": "f", "parameters": parameters}}]
-    block = parse_block(marked(f'§<invoke name="f">§<p>{text}§</p>§</invoke>'), tools)
-    assert block.problems == []
+    block = read_block(marked(f'§<invoke name="f">§<p>{text}§</p>§</invoke>'), tools)
+    assert (block.repairs, block.content) == ([], "")
     return block.calls[0].arguments["p"]
 
 
@@ -64,7 +64,7 @@ def value_of(text: str, schema: Any, **root: Any) -> Any:
         ({"type": ["integer", "null"]}, "null", None),
         ({"type": ["integer", "null"]}, "", None),
         ({"type": "integer", "nullable": True}, "null", None),
-        ({"type": "string", "nullable": True}, "null", "null"),
+        ({"type": "string", "nullable": True}, "null", None),
         ({"anyOf": [{"type": "integer"}, {"type": "string"}]}, "5", 5),
         ({"oneOf": [{"type": "string"}, {"type": "integer"}]}, "5", "5"),
         ({"allOf": [{"type": "number"}, {"type": "integer"}]}, "5.0", 5),
@@ -143,10 +143,10 @@ def test_a_parameter_that_no_tool_has_is_text() -> None:
             "function": {"name": "f", "parameters": {"properties": {"a": {"type": "integer"}}}},
         }
     ]
-    block = parse_block(marked('§<invoke name="f">§<a>1§</a>§<b>1§</b>§</invoke>'), tools)
+    block = read_block(marked('§<invoke name="f">§<a>1§</a>§<b>1§</b>§</invoke>'), tools)
     assert block.calls[0].arguments == {"a": 1, "b": "1"}
 
 
 def test_bare_functions_are_tools_as_well() -> None:
     tools = [{"name": "f", "parameters": {"properties": {"a": {"type": "integer"}}}}]
-    assert parse_block(marked('§<invoke name="f">§<a>1§</a>§</invoke>'), tools).calls[0].arguments == {"a": 1}
+    assert read_block(marked('§<invoke name="f">§<a>1§</a>§</invoke>'), tools).calls[0].arguments == {"a": 1}

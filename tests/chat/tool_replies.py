@@ -5,8 +5,8 @@ import re
 from dataclasses import dataclass, field
 from typing import Any
 
+from mlx_m3_plugin.chat.calls import ToolCall
 from mlx_m3_plugin.chat.reply import Event, ReplyParser
-from mlx_m3_plugin.chat.tool_calls import ToolCall
 from tests.chat.tool_rendering import marked
 from tests.chat.tool_values import NS
 
@@ -59,7 +59,7 @@ class Reply:
     reasoning: str = ""
     content: str = ""
     calls: list[ToolCall] = field(default_factory=list)
-    problems: list[str] = field(default_factory=list)
+    repairs: list[str] = field(default_factory=list)
 
     def add(self, event: Event) -> None:
         if event.kind == "reasoning":
@@ -69,7 +69,7 @@ class Reply:
         elif event.call is not None:
             self.calls.append(event.call)
         else:
-            self.problems.append(event.text)
+            self.repairs.append(event.text)
 
 
 @dataclass
@@ -145,6 +145,7 @@ class _Writer:
 
     def lone_token(self) -> None:
         self.raw(NS)
+        self.said(NS)
         # What follows it is no tag of a block.
         text = self.rng.choice(["x", " x", "<b>", "</b>", "<tool-call>", "\n"]) + "."
         self.made.text += text
@@ -170,16 +171,19 @@ class _Writer:
         before = len(self.made.text)
         self.raw(marked(text))
         assert before in self.markers
-        self.state = "content"
 
     def block(self) -> None:
         invokes = [self.invoke() for _ in range(self.rng.randint(1, 2))]
         if self.rng.random() < 0.2:
-            wrong = ['§<invoke name="lost">§<a>1', "junk", "§<b>", '§<invoke name="lost">§</a>§</invoke>']
+            wrong = [
+                '§<invoke name="lost">§<lost>1',
+                "junk",
+                "§<b>",
+                '§<invoke name="lost">§</a>oh§</invoke>',
+            ]
             invokes.append(self.rng.choice(wrong))
+            self.said("\n" + marked(invokes[-1]) + "\n")
             self.made.is_well_formed = False
-        elif self.rng.random() < 0.1:
-            invokes.append("§")
         self.closed("§<tool_call>\n" + "\n".join(invokes) + "\n§</tool_call>")
 
     def bare_invoke(self) -> None:
@@ -187,11 +191,16 @@ class _Writer:
 
     def unclosed_block(self) -> None:
         whole = self.invoke() if self.rng.random() < 0.5 else ""
-        self.closed(f"§<tool_call>\n{whole}" + self.rng.choice(["", "\n", "§", '§<invoke name="l">§<a>1']))
+        rest = self.rng.choice(["", "\n", "§", '§<invoke name="l">§<a>1'])
+        if rest.strip() or not whole:
+            self.said(marked(("" if whole else "§<tool_call>\n") + rest))
+        self.closed(f"§<tool_call>\n{whole}{rest}")
         self.made.is_well_formed = False
 
     def half_opener(self) -> None:
-        self.raw(NS + self.rng.choice(["", " ", "<", "<tool_cal", "\n<inv", "</tool_c"]))
+        half = NS + self.rng.choice(["", " ", "<", "<tool_cal", "\n<inv", "</tool_c"])
+        self.said(half)
+        self.raw(half)
         self.made.is_well_formed = False
 
 
@@ -202,3 +211,11 @@ def read(pieces: list[str], in_reasoning: bool = False, tools: Any = None) -> tu
     for event in events:
         reply.add(event)
     return reply, events
+
+
+def read_block(text: str, tools: Any = None) -> Reply:
+    """What is between the markers of calls."""
+    parser, reply = ReplyParser(tools, in_block=True), Reply()
+    for event in parser.feed(text) + parser.finish():
+        reply.add(event)
+    return reply

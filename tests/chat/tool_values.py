@@ -161,6 +161,11 @@ def carried(alternatives: list[Alternative], index: int, value: Any) -> bool:
         if written(listed) == written(value):
             return exactly(listed, pruned(value))
     text = written(value)
+    if isinstance(text, str) and text.strip() == "null":
+        # The word is null where that is allowed, and where nothing says that it is a string.
+        kinds = [alternative.kind for alternative in alternatives]
+        if "null" in kinds or "string" not in kinds or any(None in a.listed for a in alternatives):
+            return False
     earlier = alternatives[:index]
     takes_text = [a.kind in ("string", "anything") and not a.listed for a in alternatives]
     if isinstance(text, list):

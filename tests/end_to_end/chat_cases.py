@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 
 from tests.end_to_end import scripted_model
-from tests.end_to_end.scripted_model import REASONING, TOPICS, content
+from tests.end_to_end.scripted_model import NS, REASONING, TOPICS, content
 
 streamed_or_not = pytest.mark.parametrize("stream", [False, True], ids=["whole", "streamed"])
 Expected = tuple[str, str, list[tuple[str, Any]], str]
@@ -25,17 +25,18 @@ MODES = {
 }
 every_mode = pytest.mark.parametrize(("arguments", "tokens"), MODES.values(), ids=MODES)
 
-# What there is of a reply after so many tokens: reasoning, content, calls.
-CUTS = {
-    1: (True, False, 0),  # in the midst of reasoning
-    2: (True, False, 0),  # after its end
-    3: (True, True, 0),
-    4: (True, True, 0),  # between the two tokens of the marker of calls
-    6: (True, True, 0),  # where the first call is to come
-    7: (True, True, 1),
-    8: (True, True, 2),
-    9: (True, True, 2),  # between the two tokens of the end
-    10: (True, True, 2),
+# What there is of a reply after so many tokens: reasoning, what follows the content (None: there is none),
+# calls.  What is no complete call is text.
+CUTS: dict[int, tuple[bool, str | None, int]] = {
+    1: (True, None, 0),  # in the midst of reasoning
+    2: (True, None, 0),  # after its end
+    3: (True, "", 0),
+    4: (True, NS, 0),  # between the two tokens of the marker of calls
+    6: (True, f"{NS}<tool_call>\n", 0),  # where the first call is to come
+    7: (True, "", 1),
+    8: (True, "", 2),
+    9: (True, f"\n{NS}", 2),  # between the two tokens of the end
+    10: (True, "", 2),
 }
 
 

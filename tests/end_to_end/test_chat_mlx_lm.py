@@ -73,11 +73,20 @@ def test_a_reply_that_chooses_not_to_think(server: ChatServer, model: Path, stre
 
 @streamed_or_not
 def test_without_tools_a_call_is_a_call_all_the_same(server: ChatServer, stream: bool) -> None:
-    """With all arguments as text, but for the structure that is in the tags."""
+    """With arguments that are JSON where they look like it: nothing is known of the tools."""
     reasoning, text, (search, fetch), reason = server.ask(question(5), stream).said
     assert (reasoning, text, reason) == (REASONING, content(5), "tool_calls")
-    assert search[1]["tags"] == [{"name": "a", "weight": "1.5"}, {"name": "b"}]
-    assert fetch == ("fetch", {"id": "5"})
+    assert search[1]["tags"] == [{"name": "a", "weight": 1.5}, {"name": "b"}]
+    assert fetch == ("fetch", {"id": 5})
+
+
+@streamed_or_not
+def test_tool_choice_none_means_no_call(server: ChatServer, stream: bool) -> None:
+    reasoning, text, calls_made, reason = server.ask(
+        question(5), stream, tools=TOOLS, tool_choice="none"
+    ).said
+    assert (reasoning, calls_made, reason) == (REASONING, [], "stop")
+    assert text == content(5) + scripted_model.block(5)
 
 
 @streamed_or_not
@@ -127,14 +136,14 @@ def test_sixteen_at_once_get_each_their_own(server: ChatServer) -> None:
 @pytest.mark.parametrize(("max_tokens", "parts"), CUTS.items())
 @pytest.mark.parametrize("seed", [None, 0], ids=["in a batch", "alone"])
 def test_max_tokens(
-    server: ChatServer, max_tokens: int, parts: tuple[bool, bool, int], seed: int | None, stream: bool
+    server: ChatServer, max_tokens: int, parts: tuple[bool, str | None, int], seed: int | None, stream: bool
 ) -> None:
-    """What is complete is there, nothing else is, and the reason says that there was more to come."""
+    """Complete calls are there, the rest is text, and the reason says that there was more to come."""
     thought, said, n_calls = parts
     request = {"max_tokens": max_tokens, "seed": seed, "tools": TOOLS}
     thinking = {"chat_template_kwargs": {"thinking_mode": "enabled"}}
     answer = server.ask(question(6), stream, extra_body=thinking, **request)
-    reasoning, text = REASONING if thought else "", content(6) if said else ""
+    reasoning, text = REASONING if thought else "", "" if said is None else content(6) + said
     assert answer.said == (reasoning, text, calls(6)[:n_calls], "length")
     assert answer.tokens == max_tokens
 

@@ -5,7 +5,7 @@ import re
 from collections import Counter
 from importlib.metadata import entry_points
 from pathlib import Path
-from types import ModuleType
+from types import ModuleType, SimpleNamespace
 from typing import Any
 
 import mlx.core as mx
@@ -19,6 +19,7 @@ from mlx_m3_plugin.hosts.mlx_vlm.patches import PATCHES as VLM_PATCHES
 from mlx_m3_plugin.startup.hook import PATCH_GROUP
 from mlx_m3_plugin.weights.headers import is_m3 as is_m3_checkpoint
 from tests.hosts.upstream_copies import (
+    RENAMED,
     Recorder,
     Use,
     cases,
@@ -117,9 +118,29 @@ def use_utils(module: ModuleType, directory: Path) -> Any:
     return logits, config, type(model).__name__
 
 
+def use_server(module: ModuleType, directory: Path) -> Any:
+    body = {"messages": [], "tool_choice": "none"}
+    handler = SimpleNamespace(stream=False, **dict.fromkeys(("body", f"body{RENAMED}"), body))
+    request = get(get(module, "APIHandler"), "handle_chat_completions")(handler)
+    context = SimpleNamespace(tool_parser=None, prompt=[1], sequences={(1,): "x"})
+
+    def answer(asked: tuple[Any, ...]) -> None:
+        for response in (context, SimpleNamespace(text="a", match=None), None):
+            asked[0].put(response)
+
+    generator = SimpleNamespace(
+        requests=SimpleNamespace(put=answer),
+        generation_available=lambda: True,
+        _await_response=lambda queue: queue.get(),
+    )
+    made, responses = get(get(module, "ResponseGenerator"), "generate")(generator, request, None)
+    return vars(request), made is context, [response.text for response in responses]
+
+
 USES: dict[str, Use] = {
     "mlx_lm.tokenizer_utils": use_tokenizer_utils,
     "mlx_lm.generate": use_generate,
+    "mlx_lm.server": use_server,
     "mlx_lm.utils": use_utils,
 }
 

@@ -1,9 +1,9 @@
 """mlx-lm's tokenizer wrapper for M3: whatever a checkpoint's settings say, and for no other model."""
 
 import copy
+import dataclasses
 import importlib
 import json
-import logging
 import os
 import shutil
 import subprocess
@@ -18,6 +18,7 @@ from mlx_lm.convert import convert
 from mlx_lm.tokenizer_utils import TokenizerWrapper, load
 
 from mlx_m3_plugin.chat.prompt import CHAT_TEMPLATE
+from mlx_m3_plugin.hosts.mlx_lm import chat
 from tests.checkpoints.random_model import write_random_model
 from tests.hosts.native_mlx_lm import NATIVE
 
@@ -237,15 +238,35 @@ def test_arguments_that_are_no_json_object_are_an_error(tokenizer: TokenizerWrap
 Parts = list[tuple[str, str]]
 
 
+class Request:
+    tools = None
+
+
 def taken_apart(
-    wrapper: TokenizerWrapper, pieces: list[str], end: str = "stop", stop_words: tuple[str, ...] = ()
+    wrapper: TokenizerWrapper,
+    pieces: list[str],
+    end: str = "stop",
+    stop_words: tuple[str, ...] = (),
+    **asked: Any,
 ) -> Parts:
-    """What is shown in each state of the server's automaton, by the server's own functions."""
-    fake = SimpleNamespace(_state_machine_cache={})
-    made = server.ResponseGenerator._make_state_machine(fake, "model", wrapper, stop_words)
-    shown = _by_text(made[1], pieces, end) if ON_TEXT else _by_tokens(made, wrapper, pieces, end)
+    """What the server shows in each of its states.
+
+    ``asked``: of the request, beside its tools.
+    """
+    replies = [response(piece) for piece in pieces]
+    if end == "stop":
+        replies.append(response("[e~[", end))
+    else:
+        replies[-1] = dataclasses.replace(replies[-1], finish_reason=end)
+    context = SimpleNamespace(tool_parser=wrapper.tool_parser, prompt=asked.pop("prompt", []))
+    generator = SimpleNamespace(model_provider=SimpleNamespace(tokenizer=wrapper))
+    generate = chat.generate(server, lambda *_: (context, iter(replies)))
+    request = Request()
+    handler = SimpleNamespace(body=asked)
+    assert chat.completion_request(server, lambda _: request)(handler) is request
+    _, responses = generate(generator, request, SimpleNamespace(stop_words=stop_words))
     parts: Parts = []
-    for state, text in shown:
+    for state, text in _shown(responses):
         if text and parts and parts[-1][0] == state:
             parts[-1] = (state, parts[-1][1] + text)
         elif text:
@@ -253,26 +274,28 @@ def taken_apart(
     return parts
 
 
-def _by_text(machine: Any, pieces: list[str], end: str) -> Parts:
-    state, parts = machine.make_state("normal"), []
-    for piece in pieces:
-        state, told = machine.split(state, piece)
-        parts += told
-    _, held, name = machine.flush(state)
-    return parts + [(name, held)] * (end == "length")
+def response(text: str, finish_reason: str | None = None) -> Any:
+    fields = dict.fromkeys(field.name for field in dataclasses.fields(server.Response))
+    if not ON_TEXT and finish_reason == "stop":
+        text = ""
+    return server.Response(**fields | {"text": text, "finish_reason": finish_reason})
 
 
-def _by_tokens(made: Any, wrapper: TokenizerWrapper, pieces: list[str], end: str) -> Parts:
-    machine, sequences = made
-    state, responses = machine.make_state(), []
-    for token in wrapper.encode("".join(pieces), add_special_tokens=False):
-        state, matched, name = machine.match(state, token)
-        responses.append(server.Response(wrapper.decode([token]), token, name, matched, 0.0, None, ()))
-    shown = server._process_control_tokens(SimpleNamespace(sequences=sequences), iter(responses))
-    return [(response.state, response.text) for response in shown]
+def _shown(responses: Any) -> Parts:
+    """As the server's loop reads them."""
+    if not ON_TEXT:
+        return [(one.state, one.text) for one in responses]
+    machine = server.TextStateMachine
+    state, parts = machine({"normal": []}).make_state(), []
+    for one in responses:
+        if one.finish_reason != "stop":
+            state, segments = machine.split(state, one.text)
+            parts += segments
+    return parts
 
 
-TOOL = ("tool", CALL)
+TOOL = ("tool", json.dumps(PARSED))
+BLOCK_TOKENS = [NS, "<tool_call>", CALL, NS, "</tool_call>"]
 
 
 @pytest.mark.parametrize(
@@ -281,15 +304,15 @@ TOOL = ("tool", CALL)
         (["Hello"], [("normal", "Hello")]),
         ([THINK, "Hm", END_OF_THINK, "Hello"], [("reasoning", "Hm"), ("normal", "Hello")]),
         ([END_OF_THINK, "Hello"], [("normal", "Hello")]),
-        (["Hello", NS, "<tool_call>", CALL, NS, "</tool_call>"], [("normal", "Hello"), TOOL]),
-        # In the midst of reasoning, which does not go on after it.
-        (
-            [THINK, "Hm", NS, "<tool_call>", CALL, NS, "</tool_call>", "Hello"],
-            [("reasoning", "Hm"), TOOL, ("normal", "Hello")],
-        ),
-        # The namespace token without a block is no text.
-        (["Hel", NS, "lo"], [("normal", "Hello")]),
-        ([THINK, "H", NS, "m"], [("reasoning", "Hm")]),
+        (["Hello", *BLOCK_TOKENS], [("normal", "Hello"), TOOL]),
+        # In the midst of reasoning, which goes on after it.
+        ([THINK, "Hm", *BLOCK_TOKENS, "so"], [("reasoning", "Hm"), TOOL, ("reasoning", "so")]),
+        # What is no call is text, and so is the namespace token without a block.
+        (["Hel", NS, "lo"], [("normal", f"Hel{NS}lo")]),
+        ([THINK, "H", NS, "m"], [("reasoning", f"H{NS}m")]),
+        (["x", NS], [("normal", f"x{NS}")]),
+        (["x", NS, "<tool_call>", "no"], [("normal", f"x{NS}<tool_call>no")]),
+        (["x", NS, "<tool_call>", CALL[:60]], [("normal", f"x{NS}<tool_call>{CALL[:60]}")]),
         # What a marker may begin with is no marker.
         (["a[0", "]"], [("normal", "a[0]")]),
         (["x ", "<", "mm"], [("normal", "x <mm")]),
@@ -301,10 +324,36 @@ def test_a_reply_taken_apart(tokenizer: TokenizerWrapper, pieces: list[str], par
     assert taken_apart(tokenizer, pieces, end) == parts
 
 
-@pytest.mark.parametrize("state", ["normal", "reasoning"])
-def test_a_reply_cut_off_within_the_marker_of_calls(tokenizer: TokenizerWrapper, state: str) -> None:
-    pieces = [THINK, "Hm", *([END_OF_THINK, "Hello"] if state == "normal" else []), NS]
-    assert NS not in str(taken_apart(tokenizer, pieces, "length"))
+def test_a_prompt_may_end_in_white_space(tokenizer: TokenizerWrapper) -> None:
+    for blanks in ("", "\n", " \n"):
+        tokens = tokenizer.encode(f"ai{THINK}{blanks}", add_special_tokens=False)
+        assert tokenizer.rfind_think_start(tokens) == tokens.index(tokenizer.think_start_id)
+        assert taken_apart(tokenizer, ["Hm"], prompt=tokens) == [("reasoning", "Hm")]
+    assert taken_apart(tokenizer, ["Hm"], prompt=[*tokens, tokenizer.think_end_id]) == [("normal", "Hm")]
+
+
+def test_tool_choice_none(tokenizer: TokenizerWrapper) -> None:
+    whole = "".join(BLOCK_TOKENS)
+    assert taken_apart(tokenizer, BLOCK_TOKENS, tool_choice="none") == [("normal", whole)]
+    assert taken_apart(tokenizer, BLOCK_TOKENS, tool_choice="auto") == [TOOL]
+
+
+def test_a_call_is_sent_when_its_invoke_closes(tokenizer: TokenizerWrapper) -> None:
+    """With the responses that come after it still to come."""
+    pieces = iter([response(piece) for piece in [NS, "<tool_call>", CALL.strip()]])
+
+    def replies() -> Any:
+        yield from pieces
+        yield response("\n")
+        raise AssertionError("the call was not sent")
+
+    context = SimpleNamespace(tool_parser=tokenizer.tool_parser, prompt=[])
+    generator = SimpleNamespace(model_provider=SimpleNamespace(tokenizer=tokenizer))
+    generate = chat.generate(server, lambda *_: (context, replies()))
+    _, responses = generate(generator, SimpleNamespace(tools=None), SimpleNamespace(stop_words=[]))
+    found: Parts = []
+    while TOOL not in found:
+        found += _shown([next(responses)])
 
 
 @only_on_text
@@ -315,19 +364,11 @@ def test_a_stop_word_is_found_in_pieces(tokenizer: TokenizerWrapper, word: str) 
         assert taken_apart(tokenizer, pieces, stop_words=(word,)) == [("normal", "Hello ]<")]
 
 
-def test_an_unfinished_block_gives_what_is_complete(
-    tokenizer: TokenizerWrapper, caplog: pytest.LogCaptureFixture
-) -> None:
-    """mlx-lm hands the parser whatever there is at the end, and logs what the parser refuses."""
+def test_the_servers_formatter_reads_the_parts(tokenizer: TokenizerWrapper) -> None:
     formatter = server.ToolCallFormatter(tokenizer.tool_parser, None)
-    unfinished = f'{NS}<invoke name="fetch">{NS}<id>4'
-    with caplog.at_level(logging.WARNING):
-        (made,) = formatter([CALL + unfinished])
-        assert json.loads(made["function"]["arguments"]) == PARSED["arguments"]
-        assert "the call of fetch is not closed" in caplog.text
-        caplog.clear()
-        assert formatter([unfinished]) == []
-        assert "the call of fetch is not closed" in caplog.text
+    (made,) = formatter([text for state, text in taken_apart(tokenizer, BLOCK_TOKENS) if state == "tool"])
+    assert made["function"]["name"] == "search"
+    assert json.loads(made["function"]["arguments"]) == PARSED["arguments"]
 
 
 # --- other models ---

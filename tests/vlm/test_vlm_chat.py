@@ -106,14 +106,12 @@ def test_what_servers_say_of_random_replies(count: Callable[[int, int], int], fr
     rng = random.Random(fresh_seed)
     for _ in range(count(300, 3000)):
         made = sample(rng)
-        if any(marker in said for said in (made.says.reasoning, made.says.content) for marker in MARKERS):
-            continue
         cuts = sorted(rng.choices(range(len(made.text) + 1), k=rng.randint(0, 12)))
         pieces = [made.text[a:b] for a, b in zip([0, *cuts], [*cuts, len(made.text)], strict=True)]
         told = rewritten(pieces, made.in_reasoning, ends=rng.random() < 0.8)
         expected = [(call.name.strip(), call.arguments) for call in made.says.calls]
         for reasoning, content, calls in (whole("".join(told)), streamed(told)):
-            assert reasoning == made.says.reasoning, made.text
+            assert "".join(words(reasoning)) == "".join(words(made.says.reasoning)), made.text
             assert "".join(words(content)) == "".join(words(made.says.content)), made.text
             assert calls == expected, made.text
 

@@ -1,14 +1,19 @@
-"""mlx-lm's tokenizers and its automata that read replies, for M3.
+"""mlx-lm's tokenizers, and the replies of its server, for M3.
 
 Only tokenizers with M3's markers in their vocabulary are touched.
 """
 
-from collections.abc import Sequence
+import dataclasses
+from collections.abc import Iterable, Iterator
 from functools import cache, wraps
-from typing import Any
+from typing import TYPE_CHECKING, Any
+from weakref import WeakValueDictionary
 
-from mlx_m3_plugin.chat.markers import NAMESPACE, THINK_END, THINK_START, has_m3_markers
-from mlx_m3_plugin.hosts.patching import Arguments, UpstreamChangedError, call, for_m3, where
+from mlx_m3_plugin.chat.markers import THINK_END, THINK_START, has_m3_markers
+from mlx_m3_plugin.hosts.patching import Arguments, call, where
+
+if TYPE_CHECKING:
+    from mlx_m3_plugin.chat.reply import Event
 
 # --- TokenizerWrapper: markers, tool parser, thinking modes, template ---
 
@@ -66,8 +71,8 @@ def infer_tool_parser(module: Any, original: Any) -> Any:
     return _infer_tool_parser
 
 
-class SwallowedTokens(tuple):  # type: ignore[type-arg]
-    """The tokens of a marker that is not content outside of reasoning either."""
+class M3Tokens(tuple):  # type: ignore[type-arg]
+    """The tokens of M3's closing marker, by which its automata are known."""
 
 
 def become_m3(wrapper: Any) -> None:
@@ -78,7 +83,7 @@ def become_m3(wrapper: Any) -> None:
     tokenizer = wrapper._tokenizer
     start, end = tokenizer.convert_tokens_to_ids([THINK_START, THINK_END])
     wrapper._think_start, wrapper._think_end = THINK_START, THINK_END
-    wrapper._think_start_tokens, wrapper._think_end_tokens = (start,), SwallowedTokens((end,))
+    wrapper._think_start_tokens, wrapper._think_end_tokens = (start,), M3Tokens((end,))
     wrapper._tool_parser = tool_calls.parse_tool_call
     for which in ("start", "end"):
         marker = getattr(tool_calls, f"tool_call_{which}")
@@ -118,126 +123,192 @@ class _M3Behaviour:
     # mlx-lm asks these about whole prompts, to know whether a reply begins in reasoning.  M3's
     # instructions, and what users write, hold both markers as text: only the prompt's end counts.
     def rfind_think_start(self, tokens: Any, start: Any = None, end: Any = None) -> int:
-        return _at_end(tokens, self._think_start_tokens)  # type: ignore[attr-defined]
+        return _at_end(self, tokens, self._think_start_tokens)  # type: ignore[attr-defined]
 
     def rfind_think_end(self, tokens: Any, start: Any = None, end: Any = None) -> int:
-        return _at_end(tokens, self._think_end_tokens)  # type: ignore[attr-defined]
+        return _at_end(self, tokens, self._think_end_tokens)  # type: ignore[attr-defined]
 
 
-def _at_end(tokens: Any, marker: Any) -> int:
-    """Where the marker begins if the tokens end with it, or -1."""
-    begin = len(tokens) - len(marker)
-    return begin if begin >= 0 and tuple(tokens[begin:]) == tuple(marker) else -1
+def _at_end(wrapper: Any, tokens: Any, marker: Any) -> int:
+    """Where the marker begins if the tokens end with it and white space, or -1."""
+    end = len(tokens)
+    while (
+        end > 0 and tokens[end - 1] not in marker and wrapper._tokenizer.decode([tokens[end - 1]]).isspace()
+    ):
+        end -= 1
+    begin = end - len(marker)
+    return begin if begin >= 0 and tuple(tokens[begin:end]) == tuple(marker) else -1
 
 
-# --- replies: none of M3's markers is let through as text ---
+# --- replies ---
 
-# A reply that needs no reasoning begins with the closing marker.  One that ``max_tokens`` cuts off may
-# end between the two tokens of the marker before tool calls.
+# Every reply to a request comes through ``ResponseGenerator.generate``.  There M3's is taken apart, and the
+# server gets the parts in the form that its own automaton has: from 0.32 on that is asked about every text.
 
-# ``split``, ``flush`` and ``match`` are called for every token of every model, so ours do not bind
-# their arguments.
-
-
-class M3States(dict):  # type: ignore[type-arg]
-    """The states of an automaton for M3's replies, what its namespace token is there, and stop words."""
-
-    def __init__(self, states: Any, namespace: Any, stop_words: Sequence[str] = ()) -> None:
-        super().__init__(states)
-        self.namespace, self.stop_words = namespace, stop_words
+_PARSER = "mlx_m3_plugin.chat.tool_calls"
 
 
-def _is_m3_state(state: Any) -> bool:
-    """Whether this is the state of an automaton of M3's: a tuple that holds its ``M3States``."""
-    return isinstance(state, tuple) and len(state) > 2 and isinstance(state[2], M3States)
+def generate(module: Any, original: Any) -> Any:
+    @wraps(original)
+    def generate(self: Any, request: Any, generation_args: Any, *args: Any, **kwargs: Any) -> Any:
+        context, responses = original(self, request, generation_args, *args, **kwargs)
+        # What was loaded for the request is known only now.
+        if getattr(getattr(context, "tool_parser", None), "__module__", None) != _PARSER:
+            return context, responses
+        in_reasoning = self.model_provider.tokenizer.rfind_think_start(context.prompt) >= 0
+        return context, _read(module, responses, request, generation_args.stop_words, in_reasoning)
+
+    return generate
 
 
-def make_text_state_machine(module: Any, original: Any) -> Any:
-    example = module.TextStateMachine()
-    state = example.make_state()
-    if len(state) != 4 or state[2] is not example._states:
-        raise UpstreamChangedError(
-            f"{module.__name__}.TextStateMachine.make_state does not return (name, trie, _states, text)"
-        )
+# By identity, as requests are compared by their fields.
+_WITHOUT_CALLS: WeakValueDictionary[int, Any] = WeakValueDictionary()
 
-    def make_for_m3(given: Arguments) -> Any:
-        made = call(original, given)
-        made._states = M3States(made._states, NAMESPACE, tuple(given.arguments["stop_words"] or ()))
-        return made
 
-    return for_m3(original, lambda given: is_m3_wrapper(given["tokenizer"]), make_for_m3)
+def completion_request(module: Any, original: Any) -> Any:
+    """Remembers the requests that want no call, which upstream does not look at."""
+
+    @wraps(original)
+    def handle_chat_completions(self: Any, *args: Any, **kwargs: Any) -> Any:
+        request = original(self, *args, **kwargs)
+        if self.body.get("tool_choice") == "none":
+            _WITHOUT_CALLS[id(request)] = request
+        return request
+
+    return handle_chat_completions
+
+
+Segments = list[tuple[str, str]]
+
+
+class _Split(str):
+    """The text of a response, with the parts of the reply that are known since."""
+
+    segments: Segments
+
+
+def _read(module: Any, responses: Any, request: Any, stop_words: Any, in_reasoning: bool) -> Iterator[Any]:
+    from mlx_m3_plugin.chat.reply import ReplyParser
+    from mlx_m3_plugin.chat.tool_calls import RepairLog
+
+    calls_are_text = _WITHOUT_CALLS.get(id(request)) is request
+    parser = ReplyParser(request.tools, in_reasoning, calls_are_text=calls_are_text)
+    log, texts = RepairLog(), _Texts(module, stop_words)
+    shows = _with_segments if texts.has_machine else _with_states
+    # Responses that wait, and parts of the reply for them: what is left at the end needs one to come with.
+    waiting: list[Any] = []
+    segments: Segments = []
+    for response in responses:
+        if response.finish_reason is not None and texts.drops_text_of(response) and waiting:
+            events = parser.finish()
+            log.add(events)
+            yield from shows(waiting, segments + _segments(events))
+            waiting, segments = [], []
+        events = parser.feed(texts.of(response))
+        if response.finish_reason is not None:
+            events += parser.finish()
+        log.add(events)
+        segments += _segments(events)
+        waiting.append(response)
+        if not parser.holds_back:
+            yield from shows(waiting, segments)
+            waiting, segments = [], []
+            continue
+        ready = len(waiting) - 1 if texts.has_machine else min(len(waiting) - 1, len(segments))
+        if ready > 0 and (texts.has_machine or ready == len(segments)):
+            yield from shows(waiting[:ready], segments)
+            waiting, segments = waiting[ready:], []
+    yield from shows(waiting, segments + _segments(parser.finish()))
+
+
+class _Texts:
+    """The texts of responses without stop words."""
+
+    def __init__(self, module: Any, stop_words: Any) -> None:
+        # until: mlx-lm 0.32.  Before, stop words are taken out as tokens, and each response has a state.
+        machine = getattr(module, "TextStateMachine", None)
+        self.has_machine = machine is not None
+        if machine is not None:
+            words = [(word, "normal") for word in stop_words or ()]
+            self._machine, self._state = machine, machine({"normal": words}).make_state()
+
+    def drops_text_of(self, response: Any) -> bool:
+        return self.has_machine and response.finish_reason == "stop"
+
+    def of(self, response: Any) -> str:
+        if not self.has_machine:
+            return str(response.text)
+        if self.drops_text_of(response):
+            return ""
+        self._state, segments = self._machine.split(self._state, response.text)
+        text = "".join(text for _, text in segments)
+        if response.finish_reason is not None:
+            self._state, held, _ = self._machine.flush(self._state)
+            text += held
+        return text
+
+
+def _segments(events: "Iterable[Event]") -> Segments:
+    """Texts by the states of mlx-lm's automata.  A call ends when the state is another one."""
+    from mlx_m3_plugin.chat.tool_calls import as_json
+
+    segments: Segments = []
+    for event in events:
+        if event.call is not None:
+            segments += [("tool", as_json(event.call)), ("normal", "")]
+        elif event.kind in ("reasoning", "content"):
+            state = "reasoning" if event.kind == "reasoning" else "normal"
+            if segments and segments[-1][0] == state:
+                segments[-1] = (state, segments[-1][1] + event.text)
+            else:
+                segments.append((state, event.text))
+    return segments
+
+
+def _with_segments(responses: list[Any], segments: Segments) -> Iterator[Any]:
+    for n, response in enumerate(responses):
+        text = _Split(response.text)
+        text.segments = (segments if n == 0 else []) or [("normal", "")]
+        yield dataclasses.replace(response, text=text)
+
+
+# until: mlx-lm 0.32
+def _with_states(responses: list[Any], segments: Segments) -> Iterator[Any]:
+    """One state for each; what cannot be one by one comes at the end."""
+    for n, response in enumerate(responses):
+        is_last = n == len(responses) - 1
+        own = segments[n:] if is_last else segments[n : n + 1]
+        for state, text in own[:-1]:
+            yield dataclasses.replace(response, text=text, state=state, finish_reason=None)
+        state, text = own[-1] if own else ("normal", "")
+        yield dataclasses.replace(response, text=text, state=state)
 
 
 def split(module: Any, original: Any) -> Any:
-    """mlx-lm holds back text that may begin a marker, and drops it when the reply ends: each final ``]``,
-    for M3.  M3's markers begin with a token that comes whole, so there is less to hold back.
-    """
+    """The parts that are known already.  Called for every token of every model: binds no arguments."""
 
     @wraps(original)
-    def split(state: Any, *args: Any, **kwargs: Any) -> Any:
-        if not _is_m3_state(state):
-            return original(state, *args, **kwargs)
-        state, segments = original(state, *args, **kwargs)
-        name, _, states, held = state
-        ends = [held[n:] for n in range(len(held))]
-        if NAMESPACE not in held and not any(w.startswith(end) for w in states.stop_words for end in ends):
-            segments.append((name, held))
-            state = (name, states[name][0], states, "")
-        return state, [(name, _shown(piece, name)) for name, piece in segments]
+    def split(state: Any, text: Any, *args: Any, **kwargs: Any) -> Any:
+        if type(text) is _Split:
+            return state, text.segments
+        return original(state, text, *args, **kwargs)
 
     return split
 
 
-def flush(module: Any, original: Any) -> Any:
-    @wraps(original)
-    def flush(state: Any, *args: Any, **kwargs: Any) -> Any:
-        if not _is_m3_state(state):
-            return original(state, *args, **kwargs)
-        state, text, name = original(state, *args, **kwargs)
-        return state, _shown(text, name), name
-
-    return flush
-
-
-def _shown(text: str, name: str) -> str:
-    return text if name == "tool" else text.replace(NAMESPACE, "")
-
-
 # until: mlx-lm 0.32
-@where(lambda given: bool(_swallowed(given["transitions"])))
+@where(lambda given: _is_m3_machine(given["transitions"]))
 def sequence_init(init: Any, given: Arguments) -> None:
-    """As in mlx-lm 0.32, the closing marker is not content, and a call may come within reasoning."""
+    """Only what ends a reply is looked for in tokens: its text is taken apart later."""
     transitions = given.arguments["transitions"]
-    reasoning, normal = transitions["reasoning"], transitions.get("normal", ())
-    calls = [edge for edge in normal if edge[1] == "tool"]
-    normal = [*normal, *((tokens, "normal") for tokens in _swallowed(transitions))]
-    given.arguments["transitions"] = {**transitions, "normal": normal, "reasoning": [*reasoning, *calls]}
+    given.arguments["transitions"] = {
+        state: [edge for edge in edges if edge[1] is None] for state, edges in transitions.items()
+    }
     call(init, given)
-    made = given.arguments["self"]
-    made._states = M3States(made._states, calls[0][0][0] if calls else None)
 
 
-# until: mlx-lm 0.32
-def sequence_match(module: Any, original: Any) -> Any:
-    @wraps(original)
-    def match(state: Any, x: Any, *args: Any, **kwargs: Any) -> Any:
-        if not _is_m3_state(state):
-            return original(state, x, *args, **kwargs)
-        state, matched, name = original(state, x, *args, **kwargs)
-        if matched is None and name != "tool" and x == state[2].namespace:
-            # The text of what was matched is not shown; the automaton itself still waits for more.
-            matched = (x,)
-        return state, matched, name
-
-    return match
-
-
-# until: mlx-lm 0.32
-def _swallowed(transitions: Any) -> list[SwallowedTokens]:
-    """M3's closing marker, where it ends the reasoning of this automaton."""
+def _is_m3_machine(transitions: Any) -> bool:
     edges = transitions.get("reasoning") if isinstance(transitions, dict) else None
     if not isinstance(edges, (list, tuple)):
-        return []
-    return [
-        edge[0] for edge in edges if isinstance(edge, tuple) and edge and isinstance(edge[0], SwallowedTokens)
-    ]
+        return False
+    return any(isinstance(edge, tuple) and edge and isinstance(edge[0], M3Tokens) for edge in edges)

@@ -201,6 +201,18 @@ PATCHES = [
         "several reasonings in one reply",
         replies.split_thinking,
     ),
+    until_markers(
+        "mlx_vlm.server.responses_state:strip_protocol_markers(text, thinking_start_token)",
+        "markers that are text, beside calls",
+        replies.strip_markers,
+        since="0.7.1",
+    ),
+    until_markers(
+        "mlx_vlm.server.responses_state:ToolCallStreamState.feed(text)",
+        "markers that are text, in replies that stream",
+        replies.shown_content,
+        since="0.7.1",
+    ),
     Patch(
         "mlx_vlm.server.responses_state:suppress_tool_call_content(tc_start, delta_content)",
         "text after calls",

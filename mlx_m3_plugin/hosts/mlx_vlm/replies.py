@@ -5,18 +5,18 @@ A reply is M3's if the arguments of its request are, or by M3's opening marker i
 
 import dataclasses
 import json
+import re
 from collections.abc import Callable, Iterator, Mapping
 from functools import cache
 from typing import TYPE_CHECKING, Any
 
-from mlx_m3_plugin.chat.markers import THINK_START, TOOL_CALL_START
+from mlx_m3_plugin.chat.markers import THINK_END, THINK_START, TOOL_CALL_START
 from mlx_m3_plugin.hosts.mlx_vlm.prompts import PARSER_NAME
 from mlx_m3_plugin.hosts.mlx_vlm.requests import M3Arguments, is_text, starts_with_m3
 from mlx_m3_plugin.hosts.patching import Arguments, call, for_m3, where
 
 if TYPE_CHECKING:
     # Their parsers take milliseconds to import, for which other models are not to wait.
-    from mlx_m3_plugin.chat.reply import ReplySplitter
     from mlx_m3_plugin.chat.rewriting import ReplyRewriter
 
 
@@ -37,7 +37,7 @@ def _rewriter(prompt: Any, arguments: Any) -> "ReplyRewriter":
     from mlx_m3_plugin.chat.rewriting import ReplyRewriter
 
     tools = getattr(arguments, "tools", None)
-    in_reasoning = isinstance(prompt, str) and prompt.endswith(THINK_START)
+    in_reasoning = isinstance(prompt, str) and prompt.rstrip().endswith(THINK_START)
     return ReplyRewriter(tools, in_reasoning, calls_are_text=not tools)
 
 
@@ -101,52 +101,81 @@ def thinking_stream_markers(original: Any, given: Arguments) -> Any:
     return ((given.arguments["thinking_start_token"], given.arguments["thinking_end_token"]),)
 
 
+# Every marker in rewritten text is one, and comes whole.
+_THINK = re.compile(f"({re.escape(THINK_START)}|{re.escape(THINK_END)})")
+
+
 @cache
 def _m3_stream(base: Any, delta: Any) -> Any:
     class M3Stream(base):  # type: ignore[misc]
         """The text itself says whether it begins in reasoning."""
 
+        _is_reasoning = False
+
         def feed(self, text: Any, *args: Any, **kwargs: Any) -> Any:
-            splitter = self.__dict__.setdefault("_m3_splitter", _splitter())
-            was_in_reasoning = splitter.in_reasoning
-            reasoning, content = _split(splitter, text or "")
-            closed = was_in_reasoning and not splitter.in_reasoning
-            return delta(reasoning=reasoning or None, content=content or None, thinking_closed=closed)
+            was_reasoning = self._is_reasoning
+            reasoning, content, self._is_reasoning = _split(text or "", was_reasoning)
+            closed = was_reasoning and not self._is_reasoning
+            return delta(
+                reasoning=_restored(reasoning) or None, content=content or None, thinking_closed=closed
+            )
 
     return M3Stream
 
 
 @where(lambda given: starts_with_m3(given) and bool(given["text"]))
 def split_thinking(original: Any, given: Arguments) -> Any:
-    reasoning, content = _split(_splitter(), given.arguments["text"])
-    return reasoning or None, content
+    reasoning, content, _ = _split(given.arguments["text"], False)
+    return _restored(reasoning) or None, _restored(content)
 
 
-def _splitter() -> "ReplySplitter":
-    from mlx_m3_plugin.chat.reply import ReplySplitter
+def _split(text: str, is_reasoning: bool) -> tuple[str, str, bool]:
+    """Reasoning, content, and which of them goes on.  Calls stay in the content, where the server takes
+    them out."""
+    said = {True: "", False: ""}
+    for piece in _THINK.split(text):
+        if piece in (THINK_START, THINK_END):
+            is_reasoning = piece == THINK_START
+        else:
+            said[is_reasoning] += piece
+    return said[True], said[False], is_reasoning
 
-    return ReplySplitter()
+
+def _restored(text: str) -> str:
+    from mlx_m3_plugin.chat.rewriting import restored
+
+    return restored(text)
 
 
-def _split(splitter: "ReplySplitter", text: str) -> tuple[str, str]:
-    """Reasoning and content.  Calls stay in the content, where the server takes them out."""
-    said = {"reasoning": "", "content": ""}
-    # No marker is in two pieces, thanks to the rewriting.
-    for part in splitter.feed(text) + splitter.flush():
-        if part.kind != "problem":
-            said["reasoning" if part.kind == "reasoning" else "content"] += part.text
-    return said["reasoning"], said["content"]
+def _has_m3_start(given: Mapping[str, Any]) -> bool:
+    # Without tools, upstream has no marker there, and the text itself shows whose it is.
+    text = given["text"]
+    return is_text(given["self"].tc_start, TOOL_CALL_START) or (isinstance(text, str) and "\ufdd0" in text)
+
+
+@where(_has_m3_start)
+def shown_content(original: Any, given: Arguments) -> Any:
+    """Markers that are text are shown as they were written."""
+    content = call(original, given)
+    return _restored(content) if content else content
+
+
+@where(lambda given: starts_with_m3(given) and bool(given["text"]))
+def strip_markers(original: Any, given: Arguments) -> Any:
+    """Not those that are text: the others are gone."""
+    from mlx_m3_plugin.chat.rewriting import as_text
+
+    given.arguments["text"] = as_text(given.arguments["text"])
+    return _restored(call(original, given))
 
 
 # until: mlx-vlm 0.7
 @where(lambda given: is_text(given["tc_start"], TOOL_CALL_START) and bool(given["delta_content"]))
 def text_after_calls(original: Any, given: Arguments) -> Any:
     """mlx-vlm 0.6 shows nothing more of a reply once a call has begun."""
-    from mlx_m3_plugin.chat.reply import ReplyParser
+    from mlx_m3_plugin.chat.rewriting import restored, without_calls
 
-    parser = ReplyParser()
-    events = parser.feed(given.arguments["delta_content"]) + parser.finish()
-    return False, "".join(event.text for event in events if event.kind == "content") or None
+    return False, restored(without_calls(given.arguments["delta_content"])) or None
 
 
 def _parses_m3(given: Mapping[str, Any]) -> bool:
@@ -158,12 +187,12 @@ def _parses_m3(given: Mapping[str, Any]) -> bool:
 @where(_parses_m3)
 def tool_deltas(original: Any, given: Arguments) -> Any:
     """A call of M3 is sent when it is complete, not when all are."""
-    from mlx_m3_plugin.chat.reply import ReplyParser
+    from mlx_m3_plugin.chat.rewriting import calls_in
 
     state, text = given.arguments["self"], given.arguments["text"]
-    parser = ReplyParser(state.tools)
-    calls = [event.call for event in parser.feed(text or "") + parser.finish() if event.call]
     return [
-        state._update(len(state.calls), call.name.strip(), json.dumps(call.arguments, ensure_ascii=False))
-        for call in calls
+        state._update(
+            len(state.calls), call["name"].strip(), json.dumps(call["arguments"], ensure_ascii=False)
+        )
+        for call in map(json.loads, calls_in(text or ""))
     ]

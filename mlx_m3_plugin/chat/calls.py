@@ -1,0 +1,449 @@
+"""M3's tool calls: from the tags of one call to a name and arguments.
+
+    NS<tool_call>
+    NS<invoke name="search">NS<query>mlxNS</query>NS<tags>NS<item>aNS</item>NS</tags>NS</invoke>
+    NS</tool_call>
+
+``NS`` is one token, ``]<]minimax[>[``, and stands before every tag; all other text is literal.
+``docs/tool-calls.md`` has the grammar and every decision on malformed text.
+"""
+
+import re
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+from mlx_m3_plugin.chat.values import (
+    MAX_DEPTH,
+    Element,
+    Schemas,
+    Shape,
+    bare_elements,
+    parameter_name,
+    typed_arguments,
+)
+
+_CLOSING_TAG = re.compile(r"</([^<>]+)>\s*")
+
+
+@dataclass(frozen=True)
+class ToolCall:
+    name: str
+    arguments: dict[str, Any]
+
+    def as_dict(self) -> dict[str, Any]:
+        return {"name": self.name, "arguments": self.arguments}
+
+
+class OfferedTools:
+    """A request's tools, made ready for any number of calls.
+
+    Args:
+        tools: in OpenAI's form, or bare functions.  What is neither is left out.  None: the tools are not
+            known, and arguments that are JSON are read as JSON.
+    """
+
+    def __init__(self, tools: Any):
+        self._unknown = Schemas(None, as_json=tools is None)
+        self._schemas: dict[str, Schemas] = {}
+        for tool in tools if isinstance(tools, (list, tuple)) else ():
+            function = tool.get("function", tool) if isinstance(tool, Mapping) else None
+            if isinstance(function, Mapping) and isinstance(function.get("name"), str):
+                self._schemas[function["name"]] = Schemas(function.get("parameters"))
+
+    def __contains__(self, name: object) -> bool:
+        return name in self._schemas
+
+    def may_have(self, name: str) -> bool:
+        """Whether no tool is known, or this is one of them."""
+        return not self._schemas or name in self._schemas
+
+    def schemas_of(self, name: str) -> Schemas:
+        return self._schemas.get(name) or self._unknown
+
+
+class _UnbalancedError(Exception):
+    """A tag does not close what is open."""
+
+
+@dataclass
+class _OpenElement:
+    """An element whose end has not come yet; ``begin`` counts the pieces of the call before its content."""
+
+    name: str
+    shape: Shape
+    begin: int
+    closing: str = ""
+    texts: list[str] = field(default_factory=list)
+    children: list[Element] = field(default_factory=list)
+    # Where the texts are that have children after them.
+    before: list[tuple[int, int]] = field(default_factory=list)
+    # Where a token stood alone: children and texts before it.
+    alone: tuple[int, int] | None = None
+    # Its end must be written: what is in it may belong around it.
+    doubtful: bool = False
+
+    def add(self, child: Element) -> None:
+        if self.texts:
+            self.before.append((len(self.children), len(self.texts)))
+        self.children.append(child)
+
+    def last_text(self) -> str:
+        """After the last child."""
+        return "".join(self.texts[self.before[-1][1] if self.before else 0 :])
+
+    def between(self) -> list[tuple[int, str]]:
+        found, begin = [], 0
+        for count, end in [*self.before, (len(self.children), len(self.texts))]:
+            text = "".join(self.texts[begin:end])
+            if text.strip():
+                found.append((count, text))
+            begin = end
+        return found
+
+
+class CallBuilder:
+    """Takes the texts and tags of one call, and repairs those that do not match.
+
+    At first every closing tag has to close the innermost element.  At the first that does not, all is read
+    again by the tool's schema.  ``broken`` says that no reading is forced: there is no call.
+    """
+
+    def __init__(self, name: str, tools: OfferedTools):
+        self.name = name
+        self.repairs: dict[str, None] = {}
+        self.broken = False
+        self._schemas = tools.schemas_of(name)
+        self._given: list[tuple[str, str, str]] = []
+        self._start(strict=True)
+
+    def _start(self, strict: bool) -> None:
+        self._strict = strict
+        self._pieces: list[str] = []
+        self._open = [_OpenElement("invoke", self._schemas.shape(self._schemas.root), 0)]
+        # Elements closed by a tag of another name, or by an opening tag: with what came after them.
+        self._ended: dict[str, tuple[_OpenElement, int]] = {}
+
+    # --- what is open ---
+
+    @property
+    def has_open_value(self) -> bool:
+        return len(self._open) > 1
+
+    @property
+    def in_text(self) -> bool:
+        """Whether markup at this place may be text of a value."""
+        top = self._open[-1]
+        quoted = any(element.shape.is_text for element in self._open[1:])
+        return self.has_open_value and (quoted or (top.shape.is_leaf and not top.children))
+
+    def is_open(self, name: str) -> bool:
+        return any(element.name == name for element in self._open[1:])
+
+    def open_tags(self) -> list[str]:
+        return [element.closing for element in self._open[1:]]
+
+    # --- what is read ---
+
+    def text(self, text: str) -> None:
+        self._take("text", "", text)
+
+    def open(self, name: str, written: str) -> None:
+        self._take("open", name, written)
+
+    def close(self, name: str, written: str) -> None:
+        self._take("close", name, written)
+
+    def token(self, written: str) -> None:
+        """The namespace token alone."""
+        self._take("token", "", written)
+
+    def _take(self, kind: str, name: str, written: str) -> None:
+        self._given.append((kind, name, written))
+        if self.broken:
+            return
+        if self._strict:
+            try:
+                self._do(kind, name, written)
+            except _UnbalancedError:
+                self.repair()
+        else:
+            self._do(kind, name, written)
+
+    def repair(self) -> None:
+        """Read all again, by the schema."""
+        if self._strict:
+            self._start(strict=False)
+            for given in self._given:
+                if not self.broken:
+                    self._do(*given)
+
+    def _do(self, kind: str, name: str, written: str) -> None:
+        if kind == "text":
+            self._open[-1].texts.append(written)
+        elif kind == "open":
+            self._read_opening(name)
+        elif kind == "close":
+            self._read_closing(name, written)
+        else:
+            self._read_token(written)
+        self._pieces.append(written)
+        if kind == "open":
+            self._open[-1].begin = len(self._pieces)
+
+    def _read_token(self, written: str) -> None:
+        top = self._open[-1]
+        if top.shape.is_leaf and self.has_open_value:
+            if top.shape.is_text or top.shape.is_open:
+                top.texts.append(written)
+            else:
+                self._note("token alone")
+            return
+        top.alone = len(top.children), len(top.texts)
+        top.texts.append(written)
+
+    def _read_opening(self, name: str) -> None:
+        closings = self._closings()
+        self._close_without_token(max(self._closable(closings), default=0), closings)
+        self._take_elements_without_token()
+        closing, m2 = name, parameter_name(name)
+        if m2 is not None and not self._open[-1].shape.names(name):
+            name, closing = m2, "parameter"
+            self._note("M2 parameter tags")
+        if not self._strict:
+            self._make_way(name)
+        if len(self._open) > MAX_DEPTH:
+            self.broken = True
+            return
+        top = self._open[-1]
+        shape = top.shape.of_child(name, len(top.children))
+        if not self._strict and any(child.name == name for child in top.children):
+            # Only with balanced tags is a repeated tag a list.
+            self.broken |= top.shape.names(name) and name != "item" and not shape.is_array
+        self._open.append(_OpenElement(name, shape, 0, closing))
+
+    def _make_way(self, name: str) -> None:
+        """Close what is between the element that has this tag by the schema, and the tag."""
+        top = self._open[-1]
+        takers = [count for count, e in enumerate(reversed(self._open)) if self._lacks(e, name)]
+        if top.shape.names(name) or top.shape.is_open or (takers and takers[0] == 0):
+            parent = self._open[-2] if len(self._open) > 1 else None
+            if parent and (self._lacks(parent, name) or parent.shape.is_open):
+                for element in self._open[1:]:
+                    element.doubtful |= element is top or element.name == top.name
+        elif takers:
+            taker = self._open[-1 - takers[0]]
+            while self._open[-1] is not taker:
+                self._ended[self._open[-1].name] = taker, -1
+                self._end_unclosed()
+
+    def _lacks(self, element: _OpenElement, name: str) -> bool:
+        """Whether this tag may come in the element, and has not been there."""
+        if not element.shape.names(name):
+            return False
+        if name == "item" and element.shape.is_array:
+            return True
+        inner = self._open[self._open.index(element) + 1 :]
+        return not any(child.name == name for child in element.children) and not (
+            inner and inner[0].name == name
+        )
+
+    def _read_closing(self, name: str, written: str) -> None:
+        top = self._open[-1]
+        if not self._closes(top, name):
+            closings = self._closings()
+            for count in self._closable(closings):
+                if self._closes(self._open[-1 - count], name):
+                    self._close_without_token(count, closings)
+                    break
+        top = self._open[-1]
+        if len(self._open) > 1 and self._closes(top, name) and (self._strict or not self._lost(top, name)):
+            self._finish()
+        elif self._strict:
+            raise _UnbalancedError
+        else:
+            self._repair_closing(name, written)
+
+    def _lost(self, element: _OpenElement, name: str) -> bool:
+        """Whether text in it, before a closing tag, has lost its opening tag."""
+        return self._lacks(element, name) and bool(element.alone or element.last_text().strip())
+
+    @staticmethod
+    def _closes(element: _OpenElement, name: str) -> bool:
+        return name in (element.closing, element.name)
+
+    # --- repairs ---
+
+    def _note(self, repair: str) -> None:
+        self.repairs[repair] = None
+
+    def _repair_closing(self, name: str, written: str) -> None:
+        top = self._open[-1]
+        depth = next(
+            (n for n, e in enumerate(reversed(self._open[1:])) if self._closes(e, name)),
+            None,
+        )
+        if depth is not None and not self._lost(top, name):
+            for _ in range(depth):
+                self._end_unclosed()
+            if depth:
+                parent = self._open[-2]
+                self._ended[name] = parent, len(parent.children) + 1
+            if not self.broken:
+                self._finish()
+        elif any(self._lacks(element, name) for element in self._open):
+            self._restore_opening(name)
+        elif any(element.shape.is_text for element in self._open[1:-1]):
+            top.texts.append(written)
+        elif len(self._open) > 1 and top.shape.is_leaf and not top.children:
+            self._note("wrong closing tag")
+            self._ended[top.name] = self._open[-2], len(self._open[-2].children) + 1
+            self._finish()
+        else:
+            self._note("stray closing tag")
+            # An element that was ended early, and whose end comes now, was read wrongly.
+            if name in self._ended:
+                parent, count = self._ended[name]
+                self.broken = parent is not top or len(parent.children) != count
+
+    def _restore_opening(self, name: str) -> None:
+        """The tag closes what is after a token alone, or the text just before it."""
+        top = self._open[-1]
+        if not self._lacks(top, name):
+            self.broken = True
+            return
+        self._note("opening tag missing")
+        children, texts = top.alone or (len(top.children), top.before[-1][1] if top.before else 0)
+        element = _OpenElement(name, top.shape.of_child(name, children), 0, name)
+        element.children, top.children = top.children[children:], top.children[:children]
+        # Without the token itself.
+        element.texts, top.texts = top.texts[texts + bool(top.alone) :], top.texts[:texts]
+        text = "".join(element.texts)
+        if (not top.alone and not text.strip()) or (element.children and text.strip()):
+            self.broken = True
+        if element.children and element.shape.is_leaf:
+            self.broken = True
+        top.before, top.alone = [(c, t) for c, t in top.before if c < children], None
+        top.add(Element(name, text, element.children, text, depth=len(self._open)))
+
+    def _end_unclosed(self) -> None:
+        """The innermost element ends, and its closing tag is missing."""
+        top, parent = self._open[-1], self._open[-2]
+        quoted = any(element.shape.is_text for element in self._open[1:-1])
+        if not quoted:
+            self._note("closing tag missing")
+            mixed = bool(top.children) and not top.shape.is_text and "".join(top.texts).strip() != ""
+            is_foreign = not parent.shape.names(top.name) and not parent.shape.is_open
+            if top.doubtful or mixed or is_foreign or parent.name == top.name:
+                self.broken = True
+        self._finish()
+
+    # --- tags without their token ---
+
+    def _closings(self) -> list[tuple[str, int]]:
+        """Closing tags without their token at the end of the text: names and places, the last first."""
+        texts = self._open[-1].texts
+        text = texts[-1] if texts else ""
+        found: list[tuple[str, int]] = []
+        end = len(text)
+        while len(found) < len(self._open):
+            begin = text.rfind("</", 0, end)
+            tag = _CLOSING_TAG.match(text, begin, end) if begin >= 0 else None
+            if tag is None or tag.end() != end:
+                break
+            found.append((tag[1], begin))
+            end = begin
+        return found
+
+    def _closable(self, closings: list[tuple[str, int]]) -> list[int]:
+        """How many of the innermost elements those tags may close, by their names."""
+        if not closings:
+            return []
+        names, opened = [name for name, _ in closings], [element.closing for element in self._open[:0:-1]]
+        counts = range(1, min(len(names), len(opened)) + 1)
+        return [count for count in counts if names[count - 1 :: -1] == opened[:count]]
+
+    def _close_without_token(self, count: int, closings: list[tuple[str, int]]) -> None:
+        """Close ``count`` elements whose closing tags are there as text."""
+        if count == 0:
+            return
+        innermost = self._open[-1]
+        text, begin = innermost.texts[-1], closings[count - 1][1]
+        innermost.texts[-1] = text[:begin]
+        self._note("token missing")
+        if f"</{innermost.closing}>" in innermost.texts[-1]:
+            self.broken = True
+            return
+        for _, begin in closings[count - 1 :: -1]:
+            self._finish(cut=len(text) - begin)
+        self._open[-1].texts.append("")
+
+    def _take_elements_without_token(self) -> None:
+        element = self._open[-1]
+        text = element.texts[-1] if element.texts else ""
+        if "<" in text and (found := bare_elements(text, depth=len(self._open))):
+            self._note("token missing")
+            element.children += found
+            element.texts[-1] = ""
+
+    # --- ends ---
+
+    def _finish(self, cut: int = 0) -> None:
+        """The innermost element ends; ``cut``: so many characters before the end of what was read."""
+        top = self._open[-1]
+        if top.children:
+            self._take_elements_without_token()
+        self._open.pop()
+        text = "".join(top.texts)
+        element = Element(top.name, text, top.children, text, depth=len(self._open))
+        if top.children:
+            if top.shape.is_text:
+                source = "".join(self._pieces[top.begin :])
+                element.source = source[: len(source) - cut]
+            elif text and not text.isspace():
+                element.between = top.between()
+                if not self._strict:
+                    self.broken = True
+        self._open[-1].add(element)
+
+    def end_all(self) -> None:
+        """The call ends, and whatever is open in it."""
+        self.repair()
+        while len(self._open) > 1 and not self.broken:
+            self._end_unclosed()
+
+    def closes_without_token(self, name: str) -> bool:
+        """Whether ``</name>`` stands at the end of the text; then all that it closes is closed."""
+        closings = self._closings()
+        if self.broken or not closings or closings[0][0] != name:
+            return False
+        texts = self._open[-1].texts
+        written, texts[-1] = texts[-1], texts[-1][: closings[0][1]]
+        rest = self._closings()
+        if len(self._open) - 1 not in [0, *self._closable(rest)]:
+            texts[-1] = written
+            return False
+        self._close_without_token(len(self._open) - 1, rest)
+        self._note("token missing")
+        return True
+
+    def close_at_end(self) -> None:
+        """Closing tags without their token, just before the end of the call."""
+        closings = self._closings()
+        if len(self._open) - 1 in self._closable(closings):
+            self._close_without_token(len(self._open) - 1, closings)
+
+    def built(self) -> tuple[ToolCall | None, str]:
+        """The call, if there is one, and text that stands between its parameters."""
+        if self.broken or len(self._open) > 1:
+            return None, ""
+        self._take_elements_without_token()
+        invoke = self._open[0]
+        text = "".join(invoke.texts)
+        text = text if text.strip() else ""
+        if text and not self._strict:
+            return None, ""
+        try:
+            return ToolCall(self.name, typed_arguments(invoke.children, self._schemas)), text
+        except RecursionError:
+            return None, ""
