@@ -7,10 +7,12 @@ same replies in the same run, in turns, and the ratio of the best times is print
 """
 
 import argparse
+import json
 import subprocess
 import sys
 import time
 from pathlib import Path
+from tempfile import TemporaryDirectory
 
 CHECKOUT = Path(__file__).resolve().parents[1]
 NS = "]<]minimax[>["
@@ -60,7 +62,8 @@ def worker(checkout: Path, file: Path) -> subprocess.Popen[str]:
 
 
 def seconds(process: subprocess.Popen[str]) -> float:
-    assert process.stdin and process.stdout
+    assert process.stdin
+    assert process.stdout
     process.stdin.write("\n")
     process.stdin.flush()
     return float(process.stdout.readline())
@@ -83,9 +86,6 @@ def growth() -> float:
 
 
 def main() -> None:
-    import json
-    from tempfile import TemporaryDirectory
-
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--before", type=Path, help="another checkout to compare with")
     arguments = parser.parse_args()
