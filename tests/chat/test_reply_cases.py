@@ -37,13 +37,21 @@ def tools_of(case: dict[str, Any]) -> list[Any]:
     ]
 
 
-@pytest.mark.parametrize("case", CASES, ids=[f"{n}-{case['kind']}" for n, case in enumerate(CASES)])
+def case_id(case: dict[str, Any]) -> str:
+    return f"{CASES.index(case)}-{case['kind']}"
+
+
+def expected_calls(case: dict[str, Any]) -> list[Any]:
+    return json.loads(marked(json.dumps(case["calls"], ensure_ascii=False)))
+
+
+@pytest.mark.parametrize("case", CASES, ids=case_id)
 def test_a_reply(case: dict[str, Any]) -> None:
     for pieces in pieces_of(case["text"]):
         reply, _ = read(pieces, tools=tools_of(case))
         calls = [[call.name, call.arguments] for call in reply.calls]
         # True is not 1; 2 is 2.0, as a number's schema takes both.
-        assert calls == json.loads(marked(json.dumps(case["calls"], ensure_ascii=False)))
+        assert calls == expected_calls(case)
         assert str(calls).count("True") == str(case["calls"]).count("True")
         content, expected = reply.content, marked(case["content"])
         if calls:

@@ -88,7 +88,8 @@ class Maker:
         if kind == "object":
             value = {key: self.untyped(depth - 1) for key in self.keys(1)}
             return value if set(value) != {"item"} else self.untyped(0)
-        return self.draw(STRINGS)
+        # The word null is null where nothing says that it is a string.
+        return self.draw(STRINGS.filter(lambda text: text.strip() != "null"))
 
     def listed(self, depth: int) -> Shape:
         listed = self.draw(st.lists(st.one_of(*SCALARS.values()), min_size=1, max_size=4))

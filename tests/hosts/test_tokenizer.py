@@ -19,6 +19,8 @@ from mlx_lm.tokenizer_utils import TokenizerWrapper, load
 
 from mlx_m3_plugin.chat.prompt import CHAT_TEMPLATE
 from mlx_m3_plugin.hosts.mlx_lm import chat
+from tests.chat.test_reply_cases import CASES, case_id, expected_calls, pieces_of, tools_of
+from tests.chat.tool_rendering import marked
 from tests.checkpoints.random_model import write_random_model
 from tests.hosts.native_mlx_lm import NATIVE
 
@@ -239,7 +241,8 @@ Parts = list[tuple[str, str]]
 
 
 class Request:
-    tools = None
+    def __init__(self, tools: Any = None) -> None:
+        self.tools = tools
 
 
 def taken_apart(
@@ -261,13 +264,13 @@ def taken_apart(
     context = SimpleNamespace(tool_parser=wrapper.tool_parser, prompt=asked.pop("prompt", []))
     generator = SimpleNamespace(model_provider=SimpleNamespace(tokenizer=wrapper))
     generate = chat.generate(server, lambda *_: (context, iter(replies)))
-    request = Request()
+    request = Request(asked.pop("tools", None))
     handler = SimpleNamespace(body=asked)
     assert chat.completion_request(server, lambda _: request)(handler) is request
     _, responses = generate(generator, request, SimpleNamespace(stop_words=stop_words))
     parts: Parts = []
     for state, text in _shown(responses):
-        if text and parts and parts[-1][0] == state:
+        if text and parts and parts[-1][0] == state != "tool":
             parts[-1] = (state, parts[-1][1] + text)
         elif text:
             parts.append((state, text))
@@ -322,6 +325,22 @@ BLOCK_TOKENS = [NS, "<tool_call>", CALL, NS, "</tool_call>"]
 @pytest.mark.parametrize("end", ["stop", "length"])
 def test_a_reply_taken_apart(tokenizer: TokenizerWrapper, pieces: list[str], parts: Parts, end: str) -> None:
     assert taken_apart(tokenizer, pieces, end) == parts
+
+
+@pytest.mark.parametrize("case", CASES, ids=case_id)
+def test_faults_that_m3_writes(tokenizer: TokenizerWrapper, case: dict[str, Any]) -> None:
+    for pieces in pieces_of(case["text"]):
+        for end in ("stop", "length"):
+            parts = taken_apart(tokenizer, pieces, end, tools=tools_of(case))
+            calls = [json.loads(text) for state, text in parts if state == "tool"]
+            check_case(case, [[call["name"], call["arguments"]] for call in calls], parts)
+
+
+def check_case(case: dict[str, Any], calls: list[Any], parts: Parts) -> None:
+    said = {name: "".join(text for state, text in parts if state == name) for name in ("reasoning", "normal")}
+    assert calls == expected_calls(case)
+    assert said["reasoning"] == case["reasoning"]
+    assert said["normal"].strip() == marked(case["content"]).strip()
 
 
 def test_a_prompt_may_end_in_white_space(tokenizer: TokenizerWrapper) -> None:

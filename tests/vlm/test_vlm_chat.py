@@ -21,6 +21,8 @@ from mlx_m3_plugin.chat.markers import THINK_END, THINK_START
 from mlx_m3_plugin.hosts.mlx_vlm.prompts import _InTheirOrder
 from mlx_m3_plugin.hosts.mlx_vlm.replies import _rewriter, _RewrittenTokens
 from mlx_m3_plugin.hosts.mlx_vlm.requests import arguments_of, knows_open_prompts
+from tests.chat.test_reply_cases import CASES, case_id, expected_calls, pieces_of, tools_of
+from tests.chat.tool_rendering import marked
 from tests.chat.tool_replies import MARKERS, sample
 from tests.checkpoints.random_model import write_random_model
 from tests.end_to_end.environments import clean_variables
@@ -40,11 +42,13 @@ class Token:
     token_count: int = 1
 
 
-def rewritten(pieces: list[str], in_reasoning: bool, ends: bool = True) -> list[str]:
+def rewritten(
+    pieces: list[str], in_reasoning: bool, ends: bool = True, tools: list[Any] | None = None
+) -> list[str]:
     tokens = [Token(piece) for piece in pieces]
     tokens[-1].finish_reason = "stop" if ends else None
     prompt = "]~b]ai\n" + (THINK_START if in_reasoning else "")
-    rewriter = _rewriter(prompt, SimpleNamespace(tools=TOOLS))
+    rewriter = _rewriter(prompt, SimpleNamespace(tools=tools or TOOLS))
     return [token.text for token in _RewrittenTokens(iter(tokens), rewriter)]
 
 
@@ -114,6 +118,16 @@ def test_what_servers_say_of_random_replies(count: Callable[[int, int], int], fr
             assert "".join(words(reasoning)) == "".join(words(made.says.reasoning)), made.text
             assert "".join(words(content)) == "".join(words(made.says.content)), made.text
             assert calls == expected, made.text
+
+
+@pytest.mark.parametrize("case", CASES, ids=case_id)
+def test_faults_that_m3_writes(case: dict[str, Any]) -> None:
+    for pieces in pieces_of(case["text"]):
+        shown = rewritten(pieces, False, tools=tools_of(case))
+        for reasoning, content, calls in (whole("".join(shown)), streamed(shown)):
+            assert list(map(list, calls)) == expected_calls(case)
+            assert reasoning == case["reasoning"]
+            assert content.strip() == marked(case["content"]).strip()
 
 
 def test_content_and_reasoning_are_exact() -> None:
