@@ -39,7 +39,7 @@ _COLUMNS = 100
 _LABEL = 14
 _MOST_PROBLEMS = 20
 _WHY_SAMPLING = (
-    "(with the sampling that MiniMax recommends: greedy decoding, the default of these commands, can make "
+    "(with the sampling that MiniMax uses: greedy decoding, the default of these commands, can make "
     "low-bit weights repeat themselves while thinking)"
 )
 _SAMPLING = "--temp 1.0 --top-p 0.95"
@@ -277,7 +277,7 @@ def _tokenizer_problems(source: Source) -> list[str]:
 def stock_commands(
     name: str, *, mlx_lm: bool, mlx_vlm: bool, model_name: str = M3, effort: str | None = None
 ) -> list[str]:
-    """Stock command lines of these libraries, with the sampling that MiniMax recommends for ``model_name``,
+    """Stock command lines of these libraries, with MiniMax's sampling for ``model_name``,
     ready to paste.
 
     Args:
