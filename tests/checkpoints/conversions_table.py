@@ -134,7 +134,7 @@ def answers(name: str, columns: list[str]) -> dict[str, str]:
             made.parent.mkdir()
             try:
                 WAYS[column](source, made)
-            except (ValueError, NotImplementedError) as error:
+            except Exception as error:
                 assert not (made / "config.json").exists(), "refused, and left a checkpoint behind"
                 found[column] = f"refused: {error}"
             else:

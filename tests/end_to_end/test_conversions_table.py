@@ -35,8 +35,7 @@ def test_what_conversions_do_to_values(name: str) -> None:
     }, found
     for answer in found.values():
         if answer.startswith("refused"):
-            assert "tensor scales" in answer
-            assert "convert" in answer
+            assert ("tensor scales" in answer and "convert" in answer) or "num_hidden_layers" in answer
 
 
 OPEN = "import sys, pathlib, mlx_lm.utils; mlx_lm.utils.load_model(pathlib.Path(sys.argv[1]), lazy=True)"
