@@ -17,7 +17,8 @@ _MARKERS = (THINK_START, THINK_END, NAMESPACE)
 _ANY_MARKER = re.compile("|".join(map(re.escape, _MARKERS)))
 _NAMESPACE = re.compile(re.escape(NAMESPACE))
 _LONGEST_MARKER = max(map(len, _MARKERS))
-_NOT_BLANK, _BRACKET, _ANYTHING = re.compile(r"\S"), re.compile("[<>]"), re.compile("")
+_NOT_BLANK, _BRACKET, _QUOTE = map(re.compile, (r"\S", "[<>]", '"'))
+_ANYTHING = re.compile("")
 
 # What may be between the namespace token and a tag.
 MOST_BLANKS = 8
@@ -336,7 +337,7 @@ class ReplyParser:
                 rest = self._text[self._at + at :].lstrip()
                 if self._finished or not (piece or not rest or rest[0] == '"'):
                     break
-                yield from self._more()
+                yield from self._more(_QUOTE if rest[:1] == '"' else _ANYTHING)
                 continue
             depth += (piece[1] in ("{", "[")) - (piece[1] in ("}", "]"))
             at = piece.end() - self._at
@@ -568,7 +569,7 @@ class ReplyParser:
                 return found[1] == "/"
             if self._finished:
                 return False
-            yield from self._more(re.compile(f"({either})>|>"))
+            yield from self._more(re.compile(f"(?:{either})>"), in_two=True)
 
     def _closings_left(self, names: list[str]) -> bool:
         """Whether a closing tag of these names is in the rest of the finished text."""
