@@ -100,6 +100,9 @@ class ReplyParser:
         self._finished, self._in_call = False, False
         self._retries = 0
         self._last_closing: dict[str, int] | None = None
+        # The tag that decides what ends of a block mean in the open value, and its place in the reply.
+        self._deciding: tuple[list[str], int, bool] | None = None
+        self._dropped = 0
         self._steps = self._read()
 
     @property
@@ -132,6 +135,7 @@ class ReplyParser:
         return self._go_on()
 
     def _go_on(self) -> list[Event]:
+        self._dropped += self._at
         self._text, self._at = self._text[self._at :] + "".join(self._pieces), 0
         self._pieces.clear()
         events = []
@@ -423,7 +427,7 @@ class ReplyParser:
             self._retries += 1
             self._calls_are_text = self._retries >= _MOST_RETRIES
             self._text, self._at = text[marker.start() :] + self._text[self._at :], 0
-            self._last_closing = None
+            self._last_closing = self._deciding = None
             text = text[: marker.start()]
         if self._block is None or self._block.called or not self._block.unsure:
             yield from self._say(text)
@@ -560,13 +564,16 @@ class ReplyParser:
 
     def _closes_later(self, names: list[str], length: int) -> Generator[None, None, bool]:
         """Whether a closing tag of one of the names comes before another opening tag of it."""
+        if self._deciding and self._deciding[0] == names and self._deciding[1] > self._dropped + self._at:
+            return self._deciding[2]
         either = "|".join(map(re.escape, names))
         tags = re.compile(rf"{re.escape(NAMESPACE)}{_BLANKS}<(/?)({either})>")
         while True:
             if self._finished and not self._closings_left(names):
                 return False
             if found := tags.search(self._text, self._at + length):
-                return found[1] == "/"
+                self._deciding = names, self._dropped + found.start(), found[1] == "/"
+                return self._deciding[2]
             if self._finished:
                 return False
             yield from self._more(re.compile(f"(?:{either})>"), in_two=True)
