@@ -31,7 +31,8 @@ _INVOKE_END = re.compile(rf"{_BLANKS}</invoke\s*>")
 _BARE_INVOKE_END = re.compile(r"\s*</invoke\s*>")
 _TAG = re.compile(rf"{_BLANKS}<(/?)([^<>/][^<>]*)>")
 _NO_TAG = re.compile(rf"{_BLANKS}(?:[^\s<]|</?[<>]|<//|<[^<>]*<)")
-_TAG_BEGINS = ("<tool_call>", "</tool_call>", "<invoke", "invoke")
+# A damaged header may have nothing before the word ``name``.
+_TAG_BEGINS = ("<tool_call>", "</tool_call>", "<invokename", "invokename")
 _LONGEST_HEADER = 300
 _IN_HEADER = re.compile(rf"{re.escape(NAMESPACE)}|[<>=\"'\s]")
 _ATTRIBUTE = r"""\s+[\w-]+\s*=\s*(?:"[^"]*"|'[^']*')"""
@@ -473,7 +474,7 @@ class ReplyParser:
             if not _NO_TAG.match(rest) and len(rest) - len(rest.lstrip()) <= MOST_BLANKS:
                 yield from self._more(_BRACKET if rest.strip()[:1] == "<" and len(rest) > 20 else _ANYTHING)
                 return None
-            if any(begin.startswith(rest.strip()) for begin in ("invoke",)):
+            if any(begin.startswith(rest.strip()) for begin in ("invokename",)):
                 yield from self._more()
                 return None
         if _SOME_INVOKE.match(self._text, after):
@@ -558,7 +559,7 @@ class ReplyParser:
                     return False
             elif self._block and not self._block.bare and _SOME_INVOKE.match(self._text, at):
                 return self._text[at] == "<"
-            elif self._finished or not self._may_be((NAMESPACE, "<invoke"), at):
+            elif self._finished or not self._may_be((NAMESPACE, "<invokename"), at):
                 return False
             yield from self._more()
 
