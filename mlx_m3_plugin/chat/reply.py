@@ -26,6 +26,9 @@ _BLANKS = rf"\s{{0,{MOST_BLANKS}}}"
 _BLOCK_TAG = re.compile(rf"{_BLANKS}<(/?)tool_call\s*>")
 # Models write ``to=`` for ``name=`` now and then.
 _INVOKE = re.compile(rf"""{_BLANKS}<invoke\s+(?:name|to)\s*=\s*(?:"([^"]*)"|'([^']*)'|([^\s"'<>]+))\s*>""")
+# The text ends in the name, which may have any character in it.
+_OPEN_NAME = re.compile(rf"""{_BLANKS}<invoke\s+(?:name|to)\s*=\s*(?:"[^"]*"?|'[^']*'?)\s*\Z""")
+_NAME_END = re.compile("[\"'>]")
 _SOME_INVOKE = re.compile(rf"{_BLANKS}<?invoke(?=[\s<>=\"'\]]|name)")
 _INVOKE_END = re.compile(rf"{_BLANKS}</invoke\s*>")
 _BARE_INVOKE_END = re.compile(r"\s*</invoke\s*>")
@@ -279,6 +282,9 @@ class ReplyParser:
             at = self._at + begin
             if tag := _INVOKE.match(self._text, at):
                 return next(name for name in tag.groups() if name is not None), tag.end() - self._at
+            if not self._finished and _OPEN_NAME.match(self._text, at):
+                yield from self._more(_NAME_END)
+                continue
             rest = self._text[at : at + _LONGEST_HEADER]
             end = rest.find(">")
             while end >= 0 and rest[: end + 1].endswith(NAMESPACE[:-1]):
