@@ -17,7 +17,8 @@ _MARKERS = (THINK_START, THINK_END, NAMESPACE)
 _ANY_MARKER = re.compile("|".join(map(re.escape, _MARKERS)))
 _NAMESPACE = re.compile(re.escape(NAMESPACE))
 _LONGEST_MARKER = max(map(len, _MARKERS))
-_NOT_BLANK, _BRACKET, _ANYTHING = re.compile(r"\S"), re.compile("[<>]"), re.compile("")
+_NOT_BLANK, _BRACKET, _QUOTE = map(re.compile, (r"\S", "[<>]", '"'))
+_ANYTHING = re.compile("")
 
 # What may be between the namespace token and a tag.
 MOST_BLANKS = 8
@@ -25,12 +26,16 @@ _BLANKS = rf"\s{{0,{MOST_BLANKS}}}"
 _BLOCK_TAG = re.compile(rf"{_BLANKS}<(/?)tool_call\s*>")
 # Models write ``to=`` for ``name=`` now and then.
 _INVOKE = re.compile(rf"""{_BLANKS}<invoke\s+(?:name|to)\s*=\s*(?:"([^"]*)"|'([^']*)'|([^\s"'<>]+))\s*>""")
+# The text ends in the name, which may have any character in it.
+_OPEN_NAME = re.compile(rf"""{_BLANKS}<invoke\s+(?:name|to)\s*=\s*(?:"[^"]*"?|'[^']*'?)\s*\Z""")
+_NAME_END = re.compile("[\"'>]")
 _SOME_INVOKE = re.compile(rf"{_BLANKS}<?invoke(?=[\s<>=\"'\]]|name)")
 _INVOKE_END = re.compile(rf"{_BLANKS}</invoke\s*>")
 _BARE_INVOKE_END = re.compile(r"\s*</invoke\s*>")
 _TAG = re.compile(rf"{_BLANKS}<(/?)([^<>/][^<>]*)>")
 _NO_TAG = re.compile(rf"{_BLANKS}(?:[^\s<]|</?[<>]|<//|<[^<>]*<)")
-_TAG_BEGINS = ("<tool_call>", "</tool_call>", "<invoke", "invoke")
+# A damaged header may have nothing before the word ``name``.
+_TAG_BEGINS = ("<tool_call>", "</tool_call>", "<invokename", "invokename")
 _LONGEST_HEADER = 300
 _IN_HEADER = re.compile(rf"{re.escape(NAMESPACE)}|[<>=\"'\s]")
 _ATTRIBUTE = r"""\s+[\w-]+\s*=\s*(?:"[^"]*"|'[^']*')"""
@@ -99,6 +104,9 @@ class ReplyParser:
         self._finished, self._in_call = False, False
         self._retries = 0
         self._last_closing: dict[str, int] | None = None
+        # The tag that decides what ends of a block mean in the open value, and its place in the reply.
+        self._deciding: tuple[list[str], int, bool] | None = None
+        self._dropped = 0
         self._steps = self._read()
 
     @property
@@ -131,6 +139,7 @@ class ReplyParser:
         return self._go_on()
 
     def _go_on(self) -> list[Event]:
+        self._dropped += self._at
         self._text, self._at = self._text[self._at :] + "".join(self._pieces), 0
         self._pieces.clear()
         events = []
@@ -273,6 +282,9 @@ class ReplyParser:
             at = self._at + begin
             if tag := _INVOKE.match(self._text, at):
                 return next(name for name in tag.groups() if name is not None), tag.end() - self._at
+            if not self._finished and _OPEN_NAME.match(self._text, at):
+                yield from self._more(_NAME_END)
+                continue
             rest = self._text[at : at + _LONGEST_HEADER]
             end = rest.find(">")
             while end >= 0 and rest[: end + 1].endswith(NAMESPACE[:-1]):
@@ -336,7 +348,7 @@ class ReplyParser:
                 rest = self._text[self._at + at :].lstrip()
                 if self._finished or not (piece or not rest or rest[0] == '"'):
                     break
-                yield from self._more()
+                yield from self._more(_QUOTE if rest[:1] == '"' else _ANYTHING)
                 continue
             depth += (piece[1] in ("{", "[")) - (piece[1] in ("}", "]"))
             at = piece.end() - self._at
@@ -422,7 +434,7 @@ class ReplyParser:
             self._retries += 1
             self._calls_are_text = self._retries >= _MOST_RETRIES
             self._text, self._at = text[marker.start() :] + self._text[self._at :], 0
-            self._last_closing = None
+            self._last_closing = self._deciding = None
             text = text[: marker.start()]
         if self._block is None or self._block.called or not self._block.unsure:
             yield from self._say(text)
@@ -468,7 +480,7 @@ class ReplyParser:
             if not _NO_TAG.match(rest) and len(rest) - len(rest.lstrip()) <= MOST_BLANKS:
                 yield from self._more(_BRACKET if rest.strip()[:1] == "<" and len(rest) > 20 else _ANYTHING)
                 return None
-            if any(begin.startswith(rest.strip()) for begin in ("invoke",)):
+            if any(begin.startswith(rest.strip()) for begin in ("invokename",)):
                 yield from self._more()
                 return None
         if _SOME_INVOKE.match(self._text, after):
@@ -553,22 +565,25 @@ class ReplyParser:
                     return False
             elif self._block and not self._block.bare and _SOME_INVOKE.match(self._text, at):
                 return self._text[at] == "<"
-            elif self._finished or not self._may_be((NAMESPACE, "<invoke"), at):
+            elif self._finished or not self._may_be((NAMESPACE, "<invokename"), at):
                 return False
             yield from self._more()
 
     def _closes_later(self, names: list[str], length: int) -> Generator[None, None, bool]:
         """Whether a closing tag of one of the names comes before another opening tag of it."""
+        if self._deciding and self._deciding[0] == names and self._deciding[1] > self._dropped + self._at:
+            return self._deciding[2]
         either = "|".join(map(re.escape, names))
         tags = re.compile(rf"{re.escape(NAMESPACE)}{_BLANKS}<(/?)({either})>")
         while True:
             if self._finished and not self._closings_left(names):
                 return False
             if found := tags.search(self._text, self._at + length):
-                return found[1] == "/"
+                self._deciding = names, self._dropped + found.start(), found[1] == "/"
+                return self._deciding[2]
             if self._finished:
                 return False
-            yield from self._more(re.compile(f"({either})>|>"))
+            yield from self._more(re.compile(f"(?:{either})>"), in_two=True)
 
     def _closings_left(self, names: list[str]) -> bool:
         """Whether a closing tag of these names is in the rest of the finished text."""

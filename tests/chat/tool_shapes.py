@@ -8,6 +8,7 @@ from tests.chat.tool_rendering import marked
 
 OPEN = '§<tool_call>§<invoke name="f">'
 CLOSE = "§</a>§</invoke>§</tool_call>"
+JSON = '§<tool_call>{"name": "f", "arguments": {"a": '
 PARAMETERS = {
     "type": "object",
     "properties": {
@@ -59,6 +60,25 @@ SHAPES: dict[str, Callable[[int], str]] = {
     "JSON": repeated("1,", OPEN + "§<a>[", "1]" + CLOSE),
     "JSON never closed": repeated("[", OPEN + "§<a>", CLOSE),
     "a name never closed": repeated("x", '§<invoke name="'),
+    "calls in a value": repeated('§<invoke name="f">§<a>'),
+    "calls in a value, then reasoning": repeated('§<invoke name="f">§<a></mm:think><mm:think>'),
+    "blocks that end in a value": repeated('§<tool_call>§<invoke name="f">§<a>§</tool_call>'),
+    "ends of a block in a value": repeated("§</tool_call>", OPEN + "§<a>", CLOSE),
+    "ends of an invoke in a value": repeated("§</invoke>x", OPEN + "§<a>", CLOSE),
+    "blanks after the end of an invoke": repeated(" ", OPEN + "§<a>x§</invoke>", "x" + CLOSE),
+    "openers of blocks": repeated("§<tool_call>"),
+    "text in a block": repeated("x ", "§<tool_call>"),
+    "JSON in blocks, never closed": repeated('§<tool_call>{"a'),
+    "a long call in JSON": repeated(
+        "x", '§<tool_call>{"name": "f", "arguments": {"a": "', '"}}§</tool_call>'
+    ),
+    "JSON of many pieces": repeated(
+        "[],", '§<tool_call>{"name": "f", "arguments": {"a": [', "1]}}§</tool_call>"
+    ),
+    "damaged headers": repeated('§<invoke name bike">'),
+    "tags that do not match": repeated("§<b>x§</c>", OPEN, "§</invoke>"),
+    "one tag that does not match, then many": repeated("§<b>xx§</b>", OPEN + "§<a>x§</c>", "§</invoke>"),
+    "opening tags that are lost": repeated("§x§</a>", OPEN, "§</invoke>"),
     "blanks in an invoke": repeated(" ", "§<invoke name", '="f">'),
 }
 
