@@ -130,12 +130,14 @@ def new_config(plan: ConversionPlan) -> dict[str, Any]:
     packed = {"pack_shared_expert": plan.packed}
     if isinstance(nested := config.get("text_config"), dict):
         return {**config, "text_config": with_quantization(nested, None) | packed}
-    # A text-only model's config as that of ``minimax_m3_vl``, the only M3 that mlx-lm has.
+    # A flat config as that of ``minimax_m3_vl``, the only M3 that mlx-lm has.  With vision its own keys are
+    # among the text's.
     text = {k: v for k, v in with_quantization(config, None).items() if k != "architectures"}
+    kept = [*_OUTER, *(config if "vision_config" in config else ())]
     return {
         "architectures": ["MiniMaxM3SparseForConditionalGeneration"],
         "model_type": "minimax_m3_vl",
-        **{k: config[k] for k in _OUTER if k in config},
+        **{k: config[k] for k in kept if k in config and k not in ("architectures", "model_type")},
         "text_config": text | packed,
     }
 
