@@ -208,7 +208,9 @@ def check_choice(case: Case, scores: mx.array) -> mx.array:
     padded = np.concatenate([wanted, np.full((*wanted.shape[:3], m.topk), -np.inf, np.float32)], axis=-1)
     found = np.take_along_axis(padded, np.where(chosen < 0, n_blocks, chosen), axis=-1)
     best = -np.sort(-padded, axis=-1)[..., : m.topk]
-    assert (-np.sort(-found, axis=-1) == best).all(), "choice"
+    # What a padding query chooses has no meaning, and MLX before 0.32 rounds its block towards zero.
+    real = np.broadcast_to(np.array(case.real)[..., 0], best.shape[:3])
+    assert (-np.sort(-found, axis=-1) == best)[real].all(), "choice"
     used = np.sort(np.where(chosen < 0, -1 - np.arange(m.topk), chosen), axis=-1)
     assert (np.diff(used, axis=-1) > 0).all(), "a block is chosen twice"
     return ids
