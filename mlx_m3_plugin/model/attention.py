@@ -87,7 +87,7 @@ class Attention(nn.Module):
             keys, values = kv.append(kv_cache, keys, values)
             out = self.host.attention(queries, keys, values, cache=kv_cache, scale=self.scale, mask=mask)
         else:
-            setup = self._setup(queries.dtype, kv_cache)
+            setup = setup_for(self, queries.dtype, *kv.bits_and_group_size(kv_cache))
             out = engine.attend(
                 queries,
                 *kv.append_to_slots(kv_cache, keys, values),
@@ -156,26 +156,29 @@ class Attention(nn.Module):
             init_blocks=self.index_init_blocks,
         )
 
-    def _setup(self, dtype: mx.Dtype, kv_cache: Any) -> engine.Setup:
-        bits, group_size = kv.bits_and_group_size(kv_cache)
-        return engine.Setup(
-            dtype=dtype,
-            kv_bits=bits,
-            kv_group_size=group_size,
-            heads=self.num_attention_heads,
-            groups=self.num_key_value_heads,
-            channels=self.head_dim,
-            value_channels=self.head_dim,
-            index_channels=self.index_head_dim,
-            block_size=self.index_block_size,
-            k=self.index_topk_blocks,
-        )
-
     def drop_indexer(self) -> None:
         """Become a dense layer, for a checkpoint that has no weights for the indexer."""
         self.is_sparse_attn = False
         for name in ("index_q_proj", "index_k_proj", "index_q_norm", "index_k_norm"):
             delattr(self, name)
+
+
+def setup_for(
+    sizes: Attention | TextConfig, dtype: mx.Dtype, kv_bits: int, kv_group_size: int
+) -> engine.Setup:
+    """What the engine proves its kernels for: a layer, or the layers of a config."""
+    return engine.Setup(
+        dtype=dtype,
+        kv_bits=kv_bits,
+        kv_group_size=kv_group_size,
+        heads=sizes.num_attention_heads,
+        groups=sizes.num_key_value_heads,
+        channels=sizes.head_dim,
+        value_channels=sizes.head_dim,
+        index_channels=sizes.index_head_dim,
+        block_size=sizes.index_block_size,
+        k=sizes.index_topk_blocks,
+    )
 
 
 def _split_heads(x: mx.array, n_heads: int) -> mx.array:

@@ -13,15 +13,14 @@ from .common import (
     Padding,
     Quantized,
     arange,
+    attend_row_by_row,
     fused,
     in_sequence,
     joined,
     map_arrays,
     on_gpu,
     over_queries,
-    row_by_row,
     transposed,
-    without_padding,
 )
 
 # The largest score of a block without visible keys.  Unlike -inf it can be subtracted.
@@ -52,12 +51,8 @@ def attend_by_pairs(
             assert isinstance(offset, int)
             return _attend(queries, keys, values, block_ids, offset, block_size, scale, tile_bytes)
         left_padding = [0] * batch
-
-    def attend_row(row: slice, queries: mx.array, first: int, padding: int) -> mx.array:
-        k, v = without_padding(keys, row, padding), without_padding(values, row, padding)
-        return _attend(queries, k, v, block_ids[row], first, block_size, scale, tile_bytes)
-
-    return row_by_row(attend_row, queries, offset, left_padding)
+    settings = block_size, scale, tile_bytes
+    return attend_row_by_row(_attend, queries, keys, values, block_ids, offset, left_padding, *settings)
 
 
 def pairs_fit(

@@ -140,6 +140,25 @@ def row_by_row(
     return joined(in_sequence(compute_row, rows), axis=0)
 
 
+def attend_row_by_row(
+    attend: Callable[..., mx.array],
+    queries: mx.array,
+    keys: KeysValues,
+    values: KeysValues,
+    block_ids: mx.array,
+    offset: Offset,
+    left_padding: list[int],
+    *settings: Any,
+) -> mx.array:
+    """``attend(queries, keys, values, block_ids, offset, *settings)`` of each row without its padding."""
+
+    def attend_row(row: slice, queries: mx.array, first: int, padding: int) -> mx.array:
+        k, v = without_padding(keys, row, padding), without_padding(values, row, padding)
+        return attend(queries, k, v, block_ids[row], first, *settings)
+
+    return row_by_row(attend_row, queries, offset, left_padding)
+
+
 def over_queries(
     compute: Callable[[int, mx.array], mx.array], queries: mx.array, tile_length: int
 ) -> mx.array:

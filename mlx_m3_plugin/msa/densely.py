@@ -9,12 +9,11 @@ from .common import (
     Padding,
     Quantized,
     arange,
+    attend_row_by_row,
     fused,
     on_gpu,
     over_queries,
     query_positions,
-    row_by_row,
-    without_padding,
 )
 
 
@@ -33,12 +32,8 @@ def attend_densely(
     if left_padding is None:
         assert isinstance(offset, int)
         return _attend(queries, keys, values, block_ids, offset, block_size, scale, tile_bytes)
-
-    def attend_row(row: slice, queries: mx.array, first: int, padding: int) -> mx.array:
-        k, v = without_padding(keys, row, padding), without_padding(values, row, padding)
-        return _attend(queries, k, v, block_ids[row], first, block_size, scale, tile_bytes)
-
-    return row_by_row(attend_row, queries, offset, left_padding)
+    settings = block_size, scale, tile_bytes
+    return attend_row_by_row(_attend, queries, keys, values, block_ids, offset, left_padding, *settings)
 
 
 def _attend(

@@ -102,7 +102,12 @@ class Verdict:
     is_unexpected: bool = False
     milliseconds: dict[str, tuple[float, float]] = field(default_factory=dict)
 
-    def prefers_kernels(self, what: str) -> bool:
+    def kernels_serve(self, what: str, mode: str) -> bool:
+        """Whether the kernels serve a part and size in this mode; ``auto`` has measured them."""
+        if self.failure is not None or mode == "plain":
+            return False
+        if mode == "kernels":
+            return True
         plain, kernel = self.milliseconds[what]
         return kernel < plain
 
@@ -157,11 +162,8 @@ def has_metal() -> bool:
 def _kernels_serve(part: str, setup: Setup, n_queries: int) -> bool:
     if _settings.mode == "plain" or not has_metal():
         return False
-    verdict = examine(setup)
-    if verdict.failure is not None:
-        return False
     size = "few" if n_queries <= FEW else "many"
-    return _settings.mode == "kernels" or verdict.prefers_kernels(f"{part}, {size}")
+    return examine(setup).kernels_serve(f"{part}, {size}", _settings.mode)
 
 
 # --- the kernels as functions of the plain form's arguments ---

@@ -5,6 +5,7 @@ from dataclasses import asdict, dataclass, field
 
 import mlx.core as mx
 
+from ..model.attention import setup_for
 from ..model.config import TextConfig
 from ..msa import engine
 from ..startup.settings import engine_settings
@@ -69,19 +70,7 @@ def examine_engine() -> EngineReport:
 
 
 def _examine(mode: str, kv_bits: int, kv_group_size: int) -> Examined:
-    config = TextConfig()
-    setup = engine.Setup(
-        dtype=mx.bfloat16,
-        kv_bits=kv_bits,
-        kv_group_size=kv_group_size,
-        heads=config.num_attention_heads,
-        groups=config.num_key_value_heads,
-        channels=config.head_dim,
-        value_channels=config.head_dim,
-        index_channels=config.index_head_dim,
-        block_size=config.index_block_size,
-        k=config.index_topk_blocks,
-    )
+    setup = setup_for(TextConfig(), mx.bfloat16, kv_bits, kv_group_size)
     with warnings.catch_warnings():
         # The report says it.
         warnings.simplefilter("ignore", RuntimeWarning)
@@ -89,7 +78,7 @@ def _examine(mode: str, kv_bits: int, kv_group_size: int) -> Examined:
     measured = []
     for name, (plain, kernels) in verdict.milliseconds.items():
         part, _, size = name.partition(", ")
-        serves = "plain" if mode == "plain" or (mode == "auto" and plain <= kernels) else "kernels"
+        serves = "kernels" if verdict.kernels_serve(name, mode) else "plain"
         measured.append(Measured(part, *engine.SIZES[size], plain, kernels, serves))
     return Examined(str(setup), verdict.failure, verdict.is_unexpected, measured)
 
