@@ -80,8 +80,8 @@ class _OpenElement:
     before: list[tuple[int, int]] = field(default_factory=list)
     # Where a token stood alone: children and texts before it.
     alone: tuple[int, int] | None = None
-    # Its end must be written: what is in it may belong around it.
-    doubtful: bool = False
+    # Names of children that may belong around it, if its end is not written.
+    doubts: list[str] = field(default_factory=list)
     # It holds tags that can't be any in it, and is all text.
     quotes: bool = False
 
@@ -219,6 +219,7 @@ class CallBuilder:
             else:
                 self._note("token alone")
             return
+        self._take_elements_without_token()
         top.alone = len(top.children), len(top.texts)
         top.texts.append(written)
 
@@ -240,8 +241,8 @@ class CallBuilder:
         if self._strict or any(element.is_text for element in self._open[1:]):
             pass
         elif not top.shape.names(name):
-            self.broken |= top.name == name or not (top.shape.is_open or top.alone)
-        elif any(child.name == name for child in top.children):
+            self.broken |= top.name == name != "item" or not (top.shape.is_open or top.alone)
+        elif any(child.name == name for child in top.children[top.alone[0] if top.alone else 0 :]):
             # Only with balanced tags is a repeated tag a list.
             self.broken |= name != "item" and not shape.is_array
         self._open.append(_OpenElement(name, shape, 0, closing))
@@ -250,16 +251,17 @@ class CallBuilder:
         """Close what is between the element that has this tag by the schema, and the tag."""
         top = self._open[-1]
         takers = [count for count, e in enumerate(reversed(self._open)) if self._lacks(e, name)]
-        if top.shape.names(name) or top.shape.is_open or (takers and takers[0] == 0):
-            parent = self._open[-2] if len(self._open) > 1 else None
-            if parent and (self._lacks(parent, name) or parent.shape.is_open):
-                for element in self._open[1:]:
-                    element.doubtful |= element is top or element.name == top.name
-        elif takers:
+        if takers and takers[0] > 0 and (top.shape.names(name) or not top.shape.is_open):
             taker = self._open[-1 - takers[0]]
             while self._open[-1] is not taker:
                 self._ended[self._open[-1].name] = taker, -1
-                self._end_unclosed()
+                self._end_unclosed(before=name)
+        elif (parent := self._open[-2] if self.has_open_value else None) and (
+            self._lacks(parent, name) or parent.shape.is_open
+        ):
+            for element in self._open[1:]:
+                if element is top or element.name == top.name:
+                    element.doubts.append(name)
 
     def _lacks(self, element: _OpenElement, name: str) -> bool:
         """Whether this tag may come in the element, and has not been there."""
@@ -353,15 +355,17 @@ class CallBuilder:
         self._open.append(element)
         self._finish()
 
-    def _end_unclosed(self) -> None:
-        """The innermost element ends, and its closing tag is missing."""
+    def _end_unclosed(self, before: str = "") -> None:
+        """The innermost element ends, and its closing tag is missing: ``before`` an opening tag."""
         top, parent = self._open[-1], self._open[-2]
         quoted = any(element.is_text for element in self._open[1:-1])
         if not quoted:
             self._note("closing tag missing")
             mixed = bool(top.children) and not top.is_text and "".join(top.texts).strip() != ""
             is_foreign = not parent.shape.names(top.name) and not parent.shape.is_open
-            if top.doubtful or mixed or is_foreign or parent.name == top.name:
+            # A second tag of a name is around it, so the first is not.
+            doubts = top.doubts[top.doubts.index(before) + 1 :] if before in top.doubts else top.doubts
+            if doubts or mixed or is_foreign or parent.name == top.name:
                 self.broken = True
         self._finish()
 
@@ -369,8 +373,8 @@ class CallBuilder:
 
     def _closings(self) -> list[tuple[str, int]]:
         """Closing tags without their token at the end of the text: names and places, the last first."""
-        texts = self._open[-1].texts
-        text = texts[-1] if texts else ""
+        top = self._open[-1]
+        text = top.texts[-1] if top.last_text() else ""
         found: list[tuple[str, int]] = []
         end = len(text)
         while len(found) < len(self._open):
@@ -429,9 +433,9 @@ class CallBuilder:
         if top.children:
             source = "".join(self._pieces[top.begin :])
             element.source = source[: len(source) - cut]
-            if top.is_text:
+            if top.quotes:
                 element.text, element.children = element.source, []
-            elif text and not text.isspace():
+            elif not top.is_text and text and not text.isspace():
                 element.between = top.between()
                 if not self._strict:
                     self.broken = True

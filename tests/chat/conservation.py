@@ -232,7 +232,7 @@ class _CallReader:
         if "M2 parameter tags" in self.repairs:
             m2 = rf"{self.token}<parameter\s+name\s*=\s*[\"']?{re.escape(name)}[\"']?\s*>"
             if tag := self.match(m2, at):
-                yield tag.end(), "parameter"
+                yield from ((tag.end(), "parameter"), (tag.end(), name))
         if "opening tag missing" in self.repairs:
             yield at + len(NS) * self.text.startswith(NS, at), name
 
