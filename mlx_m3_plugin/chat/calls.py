@@ -101,9 +101,13 @@ class _OpenElement:
             self.before.append((len(self.children), len(self.texts)))
         self.children.append(child)
 
+    @property
+    def texts_before_last_child(self) -> int:
+        return self.before[-1][1] if self.before else 0
+
     def last_text(self) -> str:
         """After the last child."""
-        return "".join(self.texts[self.before[-1][1] if self.before else 0 :])
+        return "".join(self.texts[self.texts_before_last_child :])
 
     def between(self) -> list[tuple[int, str]]:
         found, begin = [], 0
@@ -341,7 +345,7 @@ class CallBuilder:
             self.broken = True
             return
         self._note("opening tag missing")
-        children, texts = top.alone or (len(top.children), top.before[-1][1] if top.before else 0)
+        children, texts = top.alone or (len(top.children), top.texts_before_last_child)
         element = _OpenElement(name, top.shape.of_child(name, children), len(self._pieces), name)
         element.children, top.children = top.children[children:], top.children[:children]
         # Without the token itself.
@@ -374,7 +378,7 @@ class CallBuilder:
     def _closings(self) -> list[tuple[str, int]]:
         """Closing tags without their token at the end of the text: names and places, the last first."""
         top = self._open[-1]
-        text = top.texts[-1] if top.last_text() else ""
+        text = top.texts[-1] if len(top.texts) > top.texts_before_last_child else ""
         found: list[tuple[str, int]] = []
         end = len(text)
         while len(found) < len(self._open):
