@@ -560,6 +560,7 @@ class ReplyParser:
     ) -> Generator[None, None, bool | None]:
         if builder.closes_without_token("invoke"):
             return True
+        builder.close_at_end()
         if builder.broken:
             return False
         if closing and builder.is_open("tool_call"):
