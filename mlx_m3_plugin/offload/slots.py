@@ -1,6 +1,6 @@
 """A layer's slots: memory for some of its experts, inside the arrays that the expert layer multiplies by."""
 
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from concurrent.futures import Future, ThreadPoolExecutor, wait
 from pathlib import Path
 from time import perf_counter
@@ -17,6 +17,8 @@ from ..weights.headers import StoredTensor
 from ..weights.tensor import Tensor, TensorPlan
 
 Ids = np.ndarray[Any, Any]
+# Of bytes, and what they are called.
+Check = Callable[[memoryview, str], None]
 # Several reads at once are needed for an SSD's full speed.
 THREADS = 8
 # Of an expert's usage, at each call of its layer: the last 50 calls count most.
@@ -32,13 +34,20 @@ class ExpertFiles:
         self.reader.open_uncached({name for tensor in plan.values() for name in tensor.stored_names()})
         self._threads = ThreadPoolExecutor(THREADS, "m3-experts")
 
-    def start(self, spans: Iterable[Span], memory: memoryview) -> Iterator["Future[None]"]:
-        """Begin to fill ``memory`` with the bytes of ``spans``, one after the other."""
+    def start(
+        self, spans: Iterable[Span], memory: memoryview, check: Check | None
+    ) -> Iterator["Future[None]"]:
+        """Begin to fill ``memory`` with the bytes of ``spans`` and to ``check`` them."""
         done = 0
         for span in spans:
             end = done + size_in_bytes(span.shape, self._tensors[span.name].dtype)
-            yield self._threads.submit(self.reader.read_into, memory[done:end], span)
+            yield self._threads.submit(self._read, span, memory[done:end], check)
             done = end
+
+    def _read(self, span: Span, memory: memoryview, check: Check | None) -> None:
+        self.reader.read_into(memory, span)
+        if check is not None:
+            check(memory, span.name)
 
 
 class _Part(NamedTuple):
@@ -47,10 +56,12 @@ class _Part(NamedTuple):
     Attributes:
         of_expert: the planned tensor of each expert, and where it is stored; None if it is computed.
         memory: bytes ``[slots, bytes of an expert]``, of an array that the layer computes with.
+        check: for values that spoil many outputs, when an expert is read for the first time.
     """
 
     of_expert: list[tuple[Tensor, list[Span] | None]]
     memory: "np.ndarray[Any, Any]"
+    check: Check | None
 
 
 class Slots:
@@ -73,7 +84,8 @@ class Slots:
         for name, tensor in plan.items():
             arrays[name], memory = _writable(count, tensor)
             one_by_one = [tensor.expert(number) for number in range(total)]
-            self._parts.append(_Part([(one, spans_of(one)) for one in one_by_one], memory))
+            check = None if name.endswith("weight") else _check_for_nan(tensor.dtype, experts, name)
+            self._parts.append(_Part([(one, spans_of(one)) for one in one_by_one], memory, check))
         experts.update(tree_unflatten(list(arrays.items())))
         # Expert -> its slot or -1, and the other way round.
         self.of_expert = np.full(total, -1)
@@ -83,6 +95,7 @@ class Slots:
         self._reads: dict[int, list[Future[None]]] = {}
         # Complete when all outputs are that were computed with the slots.
         self._computed = mx.array(0)
+        self._checked: set[int] = set()
         self.hits, self.misses, self.seconds_waited = 0, 0, 0.0
 
     def count_usage(self, chosen: Ids) -> None:
@@ -110,6 +123,7 @@ class Slots:
 
         Raises:
             OSError: one of them cannot be read; names the file and the tensor.
+            ValueError: its scales hold NaN or infinity.
         """
         began = perf_counter()
         for expert in wanted.tolist():
@@ -121,9 +135,12 @@ class Slots:
                     read.result()
                 self._make_computed_parts(expert)
             except Exception:
-                self._forget(int(self.of_expert[expert]))
+                # Others that were read at the same time may have failed, too.
+                for other in [*self._reads]:
+                    self._forget(int(self.of_expert[other]))
                 raise
             del self._reads[expert]
+            self._checked.add(expert)
         self.seconds_waited += perf_counter() - began
 
     def in_groups(self, wanted: Ids) -> Iterator[Ids]:
@@ -167,7 +184,8 @@ class Slots:
             reads: list[Future[None]] = []
             try:
                 for part in self._parts:
-                    reads += self._files.start(part.of_expert[expert][1] or (), memoryview(part.memory[slot]))
+                    spans, memory = part.of_expert[expert][1] or (), memoryview(part.memory[slot])
+                    reads += self._files.start(spans, memory, None if expert in self._checked else part.check)
             except BaseException:
                 wait(reads)
                 raise
@@ -178,8 +196,10 @@ class Slots:
         for part in self._parts:
             tensor, spans = part.of_expert[expert]
             if spans is None:
-                array = self._files.reader.read(tensor)
-                part.memory[self.of_expert[expert]] = np.frombuffer(to_bytes(array), np.uint8)
+                data = to_bytes(self._files.reader.read(tensor))
+                part.memory[self.of_expert[expert]] = np.frombuffer(data, np.uint8)
+                if part.check is not None:
+                    part.check(memoryview(data), str(tensor))
 
     def _free_slot(self, kept: Ids) -> int:
         """An empty slot, or the one of the least used expert that is not among ``kept``."""
@@ -209,10 +229,11 @@ def _writable(count: int, stack: Tensor) -> tuple[mx.array, "np.ndarray[Any, Any
         RuntimeError: what is written there does not reach the array on this device.
     """
     size = size_in_bytes(stack.shape[1:], stack.dtype)
-    raw = mx.zeros(count * size, mx.uint8)
+    # In two axes, because MLX counts an axis in 32 bits.
+    raw = mx.zeros((count, size), mx.uint8)
     array = raw.view(stack.dtype).reshape(count, *stack.shape[1:])
     mx.eval(raw, array)
-    memory = np.array(raw, copy=False).reshape(count, size)
+    memory = np.array(raw, copy=False)
     for value in (255, 0):
         memory[-1, -1] = value
         if array.reshape(-1)[-1:].view(mx.uint8)[-1].item() != value:
@@ -221,3 +242,19 @@ def _writable(count: int, stack: Tensor) -> tuple[mx.array, "np.ndarray[Any, Any
                 "MLX_M3_PLUGIN_EXPERT_MEMORY"
             )
     return array, memory
+
+
+def _check_for_nan(dtype: mx.Dtype, experts: Any, name: str) -> Check:
+    """As :func:`~mlx_m3_plugin.weights.check_values`: bits of which not all may be set, in each value."""
+    word, bits = {
+        mx.float32: (np.uint32, 0x7F800000),
+        mx.bfloat16: (np.uint16, 0x7F80),
+        mx.float16: (np.uint16, 0x7C00),
+        mx.uint8: (np.uint8, 127 if experts[name.partition(".")[0]].mode == "nvfp4" else 255),
+    }[dtype]
+
+    def check(memory: memoryview, what: str) -> None:
+        if ((np.frombuffer(memory, word) & bits) == bits).any():
+            raise ValueError(f"{what} holds NaN or infinity")
+
+    return check
