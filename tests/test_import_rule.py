@@ -21,7 +21,7 @@ ALLOWED = {
     "msa": (),
     "chat": (),
     "model": ("msa",),
-    "weights": ("model.config",),
+    "weights": ("model.config", "model.tensor_scales"),
     "offload": ("model", "weights"),
     "hosts": ("model", "msa.engine", "weights", "chat", "offload", "startup.settings"),
     "toolbox": ("hosts", "weights", "model", "msa.engine", "chat", "startup"),
