@@ -118,7 +118,7 @@ class CheckpointMixin(nn.Module):
                 f"{EXPERT_MEMORY} is set, but experts on disk are only for a model that is loaded to answer, "
                 "in one process: unset it to convert, to fuse adapters or to share a model"
             )
-        return put_experts_on_disk(self.layers, plan, self.text_prefix, Path(directory), int(memory))
+        return put_experts_on_disk(self.language_model.model, plan, self.text_prefix, Path(directory), memory)
 
     def _describe_to_loader(self, plan: TensorPlan) -> None:
         """Describe the planned tensors in the loader's config, which is also the config that is saved.

@@ -1,7 +1,6 @@
 """Take the routed experts out of a model that is about to be loaded."""
 
 import logging
-from collections.abc import Sequence
 from itertools import pairwise
 from pathlib import Path
 from typing import Any
@@ -10,7 +9,8 @@ import mlx.core as mx
 import mlx.nn as nn
 from mlx.utils import tree_flatten
 
-from ..model.decoder import DecoderLayer
+from ..model.decoder import DecoderLayer, TextModel
+from ..model.memory import bytes_per_token, machine_memory, reserve_of, room_for_experts
 from ..weights import read_headers
 from ..weights.check import compare, shape_and_kind
 from ..weights.dtypes import size_in_bytes
@@ -23,15 +23,15 @@ log = logging.getLogger("mlx_m3_plugin")
 
 
 def put_experts_on_disk(
-    layers: Sequence[DecoderLayer], plan: TensorPlan, prefix: str, directory: Path, memory: int
+    model: TextModel, plan: TensorPlan, prefix: str, directory: Path, memory: int | str
 ) -> TensorPlan:
-    """Replace the routed experts of ``layers`` by :class:`ExpertsOnDisk`.
+    """Replace the routed experts of ``model`` by :class:`ExpertsOnDisk`.
 
     Args:
-        layers: of a model without weights, all of its layers.
+        model: without weights, with all of its layers.
         plan: its parameters as they are stored in ``directory``.
         prefix: what comes before ``model.layers`` in their names.
-        memory: bytes for experts, which all layers share evenly.
+        memory: bytes for experts, which all layers share evenly; or ``"auto"``.
 
     Returns:
         The plan without those experts; ``plan`` itself where all of them fit into ``memory``, or where they
@@ -42,7 +42,7 @@ def put_experts_on_disk(
     """
     blocks = {
         f"{prefix}model.layers.{number}.block_sparse_moe.switch_mlp.": layer
-        for number, layer in enumerate(layers)
+        for number, layer in enumerate(model.layers)
         if layer.is_moe
     }
     planned = {
@@ -50,14 +50,17 @@ def put_experts_on_disk(
         for base in blocks
     }
     total = sum(size_in_bytes(t.shape, t.dtype) for of_layer in planned.values() for t in of_layer.values())
+    if isinstance(memory, str):
+        others = sum(size_in_bytes(t.shape, t.dtype) for t in plan.values()) - total
+        memory = _room_for_experts(model, others)
     if total <= memory or not all(_quantize(blocks[base], of_layer) for base, of_layer in planned.items()):
         return plan
-    n_experts = layers[-1].block_sparse_moe.gate.weight.shape[0]
+    n_experts = model.config.num_local_experts
     count = n_experts * memory // total
     if count < 1:
         raise ValueError(
             "MLX_M3_PLUGIN_EXPERT_MEMORY is too small: "
-            f"one expert of each layer takes {total // n_experts:,} bytes"
+            f"{max(0, memory):,} bytes, and one expert of each layer takes {total // n_experts:,} bytes"
         )
     experts = {base + name: t for base, of_layer in planned.items() for name, t in of_layer.items()}
     files = ExpertFiles(directory, read_headers(directory).tensors, experts)
@@ -73,6 +76,15 @@ def put_experts_on_disk(
         *(count, n_experts, count * total / n_experts / 2**30, total / 2**30),
     )
     return {name: tensor for name, tensor in plan.items() if name not in experts}
+
+
+def _room_for_experts(model: TextModel, others: int) -> int:
+    """What this machine has left beside the ``others`` bytes of weights and some context."""
+    per_token = bytes_per_token(model.config, sum(layer.self_attn.is_sparse_attn for layer in model.layers))
+    machine = machine_memory() or 0
+    # What macOS lets a GPU keep in memory.
+    kept = mx.device_info().get("max_recommended_working_set_size", machine)
+    return room_for_experts(model.config, min(machine - reserve_of(machine), int(kept)), others, per_token)
 
 
 def _quantize(layer: DecoderLayer, planned: TensorPlan) -> bool:

@@ -7,7 +7,10 @@ from typing import Any
 import mlx.core as mx
 import numpy as np
 import pytest
+from mlx.utils import tree_flatten
 
+from mlx_m3_plugin.model.memory import PREFILL_STEP, bytes_per_token, reserve_of, transient_bytes
+from mlx_m3_plugin.offload import install
 from tests.checkpoints.random_model import write_random_model
 from tests.checkpoints.tiny_layouts import LAYOUTS
 from tests.offload.disk_models import (
@@ -63,10 +66,30 @@ def test_off_where_all_experts_fit(checkpoint: Path, resident: Any) -> None:
         assert all((type(layer) is type(experts_of(resident)[0])) == is_off for layer in layers)
 
 
+@pytest.mark.parametrize("recommended", [True, False])
+def test_auto(checkpoint: Path, resident: Any, monkeypatch: pytest.MonkeyPatch, recommended: bool) -> None:
+    """What the machine has left, or what its GPU may keep in memory."""
+    config = resident.language_model.model.config
+    weights = sum(array.nbytes for _, array in tree_flatten(resident.parameters()))
+    rest = weights - memory_for(resident, 16)
+    rest += bytes_per_token(config, 4) * 32_768 + transient_bytes(config, PREFILL_STEP, 32_768)
+    needed = rest + memory_for(resident, 5)
+    machine = needed if recommended else needed + reserve_of(needed)
+    monkeypatch.setattr(install, "machine_memory", lambda: 1 << 40 if recommended else machine)
+    monkeypatch.setattr(
+        mx, "device_info", lambda: {"max_recommended_working_set_size": needed} if recommended else {}
+    )
+    monkeypatch.setenv(VARIABLE, "auto")
+    assert [layer.slots.count for layer in experts_of(load_with("mlx_lm", checkpoint))] == [5] * 4
+    monkeypatch.setattr(mx, "device_info", lambda: {"max_recommended_working_set_size": rest})
+    with pytest.raises(ValueError, match="too small: 0 bytes"):
+        load_with("mlx_lm", checkpoint)
+
+
 def test_refusals(checkpoint: Path, resident: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     from mlx_lm.utils import load_model
 
-    with pytest.raises(ValueError, match=f"{VARIABLE} is too small: one expert of each layer takes 393,216"):
+    with pytest.raises(ValueError, match=f"{VARIABLE} is too small: 393,215 bytes, and one expert of each"):
         load_on_disk("mlx_lm", checkpoint, 393_215)
     on_disk = load_on_disk("mlx_lm", checkpoint, 393_216)
     on_disk.train()

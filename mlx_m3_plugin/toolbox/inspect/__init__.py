@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from ...model.config import uncut_lists
+from ...model.memory import Memory, is_mac, machine_memory, memory_for
 from ...weights import Headers, shorten, unused_in_words
 from ...weights.headers import INDEX, dtypes_not_read
 from ...weights.names import is_draft
@@ -29,7 +30,6 @@ from ..checkpoint import (
 )
 from ..checksums import Verification, verify
 from ..common import Answer, bytes_bar, component_table, size_in_words, version_of
-from ..memory import Memory, is_mac, machine_memory, memory_for
 from ..parameters import NOT_IN_THE_TEXT_MODEL
 from ..stock import wrong_past_the_budget
 from .layout import Component, Layout, Precision, StoredDtype, dtype_histogram, measure, recognise_layout
