@@ -79,7 +79,7 @@ def test_experts_on_disk(four_bits: Path, capsys: pytest.CaptureFixture[str]) ->
     assert fit(four_bits, 16 * GIB).on_disk is None
     main(["fit", str(four_bits), "--memory", "128GB"])
     said = capsys.readouterr().out
-    assert f"{EXPERT_MEMORY}=107.9GB keeps 63 of 128 experts of each layer in memory, beside 32K" in said
+    assert f"{EXPERT_MEMORY}=107.9GB keeps 63 of 128 experts of each layer in memory, beside 32,768" in said
     assert f"at most {found.on_disk.ceiling} tokens per second at 7 GB/s" in said
 
 
