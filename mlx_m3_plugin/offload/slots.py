@@ -118,6 +118,10 @@ class Slots:
             mx.eval(self._computed)
             self._start(wanted, wanted)
 
+    def are_here(self, wanted: Ids) -> bool:
+        """Whether nobody has to wait for any of these experts."""
+        return not self._reads.keys() & set(wanted.tolist()) and bool((self.of_expert[wanted] >= 0).all())
+
     def wait(self, wanted: Ids) -> None:
         """Until these experts, all of which have been started, are here.
 
@@ -153,11 +157,13 @@ class Slots:
         """
         mx.eval(self._computed)
         size = max(1, self.count // 4)
-        here, missing = wanted[self.of_expert[wanted] >= 0], wanted[self.of_expert[wanted] < 0]
+        missing = wanted[self.of_expert[wanted] < 0]
+        late = np.array([expert for expert in wanted.tolist() if expert in self._reads], wanted.dtype)
+        here = np.setdiff1d(wanted, np.concatenate([missing, late]))
         # The least used first: their slots are then read into.
         here = here[np.argsort(self._usage[here], kind="stable")]
         split = 2 * size if len(missing) else len(here)
-        groups = [group for group in (here[:split], here[split:]) if len(group)]
+        groups = [group for group in (here[:split], here[split:], late) if len(group)]
         started, finished = len(groups), 0
         groups += [missing[i : i + size] for i in range(0, len(missing), size)]
         outputs: list[mx.array] = []
