@@ -118,6 +118,11 @@ def cache_directory(environ: Mapping[str, str] = os.environ) -> str:
     return os.path.join(base, "mlx-m3")
 
 
+def without_plugin(environ: Mapping[str, str] = os.environ) -> dict[str, str]:
+    """Variables for a process in which upstream is exactly as it is."""
+    return {**environ, "MLX_M3_PLUGIN": "off"}
+
+
 def lines_of(settings: Mapping[str, Any]) -> list[str]:
     """For people: the settings that are not the default."""
     defaults = Settings()

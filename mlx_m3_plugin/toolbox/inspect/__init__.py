@@ -33,7 +33,7 @@ from ..checksums import Verification, verify
 from ..common import Answer, bytes_bar, component_table, size_in_words, version_of
 from ..memory import Memory, is_mac, machine_memory, memory_for
 from ..parameters import NOT_IN_THE_TEXT_MODEL
-from ..stock import wrong_past_the_budget
+from ..stock import why_not_opened, wrong_past_the_budget
 from .layout import Component, Layout, Precision, StoredDtype, dtype_histogram, measure, recognise_layout
 
 # Of a line of text.
@@ -89,6 +89,8 @@ class Inspection:
         opens: ``mlx-lm`` and ``mlx-vlm`` -> whether it opens there with this plugin.
         wrong_without_plugin: library -> why its answers are not right past ``attention.budget`` tokens
             without this plugin, where it opens the checkpoint.
+        fails_without_plugin: library -> what it says when it loads the checkpoint without this plugin, empty
+            if it opens; None if it was not asked.
         notes: what to know before using it.  problems: what is wrong with it, one line each.
         verified: None unless the files were compared with their checksums.
     """
@@ -110,6 +112,7 @@ class Inspection:
     attention: AttentionSummary | None = None
     opens: dict[str, bool] = field(default_factory=lambda: {"mlx-lm": False, "mlx-vlm": False})
     wrong_without_plugin: dict[str, str] = field(default_factory=dict)
+    fails_without_plugin: dict[str, str] | None = None
     memory: Memory | None = None
     commands: list[str] = field(default_factory=list)
     notes: list[str] = field(default_factory=list)
@@ -123,6 +126,8 @@ class Inspection:
 
 def command(args: Namespace) -> Answer:
     found = inspect(args.checkpoint)
+    if args.stock:
+        ask_stock(found, args.checkpoint)
     if args.verify:
         directory = locate_weights(args.checkpoint).directory
         assert directory is not None
@@ -183,6 +188,17 @@ def inspect(path_or_repository: str | Path) -> Inspection:
             effort=_DEFAULT_EFFORT if found.efforts else None,
         )
     return found
+
+
+def ask_stock(found: Inspection, path_or_repository: str | Path) -> None:
+    """Whether the installed mlx-lm and mlx-vlm open it without this plugin.
+
+    Raises:
+        OSError: it is not on disk.
+    """
+    directory = locate_weights(path_or_repository).directory
+    assert directory is not None
+    found.fails_without_plugin = {library: why_not_opened(library, directory)[0] for library in found.opens}
 
 
 def _draft(source: Source) -> str | None:
@@ -365,11 +381,22 @@ def _opens(opens: Mapping[str, bool]) -> str:
 
 
 def _without_plugin(found: Inspection) -> dict[str, str]:
-    if found.attention is None or not found.wrong_without_plugin:
-        return {}
-    libraries = " and ".join(f"{library} ({why})" for library, why in found.wrong_without_plugin.items())
-    wrong = f"not right past {found.attention.budget:,} tokens without the plugin"
-    return {"without it": f"{wrong}, where it opens: {libraries}"}
+    fails, wrong = found.fails_without_plugin, found.wrong_without_plugin
+    not_right = "" if found.attention is None else f"not right past {found.attention.budget:,} tokens"
+    if fails is None:
+        if not not_right or not wrong:
+            return {}
+        libraries = " and ".join(f"{library} ({why})" for library, why in wrong.items())
+        return {"without it": f"{not_right} without the plugin, where it opens: {libraries}"}
+    said = {
+        library: f"does not open ({textwrap.shorten(why, _COLUMNS // 2, placeholder=' ...')})"
+        if why
+        else f"opens, {not_right} ({wrong[library]})"
+        if library in wrong
+        else "opens"
+        for library, why in fails.items()
+    }
+    return {f"{library} alone": verdict for library, verdict in said.items()}
 
 
 def _files(count: int) -> str:
