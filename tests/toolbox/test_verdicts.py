@@ -37,11 +37,13 @@ def test_what_inspect_says_of_every_layout(sampled_layouts: list[str], tiny: Cal
     And ``docs/layouts.md`` says the same.
     """
     table = layouts_table.read_table()
+    # The last one opens in both alone, and is wrong in both past the budget.
+    names = list(dict.fromkeys([*sampled_layouts, "m31_mlx_fused_129_4bit"]))
     for library in LIBRARIES:
-        alone = measured_alone(library, sampled_layouts)
-        said_alone = why_not_opened(library, *map(tiny, sampled_layouts))
+        alone = measured_alone(library, names)
+        said_alone = why_not_opened(library, *map(tiny, names))
         column = f"{library} {version(library)} alone"
-        for name, said in zip(sampled_layouts, said_alone, strict=True):
+        for name, said in zip(names, said_alone, strict=True):
             found = inspect(tiny(name))
             assert found.opens[library]
             assert opens.why_not(LAYOUTS[name], library.replace("-", "_")) == (None, True)

@@ -3,7 +3,6 @@
 Reads headers and settings alone, so a checkpoint of 850 GB takes about a second.
 """
 
-import shlex
 import textwrap
 from argparse import Namespace
 from collections.abc import Iterable, Mapping, Sequence
@@ -13,7 +12,7 @@ from typing import Any
 
 from ...chat.prompt import takes_effort
 from ...model.config import uncut_lists
-from ...startup.settings import EFFORT, EFFORTS
+from ...startup.settings import EFFORTS
 from ...weights import Headers, shorten, unused_in_words
 from ...weights.headers import INDEX, dtypes_not_read
 from ...weights.names import is_draft
@@ -30,27 +29,23 @@ from ..checkpoint import (
     read_text_config,
 )
 from ..checksums import Verification, verify
-from ..common import Answer, bytes_bar, component_table, size_in_words, version_of
+from ..common import Answer, bytes_bar, component_table, size_in_words
 from ..memory import Memory, is_mac, machine_memory, memory_for
 from ..parameters import NOT_IN_THE_TEXT_MODEL
-from ..stock import why_not_opened, wrong_past_the_budget
+from ..stock import (
+    DEFAULT_EFFORT,
+    WHY_EFFORT,
+    WHY_SAMPLING,
+    stock_commands,
+    why_not_opened,
+    wrong_past_the_budget,
+)
 from .layout import Component, Layout, Precision, StoredDtype, dtype_histogram, measure, recognise_layout
 
 # Of a line of text.
 _COLUMNS = 100
 _LABEL = 14
 _MOST_PROBLEMS = 20
-_WHY_SAMPLING = (
-    "(with the sampling that MiniMax uses: greedy decoding, the default of these commands, can make "
-    "low-bit weights repeat themselves while thinking)"
-)
-_SAMPLING = "--temp 1.0 --top-p 0.95"
-# M3.1 always reasons: about 600 tokens at low effort and 6,400 at max.
-_DEFAULT_EFFORT = "max"
-_WHY_EFFORT = (
-    "(max is the effort that MiniMax's own service uses by default; it takes about ten times the tokens of "
-    "low, so leave room for them)"
-)
 
 
 @dataclass(frozen=True)
@@ -185,7 +180,7 @@ def inspect(path_or_repository: str | Path) -> Inspection:
             mlx_lm=found.opens["mlx-lm"],
             mlx_vlm=found.opens["mlx-vlm"] and found.vision,
             model_name=found.model or M3,
-            effort=_DEFAULT_EFFORT if found.efforts else None,
+            effort=DEFAULT_EFFORT if found.efforts else None,
         )
     return found
 
@@ -285,44 +280,6 @@ def _tokenizer_problems(source: Source) -> list[str]:
     return problems
 
 
-# --- how to run it ---
-
-
-def stock_commands(
-    name: str, *, mlx_lm: bool, mlx_vlm: bool, model_name: str = M3, effort: str | None = None
-) -> list[str]:
-    """Stock command lines of these libraries, with MiniMax's sampling for ``model_name``,
-    ready to paste.
-
-    Args:
-        effort: of reasoning, where the chat template takes it.  ``mlx_lm.chat`` and mlx-vlm have no option
-            for it, and get our variable.
-    """
-    model = f"--model {shlex.quote(name)}"
-    tokens = "--max-tokens 4096" if model_name == M3 else "--max-tokens 16384"
-    # Nothing is known of it for M3.1.
-    top_k = " --top-k 40" if model_name == M3 else ""
-    arguments = "" if effort is None else f""" '{{"reasoning_effort": "{effort}"}}'"""
-    variable = "" if effort is None else f"{EFFORT}={effort} "
-    config, args = (f" --chat-template-{x}{arguments}" if arguments else "" for x in ("config", "args"))
-    lines = []
-    if mlx_lm:
-        lines += [
-            f'mlx_lm.generate {model} --prompt "Hello" {tokens} {_SAMPLING}{top_k}{config}',
-            # It has no --top-k.
-            f"{variable}mlx_lm.chat {model} {tokens} {_SAMPLING}",
-            f"mlx_lm.server {model} {tokens} {_SAMPLING}{top_k}{args}",
-        ]
-    if mlx_vlm:
-        sampling = _SAMPLING.replace("--temp ", "--temperature ") + top_k
-        if (version_of("mlx-vlm") or "").startswith("0.6."):
-            # It takes the others from generation_config.json only.  until: mlx-vlm 0.7
-            sampling = "--temperature 1.0"
-        question = '--image photo.jpg --prompt "What is this?"'
-        lines.append(f"{variable}mlx_vlm.generate {model} {question} {tokens} {sampling}")
-    return lines
-
-
 # --- as text ---
 
 
@@ -341,7 +298,7 @@ def lines_of(found: Inspection) -> list[str]:
         lines += ["", "Checksums", *_indented([f"{read}: {result}"])]
     lines += ["", "Problems", *_indented(shorten(found.problems, _MOST_PROBLEMS) or ["none"])]
     if found.commands:
-        why = [_WHY_SAMPLING, *([_WHY_EFFORT] if found.efforts else [])]
+        why = [WHY_SAMPLING, *([WHY_EFFORT] if found.efforts else [])]
         lines += ["", "To run it", *map(_command, found.commands), *_indented(why)]
     return lines
 
