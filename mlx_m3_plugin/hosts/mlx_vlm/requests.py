@@ -9,9 +9,9 @@ import logging
 from collections.abc import Callable, Mapping
 from functools import cache, wraps
 from importlib import import_module
-from inspect import signature
 from typing import Any
 
+from mlx_m3_plugin.chat.history import from_blocks
 from mlx_m3_plugin.chat.markers import THINK_END, THINK_START
 from mlx_m3_plugin.chat.prompt import prepared, thinking_mode
 from mlx_m3_plugin.hosts.mlx_vlm.prompts import is_m3
@@ -112,16 +112,17 @@ def arguments_of(made: Any, request: Any) -> Any:
     """
     _check_history(request)
     template = dict(getattr(request, "chat_template_kwargs", None) or {})
-    mode = _mode_of(request, template, made)
+    mode = _mode_of(request, template, made) or "adaptive"
     template.pop("enable_thinking", None)
     arguments = {f.name: getattr(made, f.name) for f in dataclasses.fields(made)}
     arguments |= {
-        "enable_thinking": _may_think(mode, made),
+        # Upstream's word for: reasoning is shown, limited, and waited for.
+        "enable_thinking": mode != "disabled",
         "thinking_start_token": THINK_START,
         "thinking_end_token": THINK_END,
         # The markers may be special tokens, and have to be seen.
         "skip_special_tokens": False,
-        "template_arguments": template | ({"thinking_mode": mode} if mode else {}),
+        "template_arguments": template | {"thinking_mode": mode},
         "tools": _offered_tools(request),
     }
     base: Any = type(made)
@@ -141,24 +142,6 @@ def _mode_of(request: Any, template: dict[str, Any], made: Any) -> str | None:
         {"enable_thinking": made.enable_thinking or None},
     ]
     return next(filter(None, map(thinking_mode, sources)), None)
-
-
-def _may_think(mode: str | None, made: Any) -> bool:
-    """Upstream's ``enable_thinking``: whether reasoning is shown, limited, and waited for."""
-    if mode == "enabled" or mode == "disabled":
-        return mode == "enabled"
-    has_budget = made.thinking_budget is not None and knows_open_prompts()
-    # A grammar would wait for the end of a reasoning that may never begin.
-    return made.logits_processors is None and (made.enable_thinking or has_budget)
-
-
-def knows_open_prompts() -> bool:
-    """Whether mlx-vlm distinguishes prompts that have opened reasoning from others.  Where it does not,
-    there are no thinking budgets in adaptive mode."""
-    from mlx_vlm.utils import ThinkingBudgetCriteria
-
-    # until: mlx-vlm 0.7
-    return "prompt_preopens_thinking" in signature(ThinkingBudgetCriteria.__init__).parameters
 
 
 def _sent(request: Any, name: str) -> Any:
@@ -183,6 +166,7 @@ def _check_history(request: Any) -> None:
         if isinstance(item, Mapping) and item.get("type") == "function_call":
             messages.append({"role": "assistant", "tool_calls": [item]})
     prepared(messages)
+    prepared(from_blocks(messages))
 
 
 def _offered_tools(request: Any) -> list[Any]:
