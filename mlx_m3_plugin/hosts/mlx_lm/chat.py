@@ -11,6 +11,7 @@ from weakref import WeakValueDictionary
 
 from mlx_m3_plugin.chat.markers import THINK_END, THINK_START, has_m3_markers
 from mlx_m3_plugin.hosts.patching import Arguments, call, where
+from mlx_m3_plugin.startup.settings import effort_setting
 
 if TYPE_CHECKING:
     from mlx_m3_plugin.chat.reply import Event
@@ -112,8 +113,10 @@ class _M3Behaviour:
 
     def apply_chat_template(self, conversation: Any, *args: Any, **kwargs: Any) -> Any:
         """With ``thinking_mode``, or with the ``enable_thinking`` that other models have."""
-        from mlx_m3_plugin.chat.prompt import prepared, thinking_mode
+        from mlx_m3_plugin.chat.prompt import prepared, thinking_mode, with_effort
 
+        template = kwargs.get("chat_template") or self.chat_template  # type: ignore[attr-defined]
+        kwargs = with_effort(kwargs, effort_setting(), template)
         mode = thinking_mode(kwargs)
         kwargs.pop("enable_thinking", None)
         if mode is not None:

@@ -7,9 +7,10 @@ from typing import Any
 from weakref import WeakValueDictionary
 
 from mlx_m3_plugin.chat.markers import THINK_END, THINK_START
-from mlx_m3_plugin.chat.prompt import CHAT_TEMPLATE, prepared, thinking_mode
+from mlx_m3_plugin.chat.prompt import CHAT_TEMPLATE, prepared, thinking_mode, with_effort
 from mlx_m3_plugin.hosts.mlx_vlm.histories import count_images, whole_history
 from mlx_m3_plugin.hosts.patching import Arguments, call, is_m3_checkpoint, where
+from mlx_m3_plugin.startup.settings import effort_setting
 
 PARSER_NAME = "minimax_m3"
 
@@ -142,7 +143,8 @@ class _InTheirOrder(UserList):  # type: ignore[type-arg]
 @where(lambda given: is_m3(given["processor"]))
 def get_chat_template(get: Any, given: Arguments) -> Any:
     given.arguments["messages"] = prepared(given.arguments["messages"])
-    options = dict(given.arguments["kwargs"])
+    template = getattr(given.arguments["processor"], "chat_template", None)
+    options = with_effort(dict(given.arguments["kwargs"]), effort_setting(), template)
     # The commands pass ``enable_thinking=False`` when the user has not asked for anything.
     mode = thinking_mode({**options, "enable_thinking": options.get("enable_thinking") or None})
     options.pop("thinking_mode", None)

@@ -11,7 +11,9 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
+from ...chat.prompt import takes_effort
 from ...model.config import uncut_lists
+from ...startup.settings import EFFORT, EFFORTS
 from ...weights import Headers, shorten, unused_in_words
 from ...weights.headers import INDEX, dtypes_not_read
 from ...weights.names import is_draft
@@ -44,7 +46,7 @@ _WHY_SAMPLING = (
 )
 _SAMPLING = "--temp 1.0 --top-p 0.95"
 # M3.1 always reasons: about 600 tokens at low effort and 6,400 at max.
-_EFFORTS, _DEFAULT_EFFORT = ("low", "medium", "high", "xhigh", "max"), "max"
+_DEFAULT_EFFORT = "max"
 _WHY_EFFORT = (
     "(max is the effort that MiniMax's own service uses by default; it takes about ten times the tokens of "
     "low, so leave room for them)"
@@ -154,7 +156,7 @@ def inspect(path_or_repository: str | Path) -> Inspection:
         dtypes=dtype_histogram(headers),
         vision=layout.vision,
         model=None if config is None else model_name(config),
-        efforts=[*_EFFORTS] if takes_effort(source.chat_template or "") else [],
+        efforts=[*EFFORTS] if takes_effort(source.chat_template or "") else [],
         draft=_draft(source),
         problems=[*problems],
     )
@@ -189,10 +191,6 @@ def _draft(source: Source) -> str | None:
         [f"{tensors} tensors in the shards"] if tensors else []
     )
     return " and ".join(places) or None
-
-
-def takes_effort(chat_template: str) -> bool:
-    return "reasoning_effort" in chat_template
 
 
 def _notes(source: Source) -> list[str]:
@@ -281,20 +279,22 @@ def stock_commands(
     ready to paste.
 
     Args:
-        effort: of reasoning, where the chat template takes it.  ``mlx_lm.chat`` and mlx-vlm have no option.
+        effort: of reasoning, where the chat template takes it.  ``mlx_lm.chat`` and mlx-vlm have no option
+            for it, and get our variable.
     """
     model = f"--model {shlex.quote(name)}"
     tokens = "--max-tokens 4096" if model_name == M3 else "--max-tokens 16384"
     # Nothing is known of it for M3.1.
     top_k = " --top-k 40" if model_name == M3 else ""
     arguments = "" if effort is None else f""" '{{"reasoning_effort": "{effort}"}}'"""
+    variable = "" if effort is None else f"{EFFORT}={effort} "
     config, args = (f" --chat-template-{x}{arguments}" if arguments else "" for x in ("config", "args"))
     lines = []
     if mlx_lm:
         lines += [
             f'mlx_lm.generate {model} --prompt "Hello" {tokens} {_SAMPLING}{top_k}{config}',
             # It has no --top-k.
-            f"mlx_lm.chat {model} {tokens} {_SAMPLING}",
+            f"{variable}mlx_lm.chat {model} {tokens} {_SAMPLING}",
             f"mlx_lm.server {model} {tokens} {_SAMPLING}{top_k}{args}",
         ]
     if mlx_vlm:
@@ -303,7 +303,7 @@ def stock_commands(
             # It takes the others from generation_config.json only.  until: mlx-vlm 0.7
             sampling = "--temperature 1.0"
         question = '--image photo.jpg --prompt "What is this?"'
-        lines.append(f"mlx_vlm.generate {model} {question} {tokens} {sampling}")
+        lines.append(f"{variable}mlx_vlm.generate {model} {question} {tokens} {sampling}")
     return lines
 
 
