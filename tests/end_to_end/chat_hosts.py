@@ -15,7 +15,9 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from functools import partial
+from importlib import import_module
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -100,6 +102,8 @@ def mlx_vlm_host(model: Path, patch: pytest.MonkeyPatch, generates: bool = False
     finally:
         server.should_exit = True
         thread.join()
+        # A generation thread that runs at the interpreter's end would take it down.
+        import_module("mlx_vlm.server.app").unload_model_sync()
 
 
 def _given_to_vlm(
@@ -125,6 +129,56 @@ def _given_tokens(host: Host, generation: Any) -> Iterator[Any]:
         yield generation.StreamingToken(piece, n, 0.0, "length" if last else None)
     if host.limit is None:
         yield generation.StreamingToken("", 0, 0.0, "stop")
+
+
+@contextmanager
+def mlx_lm_host(model: Path, patch: pytest.MonkeyPatch, *options: str) -> Iterator[Host]:
+    from mlx_lm import server
+
+    host, providers = Host(model="default_model"), []
+    command = ["mlx_lm.server", "--model", str(model), "--prompt-cache-size", "0", *options]
+    patch.setattr("sys.argv", command)
+    patch.setattr(server, "run", lambda name, port, provider: providers.append(provider))
+    server.main()
+    # Alone, where what a model says comes from one function.
+    patch.setattr(server.ResponseGenerator, "_is_batchable", lambda self, args: False)
+    patch.setattr(server, "stream_generate", partial(_given_to_lm, host))
+    generator = server.ResponseGenerator(providers[0], server.LRUPromptCache(0))
+    httpd = server.ThreadingHTTPServer(("127.0.0.1", 0), partial(server.APIHandler, generator))
+    thread = threading.Thread(target=httpd.serve_forever)
+    thread.start()
+    try:
+        host.address = f"http://127.0.0.1:{httpd.server_port}"
+        yield host
+    finally:
+        httpd.shutdown()
+        httpd.server_close()
+        generator.stop_and_join()
+        thread.join()
+
+
+def _given_to_lm(host: Host, model: Any, tokenizer: Any, prompt: Any, **options: Any) -> Iterator[Any]:
+    import mlx.core as mx
+
+    host.prompts.append(tokenizer.decode(prompt))
+    host.arguments = options
+    pieces = tokenizer.encode(host.reply, add_special_tokens=False)[: host.limit]
+    detokenizer, logprobs = tokenizer.detokenizer, mx.zeros(len(tokenizer._tokenizer))
+    for n, token in enumerate(pieces):
+        detokenizer.add_token(token)
+        ends = n == len(pieces) - 1 and host.limit is not None
+        if ends:
+            detokenizer.finalize()
+        reason = "length" if ends else None
+        yield SimpleNamespace(
+            text=detokenizer.last_segment, token=token, logprobs=logprobs, finish_reason=reason
+        )
+    if host.limit is None:
+        detokenizer.finalize()
+        end = tokenizer.eos_token_id
+        yield SimpleNamespace(
+            text=detokenizer.last_segment, token=end, logprobs=logprobs, finish_reason="stop"
+        )
 
 
 def _recorded(host: Host, generation: Any) -> Callable[..., Any]:

@@ -2,6 +2,7 @@
 
 import json
 from collections.abc import Iterator
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -9,7 +10,7 @@ import pytest
 from mlx_m3_plugin.chat.prompt import CHAT_TEMPLATE
 from tests.end_to_end import scripted_model
 from tests.end_to_end.chat_cases import streamed_or_not
-from tests.end_to_end.chat_hosts import Host, mlx_vlm_host
+from tests.end_to_end.chat_hosts import Host, mlx_lm_host, mlx_vlm_host
 from tests.end_to_end.scripted_model import NS
 
 TOOL = {
@@ -28,9 +29,19 @@ LAST = "<mm:think>Why 3?</mm:think>Done.\n"
 
 
 @pytest.fixture(scope="module")
-def host(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Host]:
-    model = scripted_model.write_scripted_model(tmp_path_factory.mktemp("scripted") / "m3")
+def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return scripted_model.write_scripted_model(tmp_path_factory.mktemp("scripted") / "m3")
+
+
+@pytest.fixture(scope="module")
+def vlm(model: Path) -> Iterator[Host]:
     with pytest.MonkeyPatch.context() as patch, mlx_vlm_host(model, patch) as running:
+        yield running
+
+
+@pytest.fixture(scope="module")
+def lm(model: Path) -> Iterator[Host]:
+    with pytest.MonkeyPatch.context() as patch, mlx_lm_host(model, patch) as running:
         yield running
 
 
@@ -147,7 +158,16 @@ def ask_chat(host: Host, stream: bool, messages: list[Any], **more: Any) -> dict
 
 @streamed_or_not
 @pytest.mark.parametrize("converse", [by_chat, by_items, by_id, by_blocks])
-def test_the_prompt_is_what_m3_wrote(host: Host, converse: Any, stream: bool) -> None:
+def test_the_prompt_is_what_m3_wrote(vlm: Host, converse: Any, stream: bool) -> None:
+    check(vlm, converse, stream)
+
+
+@streamed_or_not
+def test_the_prompt_is_what_m3_wrote_in_mlx_lm(lm: Host, stream: bool) -> None:
+    check(lm, by_chat, stream)
+
+
+def check(host: Host, converse: Any, stream: bool) -> None:
     host.prompts.clear()
     converse(host, stream)
     turns = (*TURNS, LAST)

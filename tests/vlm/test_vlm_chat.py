@@ -166,7 +166,7 @@ class Arguments:
         ({}, {"enable_thinking": True}, "enabled"),
         ({"enable_thinking": False}, {"enable_thinking": True}, "disabled"),
         ({"thinking_mode": "adaptive"}, {"enable_thinking": True}, "adaptive"),
-        ({}, {"reasoning": False}, "disabled"),
+        ({"reasoning": {"effort": "none"}}, {}, "disabled"),
         ({"thinking": {"type": "adaptive"}}, {"enable_thinking": True}, "adaptive"),
     ],
 )
@@ -181,7 +181,8 @@ def test_arguments(request_fields: dict[str, Any], made: dict[str, Any], mode: s
 
 def test_other_template_arguments_reach_the_template() -> None:
     extra = {"chat_template_kwargs": {"model_identity": "You are a parrot.", "enable_thinking": True}}
-    kwargs = arguments_of(Arguments(), SimpleNamespace(**extra)).to_template_kwargs()
+    request = SimpleNamespace(**extra, model_fields_set=set(extra))
+    kwargs = arguments_of(Arguments(), request).to_template_kwargs()
     assert kwargs["model_identity"] == "You are a parrot."
     assert kwargs["thinking_mode"] == "enabled"
 
