@@ -37,8 +37,8 @@ class Patch:
         replace: makes ours from upstream's module and upstream's function.
         others: what else ours uses of the module, in the same form.
         until: when the patch can go: ``"never"`` with the reason; or what upstream lacks today; or
-            ``"mlx-lm 0.32"``, the first release without what is replaced.  A patch of the last kind is
-            left out where the function is missing.
+            ``"mlx-lm 0.32"``, the first release without what is replaced or needed.  A patch of the last
+            kind is left out where the function is missing, and from that release on.
         fault: the test in ``tests/upstream`` that fails once upstream no longer lacks it.
         since: the first release that has all that is needed.  Older ones go without the patch.
     """
@@ -92,7 +92,7 @@ class Patch:
             find(module, self.path)
         except UpstreamChangedError:
             return True
-        return False
+        return _installed_release(module) >= _release(self.until)
 
 
 def check_needs(module: ModuleType, *needs: str) -> None:

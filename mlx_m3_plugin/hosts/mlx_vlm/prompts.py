@@ -8,6 +8,7 @@ from weakref import WeakValueDictionary
 
 from mlx_m3_plugin.chat.markers import THINK_END, THINK_START
 from mlx_m3_plugin.chat.prompt import CHAT_TEMPLATE, prepared, thinking_mode, with_effort
+from mlx_m3_plugin.hosts.mlx_vlm.histories import count_images, whole_history
 from mlx_m3_plugin.hosts.patching import Arguments, call, is_m3_checkpoint, where
 from mlx_m3_plugin.startup.settings import effort_setting
 
@@ -116,13 +117,21 @@ def apply_chat_template(apply: Any, given: Arguments) -> Any:
     """mlx-vlm rebuilds messages from role and content, but for those with ``tool_calls``."""
     remember(given.arguments["processor"])
     prompt = given.arguments["prompt"]
-    if isinstance(prompt, list):
-        given.arguments["prompt"] = [_kept_whole(message) for message in prepared(prompt)]
+    if not isinstance(prompt, list):
+        return call(apply, given)
+    history = whole_history(prompt)
+    # mlx-vlm puts images without a place into the last question.
+    placed = history is not None and count_images(history) == given.arguments["num_images"]
+    if placed:
+        given.arguments["num_images"] = 0
+    given.arguments["prompt"] = [
+        _kept_whole(message, placed) for message in prepared(prompt if history is None else history)
+    ]
     return call(apply, given)
 
 
-def _kept_whole(message: Any) -> Any:
-    if isinstance(message, dict) and message.get("reasoning_content"):
+def _kept_whole(message: Any, with_images: bool) -> Any:
+    if isinstance(message, dict) and (with_images or message.get("reasoning_content")):
         return {"tool_calls": [], **message}
     return message
 
