@@ -23,7 +23,7 @@ __all__ = ["LanguageModel", "Model", "ModelConfig", "TextConfig"]
 
 @dataclass
 class ModelConfig(TextConfig):
-    """Flat: mlx-vlm's loader would overwrite an attribute ``text_config``."""
+    """Flat: mlx-vlm's loader would overwrite an attribute ``text_config``, so this one cannot be set."""
 
     loader_config: dict[str, Any] = field(default_factory=dict, repr=False)
     # The loader asks for these; we read them from the tensors.
@@ -40,6 +40,15 @@ class ModelConfig(TextConfig):
         made.loader_config = params
         params.pop("quantization_config", None)
         return made
+
+    # until: mlx-vlm 0.6.4, whose loader asks for it where a module has a ``LanguageModel``.
+    @property
+    def text_config(self) -> "ModelConfig":
+        return self
+
+    @text_config.setter
+    def text_config(self, value: Any) -> None:
+        pass
 
     def to_dict(self) -> dict[str, Any]:
         return {key: value for key, value in vars(self).items() if value is not None}
