@@ -21,7 +21,7 @@ ALLOWED = {
     "msa": (),
     "chat": (),
     "model": ("msa",),
-    "weights": ("model.config",),
+    "weights": ("model.config", "model.tensor_scales"),
     "hosts": ("model", "msa.engine", "weights", "chat", "startup.settings"),
     "toolbox": ("hosts", "weights", "model", "msa.engine", "chat", "startup"),
     "cli": ("toolbox",),
