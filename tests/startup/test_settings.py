@@ -18,6 +18,7 @@ SWITCHES = {
     "MLX_M3_PLUGIN_ATTENTION": ("attention", "dense", "dense", "densee"),
     "MLX_M3_PLUGIN_EXPERT_MEMORY": ("expert_memory", "64.5GB", 129 << 29, "64 GX"),
     "MLX_M3_PLUGIN_PIPELINE_SPLIT": ("pipeline_split", "40,20", (40, 20), "40;20"),
+    "MLX_M3_PLUGIN_REASONING_EFFORT": ("reasoning_effort", "xhigh", "xhigh", "none"),
 }
 each_switch = pytest.mark.parametrize("name", SWITCHES)
 
