@@ -11,6 +11,7 @@ from mlx_m3_plugin.hosts.patching import (
     dequantize_model,
     for_m3,
     is_m3_checkpoint,
+    where,
     with_checks,
 )
 
@@ -48,6 +49,13 @@ def sharded_load(module: Any, original: Any) -> Any:
         return load_shared(module, given.arguments)
 
     return for_m3(original, lambda given: is_m3_repository(given["repo"]), load)
+
+
+# Only our classes have the method.
+@where(lambda given: hasattr(type(given["model"]), "check_is_whole"))
+def save_model(save: Any, given: Arguments) -> None:
+    given.arguments["model"].check_is_whole()
+    call(save, given)
 
 
 until_markers = partial(
@@ -122,6 +130,12 @@ PATCHES = [
         "load_model checks the files of M3 checkpoints",
         load_model,
         until="never: MLX opens files that are cut off, and lets the second tensor of one name win",
+    ),
+    Patch(
+        "mlx_lm.utils:save_model(model)",
+        "no model is saved without its experts on disk",
+        save_model,
+        until="never: experts on disk are ours",
     ),
     Patch(
         "mlx_lm.utils:dequantize_model(model)",
