@@ -4,12 +4,21 @@
 ``<think>`` is in it too, but M3 does not use it.
 """
 
+from collections.abc import Callable, Sequence
 from typing import Any
 
 THINK_START, THINK_END = "<mm:think>", "</mm:think>"
 # Stands before every tag of a tool call.
 NAMESPACE = "]<]minimax[>["
 TOOL_CALL_START, TOOL_CALL_END = f"{NAMESPACE}<tool_call>", f"{NAMESPACE}</tool_call>"
+
+
+def without_space(tokens: Sequence[int], decode: Callable[[list[int]], str]) -> Sequence[int]:
+    """A prompt's tokens without the white space at its end, which may follow a marker."""
+    end = len(tokens)
+    while end > 0 and decode([tokens[end - 1]]).isspace():
+        end -= 1
+    return tokens[:end]
 
 
 def has_m3_markers(tokenizer: Any) -> bool:

@@ -9,7 +9,7 @@ from collections.abc import Iterable, Iterator
 from functools import cache, wraps
 from typing import TYPE_CHECKING, Any
 
-from mlx_m3_plugin.chat.markers import THINK_END, THINK_START, has_m3_markers
+from mlx_m3_plugin.chat.markers import THINK_END, THINK_START, has_m3_markers, without_space
 from mlx_m3_plugin.hosts.patching import Arguments, call, where
 from mlx_m3_plugin.startup.settings import effort_setting
 
@@ -134,13 +134,9 @@ class _M3Behaviour:
 
 def _at_end(wrapper: Any, tokens: Any, marker: Any) -> int:
     """Where the marker begins if the tokens end with it and white space, or -1."""
-    end = len(tokens)
-    while (
-        end > 0 and tokens[end - 1] not in marker and wrapper._tokenizer.decode([tokens[end - 1]]).isspace()
-    ):
-        end -= 1
-    begin = end - len(marker)
-    return begin if begin >= 0 and tuple(tokens[begin:end]) == tuple(marker) else -1
+    tokens = without_space(tokens, wrapper._tokenizer.decode)
+    begin = len(tokens) - len(marker)
+    return begin if begin >= 0 and tuple(tokens[begin:]) == tuple(marker) else -1
 
 
 # --- requests ---

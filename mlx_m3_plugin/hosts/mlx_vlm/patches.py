@@ -183,7 +183,17 @@ PATCHES = [
         "mlx_vlm.server.generation:ResponseGenerator.generate(prompt)",
         "replies whose markers come whole",
         replies.generate,
-        ("StreamingToken(text, finish_reason, token_count)", *requests.ARGUMENTS),
+        (
+            "StreamingToken(text, finish_reason, token_count)",
+            *_HAS_TOKENIZER,
+            *requests.ARGUMENTS,
+        ),
+    ),
+    until_markers(
+        "mlx_vlm.server.generation:ResponseGenerator._wrap_processors_until_thinking_done(args, processors)",
+        "grammars that begin with the answer",
+        replies.wrap_processors,
+        ("ResponseGenerator.generate(prompt)",),
     ),
     until_markers(
         "mlx_vlm.server.generation:ResponseGenerator._prompt_has_open_thinking(args, input_ids)",
