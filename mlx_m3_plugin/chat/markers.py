@@ -21,6 +21,11 @@ def without_space(tokens: Sequence[int], decode: Callable[[list[int]], str]) -> 
     return tokens[:end]
 
 
+def without_cut_character(text: str, finish_reason: str | None) -> str:
+    """A reply's text, without what decoders make of a character that a limit of tokens has cut."""
+    return text.rstrip("\ufffd") if finish_reason == "length" else text
+
+
 def has_m3_markers(tokenizer: Any) -> bool:
     """Whether the vocabulary has M3's markers, as no other model's has.
 

@@ -146,6 +146,16 @@ PATCHES = [
     ),
     *(
         Patch(
+            f"mlx_vlm.prompt_utils:{name}(content)",
+            "texts of content lists are joined as M3's template joins them",
+            histories.joined_content,
+            until=_M3_ONLY,
+            since=since,
+        )
+        for name, since in (("extract_text_from_content", ""), ("normalize_image_content", "0.7"))
+    ),
+    *(
+        Patch(
             f"{module}:_infer_tool_parser_from_processor(processor)",
             "M3's parser with any template",
             prompts.infer_tool_parser,

@@ -10,7 +10,13 @@ from collections.abc import Callable, Iterator, Mapping
 from functools import cache
 from typing import TYPE_CHECKING, Any
 
-from mlx_m3_plugin.chat.markers import THINK_END, THINK_START, TOOL_CALL_START, without_space
+from mlx_m3_plugin.chat.markers import (
+    THINK_END,
+    THINK_START,
+    TOOL_CALL_START,
+    without_cut_character,
+    without_space,
+)
 from mlx_m3_plugin.hosts.mlx_vlm.grammars import AnswerGrammar, where_a_reply_begins
 from mlx_m3_plugin.hosts.mlx_vlm.prompts import PARSER_NAME
 from mlx_m3_plugin.hosts.mlx_vlm.requests import M3Arguments, is_text, starts_with_m3
@@ -87,7 +93,7 @@ class _RewrittenTokens:
     def _rewrite(self) -> Iterator[Any]:
         token = None
         for token in self._tokens:
-            text = self._rewriter.feed(token.text)
+            text = self._rewriter.feed(without_cut_character(token.text, token.finish_reason))
             if token.finish_reason:
                 text += self._rewriter.finish()
             yield dataclasses.replace(token, text=text)
