@@ -70,6 +70,13 @@ def use_quant_utils(module: ModuleType, directory: Path) -> Any:
     return type(get(module, "dequantize_model")(model).layers[0]).__name__
 
 
+def use_moe_offload(module: ModuleType, directory: Path) -> Any:
+    model = Recorder(layers=[])
+    with pytest.raises((OSError, ValueError)) as error:
+        get(module, "patch_model")(model, str(directory))
+    return type(error.value).__name__, str(error.value), reads(model)
+
+
 def use_prompt_utils(module: ModuleType, directory: Path) -> Any:
     class Processor(Recorder):
         def apply_chat_template(self, messages: Any, **kwargs: Any) -> str:
@@ -158,6 +165,7 @@ def use_extractor(module: ModuleType, directory: Path) -> Any:
 USES: dict[str, Use] = {
     "mlx_vlm.utils": use_utils,
     "mlx_vlm.quant_utils": use_quant_utils,
+    "mlx_vlm.moe_offload": use_moe_offload,
     "mlx_vlm.prompt_utils": use_prompt_utils,
     "mlx_vlm.tools.registry": use_registry,
     "mlx_vlm.tool_parsers": use_registry,

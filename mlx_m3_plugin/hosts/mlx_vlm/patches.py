@@ -18,6 +18,18 @@ from mlx_m3_plugin.hosts.patching import (
     with_checks,
 )
 
+
+# Only our classes have the method.
+@where(lambda given: hasattr(type(given["model"]), "as_stored"))
+def patch_model(patch: Any, given: Arguments) -> Any:
+    """Experts in the form of the store; see :mod:`.offload`."""
+    # It brings the model with it, which others are not to wait for.
+    from mlx_m3_plugin.hosts.mlx_vlm.offload import expect_stored_experts
+
+    expect_stored_experts(given.arguments["model"], Path(given.arguments["offload_dir"]))
+    return call(patch, given)
+
+
 # What save_config has to say of the weights that save_weights has written: by directory.
 _described: dict[Path | None, dict[str, Any]] = {}
 
@@ -131,6 +143,12 @@ PATCHES = [
         save_config,
         (_SAVE_WEIGHTS,),
         until="never: our class holds other layouts",
+    ),
+    Patch(
+        "mlx_vlm.moe_offload:patch_model(model, offload_dir)",
+        "expert offload of mlx-vlm's own M3 layout",
+        patch_model,
+        until="never: our class holds experts and the shared expert apart",
     ),
     Patch(
         "mlx_vlm.prompt_utils:apply_chat_template(processor, config, prompt)",
