@@ -399,3 +399,47 @@ def test_a_character_that_is_cut(vlm: Host, lm: Host, stream: bool) -> None:
         message = ask_chat(host, stream, [{"role": "user", "content": "Go."}])
         assert message["content"] == "Wei"
         host.limit = None
+
+
+# --- summaries ---
+
+
+@pytest.mark.skipif(IS_FLOOR, reason="mlx-vlm 0.6 has no compaction")
+def test_a_summary_does_not_think(vlm: Host) -> None:
+    """Although the client's own requests do: upstream asks for the summary in their words."""
+    items = []
+    for n in range(4):
+        items.append({"role": "user", "content": f"{n}: {'Go on. ' * 200}"})
+        items.append({"role": "assistant", "content": "Yes."})
+    vlm.reply = "</mm:think>All went on."
+    for asked in ({"thinking_mode": "enabled"}, {"chat_template_kwargs": {"reasoning_effort": "high"}}):
+        body = {"input": items, "max_output_tokens": 64, "keep_tokens": 8, **asked}
+        output = vlm.post("/v1/responses/compact", body)["output"]
+        assert vlm.prompt.endswith("]~b]ai\n</mm:think>")
+        assert [item["type"] for item in output] == ["compaction"]
+        ask_responses(vlm, False, [*output, {"role": "user", "content": "Well?"}])
+        assert "Conversation handoff:\nAll went on.[e~[" in vlm.prompt
+
+
+# --- long conversations ---
+
+LONG = [
+    f"<mm:think>Thought {n}.</mm:think>{'Said.' if n % 3 else ''}"
+    f"{NS}<tool_call>\n{CALL % n}{CALL % 5}{NS}</tool_call>"
+    for n in range(100)
+]
+
+
+@pytest.mark.parametrize("converse", [by_chat, by_items, by_id, by_blocks])
+def test_a_hundred_rounds(vlm: Host, converse: Any, count: Any) -> None:
+    """Each prompt is the one before it, and what M3 wrote: so a prefix cache has all of it."""
+    turns = LONG[: count(6, 100)]
+    vlm.prompts.clear()
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(f"{__name__}.TURNS", turns)
+        converse(vlm, False)
+    assert vlm.prompts == [transcript(*turns[:n]) for n in range(len(turns) + 1)] + [transcript(*turns, LAST)]
+
+
+def test_a_hundred_rounds_in_mlx_lm(lm: Host, count: Any) -> None:
+    test_a_hundred_rounds(lm, by_chat, count)
