@@ -165,12 +165,15 @@ PATCHES = [
     *(
         Patch(
             f"mlx_vlm.prompt_utils:{name}(content)",
-            "texts of content lists are joined as M3's template joins them",
+            f"{whose} content lists are joined as M3's template joins them",
             histories.joined_content,
             until=_M3_ONLY,
             since=since,
         )
-        for name, since in (("extract_text_from_content", ""), ("normalize_image_content", "0.7"))
+        for name, whose, since in (
+            ("extract_text_from_content", "other roles'", ""),
+            ("normalize_image_content", "users'", "0.7"),
+        )
     ),
     *(
         Patch(
