@@ -82,6 +82,8 @@ class _Reader:
             if place.block != "owes":
                 yield replace(place, at=marker.end(), channel="reasoning" if marker["think"] else "content")
         elif not marker["end"]:
+            if place.block == "owes" and not place.fresh:
+                return
             yield _Place(marker.end(), place.channel, "owes", fresh=True)
         elif place.block in ("called", "bare"):
             yield _Place(marker.end(), place.channel)
@@ -154,6 +156,9 @@ class _CallReader:
 
     def ends(self, at: int, call: ToolCall, loose: str) -> Iterator[int]:
         for begin in self.headers(at, call.name):
+            if "JSON arguments" in self.repairs:
+                for end in self.value(begin, call.arguments):
+                    yield from self.invoke_ends(end)
             for end, rest in self.members(begin, call.arguments, loose):
                 if not rest:
                     yield from self.invoke_ends(end)
