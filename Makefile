@@ -28,7 +28,7 @@ BETWEEN := .envs/between/bin/python
 # it says, the parsers, nano's texts), and what starts most processes and servers.  Always run there: loading
 # and mapping weights, both hosts, batches, caches, patches, ways to start, and the stock commands of mlx-lm.
 FLOOR_SHARE := $(foreach directory,nano toolbox distributed soak upstream chat,--ignore tests/$(directory)) \
-	$(foreach name,doctor chat_mlx_lm chat_mlx_vlm vlm_commands layouts_table converted_opens quickstart nano_commands,--ignore tests/end_to_end/test_$(name).py)
+	$(foreach name,doctor chat_mlx_lm chat_mlx_vlm chat_histories chat_requests chat_schemas chat_clients vlm_commands layouts_table converted_opens quickstart nano_commands,--ignore tests/end_to_end/test_$(name).py)
 PIP := -m pip install --quiet --disable-pip-version-check
 
 # The matrices of the tests are too small for a BLAS with threads, and two test runs may be side by side.

@@ -9,7 +9,7 @@ from weakref import WeakValueDictionary
 
 from mlx_m3_plugin.chat.markers import THINK_END, THINK_START
 from mlx_m3_plugin.chat.prompt import CHAT_TEMPLATE, prepared, thinking_mode, with_effort
-from mlx_m3_plugin.hosts.mlx_vlm.histories import count_images, whole_history
+from mlx_m3_plugin.hosts.mlx_vlm.histories import as_sent, count_images, whole_history
 from mlx_m3_plugin.hosts.patching import Arguments, call, is_m3_checkpoint, where
 from mlx_m3_plugin.startup.settings import effort_setting
 
@@ -154,6 +154,7 @@ def apply_chat_template(apply: Any, given: Arguments) -> Any:
     prompt = given.arguments["prompt"]
     if not isinstance(prompt, list):
         return call(apply, given)
+    prompt = [as_sent(message) for message in prompt]
     history = whole_history(prompt)
     # mlx-vlm puts images without a place into the last question.
     placed = history is not None and count_images(history) == given.arguments["num_images"]
