@@ -67,7 +67,7 @@ class Files:
             (self.data / f"{split}.jsonl").write_text("\n".join(rows) + "\n")
         calibration = self.directory / "home" / ".cache" / "mlx-lm" / "calibration_v5.txt"
         calibration.parent.mkdir(parents=True)
-        calibration.write_text(PROMPT * 60)
+        calibration.write_text(PROMPT * 12)
 
 
 @dataclass(frozen=True)
@@ -112,6 +112,8 @@ ADAPTER = " --adapter-path {out}/adapters"
 FILE = " --prompt-cache-file {out}/prompt.safetensors"
 OPEN = 'generate --model {out}/mlx --prompt "{prompt}" --max-tokens 4'
 FUSE = "fuse --model {model} --adapter-path {out}/adapters --save-path {out}/mlx"
+DWQ = "dwq --model {model} --mlx-path {out}/dwq --data-path {data} --num-samples 2 --batch-size 2"
+DWQ += " --max-seq-length 96"
 DEQUANTIZE = "convert --hf-path {out}/mlx --mlx-path {out}/plain --dequantize"
 SEEN = '--image {picture} --prompt "What is this?" --max-tokens 6'
 VLM_GENERATE = "generate --model {model} " + SEEN
@@ -148,8 +150,8 @@ COMMANDS = [
     lm("fuse", TRAIN, FUSE, OPEN),
     lm("fuse --export-gguf", TRAIN, FUSE + " --export-gguf", refuses="not supported for GGUF"),
     lm("dwq", LM_CONVERT + " -q",
-       "dwq --model {model} --quantized-model {out}/mlx --mlx-path {out}/dwq --data-path {data}"
-       " --num-samples 4 --batch-size 2 --max-seq-length 160", OPEN.replace("/mlx", "/dwq")),
+       DWQ + " --quantized-model {out}/mlx", OPEN.replace("/mlx", "/dwq")),
+    lm("dwq, from the start", DWQ + " --group-size 32", OPEN.replace("/mlx", "/dwq")),
     lm("gptq", "gptq --model {model} --mlx-path {out}/mlx --num-samples 2 --sequence-length 96", OPEN),
     lm("dynamic_quant", "dynamic_quant --model {model} --mlx-path {out}/mlx", OPEN),
     lm("awq", "awq --model {model} --mlx-path {out}/mlx --num-samples 2 --sequence-length 96",
