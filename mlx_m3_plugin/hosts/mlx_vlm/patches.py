@@ -104,6 +104,7 @@ PATCHES = [
         lambda module, original: strictly(original),
         until="mlx-vlm shards M3, and loads shards strictly",
         fault="test_mlx_vlm_cannot_share_it",
+        since="0.6.3",
     ),
     Patch(
         "mlx_vlm.utils:load_processor(model_path)",
