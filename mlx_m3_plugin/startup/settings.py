@@ -6,6 +6,7 @@ from dataclasses import dataclass
 from typing import Any
 
 PIPELINE_SPLIT = "MLX_M3_PLUGIN_PIPELINE_SPLIT"
+EFFORT = "MLX_M3_PLUGIN_REASONING_EFFORT"
 _PREFIX = "MLX_M3_PLUGIN"
 
 
@@ -15,6 +16,8 @@ _ON_OR_OFF = dict.fromkeys(("on", "1", "true", "yes"), True) | dict.fromkeys(
 _IS_NATIVE = {"native": True, "plugin": False}
 _ATTENTION = {name: name for name in ("sparse", "dense")}
 _ENGINE = {name: name for name in ("auto", "plain", "kernels")}
+# Of MiniMax-M3.1.
+EFFORTS = ("low", "medium", "high", "xhigh", "max")
 
 
 def _layers_by_rank(value: str) -> tuple[int, ...]:
@@ -29,6 +32,7 @@ _VARIABLES: dict[str, tuple[str, Callable[[str], Any], str]] = {
     "MLX_M3_PLUGIN_ATTENTION": ("attention", _ATTENTION.__getitem__, "'sparse' or 'dense'"),
     "MLX_M3_PLUGIN_ENGINE": ("engine", _ENGINE.__getitem__, "'auto', 'plain' or 'kernels'"),
     PIPELINE_SPLIT: ("pipeline_split", _layers_by_rank, "layers by rank, such as 40,20"),
+    EFFORT: ("reasoning_effort", dict(zip(EFFORTS, EFFORTS, strict=True)).__getitem__, ", ".join(EFFORTS)),
 }
 
 
@@ -45,6 +49,8 @@ class Settings:
         engine: ``MLX_M3_PLUGIN_ENGINE``; ``"auto"``, or ``"plain"`` without Metal kernels, or ``"kernels"``
             without measuring which is faster.
         pipeline_split: ``MLX_M3_PLUGIN_PIPELINE_SPLIT``, layers by rank; None splits evenly.
+        reasoning_effort: ``MLX_M3_PLUGIN_REASONING_EFFORT``, for prompts that ask for none; None leaves it to
+            the chat template.
         complaints: one line for each variable or value that is not understood.
     """
 
@@ -54,6 +60,7 @@ class Settings:
     attention: str | None = None
     engine: str = "auto"
     pipeline_split: tuple[int, ...] | None = None
+    reasoning_effort: str | None = None
     complaints: tuple[str, ...] = ()
 
 
@@ -82,6 +89,16 @@ def model_settings(environ: Mapping[str, str] = os.environ) -> dict[str, Any]:
     return {attribute: value for attribute, value in read.items() if value is not None}
 
 
+def effort_setting(environ: Mapping[str, str] = os.environ) -> str | None:
+    """The effort of reasoning for prompts that ask for none.
+
+    Raises:
+        ValueError: the value is not understood.  It names the variable.
+    """
+    effort: str | None = _read(EFFORT, environ)
+    return effort
+
+
 def engine_settings(environ: Mapping[str, str] = os.environ) -> dict[str, Any]:
     """How sparse attention is computed: ``mode``, ``strict`` and ``store``, the file of measurements.
 
@@ -99,6 +116,11 @@ def cache_directory(environ: Mapping[str, str] = os.environ) -> str:
     """Where we keep what can be made again."""
     base = environ.get("XDG_CACHE_HOME") or os.path.join(os.path.expanduser("~"), ".cache")
     return os.path.join(base, "mlx-m3")
+
+
+def without_plugin(environ: Mapping[str, str] = os.environ) -> dict[str, str]:
+    """Variables for a process in which upstream is exactly as it is."""
+    return {**environ, "MLX_M3_PLUGIN": "off"}
 
 
 def lines_of(settings: Mapping[str, Any]) -> list[str]:

@@ -17,6 +17,7 @@ SWITCHES = {
     "MLX_M3_PLUGIN_STRICT": ("strict", "on", True, "2"),
     "MLX_M3_PLUGIN_ATTENTION": ("attention", "dense", "dense", "densee"),
     "MLX_M3_PLUGIN_PIPELINE_SPLIT": ("pipeline_split", "40,20", (40, 20), "40;20"),
+    "MLX_M3_PLUGIN_REASONING_EFFORT": ("reasoning_effort", "xhigh", "xhigh", "none"),
 }
 each_switch = pytest.mark.parametrize("name", SWITCHES)
 

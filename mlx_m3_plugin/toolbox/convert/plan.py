@@ -159,7 +159,7 @@ def _check_kept(source: Checkpoint, recipe: Recipe, specs: Mapping[str, Quantiza
 def _can_pack(source: Checkpoint, specs: Mapping[str, Quantization]) -> bool:
     """Whether everything that mlx-vlm packs together by default is stored alike, in every layer."""
     config = source.text_config
-    if config.shared_intermediate_size != config.intermediate_size:
+    if not config.n_shared_experts or config.shared_intermediate_size != config.intermediate_size:
         return False
     with_experts = [layer for layer in range(config.num_hidden_layers) if config.is_moe(layer)]
     for layer in with_experts:
