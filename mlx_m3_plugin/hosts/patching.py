@@ -232,6 +232,8 @@ def _is_of(name: str, module: ModuleType) -> bool:
 # --- load_model, which both libraries have ---
 
 _STRICT: ContextVar[bool] = ContextVar("strict", default=False)
+# The directory that is being loaded, to be in memory afterwards; None in a lazy load.
+LOADED_DIRECTORY: ContextVar[Any] = ContextVar("loaded_directory", default=None)
 
 
 def is_m3_checkpoint(directory: object) -> bool:
@@ -259,7 +261,11 @@ def with_checks(load_model: Callable[..., Any]) -> Callable[..., Any]:
         # strict=False is an explicit opt-out.
         if options.get("strict", True):
             check_files(given.arguments["model_path"])
-        loaded = call(load_model, given)
+        token = LOADED_DIRECTORY.set(None if options.get("lazy") else given.arguments["model_path"])
+        try:
+            loaded = call(load_model, given)
+        finally:
+            LOADED_DIRECTORY.reset(token)
         model = loaded[0] if isinstance(loaded, tuple) else loaded
         # Reads scales, which a lazy load must leave alone.
         if not options.get("lazy") and hasattr(model, "check_values"):

@@ -1,12 +1,14 @@
 """The environment variables of the plugin.  No other file reads them."""
 
 import os
+import re
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
 PIPELINE_SPLIT = "MLX_M3_PLUGIN_PIPELINE_SPLIT"
 EFFORT = "MLX_M3_PLUGIN_REASONING_EFFORT"
+EXPERT_MEMORY = "MLX_M3_PLUGIN_EXPERT_MEMORY"
 _PREFIX = "MLX_M3_PLUGIN"
 
 
@@ -24,6 +26,17 @@ def _layers_by_rank(value: str) -> tuple[int, ...]:
     return tuple(int(count) for count in value.split(","))
 
 
+def _memory(value: str) -> int | str:
+    """Bytes, ``"auto"``, or 0 for ``off``.  Memory is sold by powers of 1024."""
+    if value in ("auto", "off"):
+        return value if value == "auto" else 0
+    found = re.fullmatch(r"([0-9.]+) *([kmgt]?)(i?b)?", value)
+    if found is None:
+        raise ValueError(value)
+    number, unit, in_bytes = found.groups()
+    return int(float(number) * 1024 ** "bkmgt".index(unit or ("b" if in_bytes else "g")))
+
+
 # Variable -> attribute of Settings, how to read a value, and what to use.
 _VARIABLES: dict[str, tuple[str, Callable[[str], Any], str]] = {
     "MLX_M3_PLUGIN": ("enabled", _ON_OR_OFF.__getitem__, "'on' or 'off'"),
@@ -31,6 +44,7 @@ _VARIABLES: dict[str, tuple[str, Callable[[str], Any], str]] = {
     "MLX_M3_PLUGIN_STRICT": ("strict", _ON_OR_OFF.__getitem__, "'on' or 'off'"),
     "MLX_M3_PLUGIN_ATTENTION": ("attention", _ATTENTION.__getitem__, "'sparse' or 'dense'"),
     "MLX_M3_PLUGIN_ENGINE": ("engine", _ENGINE.__getitem__, "'auto', 'plain' or 'kernels'"),
+    EXPERT_MEMORY: ("expert_memory", _memory, "a size such as 64GB, 'auto' or 'off'"),
     PIPELINE_SPLIT: ("pipeline_split", _layers_by_rank, "layers by rank, such as 40,20"),
     EFFORT: ("reasoning_effort", dict(zip(EFFORTS, EFFORTS, strict=True)).__getitem__, ", ".join(EFFORTS)),
 }
@@ -48,6 +62,8 @@ class Settings:
         attention: ``MLX_M3_PLUGIN_ATTENTION``, ``"sparse"`` or ``"dense"``; None leaves it to the config.
         engine: ``MLX_M3_PLUGIN_ENGINE``; ``"auto"``, or ``"plain"`` without Metal kernels, or ``"kernels"``
             without measuring which is faster.
+        expert_memory: ``MLX_M3_PLUGIN_EXPERT_MEMORY``, bytes for routed experts, of which the others stay on
+            the disk; ``"auto"`` takes what the machine has left; 0 keeps all in memory.
         pipeline_split: ``MLX_M3_PLUGIN_PIPELINE_SPLIT``, layers by rank; None splits evenly.
         reasoning_effort: ``MLX_M3_PLUGIN_REASONING_EFFORT``, for prompts that ask for none; None leaves it to
             the chat template.
@@ -59,6 +75,7 @@ class Settings:
     strict: bool = False
     attention: str | None = None
     engine: str = "auto"
+    expert_memory: int | str = 0
     pipeline_split: tuple[int, ...] | None = None
     reasoning_effort: str | None = None
     complaints: tuple[str, ...] = ()
@@ -110,6 +127,15 @@ def engine_settings(environ: Mapping[str, str] = os.environ) -> dict[str, Any]:
         "strict": bool(_read("MLX_M3_PLUGIN_STRICT", environ)),
         "store": os.path.join(cache_directory(environ), "engine.json"),
     }
+
+
+def expert_memory(environ: Mapping[str, str] = os.environ) -> int | str:
+    """See :attr:`Settings.expert_memory`.
+
+    Raises:
+        ValueError: the value is not understood.
+    """
+    return _read(EXPERT_MEMORY, environ) or 0
 
 
 def cache_directory(environ: Mapping[str, str] = os.environ) -> str:

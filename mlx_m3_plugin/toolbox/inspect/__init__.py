@@ -12,6 +12,7 @@ from typing import Any
 
 from ...chat.prompt import takes_effort
 from ...model.config import uncut_lists
+from ...model.memory import Memory, is_mac, machine_memory, memory_for
 from ...startup.settings import EFFORTS
 from ...weights import Headers, shorten, unused_in_words
 from ...weights.headers import INDEX, dtypes_not_read
@@ -30,7 +31,6 @@ from ..checkpoint import (
 )
 from ..checksums import Verification, verify
 from ..common import Answer, bytes_bar, component_table, size_in_words
-from ..memory import Memory, is_mac, machine_memory, memory_for
 from ..parameters import NOT_IN_THE_TEXT_MODEL
 from ..stock import (
     DEFAULT_EFFORT,
