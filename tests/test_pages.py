@@ -1,8 +1,11 @@
-"""Every relative link in a page names a file, every anchor a heading of it, and every page is linked."""
+"""What the pages name exists: files and headings, commands with their options, and environment variables."""
 
 import re
 from collections.abc import Iterator
 from pathlib import Path
+
+from mlx_m3_plugin.cli import _parser
+from mlx_m3_plugin.startup.settings import read_settings
 
 ROOT = Path(__file__).parents[1]
 PLACES = ("*.md", "docs/**/*.md", "examples/**/*.md", "benchmarks/*.md")
@@ -53,3 +56,33 @@ def test_the_readme_leads_to_every_page() -> None:
         seen.add(page)
         todo += [target for _, target, _ in links_of(page) if target.suffix == ".md" and target not in seen]
     assert [page for page in PAGES if page not in seen] == []
+
+
+def unknown_options(text: str) -> list[str]:
+    """Of the commands ``mlx-m3 NAME ...`` in a text's code."""
+    _, commands = _parser()
+    known = {name: set(re.findall(r"--[a-z-]+", parser.format_help())) for name, parser in commands.items()}
+    code = "\n".join(re.findall(r"^```.*?^```|`[^`\n]+`", text, flags=re.DOTALL | re.MULTILINE))
+    return [
+        f"mlx-m3 {name} {option}"
+        for name, rest in re.findall(r"mlx-m3 ([a-z]+)\b([^`|;&#\n]*)", code)
+        for option in re.findall(r" (--[a-z-]+)", rest) or ["--help"]
+        if option not in known.get(name, ())
+    ]
+
+
+def unknown_variables(text: str) -> list[str]:
+    complaints = read_settings(dict.fromkeys(re.findall(r"\bMLX_M3_PLUGIN\w*", text), "?")).complaints
+    return [complaint for complaint in complaints if complaint.startswith("unknown variable")]
+
+
+def test_commands_and_variables_of_pages_exist() -> None:
+    text = "\n".join(page.read_text(encoding="utf-8") for page in PAGES)
+    assert unknown_options(text) == []
+    assert unknown_variables(text) == []
+
+
+def test_unknown_ones_are_found() -> None:
+    text = "`mlx-m3 fit X --memory 1 --contxt 2`, `mlx-m3 fits X`"
+    assert unknown_options(text) == ["mlx-m3 fit --contxt", "mlx-m3 fits --help"]
+    assert len(unknown_variables("MLX_M3_PLUGIN=off MLX_M3_PLUGIN_STRIC=1")) == 1
