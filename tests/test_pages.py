@@ -1,11 +1,18 @@
-"""What the pages name exists: files and headings, commands with their options, and environment variables."""
+"""What the pages name exists: files, headings, commands with their options, variables.  What fits is true."""
 
 import re
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
+
+import pytest
 
 from mlx_m3_plugin.cli import _parser
 from mlx_m3_plugin.startup.settings import read_settings
+from mlx_m3_plugin.toolbox.fit import fit
+from tests.checkpoints import real_size
+from tests.checkpoints.real_size import REAL_LAYOUTS, RealCheckpoint
+
+Writer = Callable[[Path], RealCheckpoint]
 
 ROOT = Path(__file__).parents[1]
 PLACES = ("*.md", "docs/**/*.md", "examples/**/*.md", "benchmarks/*.md")
@@ -86,3 +93,38 @@ def test_unknown_ones_are_found() -> None:
     text = "`mlx-m3 fit X --memory 1 --contxt 2`, `mlx-m3 fits X`"
     assert unknown_options(text) == ["mlx-m3 fit --contxt", "mlx-m3 fits --help"]
     assert len(unknown_variables("MLX_M3_PLUGIN=off MLX_M3_PLUGIN_STRIC=1")) == 1
+
+
+def uniform(bits: int) -> Writer:
+    return real_size._mlx_writer(real_size.experts_fused_with_shared, real_size.uniform_bits(bits))
+
+
+def context_cell(directory: Path, memory: int) -> str:
+    """As in ``docs/which-checkpoint.md``: with 16 bits, and in brackets with ``--kv-bits 8``."""
+    found = [fit(directory, memory, kv_bits=bits) for bits in (None, 8)]
+    words = [
+        "all" if f.largest_context == f.model_context else f"{f.largest_context // 1000}K" for f in found
+    ]
+    if not found[0].largest_context:
+        return "no"
+    return "all" if words[0] == "all" else f"{words[0]} ({words[1]})"
+
+
+# Rows with few tensors: the other rows are counted in the same way.
+@pytest.mark.some(1)
+@pytest.mark.parametrize(
+    ("row", "write"),
+    [
+        ("4 bits", REAL_LAYOUTS["fused_4bit"]),
+        ("oQ4", REAL_LAYOUTS["oq4"]),
+        ("Config-I", REAL_LAYOUTS["config_i"]),
+    ]
+    + [(f"{bits} bits", uniform(bits)) for bits in (3, 6, 8)],
+)
+def test_what_fits(row: str, write: Writer, tmp_path: Path) -> None:
+    write(tmp_path)
+    weights = f"{fit(tmp_path, 512 << 30).weights / 2**30:.1f}"
+    cells = [context_cell(tmp_path, size << 30) for size in (192, 256, 512)]
+    page = (ROOT / "docs" / "which-checkpoint.md").read_text(encoding="utf-8")
+    line = next(line for line in page.splitlines() if line.startswith(f"| {row} |"))
+    assert line.strip("| ").split(" | ")[2:] == [weights, *cells]
