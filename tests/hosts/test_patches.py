@@ -138,11 +138,20 @@ def use_server(module: ModuleType, directory: Path) -> Any:
     return vars(request), made is context, [response.text for response in responses]
 
 
+def use_awq(module: ModuleType, directory: Path) -> Any:
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("sys.argv", ["awq", "--bits", "many"])
+        with pytest.raises(SystemExit) as end:
+            get(module, "main")()
+    return end.value.code
+
+
 USES: dict[str, Use] = {
     "mlx_lm.tokenizer_utils": use_tokenizer_utils,
     "mlx_lm.generate": use_generate,
     "mlx_lm.server": use_server,
     "mlx_lm.utils": use_utils,
+    "mlx_lm.quant.awq": use_awq,
 }
 
 

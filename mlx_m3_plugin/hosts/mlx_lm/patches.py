@@ -50,6 +50,21 @@ def sharded_load(module: Any, original: Any) -> Any:
     return for_m3(original, lambda given: is_m3_repository(given["repo"]), load)
 
 
+def awq_main(module: Any, original: Any) -> Any:
+    def main() -> None:
+        try:
+            original()
+        except NotImplementedError as error:
+            if "minimax_m3" not in str(error):
+                raise
+            raise NotImplementedError(
+                f"{error} It moves scales through up projections, and M3's activation clips what they give. "
+                "Use mlx-m3 convert, or mlx_lm.dwq, mlx_lm.gptq or mlx_lm.dynamic_quant."
+            ) from None
+
+    return main
+
+
 until_markers = partial(
     Patch,
     until="mlx-lm knows M3's markers and thinking modes",
@@ -129,6 +144,12 @@ PATCHES = [
         dequantize_model,
         until="mlx-lm's dequantize_model takes tensor scales",
         fault="test_dequantizing_loses_tensor_scales",
+    ),
+    Patch(
+        "mlx_lm.quant.awq:main",
+        "awq says what to use instead",
+        awq_main,
+        until="never: AWQ needs layers that are linear in the up projection",
     ),
     Patch(
         "mlx_lm.utils:sharded_load(repo, pipeline_group, tensor_group, return_config)",

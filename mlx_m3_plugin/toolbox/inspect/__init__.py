@@ -16,13 +16,12 @@ from ...model.memory import Memory, is_mac, machine_memory, memory_for
 from ...startup.settings import EFFORTS
 from ...weights import Headers, shorten, unused_in_words
 from ...weights.headers import INDEX, dtypes_not_read
-from ...weights.names import is_draft
 from ..checkpoint import (
     CHAT_TEMPLATE_FILES,
-    DRAFT_FOLDER,
     M3,
     Contents,
     Source,
+    draft_in_words,
     locate_weights,
     model_name,
     open_source,
@@ -157,7 +156,7 @@ def inspect(path_or_repository: str | Path) -> Inspection:
         vision=layout.vision,
         model=None if config is None else model_name(config),
         efforts=[*EFFORTS] if takes_effort(source.chat_template or "") else [],
-        draft=_draft(source),
+        draft=draft_in_words(source.draft_folders, headers.tensors),
         problems=[*problems],
     )
     found.notes += _notes(source)
@@ -196,18 +195,9 @@ def ask_stock(found: Inspection, path_or_repository: str | Path) -> None:
     found.fails_without_plugin = {library: why_not_opened(library, directory)[0] for library in found.opens}
 
 
-def _draft(source: Source) -> str | None:
-    tensors = sum(map(is_draft, source.headers.tensors))
-    places = ([f"{DRAFT_FOLDER}/"] if source.has_draft_folder else []) + (
-        [f"{tensors} tensors in the shards"] if tensors else []
-    )
-    return " and ".join(places) or None
-
-
 def _notes(source: Source) -> list[str]:
     headers, notes = source.headers, unused_in_words(source.headers.tensors)
-    if source.has_draft_folder:
-        notes.append(f"{DRAFT_FOLDER}/ holds a draft head, which is not used")
+    notes += [f"{folder}/ holds a draft head, which is not used" for folder in source.draft_folders]
     if headers.unlisted:
         files = ", ".join(shorten(headers.unlisted, 3))
         notes.append(f"{INDEX} does not list {files}: mlx-lm loads what is in there, mlx-vlm does not")
