@@ -93,9 +93,10 @@ def _with_whole_texts(base: Any) -> Any:
         def last_segment(self) -> Any:
             if not self._is_final:
                 return super().last_segment
-            whole = self.text
-            segment, self.offset = whole[self.offset :], len(whole)
-            return segment
+            whole: str = self.text
+            start: int = self.offset
+            self.offset = len(whole)
+            return whole[start:]
 
     return WholeTexts
 
