@@ -77,6 +77,8 @@ def _with_whole_texts(base: Any) -> Any:
 
         _is_final = False
 
+        offset: int
+
         def reset(self) -> None:
             super().reset()
             self._is_final = False
@@ -93,10 +95,9 @@ def _with_whole_texts(base: Any) -> Any:
         def last_segment(self) -> Any:
             if not self._is_final:
                 return super().last_segment
-            whole: str = self.text
-            start: int = self.offset
-            self.offset = len(whole)
-            return whole[start:]
+            whole = self.text
+            segment, self.offset = whole[self.offset :], len(whole)
+            return segment
 
     return WholeTexts
 
