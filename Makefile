@@ -2,6 +2,9 @@
 # make test      everything that needs no torch, on the newest mlx-lm and mlx-vlm, and on 0.31.3 and 0.6.4
 # make test-live a small live comparison with transformers (installs torch), with fresh seeds
 # make test-full the full counts of every acceptance list
+# make test-hosts third-party servers in environments of their own, with the plugin and without
+# make commands  runs every stock command with the plugin and without, and writes docs/commands.md
+# make peers     upstream's own tests, with the plugin and without (needs the network)
 # make lint      ruff and mypy
 
 PYTHON ?= python3
@@ -27,13 +30,13 @@ BETWEEN := .envs/between/bin/python
 # it says, the parsers, nano's texts), and what starts most processes and servers.  Always run there: loading
 # and mapping weights, both hosts, batches, caches, patches, ways to start, and the stock commands of mlx-lm.
 FLOOR_SHARE := $(foreach directory,nano toolbox distributed soak upstream chat,--ignore tests/$(directory)) \
-	$(foreach name,doctor chat_mlx_lm chat_mlx_vlm vlm_commands layouts_table converted_opens quickstart nano_commands,--ignore tests/end_to_end/test_$(name).py)
+	$(foreach name,doctor chat_mlx_lm chat_mlx_vlm chat_histories chat_requests chat_schemas chat_clients vlm_commands commands layouts_table converted_opens quickstart nano_commands,--ignore tests/end_to_end/test_$(name).py)
 PIP := -m pip install --quiet --disable-pip-version-check
 
 # The matrices of the tests are too small for a BLAS with threads, and two test runs may be side by side.
 export OPENBLAS_NUM_THREADS ?= 1
 
-.PHONY: demo environments test test-newest test-floor test-live test-full lint golden clean
+.PHONY: demo environments test test-newest test-floor test-live test-hosts test-full commands peers lint golden clean
 
 demo: .venv/.ready
 	@.venv/bin/mlx-m3 doctor | head -1
@@ -42,18 +45,27 @@ demo: .venv/.ready
 test: test-newest test-floor
 
 test-newest: .envs/newest/.ready
-	$(NEWEST) -m pytest -q --ignore tests/live $(or $(FULL),--ignore tests/soak)
+	$(NEWEST) -m pytest -q --ignore tests/live --ignore tests/third_party $(or $(FULL),--ignore tests/soak)
 
 test-floor: .envs/newest/.ready .envs/floor/.ready
-	M3_NEWEST_PYTHON=$(CURDIR)/$(NEWEST) $(FLOOR) -m pytest -q --ignore tests/live $(or $(FULL),$(FLOOR_SHARE))
+	M3_NEWEST_PYTHON=$(CURDIR)/$(NEWEST) $(FLOOR) -m pytest -q --ignore tests/live --ignore tests/third_party $(or $(FULL),$(FLOOR_SHARE))
 
 test-live: .envs/newest/.torch
 	$(NEWEST) -m pytest -q tests/live --seeds 2
+
+test-hosts: .envs/newest/.ready
+	$(NEWEST) -m pytest -q tests/third_party
 
 test-full: FULL := --full
 test-full: lint test .envs/newest/.torch .envs/between/.ready
 	$(BETWEEN) -m pytest -q tests/vlm --full
 	$(NEWEST) -m pytest -q tests/live --seeds 20
+
+commands: .envs/newest/.ready .envs/floor/.ready
+	$(NEWEST) -m tests.end_to_end.commands newest=$(NEWEST) oldest=$(FLOOR) > docs/commands.md
+
+peers: .envs/newest/.ready
+	$(NEWEST) tests/upstream/peers.py
 
 lint: .envs/newest/.ready
 	$(NEWEST) -m ruff check .

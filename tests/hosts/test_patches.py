@@ -18,6 +18,7 @@ from mlx_m3_plugin.hosts.mlx_lm.patches import PATCHES
 from mlx_m3_plugin.hosts.mlx_vlm.patches import PATCHES as VLM_PATCHES
 from mlx_m3_plugin.startup.hook import PATCH_GROUP
 from mlx_m3_plugin.weights.headers import is_m3 as is_m3_checkpoint
+from tests.hosts.test_third_party import PATCHES as THIRD_PARTY_PATCHES
 from tests.hosts.upstream_copies import (
     RENAMED,
     Recorder,
@@ -115,6 +116,7 @@ def use_utils(module: ModuleType, directory: Path) -> Any:
     shared, *_ = get(module, "sharded_load")(str(directory))
     get(module, "dequantize_model")(shared)
     logits = [made(mx.array([[1, 2, 3]])).tolist() for made in (model, shared)]
+    get(module, "save_model")(directory / "saved", model)
     return logits, config, type(model).__name__
 
 
@@ -137,11 +139,20 @@ def use_server(module: ModuleType, directory: Path) -> Any:
     return vars(request), made is context, [response.text for response in responses]
 
 
+def use_awq(module: ModuleType, directory: Path) -> Any:
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("sys.argv", ["awq", "--bits", "many"])
+        with pytest.raises(SystemExit) as end:
+            get(module, "main")()
+    return end.value.code
+
+
 USES: dict[str, Use] = {
     "mlx_lm.tokenizer_utils": use_tokenizer_utils,
     "mlx_lm.generate": use_generate,
     "mlx_lm.server": use_server,
     "mlx_lm.utils": use_utils,
+    "mlx_lm.quant.awq": use_awq,
 }
 
 
@@ -181,7 +192,7 @@ def test_every_attribute_that_we_set_on_a_wrapper_is_looked_for() -> None:
 
 # --- both lists ---
 
-ALL = PATCHES + VLM_PATCHES
+ALL = PATCHES + VLM_PATCHES + THIRD_PARTY_PATCHES
 
 
 def test_the_hook_waits_for_every_patched_module() -> None:
@@ -199,7 +210,9 @@ def test_each_function_is_replaced_once() -> None:
 @pytest.mark.parametrize("patch", ALL, ids=lambda patch: patch.target)
 def test_each_patch_says_when_it_goes(patch: Any) -> None:
     if patch.fault:
-        faults = ast.parse((Path(__file__).parents[1] / "upstream" / "test_upstream.py").read_text())
+        of_hosts = patch in THIRD_PARTY_PATCHES
+        file = "third_party/test_servers.py" if of_hosts else "upstream/test_upstream.py"
+        faults = ast.parse((Path(__file__).parents[1] / file).read_text())
         assert patch.fault in [node.name for node in faults.body if isinstance(node, ast.FunctionDef)]
     elif not is_of_old_releases(patch):
         assert re.match("never: .", patch.until)
