@@ -208,6 +208,8 @@ class CallBuilder:
         elif kind == "open":
             self._read_opening(name)
         elif kind == "quote":
+            # Read again, what seemed to quote it may be closed.
+            self.broken |= not self.in_text
             self._open[-1].quotes = True
             self._open.append(_OpenElement(name, self._open[-1].shape, 0, name))
         elif kind == "close":
