@@ -13,7 +13,7 @@ from typing import Any
 from ...chat.prompt import takes_effort
 from ...model.config import uncut_lists
 from ...model.memory import Memory, is_mac, machine_memory, memory_for
-from ...startup.settings import EFFORTS
+from ...startup.settings import EFFORTS, EXPERT_MEMORY, expert_memory
 from ...weights import Headers, shorten, unused_in_words
 from ...weights.headers import INDEX, dtypes_not_read
 from ..checkpoint import (
@@ -279,7 +279,7 @@ def lines_of(found: Inspection) -> list[str]:
         parts = [(c.name, c.parameters, c.bytes, ", ".join(c.stored_as)) for c in found.components]
         lines += ["", *component_table([(*p[:3], p[3].replace("affine ", "")) for p in parts], _COLUMNS)]
     if found.memory is not None:
-        lines += ["", "Memory", *_indented(memory_lines(found.memory))]
+        lines += ["", "Memory", *_indented(memory_lines(found.memory) + _lines_of_experts_on_disk())]
     if found.notes:
         lines += ["", "Notes", *_indented(found.notes)]
     if found.verified is not None:
@@ -391,6 +391,12 @@ def memory_lines(memory: Memory) -> list[str]:
             f"to let the GPU use that much: sudo sysctl iogpu.wired_limit_mb={memory.wired_limit_mb}"
         )
     return lines
+
+
+def _lines_of_experts_on_disk() -> list[str]:
+    memory = expert_memory()
+    size = memory if isinstance(memory, str) else size_in_words(memory)
+    return [f"{EXPERT_MEMORY} is set ({size}): routed experts that do not fit stay on disk"] if memory else []
 
 
 def _command(command: str) -> str:
