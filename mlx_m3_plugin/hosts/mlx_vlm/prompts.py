@@ -75,8 +75,6 @@ def _with_whole_texts(base: Any) -> Any:
         """Upstream returns nothing of a text that ends in U+FFFD, as more of a character may come, even when
         no more comes; and drops the bytes of one that was cut off, which U+FFFD stands for."""
 
-        # Of what was returned.
-        offset: int
         _is_final = False
 
         def reset(self) -> None:
