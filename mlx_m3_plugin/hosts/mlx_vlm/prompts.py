@@ -75,6 +75,7 @@ def _with_whole_texts(base: Any) -> Any:
         """Upstream returns nothing of a text that ends in U+FFFD, as more of a character may come, even when
         no more comes; and drops the bytes of one that was cut off, which U+FFFD stands for."""
 
+        offset: int
         _is_final = False
 
         def reset(self) -> None:
@@ -94,9 +95,8 @@ def _with_whole_texts(base: Any) -> Any:
             if not self._is_final:
                 return super().last_segment
             whole: str = self.text
-            start: int = self.offset
-            self.offset = len(whole)
-            return whole[start:]
+            segment, self.offset = whole[self.offset :], len(whole)
+            return segment
 
     return WholeTexts
 
