@@ -75,8 +75,9 @@ def _with_whole_texts(base: Any) -> Any:
         """Upstream returns nothing of a text that ends in U+FFFD, as more of a character may come, even when
         no more comes; and drops the bytes of one that was cut off, which U+FFFD stands for."""
 
-        offset: int
         _is_final = False
+
+        offset: int
 
         def reset(self) -> None:
             super().reset()
@@ -94,7 +95,7 @@ def _with_whole_texts(base: Any) -> Any:
         def last_segment(self) -> Any:
             if not self._is_final:
                 return super().last_segment
-            whole: str = self.text
+            whole = self.text
             segment, self.offset = whole[self.offset :], len(whole)
             return segment
 
