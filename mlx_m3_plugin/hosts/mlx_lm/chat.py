@@ -272,8 +272,9 @@ def generate(module: Any, original: Any) -> Any:
         # What was loaded for the request is known only now.
         if getattr(getattr(context, "tool_parser", None), "__module__", None) != _PARSER:
             return context, responses
-        if isinstance(generation_args.chat_template_kwargs, _WithFields):
-            generation_args.chat_template_kwargs.role_is_sent = False
+        handed_on = getattr(generation_args, "chat_template_kwargs", None)
+        if isinstance(handed_on, _WithFields):
+            handed_on.role_is_sent = False
         in_reasoning = self.model_provider.tokenizer.rfind_think_start(context.prompt) >= 0
         return context, _read(module, responses, request, generation_args, in_reasoning)
 
@@ -337,6 +338,7 @@ class _Texts:
             words = [(word, "normal") for word in stop_words or ()]
             self._machine, self._begin = machine, machine({"normal": words}).make_state()
             self._state = self._begin
+            self._has_marker = any(map(_MARKERS.search, stop_words or ()))
 
     def drops_text_of(self, response: Any) -> bool:
         return self.has_machine and response.finish_reason == "stop"
@@ -349,8 +351,8 @@ class _Texts:
             return ""
         text = ""
         for piece in _MARKERS.split(given):
-            if piece in (THINK_START, THINK_END, NAMESPACE):
-                # No stop word begins, ends or is in one: that is a token of its own.
+            if _MARKERS.match(piece) and not self._has_marker:
+                # A stop word that is part of a marker is not written there: the marker is one token.
                 text += self._held() + piece
             else:
                 self._state, segments = self._machine.split(self._state, piece)
