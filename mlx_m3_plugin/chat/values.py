@@ -508,6 +508,12 @@ def _has_items(element: Element) -> bool:
     return bool(element.children) and all(child.name == "item" for child in element.children)
 
 
+def _part(element: Element) -> list[Element]:
+    """The items of an array of which this is one of several tags: it may be an item itself."""
+    is_empty = not element.children and not element.text.strip()
+    return _with_text(element) if is_empty or _has_items(element) else [element]
+
+
 def _items(elements: list[Element], schema: Schema, schemas: Schemas) -> list[Any]:
     return [_typed(element, _item_schema(schema, index), schemas) for index, element in enumerate(elements)]
 
@@ -525,8 +531,8 @@ def _object(element: Element, schema: Schema, schemas: Schemas) -> dict[str, Any
             value[name] = _typed(children[0], own, schemas)
         else:
             # One array in several tags.
-            items = [i for c in children for i in (_with_text(c) if arrays and _has_items(c) else [c])]
-            value[name] = _items(items, arrays[0] if arrays else {"items": own}, schemas)
+            parts = [_part(child) if arrays else [child] for child in children]
+            value[name] = _items(list(chain(*parts)), arrays[0] if arrays else {"items": own}, schemas)
     if element.text.strip():
         key = "$text"
         while key in value:

@@ -104,10 +104,11 @@ PATCHES = [
         lambda module, original: strictly(original),
         until="mlx-vlm shards M3, and loads shards strictly",
         fault="test_mlx_vlm_cannot_share_it",
+        since="0.6.3",
     ),
     Patch(
         "mlx_vlm.utils:load_processor(model_path)",
-        "a chat template where the checkpoint has none",
+        "a chat template where the checkpoint has none; U+FFFD at the end of texts",
         prompts.load_processor,
         until="never: checkpoints without a chat template stay",
     ),
