@@ -4,6 +4,7 @@
 # make test-full the full counts of every acceptance list
 # make commands  runs every stock command with the plugin and without, and writes docs/commands.md
 # make peers     upstream's own tests, with the plugin and without (needs the network)
+# make test-hosts third-party servers in environments of their own, with the plugin and without
 # make lint      ruff and mypy
 
 PYTHON ?= python3
@@ -35,7 +36,7 @@ PIP := -m pip install --quiet --disable-pip-version-check
 # The matrices of the tests are too small for a BLAS with threads, and two test runs may be side by side.
 export OPENBLAS_NUM_THREADS ?= 1
 
-.PHONY: demo environments test test-newest test-floor test-live test-full commands peers lint golden clean
+.PHONY: demo environments test test-newest test-floor test-live test-hosts test-full commands peers lint golden clean
 
 demo: .venv/.ready
 	@.venv/bin/mlx-m3 doctor | head -1
@@ -44,13 +45,16 @@ demo: .venv/.ready
 test: test-newest test-floor
 
 test-newest: .envs/newest/.ready
-	$(NEWEST) -m pytest -q --ignore tests/live $(or $(FULL),--ignore tests/soak)
+	$(NEWEST) -m pytest -q --ignore tests/live --ignore tests/third_party $(or $(FULL),--ignore tests/soak)
 
 test-floor: .envs/newest/.ready .envs/floor/.ready
-	M3_NEWEST_PYTHON=$(CURDIR)/$(NEWEST) $(FLOOR) -m pytest -q --ignore tests/live $(or $(FULL),$(FLOOR_SHARE))
+	M3_NEWEST_PYTHON=$(CURDIR)/$(NEWEST) $(FLOOR) -m pytest -q --ignore tests/live --ignore tests/third_party $(or $(FULL),$(FLOOR_SHARE))
 
 test-live: .envs/newest/.torch
 	$(NEWEST) -m pytest -q tests/live --seeds 2
+
+test-hosts: .envs/newest/.ready
+	$(NEWEST) -m pytest -q tests/third_party
 
 test-full: FULL := --full
 test-full: lint test .envs/newest/.torch .envs/between/.ready

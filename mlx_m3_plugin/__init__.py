@@ -16,12 +16,20 @@ __all__ = ["__version__", "install", "status"]
 
 
 class _Doorbell:
-    """Waits on ``sys.meta_path`` for the first import of an upstream library.
+    """Waits on ``sys.meta_path`` for the first import of an upstream library, or of a host with patches.
 
     The class itself is the finder: no instance, and its state is in two attributes.
     """
 
-    _waiting_for: "tuple[str, ...]" = ("mlx_lm", "mlx_vlm")
+    # The last is of mlx-openai-server, which imports mlx_lm in the midst of a module that has patches.
+    _waiting_for: "tuple[str, ...]" = (
+        "mlx_lm",
+        "mlx_vlm",
+        "vllm_mlx",
+        "rapid_mlx",
+        "vmlx_engine",
+        "app.handler",
+    )
     failure: "str | None" = None
 
     @classmethod

@@ -163,6 +163,7 @@ def _parser() -> tuple[_Parser, Mapping[str, argparse.ArgumentParser]]:
     add = add_command("inspect", "show what a checkpoint is, what is wrong with it, and how to run it")
     add("checkpoint", metavar="PATH_OR_REPO", help=_ANYWHERE)
     add("--verify", action="store_true", help="read all shards and compare them with their checksums")
+    add("--stock", action="store_true", help="also ask mlx-lm and mlx-vlm whether they open it without us")
 
     add = add_command("convert", "quantize a checkpoint by a recipe, in little memory")
     add("source", metavar="SRC", nargs="?", help=_ON_DISK)

@@ -22,7 +22,8 @@ ALLOWED = {
     "chat": (),
     "model": ("msa",),
     "weights": ("model.config", "model.tensor_scales"),
-    "hosts": ("model", "msa.engine", "weights", "chat", "startup.settings"),
+    "offload": ("model", "weights"),
+    "hosts": ("model", "msa.engine", "weights", "chat", "offload", "startup.settings"),
     "toolbox": ("hosts", "weights", "model", "msa.engine", "chat", "startup"),
     "cli": ("toolbox",),
     # The package itself: it starts the hook when asked for it.

@@ -217,6 +217,8 @@ class ReplyParser:
         self._at += len(marker)
         if self._block and not self._block.called:
             yield from self._leave_block()
+        if self._block and self._block.blanks:
+            self._block.blanks = ""
         # The model may begin with the closer that says "no reasoning"; any other that closes nothing is
         # not text either.
         self._channel = "reasoning" if marker == THINK_START else "content"
@@ -293,7 +295,7 @@ class ReplyParser:
             if end >= 0 or self._finished or len(rest) == _LONGEST_HEADER:
                 break
             yield from self._more(_BRACKET)
-        for last in (end + 1 if end >= 0 else 0, token):
+        for last in (end + 1, token if token < end or end < 0 else 0):
             if last > 0 and (name := self._damaged_name(rest[:last])) is not None:
                 return name, begin + last
         return None
@@ -488,8 +490,9 @@ class ReplyParser:
             if header:
                 if builder.closes_without_token("invoke"):
                     return True
+                builder.close_at_end()
                 if builder.broken or builder.in_text:
-                    self._quote(builder, "invoke", take(self._at + header[1]))
+                    builder.quote("invoke", take(self._at + header[1]))
                     return None
                 builder.repairs["invoke not closed"] = None
                 return not builder.has_open_value
@@ -519,9 +522,6 @@ class ReplyParser:
             builder.open(name, piece)
         return None
 
-    def _quote(self, builder: CallBuilder, name: str, written: str) -> None:
-        builder.open(name, written)
-
     def _build_block_tag(
         self, builder: CallBuilder, closing: bool, length: int, take: Any
     ) -> Generator[None, None, bool | None]:
@@ -538,7 +538,7 @@ class ReplyParser:
         if not closing:
             if not builder.in_text:
                 return False
-            self._quote(builder, "tool_call", take(self._at + length))
+            builder.quote("tool_call", take(self._at + length))
             return None
         if (yield from self._closes_later(builder.open_tags(), length)):
             builder.text(take(self._at + length))

@@ -55,7 +55,7 @@ class Element:
 
     Attributes:
         name: of the tag.  text: all text directly in it.
-        children: the tags directly in it.  source: everything between its tags, as written.
+        children: the tags directly in it.  source: everything between its tags, where there are any in it.
         depth: tags around it.
         between: text that is not blank among the children, each with the number of children before it.
     """
@@ -91,7 +91,7 @@ def bare_elements(text: str, depth: int) -> list[Element] | None:
         if end < 0 or depth > MAX_DEPTH:
             return None
         inner = text[opening.end() : end]
-        found.append(Element(opening[1] if name is None else name, inner, source=inner, depth=depth))
+        found.append(Element(opening[1] if name is None else name, inner, depth=depth))
         position = end + len(closing)
 
 
@@ -187,6 +187,7 @@ class Shape:
     Attributes:
         is_text: tags are text.  is_open: tags of any name may be in it.
         is_leaf: there is a text in it, and no tags.  is_array: it may be an array.
+        is_structure: it is an array or an object, if it is not null.
     """
 
     def __init__(self, schema: Any, schemas: Schemas):
@@ -198,6 +199,7 @@ class Shape:
         self.is_text = "string" in kinds and not kinds & {"array", "object", None}
         self.is_leaf = not kinds & {"array", "object"}
         self.is_array = bool(self._arrays)
+        self.is_structure = not kinds - {"array", "object", "null"} and not self.is_leaf
         closed = [not branch.get("additionalProperties", not _properties(branch)) for branch in self._objects]
         self.is_open = None in kinds or not all(closed)
 
@@ -425,7 +427,7 @@ def _json(word: str, kind: type) -> Any:
 
 def _array_of_one(element: Element, schema: Schema, schemas: Schemas) -> list[Any]:
     word = element.text.strip()
-    only = Element("item", word, source=word, depth=element.depth + 1)
+    only = Element("item", word, depth=element.depth + 1)
     # The items of an array of arrays are not guessed at any further.
     items = [branch for branch in schemas.branches(_item_schema(schema, 0)) if branch["type"] != "array"]
     return [_leaf(only, items, schemas)]
@@ -435,8 +437,7 @@ def _array_of_one(element: Element, schema: Schema, schemas: Schemas) -> list[An
 
 
 def _structure(element: Element, schema: Schema, schemas: Schemas) -> Any:
-    only_items = all(child.name == "item" for child in element.children)
-    if schema["type"] == "array" or (schema["type"] is None and only_items):
+    if schema["type"] == "array" or (schema["type"] is None and _has_items(element)):
         return _items(_with_text(element), schema, schemas)
     return _object(element, schema, schemas)
 
@@ -475,8 +476,12 @@ def _with_text(element: Element) -> list[Element]:
     """The items of an array: text among them is one as well."""
     items = list(element.children)
     for index, text in reversed(element.between):
-        items.insert(index, Element("item", text.strip(), source=text, depth=element.depth + 1))
+        items.insert(index, Element("item", text.strip(), depth=element.depth + 1))
     return items
+
+
+def _has_items(element: Element) -> bool:
+    return bool(element.children) and all(child.name == "item" for child in element.children)
 
 
 def _items(elements: list[Element], schema: Schema, schemas: Schemas) -> list[Any]:
@@ -495,7 +500,9 @@ def _object(element: Element, schema: Schema, schemas: Schemas) -> dict[str, Any
         if len(children) == 1:
             value[name] = _typed(children[0], own, schemas)
         else:
-            value[name] = _items(children, arrays[0] if arrays else {"items": own}, schemas)
+            # One array in several tags.
+            items = [i for c in children for i in (c.children if arrays and _has_items(c) else [c])]
+            value[name] = _items(items, arrays[0] if arrays else {"items": own}, schemas)
     if element.text.strip():
         key = "$text"
         while key in value:

@@ -97,6 +97,7 @@ class Attention(nn.Module):
                 setup=setup,
                 block_size=self.index_block_size,
                 scale=self.scale,
+                is_training=self.training,
             )
         return self.o_proj(out.transpose(0, 2, 1, 3).reshape(batch, length, -1))
 

@@ -97,10 +97,10 @@ class PluginFinder:
     def find_spec(
         self, fullname: str, path: Any = None, target: Any = None
     ) -> importlib.machinery.ModuleSpec | None:
-        if not fullname.startswith("mlx_"):
-            return None
         if fullname in self._patches:
             return self._spec_with_patch(fullname, path, target)
+        if not fullname.startswith("mlx_"):
+            return None
         value = self._module_for(fullname)
         if value is None:
             return None

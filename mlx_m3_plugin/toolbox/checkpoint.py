@@ -15,6 +15,7 @@ import mlx.core as mx
 
 from ..model.config import TextConfig, text_config_of
 from ..weights import Headers, StoredTensor, lacks_indexers, plan_layout, read_headers, shorten
+from ..weights.byte_ranges import TensorReader
 from ..weights.dtypes import MLX_DTYPES
 from ..weights.headers import INDEX, MODEL_TYPES, TEXT_ONLY
 from ..weights.names import TEXT_PREFIX, is_vision
@@ -23,7 +24,6 @@ from ..weights.tensor import Tensor
 from .common import UnreadableText, parse_json_object, read_text
 from .parameters import differences, quantized_modules, text_shapes, vision_shapes
 from .precision import Quantization
-from .shards import TensorReader
 
 # What MiniMax calls the models, which share a model_type.
 M3, M31 = "MiniMax-M3", "MiniMax-M3.1-Flash"

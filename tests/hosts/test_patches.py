@@ -18,6 +18,7 @@ from mlx_m3_plugin.hosts.mlx_lm.patches import PATCHES
 from mlx_m3_plugin.hosts.mlx_vlm.patches import PATCHES as VLM_PATCHES
 from mlx_m3_plugin.startup.hook import PATCH_GROUP
 from mlx_m3_plugin.weights.headers import is_m3 as is_m3_checkpoint
+from tests.hosts.test_third_party import PATCHES as THIRD_PARTY_PATCHES
 from tests.hosts.upstream_copies import (
     RENAMED,
     Recorder,
@@ -190,7 +191,7 @@ def test_every_attribute_that_we_set_on_a_wrapper_is_looked_for() -> None:
 
 # --- both lists ---
 
-ALL = PATCHES + VLM_PATCHES
+ALL = PATCHES + VLM_PATCHES + THIRD_PARTY_PATCHES
 
 
 def test_the_hook_waits_for_every_patched_module() -> None:
@@ -208,7 +209,9 @@ def test_each_function_is_replaced_once() -> None:
 @pytest.mark.parametrize("patch", ALL, ids=lambda patch: patch.target)
 def test_each_patch_says_when_it_goes(patch: Any) -> None:
     if patch.fault:
-        faults = ast.parse((Path(__file__).parents[1] / "upstream" / "test_upstream.py").read_text())
+        of_hosts = patch in THIRD_PARTY_PATCHES
+        file = "third_party/test_servers.py" if of_hosts else "upstream/test_upstream.py"
+        faults = ast.parse((Path(__file__).parents[1] / file).read_text())
         assert patch.fault in [node.name for node in faults.body if isinstance(node, ast.FunctionDef)]
     elif not is_of_old_releases(patch):
         assert re.match("never: .", patch.until)

@@ -179,7 +179,12 @@ def test_the_card_says_what_stock_libraries_get_wrong(tiny: Written, tmp_path: P
                 sparse_init_block=n
             ),
         )
-        card = model_card(planned(source, recipe))
+        card = model_card(planned(source, recipe), has_effort=bool(init_blocks))
+        name = "MiniMax-M3.1-Flash" if init_blocks else "MiniMax-M3"
+        assert f"\nbase_model: MiniMaxAI/{name}\n" in card
+        assert f"\n# {name}, {recipe}\n" in card
+        assert ("MLX_M3_PLUGIN_REASONING_EFFORT=max mlx_lm.chat" in card) == bool(init_blocks)
+        assert ("ten times the tokens" in " ".join(card.split())) == bool(init_blocks)
         assert "Past 32 tokens they are not right alone: " in card
         assert "mlx-vlm (it selects the same blocks for all groups of heads)" in card
         assert ("mlx-lm (it ignores sparse_init_block)" in card) == bool(init_blocks)
@@ -203,7 +208,15 @@ def test_what_is_beside_the_weights(tiny: Written, tmp_path: Path) -> None:
     assert "tool_parser_type" not in json.loads((made / "tokenizer_config.json").read_text())
     assert "<mm:think>" in (made / "chat_template.jinja").read_text()
     card = (made / "README.md").read_text()
-    for words in ("Built with MiniMax M3", "`config-i` of mlx-m3-plugin", "mlx 0.", "8-bit g64", "[default]"):
+    assert "mlx_vlm.generate --model path/to/this --image photo.jpg" in card
+    assert "greedy decoding" in card
+    for words in (
+        "Built with MiniMax M3.**",
+        "`config-i` of mlx-m3-plugin",
+        "mlx 0.",
+        "8-bit g64",
+        "[default]",
+    ):
         assert words in card
     assert card.startswith("---\nlicense: other\n")
 

@@ -285,6 +285,7 @@ def test_the_effort_of_reasoning(checkpoint):
     options = [command.partition("--chat-template-")[2] for command in found.commands]
     assert options[0] == """config '{"reasoning_effort": "max"}'"""
     assert options[2] == """args '{"reasoning_effort": "max"}'"""
+    assert [c.split()[0] for c in found.commands[1::2]] == ["MLX_M3_PLUGIN_REASONING_EFFORT=max"] * 2
     assert "ten times the tokens" in " ".join(" ".join(lines_of(found)).split())
 
 

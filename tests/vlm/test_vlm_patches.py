@@ -138,6 +138,9 @@ def use_responses_state(module: ModuleType, directory: Path) -> Any:
     seen.append(get(module, "_split_thinking")("<mm:think>a</mm:think>b"))
     # The whole text is M3's marker, and the model is another.
     seen.append(get(module, "_split_thinking")("<mm:think>"))
+    items = [{"type": "reasoning", "summary": []}, {"type": "message", "role": "user", "content": "a"}]
+    seen.append(get(module, "_response_items_to_chat")(items))
+    seen.append(get(module, "_response_output_items_from_text")("a", "id", None, [], {}))
     if "suppress_tool_call_content" in "".join(vars(module)):
         seen.append(get(module, "suppress_tool_call_content")("<tool_call>", False, "<tool_call>", "a"))
     return type(state).__name__, seen
@@ -154,6 +157,11 @@ def use_streaming(module: ModuleType, directory: Path) -> Any:
     return [delta["function"] for delta in deltas], reads(parser, bare)
 
 
+def use_extractor(module: ModuleType, directory: Path) -> Any:
+    parser = Recorder(tool_call_start="<c>", tool_call_end="</c>", parse_tool_call=lambda text, tools: [])
+    return vars(get(module, "process_tool_calls")("a <c>1</c> b", parser, [])), reads(parser)
+
+
 USES: dict[str, Use] = {
     "mlx_vlm.utils": use_utils,
     "mlx_vlm.quant_utils": use_quant_utils,
@@ -165,6 +173,7 @@ USES: dict[str, Use] = {
     "mlx_vlm.server.anthropic": use_endpoints,
     "mlx_vlm.server.generation": use_generation,
     "mlx_vlm.server.responses_state": use_responses_state,
+    "mlx_vlm.tools.extractor": use_extractor,
     "mlx_vlm.tools.streaming": use_streaming,
 }
 

@@ -66,5 +66,11 @@ class MlxLmModel(CheckpointMixin):
     def make_cache(self) -> list[cache.CacheList]:
         return [cache.make_layer_cache(layer.self_attn.is_sparse_attn) for layer in self.layers]
 
+    @property
+    def cache_list_head_counts(self) -> list[list[int]]:
+        """KV heads of each cache of each layer; vmlx's prefix cache asks for them."""
+        heads = [self.args.text_config.num_key_value_heads, 1]
+        return [heads[: len(entry.caches)] for entry in self.make_cache()]
+
     def pipeline(self, group: mx.distributed.Group, split: list[int] | None = None) -> None:
         self.language_model.model.pipeline(group, split)

@@ -102,9 +102,22 @@ PATCHES = [
     ),
     Patch(
         "mlx_lm.server:APIHandler.handle_chat_completions: body",
-        "no calls where tool_choice is none",
+        "fields of requests that mlx-lm does not read",
         chat.completion_request,
-        until="never: mlx-lm's server does not read tool_choice",
+        until="never: mlx-lm's server does not read tool_choice, or fields about thinking",
+    ),
+    Patch(
+        "mlx_lm.server:ResponseGenerator._tokenize(tokenizer, request, args)",
+        "thinking modes and effort of requests",
+        chat.tokenize,
+        ("GenerationArguments(stop_words, logits, chat_template_kwargs)",),
+        until="never: mlx-lm's server does not read fields about thinking",
+    ),
+    Patch(
+        "mlx_lm.server:APIHandler._set_completion_headers",
+        "status 400 for what M3 can't do",
+        chat.set_headers,
+        until="never: mlx-lm answers 404 to whatever a generation refuses",
     ),
     until_markers(
         "mlx_lm.generate:TextStateMachine.split(state, text)",

@@ -22,7 +22,7 @@ __all__ = ["LanguageModel", "Model", "ModelConfig", "TextConfig"]
 
 
 class ModelConfig(TextConfig):
-    """Flat: mlx-vlm's loader would overwrite an attribute ``text_config``.
+    """Flat: mlx-vlm's loader would overwrite an attribute ``text_config``, so this one cannot be set.
 
     Attributes:
         quantization: as the checkpoint has it, by mlx-vlm's names; as the tensors are, once they are known.
@@ -55,6 +55,15 @@ class ModelConfig(TextConfig):
         made.model_type = params.get("model_type", "minimax_m3")
         params.pop("quantization_config", None)
         return made
+
+    # until: mlx-vlm 0.6.4, whose loader asks for it where a module has a ``LanguageModel``.
+    @property
+    def text_config(self) -> "ModelConfig":
+        return self
+
+    @text_config.setter
+    def text_config(self, value: Any) -> None:
+        pass
 
     def to_dict(self) -> dict[str, Any]:
         return {key: value for key, value in vars(self).items() if value is not None}

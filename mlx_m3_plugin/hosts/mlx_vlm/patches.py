@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from mlx_m3_plugin.chat.markers import THINK_END, THINK_START
-from mlx_m3_plugin.hosts.mlx_vlm import prompts, replies, requests
+from mlx_m3_plugin.hosts.mlx_vlm import histories, prompts, replies, requests
 from mlx_m3_plugin.hosts.patching import (
     Arguments,
     Patch,
@@ -22,9 +22,9 @@ from mlx_m3_plugin.hosts.patching import (
 # Only our classes have the method.
 @where(lambda given: hasattr(type(given["model"]), "as_stored"))
 def patch_model(patch: Any, given: Arguments) -> Any:
-    """Experts in the form of the store; see :mod:`.offload`."""
+    """Experts in the form of the store; see :mod:`.moe_offload`."""
     # It brings the model with it, which others are not to wait for.
-    from mlx_m3_plugin.hosts.mlx_vlm.offload import expect_stored_experts
+    from mlx_m3_plugin.hosts.mlx_vlm.moe_offload import expect_stored_experts
 
     expect_stored_experts(given.arguments["model"], Path(given.arguments["offload_dir"]))
     return call(patch, given)
@@ -183,6 +183,20 @@ PATCHES = [
         )
         for api in ("openai", "anthropic")
     ),
+    Patch(
+        "mlx_vlm.server.responses_state:_response_items_to_chat(items)",
+        "reasoning and whole turns in the items of responses",
+        histories.responses,
+        ("_response_call_to_chat_tool_call(item)",),
+        until=_M3_ONLY,
+    ),
+    Patch(
+        "mlx_vlm.server.anthropic:_anthropic_messages_to_internal(request)",
+        "thinking and the order of blocks in messages",
+        histories.anthropic,
+        ("_anthropic_tools_to_openai(tools)", "_anthropic_tool_choice_to_openai(tool_choice)"),
+        until=_M3_ONLY,
+    ),
     until_markers(
         "mlx_vlm.server.generation:ResponseGenerator.generate(prompt)",
         "replies whose markers come whole",
@@ -220,14 +234,32 @@ PATCHES = [
         replies.split_thinking,
     ),
     until_markers(
+        "mlx_vlm.tools.extractor:process_tool_calls(model_output, tool_module)",
+        "text beside calls, as it was written",
+        replies.process_tool_calls,
+    ),
+    Patch(
+        "mlx_vlm.server.responses_state:process_tool_calls(model_output, tool_module)",
+        "text beside calls, as it was written",
+        replies.process_tool_calls,
+        ("suppress_tool_call_content",),
+        until="mlx-vlm 0.7",
+    ),
+    until_markers(
+        "mlx_vlm.server.responses_state:_response_output_items_from_text"
+        "(full_text, message_id, thinking_start_token)",
+        "text beside calls in the items of responses",
+        replies.response_items,
+    ),
+    until_markers(
         "mlx_vlm.server.responses_state:strip_protocol_markers(text, thinking_start_token)",
         "markers that are text, beside calls",
         replies.strip_markers,
         since="0.7.1",
     ),
     until_markers(
-        "mlx_vlm.server.responses_state:ToolCallStreamState.feed(text)",
-        "markers that are text, in replies that stream",
+        "mlx_vlm.server.responses_state:ToolCallStreamState.feed(text, last): finished",
+        "text beside calls in replies that stream",
         replies.shown_content,
         since="0.7.1",
     ),

@@ -7,8 +7,10 @@ from typing import Any
 from weakref import WeakValueDictionary
 
 from mlx_m3_plugin.chat.markers import THINK_END, THINK_START
-from mlx_m3_plugin.chat.prompt import CHAT_TEMPLATE, prepared, thinking_mode
+from mlx_m3_plugin.chat.prompt import CHAT_TEMPLATE, prepared, thinking_mode, with_effort
+from mlx_m3_plugin.hosts.mlx_vlm.histories import count_images, whole_history
 from mlx_m3_plugin.hosts.patching import Arguments, call, is_m3_checkpoint, where
+from mlx_m3_plugin.startup.settings import effort_setting
 
 PARSER_NAME = "minimax_m3"
 
@@ -115,13 +117,21 @@ def apply_chat_template(apply: Any, given: Arguments) -> Any:
     """mlx-vlm rebuilds messages from role and content, but for those with ``tool_calls``."""
     remember(given.arguments["processor"])
     prompt = given.arguments["prompt"]
-    if isinstance(prompt, list):
-        given.arguments["prompt"] = [_kept_whole(message) for message in prepared(prompt)]
+    if not isinstance(prompt, list):
+        return call(apply, given)
+    history = whole_history(prompt)
+    # mlx-vlm puts images without a place into the last question.
+    placed = history is not None and count_images(history) == given.arguments["num_images"]
+    if placed:
+        given.arguments["num_images"] = 0
+    given.arguments["prompt"] = [
+        _kept_whole(message, placed) for message in prepared(prompt if history is None else history)
+    ]
     return call(apply, given)
 
 
-def _kept_whole(message: Any) -> Any:
-    if isinstance(message, dict) and message.get("reasoning_content"):
+def _kept_whole(message: Any, with_images: bool) -> Any:
+    if isinstance(message, dict) and (with_images or message.get("reasoning_content")):
         return {"tool_calls": [], **message}
     return message
 
@@ -133,7 +143,8 @@ class _InTheirOrder(UserList):  # type: ignore[type-arg]
 @where(lambda given: is_m3(given["processor"]))
 def get_chat_template(get: Any, given: Arguments) -> Any:
     given.arguments["messages"] = prepared(given.arguments["messages"])
-    options = dict(given.arguments["kwargs"])
+    template = getattr(given.arguments["processor"], "chat_template", None)
+    options = with_effort(dict(given.arguments["kwargs"]), effort_setting(), template)
     # The commands pass ``enable_thinking=False`` when the user has not asked for anything.
     mode = thinking_mode({**options, "enable_thinking": options.get("enable_thinking") or None})
     options.pop("thinking_mode", None)

@@ -117,7 +117,9 @@ def _m3_stream(base: Any, delta: Any) -> Any:
             reasoning, content, self._is_reasoning = _split(text or "", was_reasoning)
             closed = was_reasoning and not self._is_reasoning
             return delta(
-                reasoning=_restored(reasoning) or None, content=content or None, thinking_closed=closed
+                reasoning=_restored(reasoning) or None,
+                content=_Exact(content) or None,
+                thinking_closed=closed,
             )
 
     return M3Stream
@@ -141,10 +143,29 @@ def _split(text: str, is_reasoning: bool) -> tuple[str, str, bool]:
     return said[True], said[False], is_reasoning
 
 
-def _restored(text: str) -> str:
+class _Exact(str):
+    """Text of M3, which mlx-vlm sends without the white space at its ends where it streams."""
+
+    def __radd__(self, before: str) -> "_Exact":
+        return _Exact(before + str(self))
+
+    def lstrip(self, *args: Any) -> "_Exact":
+        return self
+
+    def rstrip(self, *args: Any) -> "_Exact":
+        return self
+
+
+def _restored(text: str) -> _Exact:
     from mlx_m3_plugin.chat.rewriting import restored
 
-    return restored(text)
+    return _Exact(restored(text))
+
+
+def _beside_calls(text: str) -> _Exact:
+    from mlx_m3_plugin.chat.rewriting import without_calls
+
+    return _restored(without_calls(text))
 
 
 def _has_m3_start(given: Mapping[str, Any]) -> bool:
@@ -155,27 +176,52 @@ def _has_m3_start(given: Mapping[str, Any]) -> bool:
 
 @where(_has_m3_start)
 def shown_content(original: Any, given: Arguments) -> Any:
-    """Markers that are text are shown as they were written."""
-    content = call(original, given)
-    return _restored(content) if content else content
+    """Text beside calls, and markers that are text, as they were written."""
+    given.arguments["self"].finished |= given.arguments["last"]
+    return _beside_calls(given.arguments["text"] or "") or None
 
 
 @where(lambda given: starts_with_m3(given) and bool(given["text"]))
 def strip_markers(original: Any, given: Arguments) -> Any:
-    """Not those that are text: the others are gone."""
-    from mlx_m3_plugin.chat.rewriting import as_text
+    """Of M3 there are none left but those that are text."""
+    return given.arguments["text"]
 
-    given.arguments["text"] = as_text(given.arguments["text"])
-    return _restored(call(original, given))
+
+def _are_m3_calls(given: Mapping[str, Any]) -> bool:
+    return is_text(getattr(given["tool_module"], "tool_call_start", None), TOOL_CALL_START)
+
+
+@where(_are_m3_calls)
+def process_tool_calls(original: Any, given: Arguments) -> Any:
+    """Nothing stands where calls stood."""
+    from mlx_m3_plugin.chat.rewriting import without_calls
+
+    found, rest = call(original, given), without_calls(given.arguments["model_output"])
+    # until: mlx-vlm 0.7
+    if isinstance(found, dict):
+        return {**found, "remaining_text": rest}
+    return dataclasses.replace(found, remaining_text=rest)
+
+
+@where(lambda given: starts_with_m3(given) and bool(given["full_text"]))
+def response_items(original: Any, given: Arguments) -> Any:
+    """Text beside calls is an item, too."""
+    items, content, reasoning, reason = call(original, given)
+    if reason == "tool_calls":
+        content = _beside_calls(_split(given.arguments["full_text"], False)[1])
+        part = {"type": "output_text", "text": content, "annotations": []}
+        message = {"id": given.arguments["message_id"], "type": "message", "status": "completed"}
+        message |= {"role": "assistant", "content": [part]}
+        thoughts = sum(item["type"] == "reasoning" for item in items)
+        items[thoughts:thoughts] = [message] if content else []
+    return items, content, reasoning, reason
 
 
 # until: mlx-vlm 0.7
 @where(lambda given: is_text(given["tc_start"], TOOL_CALL_START) and bool(given["delta_content"]))
 def text_after_calls(original: Any, given: Arguments) -> Any:
     """mlx-vlm 0.6 shows nothing more of a reply once a call has begun."""
-    from mlx_m3_plugin.chat.rewriting import restored, without_calls
-
-    return False, restored(without_calls(given.arguments["delta_content"])) or None
+    return False, _beside_calls(given.arguments["delta_content"]) or None
 
 
 def _parses_m3(given: Mapping[str, Any]) -> bool:

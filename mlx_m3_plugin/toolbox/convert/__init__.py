@@ -6,10 +6,10 @@ from contextlib import contextmanager
 from pathlib import Path
 
 from ...model.config import TextConfig
+from ...model.memory import default_memory
 from ..checkpoint import Checkpoint, open_checkpoint
 from ..common import Answer, bytes_bar, component_table, layers_bar, size_in_words
 from ..forward_pass import Texts, default_cache, read_texts, text_of
-from ..memory import default_memory
 from ..new_directory import STATE, new_directory, unfinished_of
 from ..precision import Quantization
 from .allocation import Scores, allocate_bits, measure_sensitivity, read_scores, scores_by_position

@@ -15,12 +15,13 @@ from typing import Any, NamedTuple
 import mlx.core as mx
 
 from ... import __version__
+from ...weights.byte_ranges import TensorReader
 from ...weights.headers import INDEX, weight_files
 from ..checksums import read_sums, sha256_of, write_sums
 from ..common import Progress, read_json_object
 from ..new_directory import STATE, contents, new_directory, replace_text
 from ..precision import Quantization, converted
-from ..shards import ShardWriter, TensorReader
+from ..shards import ShardWriter
 from .allocation import Scores, write_scores
 from .config_and_card import write_config_and_card
 from .plan import ConversionPlan, NewModule, SourceMatrix
