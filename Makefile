@@ -2,9 +2,9 @@
 # make test      everything that needs no torch, on the newest mlx-lm and mlx-vlm, and on 0.31.3 and 0.6.4
 # make test-live a small live comparison with transformers (installs torch), with fresh seeds
 # make test-full the full counts of every acceptance list
+# make test-hosts third-party servers in environments of their own, with the plugin and without
 # make commands  runs every stock command with the plugin and without, and writes docs/commands.md
 # make peers     upstream's own tests, with the plugin and without (needs the network)
-# make test-hosts third-party servers in environments of their own, with the plugin and without
 # make lint      ruff and mypy
 
 PYTHON ?= python3
@@ -30,7 +30,7 @@ BETWEEN := .envs/between/bin/python
 # it says, the parsers, nano's texts), and what starts most processes and servers.  Always run there: loading
 # and mapping weights, both hosts, batches, caches, patches, ways to start, and the stock commands of mlx-lm.
 FLOOR_SHARE := $(foreach directory,nano toolbox distributed soak upstream chat,--ignore tests/$(directory)) \
-	$(foreach name,doctor chat_mlx_lm chat_mlx_vlm vlm_commands commands layouts_table converted_opens quickstart nano_commands,--ignore tests/end_to_end/test_$(name).py)
+	$(foreach name,doctor chat_mlx_lm chat_mlx_vlm chat_histories chat_requests chat_schemas chat_clients vlm_commands commands layouts_table converted_opens quickstart nano_commands,--ignore tests/end_to_end/test_$(name).py)
 PIP := -m pip install --quiet --disable-pip-version-check
 
 # The matrices of the tests are too small for a BLAS with threads, and two test runs may be side by side.

@@ -170,6 +170,11 @@ def _parser() -> tuple[_Parser, Mapping[str, argparse.ArgumentParser]]:
     add("destination", metavar="DST", nargs="?", help="where to write; must not exist")
     add("--recipe", metavar="R", help="name of a recipe (see --list-recipes), or a TOML file")
     add("--list-recipes", action="store_true", help="list available recipes")
+    add(
+        "--keep-draft",
+        action="store_true",
+        help="also write the draft head, bit for bit, in its own folder",
+    )
     add("--dry-run", action="store_true", help="show what would be written; reads only headers")
     add("--sensitivity", metavar="MAP", help=_SENSITIVITY)
     add("--text", metavar="FILE", help="calibration text for the map (default: a built-in sample)")

@@ -19,6 +19,7 @@ from mlx_m3_plugin.chat.values import (
     Schemas,
     Shape,
     bare_elements,
+    json_object,
     parameter_name,
     typed_arguments,
 )
@@ -101,9 +102,13 @@ class _OpenElement:
             self.before.append((len(self.children), len(self.texts)))
         self.children.append(child)
 
+    @property
+    def texts_before_last_child(self) -> int:
+        return self.before[-1][1] if self.before else 0
+
     def last_text(self) -> str:
         """After the last child."""
-        return "".join(self.texts[self.before[-1][1] if self.before else 0 :])
+        return "".join(self.texts[self.texts_before_last_child :])
 
     def between(self) -> list[tuple[int, str]]:
         found, begin = [], 0
@@ -136,6 +141,8 @@ class CallBuilder:
         self._open = [_OpenElement("invoke", self._schemas.shape(self._schemas.root), 0)]
         # Elements closed by a tag of another name, or by an opening tag: with what came after them.
         self._ended: dict[str, tuple[_OpenElement, int]] = {}
+        # The text that was closed last by a tag of another name, that tag, and where it is.
+        self._wrong: tuple[Element, str, _OpenElement, int] | None = None
 
     # --- what is open ---
 
@@ -231,6 +238,8 @@ class CallBuilder:
         if m2 is not None and not self._open[-1].shape.names(name):
             name, closing = m2, "parameter"
             self._note("M2 parameter tags")
+        elif not self._open[-1].shape.names(name) and self._open[-1].shape.names(name.strip()):
+            name = name.strip()
         if not self._strict:
             self._make_way(name)
         if len(self._open) > MAX_DEPTH:
@@ -251,7 +260,8 @@ class CallBuilder:
         """Close what is between the element that has this tag by the schema, and the tag."""
         top = self._open[-1]
         takers = [count for count, e in enumerate(reversed(self._open)) if self._lacks(e, name)]
-        if takers and takers[0] > 0 and (top.shape.names(name) or not top.shape.is_open):
+        in_text = any(element.is_text for element in self._open[1:])
+        if takers and takers[0] > 0 and (in_text or top.shape.names(name) or not top.shape.is_open):
             taker = self._open[-1 - takers[0]]
             while self._open[-1] is not taker:
                 self._ended[self._open[-1].name] = taker, -1
@@ -296,7 +306,7 @@ class CallBuilder:
 
     @staticmethod
     def _closes(element: _OpenElement, name: str) -> bool:
-        return name in (element.closing, element.name)
+        return name in (element.closing, element.name) or name.strip() == element.name
 
     # --- repairs ---
 
@@ -305,10 +315,9 @@ class CallBuilder:
 
     def _repair_closing(self, name: str, written: str) -> None:
         top = self._open[-1]
-        depth = next(
-            (n for n, e in enumerate(reversed(self._open[1:])) if self._closes(e, name)),
-            None,
-        )
+        depth = next((n for n, e in enumerate(reversed(self._open[1:])) if self._closes(e, name)), None)
+        if self._is_in_quoting_text(name, written):
+            return
         if depth is not None and not self._lost(top, name):
             for _ in range(depth):
                 self._end_unclosed()
@@ -323,8 +332,11 @@ class CallBuilder:
             top.texts.append(written)
         elif len(self._open) > 1 and top.is_leaf:
             self._note("wrong closing tag")
-            self._ended[top.name] = self._open[-2], len(self._open[-2].children) + 1
+            parent = self._open[-2]
             self._finish()
+            self._ended[top.name] = parent, len(parent.children)
+            if top.is_text:
+                self._wrong = parent.children[-1], written, parent, len(parent.children)
         else:
             self._note("stray closing tag")
             # A text whose opening tag is lost belongs to it.
@@ -334,6 +346,24 @@ class CallBuilder:
                 parent, count = self._ended[name]
                 self.broken |= parent is not top or len(parent.children) != count
 
+    def _is_in_quoting_text(self, name: str, written: str) -> bool:
+        """Whether a tag that seemed to close a text is part of it, as text and its real end come after it."""
+        top = self._open[-1]
+        if not self._wrong or self._wrong[2:] != (top, len(top.children)) or top.alone:
+            return False
+        element, quoted, _, _ = self._wrong
+        if not (more := top.last_text()).strip():
+            return False
+        if name == element.name:
+            element.text += quoted + more
+            del top.texts[top.texts_before_last_child :]
+            self._wrong = None
+            return True
+        if self.is_open(name) or any(self._lacks(each, name) for each in self._open):
+            return False
+        top.texts.append(written)
+        return True
+
     def _restore_opening(self, name: str) -> None:
         """The tag closes what is after a token alone, or the text just before it."""
         top = self._open[-1]
@@ -341,13 +371,13 @@ class CallBuilder:
             self.broken = True
             return
         self._note("opening tag missing")
-        children, texts = top.alone or (len(top.children), top.before[-1][1] if top.before else 0)
+        children, texts = top.alone or (len(top.children), top.texts_before_last_child)
         element = _OpenElement(name, top.shape.of_child(name, children), len(self._pieces), name)
         element.children, top.children = top.children[children:], top.children[:children]
         # Without the token itself.
         element.texts, top.texts = top.texts[texts + bool(top.alone) :], top.texts[:texts]
         text = "".join(element.texts)
-        if (not top.alone and not text.strip()) or (element.children and text.strip()):
+        if (not top.alone and (not text.strip() or name == "item")) or (element.children and text.strip()):
             self.broken = True
         if element.children and element.shape.is_leaf:
             self.broken = True
@@ -374,7 +404,7 @@ class CallBuilder:
     def _closings(self) -> list[tuple[str, int]]:
         """Closing tags without their token at the end of the text: names and places, the last first."""
         top = self._open[-1]
-        text = top.texts[-1] if top.last_text() else ""
+        text = top.texts[-1] if len(top.texts) > top.texts_before_last_child else ""
         found: list[tuple[str, int]] = []
         end = len(text)
         while len(found) < len(self._open):
@@ -417,8 +447,9 @@ class CallBuilder:
             shape = element.shape
             if not self._strict and not shape.is_open and not all(shape.names(each.name) for each in found):
                 self.broken = True
-            element.children += found
-            element.texts[-1] = ""
+            element.texts.pop()
+            for each in found:
+                element.add(each)
 
     # --- ends ---
 
@@ -479,6 +510,10 @@ class CallBuilder:
         text = text if text.strip() else ""
         if text and not self._strict:
             return None, ""
+        if text and not invoke.children:
+            arguments = json_object(text)
+            self._note("JSON arguments")
+            return (None if arguments is None else ToolCall(self.name, arguments)), ""
         try:
             return ToolCall(self.name, typed_arguments(invoke.children, self._schemas)), text
         except RecursionError:

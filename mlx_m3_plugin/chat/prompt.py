@@ -84,14 +84,15 @@ def _prepared_call(call: Any) -> Any:
     if isinstance(call.get("function"), Mapping):
         return {**call, "function": _prepared_call(call["function"])}
     arguments = call.get("arguments")
-    if arguments is None or arguments == "":
-        return {**call, "arguments": {}}
-    parsed = arguments
-    if isinstance(arguments, str):
-        try:
-            parsed = json.loads(arguments)
-        except ValueError:
-            parsed = None
+    parsed = arguments if arguments is not None else {}
+    # Some clients encode twice.
+    for _ in range(2):
+        if isinstance(parsed, str):
+            try:
+                parsed = json.loads(parsed or "null")
+            except ValueError:
+                break
+            parsed = {} if parsed is None else parsed
     if not isinstance(parsed, Mapping):
         raise ValueError(
             f"the arguments of the call of {call.get('name')} are not a JSON object: {str(arguments)[:80]}"

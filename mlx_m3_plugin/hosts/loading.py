@@ -82,6 +82,7 @@ class CheckpointMixin(nn.Module):
         return self.language_model.model.pipeline_layers
 
     def shard(self, group: mx.distributed.Group | None = None) -> None:
+        self.check_is_whole()
         shard_layers(self.layers, group or mx.distributed.init())
 
     def sanitize(self, weights: dict[str, mx.array]) -> dict[str, mx.array]:
@@ -120,6 +121,17 @@ class CheckpointMixin(nn.Module):
             )
         return put_experts_on_disk(self.language_model.model, plan, self.text_prefix, Path(directory), memory)
 
+    def check_is_whole(self) -> None:
+        """Before a model is saved or changed.
+
+        Raises:
+            ValueError: its experts are on disk.
+        """
+        if any(layer.is_moe and hasattr(layer.block_sparse_moe.switch_mlp, "slots") for layer in self.layers):
+            raise ValueError(
+                f"this model's experts are on disk, and are needed in memory: unset {EXPERT_MEMORY}"
+            )
+
     def _describe_to_loader(self, plan: TensorPlan) -> None:
         """Describe the planned tensors in the loader's config, which is also the config that is saved.
 
@@ -144,10 +156,12 @@ class CheckpointMixin(nn.Module):
 
         Raises:
             ValueError: when ``strict``, tensors are missing, left over, or of the wrong shape or
-                dtype.
+                dtype; or adapters are for experts that are on disk.
         """
         if isinstance(file_or_weights, (str, Path)):
             file_or_weights = list(mx.load(str(file_or_weights)).items())  # type: ignore[union-attr]
+        if any(".switch_mlp." in name for name, _ in file_or_weights):
+            self.check_is_whole()
         if strict:
             check_weights(dict(file_or_weights), dict(tree_flatten(self.parameters())))
         super().load_weights(file_or_weights, strict=strict)

@@ -54,11 +54,12 @@ class ExpertsOnDisk(nn.Module):
         chosen = np.array(indices)
         wanted = np.unique(chosen)
         slots.count_usage(chosen)
-        if chosen.size >= _SORTED_FROM or len(wanted) > slots.count:
-            return slots.computing(self._in_groups(x, chosen, wanted))
-        slots.start(wanted)
+        if len(wanted) <= slots.count:
+            slots.start(wanted)
         if guesses:
-            following.start(np.unique(np.array(guesses[0])))
+            following.guess(np.unique(np.array(guesses[0])))
+        if chosen.size >= _SORTED_FROM or not slots.are_here(wanted):
+            return slots.computing(self._in_groups(x, chosen, wanted))
         slots.wait(wanted)
         of_choice = mx.array(slots.of_expert[chosen], mx.uint32)
         return slots.computing(self._multiply(mx.expand_dims(x, (-2, -3)), of_choice, chosen.size))

@@ -19,8 +19,8 @@ from ..weights.tensor import Tensor, TensorPlan
 Ids = np.ndarray[Any, Any]
 # Of bytes, and what they are called.
 Check = Callable[[memoryview, str], None]
-# Several reads at once are needed for an SSD's full speed.
-THREADS = 8
+# Several reads at once are needed for an SSD's full speed.  Guesses leave room for what is needed now.
+THREADS, THREADS_FOR_GUESSES = 8, 2
 # Of an expert's usage, at each call of its layer: the last 50 calls count most.
 DECAY = 0.98
 
@@ -32,16 +32,18 @@ class ExpertFiles:
         self._tensors = tensors
         self.reader = TensorReader(directory, tensors)
         self.reader.open_uncached({name for tensor in plan.values() for name in tensor.stored_names()})
-        self._threads = ThreadPoolExecutor(THREADS, "m3-experts")
+        self._needed = ThreadPoolExecutor(THREADS, "m3-experts")
+        self._guessed = ThreadPoolExecutor(THREADS_FOR_GUESSES, "m3-guesses")
 
     def start(
-        self, spans: Iterable[Span], memory: memoryview, check: Check | None
+        self, spans: Iterable[Span], memory: memoryview, check: Check | None, is_guess: bool
     ) -> Iterator["Future[None]"]:
         """Begin to fill ``memory`` with the bytes of ``spans`` and to ``check`` them."""
+        threads = self._guessed if is_guess else self._needed
         done = 0
         for span in spans:
             end = done + size_in_bytes(span.shape, self._tensors[span.name].dtype)
-            yield self._threads.submit(self._read, span, memory[done:end], check)
+            yield threads.submit(self._read, span, memory[done:end], check)
             done = end
 
     def _read(self, span: Span, memory: memoryview, check: Check | None) -> None:
@@ -91,7 +93,7 @@ class Slots:
         self.of_expert = np.full(total, -1)
         self._holds = np.full(count, -1)
         self._usage = np.zeros(total)
-        # Expert -> reads that nobody has waited for yet.
+        # Slot -> reads into it that nobody has waited for yet.
         self._reads: dict[int, list[Future[None]]] = {}
         # Complete when all outputs are that were computed with the slots.
         self._computed = mx.array(0)
@@ -114,9 +116,20 @@ class Slots:
 
     def start(self, wanted: Ids) -> None:
         """Begin to read those of these experts that are not here; at most as many as there are slots."""
+        self._cancel_guesses_but(wanted)
         if (self.of_expert[wanted] < 0).any():
             mx.eval(self._computed)
             self._start(wanted, wanted)
+
+    def guess(self, likely: Ids) -> None:
+        """As :meth:`start`, for experts that the next call will likely want."""
+        if (self.of_expert[likely] < 0).any():
+            mx.eval(self._computed)
+            self._start(likely, likely, is_guess=True)
+
+    def are_here(self, wanted: Ids) -> bool:
+        """Whether nobody has to wait for any of these experts."""
+        return not any(slot < 0 or self._is_being_read(slot) for slot in self.of_expert[wanted].tolist())
 
     def wait(self, wanted: Ids) -> None:
         """Until these experts, all of which have been started, are here.
@@ -127,19 +140,19 @@ class Slots:
         """
         began = perf_counter()
         for expert in wanted.tolist():
-            reads = self._reads.get(expert)
-            if reads is None:
+            slot = int(self.of_expert[expert])
+            if slot not in self._reads:
                 continue
             try:
-                for read in reads:
+                for read in self._reads[slot]:
                     read.result()
                 self._make_computed_parts(expert)
             except Exception:
                 # Others that were read at the same time may have failed, too.
-                for other in [*self._reads]:
-                    self._forget(int(self.of_expert[other]))
+                for other in self._reads:
+                    self._forget(other)
                 raise
-            del self._reads[expert]
+            del self._reads[slot]
             self._checked.add(expert)
         self.seconds_waited += perf_counter() - began
 
@@ -151,13 +164,16 @@ class Slots:
         Raises:
             OSError: see :meth:`wait`.
         """
+        self._cancel_guesses_but(wanted)
         mx.eval(self._computed)
         size = max(1, self.count // 4)
-        here, missing = wanted[self.of_expert[wanted] >= 0], wanted[self.of_expert[wanted] < 0]
+        missing = wanted[self.of_expert[wanted] < 0]
+        late = wanted[[self._is_being_read(slot) for slot in self.of_expert[wanted].tolist()]]
+        here = np.setdiff1d(wanted, np.concatenate([missing, late]))
         # The least used first: their slots are then read into.
         here = here[np.argsort(self._usage[here], kind="stable")]
         split = 2 * size if len(missing) else len(here)
-        groups = [group for group in (here[:split], here[split:]) if len(group)]
+        groups = [group for group in (here[:split], here[split:], late) if len(group)]
         started, finished = len(groups), 0
         groups += [missing[i : i + size] for i in range(0, len(missing), size)]
         outputs: list[mx.array] = []
@@ -178,19 +194,23 @@ class Slots:
             outputs.append(self._computed)
             mx.async_eval(self._computed)
 
-    def _start(self, wanted: Ids, kept: Ids) -> None:
+    def _start(self, wanted: Ids, kept: Ids, is_guess: bool = False) -> None:
         for expert in wanted[self.of_expert[wanted] < 0].tolist():
             slot = self._free_slot(kept)
-            reads: list[Future[None]] = []
-            try:
-                for part in self._parts:
-                    spans, memory = part.of_expert[expert][1] or (), memoryview(part.memory[slot])
-                    reads += self._files.start(spans, memory, None if expert in self._checked else part.check)
-            except BaseException:
-                wait(reads)
-                raise
-            self._reads[expert] = reads
+            reads = self._reads[slot] = []
+            for part in self._parts:
+                spans, memory = part.of_expert[expert][1] or (), memoryview(part.memory[slot])
+                check = None if expert in self._checked else part.check
+                reads += self._files.start(spans, memory, check, is_guess)
             self.of_expert[expert], self._holds[slot] = slot, expert
+
+    def _cancel_guesses_but(self, wanted: Ids) -> None:
+        """Do not begin to read what was guessed wrongly."""
+        for slot, reads in self._reads.items():
+            if self._holds[slot] not in wanted:
+                cancelled = [read.cancel() for read in reads]
+                if any(cancelled):
+                    self._forget(slot)
 
     def _make_computed_parts(self, expert: int) -> None:
         for part in self._parts:
@@ -206,19 +226,19 @@ class Slots:
         slots = np.flatnonzero(~np.isin(self._holds, kept))
         experts = self._holds[slots]
         usage = np.where(experts < 0, -1, self._usage[experts])
-        being_read = np.array([self._is_being_read(expert) for expert in experts.tolist()])
+        being_read = np.array([self._is_being_read(slot) for slot in slots.tolist()])
         slot = int(slots[np.lexsort([usage, being_read])[0]])
         self._forget(slot)
+        wait(self._reads.pop(slot, ()))
         return slot
 
-    def _is_being_read(self, expert: int) -> bool:
-        return not all(read.done() for read in self._reads.get(expert, ()))
+    def _is_being_read(self, slot: int) -> bool:
+        return not all(read.done() for read in self._reads.get(slot, ()))
 
     def _forget(self, slot: int) -> None:
+        """Nothing is in this slot any more, though reads into it may not be complete."""
         expert = int(self._holds[slot])
         if expert >= 0:
-            wait(self._reads.get(expert, ()))
-            self._reads.pop(expert, None)
             self.of_expert[expert] = self._holds[slot] = -1
 
 

@@ -1,6 +1,7 @@
 """``mlx-m3 doctor``: does an M3 checkpoint run correctly with the stock commands here?  If not, what helps?
 
-The answer is about a new process that does not import the plugin, and about the commands on PATH.
+The answer is about a new process that does not import the plugin, and about the commands on PATH.  In the
+environment of another host, such as oMLX, it is about what that host loads.
 """
 
 import json
@@ -22,6 +23,7 @@ from typing import Any
 from ..startup.report import patch_lines, report
 from ..startup.settings import read_settings
 from .common import Answer, version_of
+from .installed_hosts import HostClass, classes_of_hosts, installed_hosts
 
 _PACKAGES = ("mlx-m3-plugin", "mlx", "mlx-lm", "mlx-vlm", "transformers")
 _LIBRARIES = {"mlx_lm": "mlx-lm", "mlx_vlm": "mlx-vlm"}
@@ -126,6 +128,7 @@ class Diagnosis:
         ok: an M3 checkpoint runs correctly with the stock commands here: there are no problems.
         verdict: the same as a sentence.
         active: the plugin is active in a new process that imports mlx-lm or mlx-vlm.
+        hosts: what the hosts in this environment load, beside mlx-lm and mlx-vlm.
         problems: the most important one first.
         notes: worth knowing, but not a problem.
     """
@@ -139,6 +142,7 @@ class Diagnosis:
     startup_files: list[StartupFile]
     commands: list[Command]
     modules: list[dict[str, str | None]] = field(default_factory=list)
+    hosts: list[HostClass] = field(default_factory=list)
     patches: dict[str, Any] = field(default_factory=dict)
     errors: list[str] = field(default_factory=list)
     problems: list[Problem] = field(default_factory=list)
@@ -170,13 +174,14 @@ def diagnose() -> Diagnosis:
         startup_files=find_startup_files(),
         commands=[find_command(f"{library}.generate") for library in libraries],
         modules=probe["modules"],
+        hosts=classes_of_hosts(),
         patches=status.get("patched", {}),
         errors=[*status.get("errors", []), *(f"{name}: {e}" for name, e in probe["import_errors"].items())],
     )
     found.problems = list(_problems(found, libraries, probe))
     found.ok = not found.problems
     found.verdict = _verdict(found, libraries)
-    found.notes = list(_notes(found.commands))
+    found.notes = [*_notes(found.commands), *_notes_on_hosts(found)]
     return found
 
 
@@ -184,6 +189,7 @@ def doctor_lines(found: Diagnosis) -> list[str]:
     """The first line is the verdict."""
     files = [file.path + (f"  ({file.problem})" if file.problem else "") for file in found.startup_files]
     modules = [f"{m['name']}: {m['source']}, {m['why']}\n    {m['path']}" for m in found.modules]
+    hosts = [f"{h}: {h.module}: {h.source}\n    {h.path or h.why}" for h in found.hosts]
     versions = [f"{name} {version or 'not installed'}" for name, version in found.versions.items()]
     sections = {
         "What to do": [f"{problem.what}\n    {problem.fix}" for problem in found.problems],
@@ -191,6 +197,7 @@ def doctor_lines(found: Diagnosis) -> list[str]:
         "Commands": [f"{c.name}: {c.path or 'not on PATH'}" for c in found.commands],
         "Start-up files": files or ["none"],
         "Modules": modules,
+        "Hosts": hosts,
         "Patches": patch_lines(found.patches),
         "Errors": found.errors,
         "Notes": found.notes,
@@ -204,6 +211,8 @@ def _verdict(found: Diagnosis, libraries: list[str]) -> str:
     sources = {module["name"]: module["source"] for module in found.modules}
     by_class: dict[str, list[str]] = {}
     for library in libraries:
+        if sources[f"{library}.models.minimax_m3_vl"] == "none":
+            continue
         if sources[f"{library}.models.minimax_m3_vl"] == "native":
             whose = "with upstream's own class, as MLX_M3_PLUGIN_PREFER=native asks"
         elif found.settings["prefer_native"]:
@@ -211,6 +220,13 @@ def _verdict(found: Diagnosis, libraries: list[str]) -> str:
         else:
             whose = "with this plugin"
         by_class.setdefault(whose, []).append(library)
+    for host in (host for host in found.hosts if host.is_default):
+        whose = (
+            "with this plugin"
+            if host.source == "plugin"
+            else "with another class, as MLX_M3_PLUGIN_PREFER=native asks"
+        )
+        by_class.setdefault(whose, []).append(host.host)
     parts = [f"in {' and '.join(names)} {whose}" for whose, names in by_class.items()]
     return f"Yes, MiniMax-M3 runs here: {'; '.join(parts)}."
 
@@ -237,7 +253,9 @@ def _problems(found: Diagnosis, libraries: list[str], probe: dict[str, Any]) -> 
         what, _, fix = complaint.partition("; ")
         yield Problem(what, fix)
     yield from _failures(found, libraries, probe)
-    for command in found.commands:
+    yield from _host_problems(found)
+    # Other hosts have commands of their own.
+    for command in found.commands if not found.hosts else ():
         yield from _command_problems(command)
 
 
@@ -283,13 +301,29 @@ def _failures(found: Diagnosis, libraries: list[str], probe: dict[str, Any]) -> 
     if loadable and not found.active:
         yield Problem(f"the plugin cannot be activated{_printed(probe)}", REINSTALL)
         return
+    # Where another host is installed, what it loads counts.
+    passed_over = {module["why"] for module in found.modules if found.hosts and module["source"] == "none"}
     errors = (probe["status"] or {}).get("errors", [])
     for what in errors:
-        if what not in found.settings["complaints"]:
+        if what not in found.settings["complaints"] and what not in passed_over:
             yield Problem(what, _UPGRADE)
     for module in found.modules:
-        if module["source"] == "none" and module["why"] not in errors:
+        if module["source"] == "none" and module["why"] not in (*errors, *passed_over):
             yield Problem(f"{module['name']} cannot be served: {module['why']}", _UPGRADE)
+
+
+def _host_problems(found: Diagnosis) -> Iterator[Problem]:
+    """Only the class that a checkpoint gets as it is published; the other engines are in the list."""
+    if not found.active:
+        return
+    ours = {host.host: host for host in found.hosts if host.source == "plugin"}
+    for host in found.hosts:
+        other = ours.get(host.host)
+        fix = f"use {other}" if other else f"{_UPGRADE}; if that does not help, report both versions"
+        if host.is_default and host.source == "none":
+            yield Problem(f"{host} cannot load {host.module} ({host.why})", fix)
+        elif host.is_default and host.source == "native" and not found.settings["prefer_native"]:
+            yield Problem(f"{host} loads another class, {host.path}", fix)
 
 
 def _printed(probe: dict[str, Any]) -> str:
@@ -329,6 +363,19 @@ def _notes(commands: list[Command]) -> Iterator[str]:
         )
 
 
+def _notes_on_hosts(found: Diagnosis) -> Iterator[str]:
+    if not found.hosts:
+        return
+    names = " and ".join(dict.fromkeys(host.host for host in found.hosts))
+    yield (
+        f"do not install mlx-m3-plugin[vlm] or another extra here: it may replace the mlx, mlx-vlm and "
+        f"transformers of {names}; `pip install --no-deps mlx-m3-plugin` changes nothing else"
+    )
+    for module in found.modules:
+        if module["source"] == "none":
+            yield f"outside of {names}, {module['name']} cannot be served: {module['why']}"
+
+
 def _probe(libraries: list[str]) -> dict[str, Any]:
     # Not in the current directory: a checkout of the plugin there would be found without being installed.
     run = subprocess.run(
@@ -354,6 +401,9 @@ def what_to_install(error: ImportError) -> str | None:
     package = (error.name or "").partition(".")[0]
     if package in ("", "mlx_m3_plugin"):
         return None
+    if package == "mlx_vlm" and (hosts := installed_hosts()):
+        # The extra would replace what the host needs.
+        return f"mlx_vlm cannot be imported ({error}): install the mlx-vlm that {hosts[0]} asks for"
     extra = f'pip install "mlx-m3-plugin[{_EXTRAS.get(package)}]"'
     fixes = {"mlx": FOR_MLX} | dict.fromkeys(_EXTRAS, extra)
     # The other packages that we import are mlx-lm and its dependencies.

@@ -82,6 +82,8 @@ class _Reader:
             if place.block != "owes":
                 yield replace(place, at=marker.end(), channel="reasoning" if marker["think"] else "content")
         elif not marker["end"]:
+            if place.block == "owes" and not place.fresh:
+                return
             yield _Place(marker.end(), place.channel, "owes", fresh=True)
         elif place.block in ("called", "bare"):
             yield _Place(marker.end(), place.channel)
@@ -154,6 +156,9 @@ class _CallReader:
 
     def ends(self, at: int, call: ToolCall, loose: str) -> Iterator[int]:
         for begin in self.headers(at, call.name):
+            if "JSON arguments" in self.repairs:
+                for end in self.value(begin, call.arguments):
+                    yield from self.invoke_ends(end)
             for end, rest in self.members(begin, call.arguments, loose):
                 if not rest:
                     yield from self.invoke_ends(end)
@@ -178,7 +183,7 @@ class _CallReader:
     def members(self, at: int, value: dict[str, Any], loose: str) -> set[tuple[int, str]]:
         """Elements in the order of the keys; one whose value is a list may come as several."""
         keys = list(value)
-        todo = [(at, loose, (0,) * len(keys))]
+        todo = [(at, loose, (-2,) * len(keys))]
         found = set(todo)
         while todo:
             at, rest, progress = todo.pop()
@@ -186,7 +191,7 @@ class _CallReader:
             if rest and self.text[at : at + 1] == rest[0]:
                 nexts.append((at + 1, rest[1:], progress))
             for n, key in enumerate(keys):
-                if progress[n] == 0 and 0 in progress[:n]:
+                if progress[n] == -2 and -2 in progress[:n]:
                     break
                 for end, count in self.parts(at, key, value[key], progress[n]):
                     nexts.append((end, rest, (*progress[:n], count, *progress[n + 1 :])))
@@ -202,14 +207,17 @@ class _CallReader:
         }
 
     def parts(self, at: int, key: str, value: Any, count: int) -> Iterator[tuple[int, int]]:
-        """The element of a key, or one of several; ``count``: how many came before, -1 for the whole."""
-        if count == 0:
+        """The element of a key, or one of several; ``count``: how many items came before, -1 for the
+        whole, -2 for none yet."""
+        if count == -2:
             for end in self.element(at, key, value):
                 yield end, -1
-        if isinstance(value, list) and 0 <= count < len(value):
-            for end in self.element(at, key, value[count]):
-                yield end, count + 1
-            for last in range(count + 1, len(value) + 1):
+            count = 0
+        if isinstance(value, list) and count >= 0:
+            if count < len(value):
+                for end in self.element(at, key, value[count]):
+                    yield end, count + 1
+            for last in range(count, len(value) + 1):
                 for end in self.element(at, key, value[count:last]):
                     yield end, last
 

@@ -34,6 +34,7 @@ class Host:
 
     Attributes:
         reply: what the next generations say, until their end.  limit: the most pieces of it.
+        replies: what the next generations say, one each, before ``reply``.
         prompts: of all generations, as text.  arguments: mlx-vlm's of the last one.
     """
 
@@ -41,11 +42,15 @@ class Host:
     model: str = ""
     reply: str = "Yes."
     limit: int | None = None
+    replies: list[str] = field(default_factory=list)
     prompts: list[str] = field(default_factory=list)
     arguments: Any = None
 
     def pieces(self) -> list[str]:
-        return [piece for piece in _PIECES.split(self.reply) if piece][: self.limit]
+        return [piece for piece in _PIECES.split(self.next_reply()) if piece][: self.limit]
+
+    def next_reply(self) -> str:
+        return self.replies.pop(0) if self.replies else self.reply
 
     def finish_reason(self) -> str:
         return "stop" if self.limit is None else "length"
@@ -53,11 +58,6 @@ class Host:
     @property
     def prompt(self) -> str:
         return self.prompts[-1]
-
-    def openai(self) -> Any:
-        import openai
-
-        return openai.OpenAI(base_url=f"{self.address}/v1", api_key="none", timeout=60, max_retries=0)
 
     def post(self, path: str, body: dict[str, Any]) -> Any:
         """An answer; of one that streams, all of its events."""
@@ -162,7 +162,7 @@ def _given_to_lm(host: Host, model: Any, tokenizer: Any, prompt: Any, **options:
 
     host.prompts.append(tokenizer.decode(prompt))
     host.arguments = options
-    pieces = tokenizer.encode(host.reply, add_special_tokens=False)[: host.limit]
+    pieces = tokenizer.encode(host.next_reply(), add_special_tokens=False)[: host.limit]
     detokenizer, logprobs = tokenizer.detokenizer, mx.zeros(len(tokenizer._tokenizer))
     for n, token in enumerate(pieces):
         detokenizer.add_token(token)

@@ -203,7 +203,7 @@ COMMANDS = [
     ),
     vlm("split_mtp", "split_mtp --model {model} --output {out}/mtp", since=(0, 7), refuses="(?i)mtp"),
     *(
-        vlm(name, f"{name} --model {{model}} --text Hello", since=(0, 7), refuses=".")
+        vlm(name, f"{name} Hello --model {{model}}", since=(0, 7), refuses="(?i)token.classification|support")
         for name in ("token_classification", "privacy_filter")
     ),
 ]  # fmt: skip
@@ -249,6 +249,8 @@ def run(command: Command, made_by: Forks, files: Files, out: Path) -> str:
             return WORKS
         if status is None:
             return f"no end after {SECONDS} seconds"
+        if offline := re.search(r".*OfflineModeIsEnabled.*", said):
+            return offline[0].strip()
         if status != 0 or not re.search(command.says, said) or re.search(r"^Error", said, re.MULTILINE):
             return _last_line(said)
     return WORKS
@@ -268,7 +270,7 @@ def _answers(port: int, model: Path, directory: Path) -> bool:
         headers={"Content-Type": "application/json"},
     )
     try:
-        for _ in range(900):
+        while not (directory / "ended").exists():
             try:
                 with urllib.request.urlopen(request, timeout=200) as answer:
                     return bool(json.load(answer)["choices"])

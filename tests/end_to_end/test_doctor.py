@@ -314,3 +314,51 @@ def test_mlx_that_ends_the_process(tmp_path: Path, guest: Environment) -> None:
     what, fix = problem(doctor(environment))
     assert what.endswith("ends with exit code 132")
     assert f" {environment.python} -X importtime -c " in fix
+
+
+# --- in the environment of another host ---
+
+THEIRS = """
+def apply_mlx_vlm_minimax_m3_compat_patch():
+    import sys, types, mlx_vlm.models
+    name = "mlx_vlm.models.minimax_m3_vl"
+    module = sys.modules[name] = types.ModuleType(name)
+    module.Model = type("Model", (), {"__module__": "omlx.patches"})
+"""
+
+
+def install_host(environment: Environment, name: str) -> None:
+    """What tells that it is installed."""
+    metadata = environment.site_packages / f"{name.replace('-', '_')}-0.9.dist-info"
+    metadata.mkdir()
+    (metadata / "METADATA").write_text(f"Metadata-Version: 2.1\nName: {name}\nVersion: 0.9\n")
+
+
+def test_a_host_that_loads_another_class(own_guest: Environment) -> None:
+    """Its own patch is run before M3 is loaded."""
+    install_host(own_guest, "omlx")
+    patches = own_guest.site_packages / "omlx" / "patches"
+    patches.mkdir(parents=True)
+    (patches / "__init__.py").touch()
+    (patches / "mlx_vlm_minimax_m3_compat.py").write_text(THEIRS)
+    what, fix = problem(doctor(own_guest))
+    assert what == f"omlx 0.9, vision engine loads another class, {patches / '__init__.py'}"
+    assert fix == 'use omlx 0.9, text engine ("model_type_override": "llm")'
+
+
+def test_a_host_that_does_not_ask_for_a_library_that_fails(own_guest: Environment) -> None:
+    """mlx-openai-server brings an mlx-vlm that is too old for M3, and loads M3 with mlx-lm."""
+    install_host(own_guest, "mlx-openai-server")
+    file = own_guest.plugin / "hosts" / "mlx_vlm" / "minimax_m3_vl.py"
+    file.write_text("raise ImportError('broken on purpose')\n")
+    code, diagnosis = doctor(own_guest)
+    assert (code, diagnosis["problems"]) == (0, [])
+    assert diagnosis["verdict"] == YES.replace("mlx_vlm", "mlx-openai-server")
+    (host,) = diagnosis["hosts"]
+    assert (host["source"], host["path"]) == (
+        "plugin",
+        str(own_guest.plugin / "hosts/mlx_lm/minimax_m3_vl.py"),
+    )
+    notes = "\n".join(diagnosis["notes"])
+    assert "do not install mlx-m3-plugin[vlm]" in notes
+    assert "outside of mlx-openai-server, mlx_vlm.models.minimax_m3_vl cannot be served" in notes

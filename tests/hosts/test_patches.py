@@ -116,6 +116,7 @@ def use_utils(module: ModuleType, directory: Path) -> Any:
     shared, *_ = get(module, "sharded_load")(str(directory))
     get(module, "dequantize_model")(shared)
     logits = [made(mx.array([[1, 2, 3]])).tolist() for made in (model, shared)]
+    get(module, "save_model")(directory / "saved", model)
     return logits, config, type(model).__name__
 
 

@@ -133,9 +133,6 @@ def helpers() -> dict[str, Any]:
     def _extract_thinking_from_request(request: Any) -> bool | None:
         return request.enable_thinking
 
-    def maybe_auto_disable_thinking_for_casual_chat(request: Any) -> bool:
-        return config.reasoning_parser_name is not None
-
     return locals()
 
 

@@ -86,8 +86,9 @@ def test_auto(checkpoint: Path, resident: Any, monkeypatch: pytest.MonkeyPatch, 
         load_with("mlx_lm", checkpoint)
 
 
-def test_refusals(checkpoint: Path, resident: Any, monkeypatch: pytest.MonkeyPatch) -> None:
-    from mlx_lm.utils import load_model
+def test_refusals(checkpoint: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    from mlx_lm.utils import load_model, save_model
+    from mlx_vlm.utils import save_weights
 
     with pytest.raises(ValueError, match=f"{VARIABLE} is too small: 393,215 bytes, and one expert of each"):
         load_on_disk("mlx_lm", checkpoint, 393_215)
@@ -95,6 +96,17 @@ def test_refusals(checkpoint: Path, resident: Any, monkeypatch: pytest.MonkeyPat
     on_disk.train()
     with pytest.raises(NotImplementedError, match=f"cannot be trained: unset {VARIABLE}"):
         on_disk(mx.array([[1, 2, 3]]))
+    on_disk.eval()
+    needs_them = f"experts are on disk, and are needed in memory: unset {VARIABLE}"
+    adapter = "model.layers.2.block_sparse_moe.switch_mlp.up_proj.lora_a"
+    with pytest.raises(ValueError, match=needs_them):
+        on_disk.load_weights([(adapter, mx.zeros((16, 8, 128)))], strict=False)
+    with pytest.raises(ValueError, match=needs_them):
+        save_model(tmp_path / "saved", on_disk)
+    with pytest.raises(ValueError, match=needs_them):
+        save_weights(tmp_path / "saved", load_on_disk("mlx_vlm", checkpoint, 393_216))
+    with pytest.raises(ValueError, match=needs_them):
+        on_disk.shard()
     monkeypatch.setenv(VARIABLE, "400kb")
     with pytest.raises(ValueError, match=f"{VARIABLE} is set, .* unset it to convert"):
         load_model(checkpoint, lazy=True)

@@ -3,7 +3,6 @@
 import errno
 import os
 import shutil
-import signal
 from collections.abc import Callable
 from pathlib import Path
 from types import SimpleNamespace
@@ -13,6 +12,7 @@ import mlx.core as mx
 import numpy as np
 import pytest
 
+from mlx_m3_plugin.offload.slots import Slots
 from mlx_m3_plugin.weights import byte_ranges, read_headers
 from tests.checkpoints.tiny_layouts import LAYOUTS
 from tests.offload.disk_models import assert_same_bits, load_on_disk, load_with, logits, memory_for
@@ -91,21 +91,22 @@ def test_a_file_that_is_cut_off_and_one_that_vanishes(pair: tuple[Any, Any], dir
 
 
 def test_ctrl_c(pair: tuple[Any, Any], monkeypatch: pytest.MonkeyPatch) -> None:
+    """While reads are on the way."""
     resident, on_disk = pair
-    left = [15]
+    left, wait = [0], Slots.wait
 
-    def interrupted(descriptor: int, buffers: list[memoryview], start: int) -> int:
+    def interrupted(slots: Slots, wanted: Any) -> None:
         left[0] -= 1
         if left[0] == 0:
-            signal.raise_signal(signal.SIGINT)
-        return os.preadv(descriptor, buffers, start)
+            raise KeyboardInterrupt
+        wait(slots, wanted)
 
     with monkeypatch.context() as patch:
-        reads_with(patch, interrupted)
-        for reads in (15, 4, 1):
-            left[0] = reads
+        patch.setattr(Slots, "wait", interrupted)
+        for number in (4, 2, 1):
+            left[0] = number
             with pytest.raises(KeyboardInterrupt):
-                mx.eval([logits(on_disk, TOKENS) for _ in range(3)])
+                mx.eval(logits(on_disk, TOKENS))
     assert_same_bits(resident, on_disk, TOKENS, LENGTHS)
 
 

@@ -277,6 +277,25 @@ def parser_of(processor: Any) -> str | None:
     return _infer_tool_parser_from_processor(processor)
 
 
+# --- texts ---
+
+
+@pytest.mark.parametrize("text", ["ab c\ufffd", "\ufffd", "a\ufffd b\ufffd", "x \U0001f600", "x y"])
+def test_a_text_keeps_its_end(processor: Any, text: str) -> None:
+    """Of a character that is cut off, U+FFFD is left, as in transformers and mlx-lm."""
+    from mlx_vlm.tokenizer_utils import make_streaming_detokenizer
+
+    tokenizer = processor.tokenizer
+    tokens = tokenizer.encode(text, add_special_tokens=False)
+    for end in range(1, len(tokens) + 1):
+        detokenizer, said = make_streaming_detokenizer(processor), ""
+        for token in tokens[:end]:
+            detokenizer.add_token(token)
+            said += detokenizer.last_segment
+        detokenizer.finalize()
+        assert said + detokenizer.last_segment == tokenizer.decode(tokens[:end])
+
+
 # --- budgets ---
 
 

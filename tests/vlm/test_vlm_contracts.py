@@ -9,8 +9,11 @@ import mlx.core as mx
 import pytest
 
 from mlx_m3_plugin.chat.markers import NAMESPACE, TOOL_CALL_END, TOOL_CALL_START
+from mlx_m3_plugin.hosts import patching
 from mlx_m3_plugin.hosts.mlx_vlm import parts
+from mlx_m3_plugin.hosts.mlx_vlm.patches import PATCHES
 from tests.checkpoints.tiny_model import published_config
+from tests.hosts.upstream_copies import apply, copy_of
 from tests.vlm.vlm_runs import BUDGET, TOLERANCE, Prompt, difference, fresh_logits, text
 
 BLOCK = 16
@@ -129,6 +132,17 @@ def test_loaders_that_ask_a_flat_config_for_its_text_config() -> None:
     assert config.text_config is config
     assert config.num_hidden_layers == 3
     assert "text_config" not in config.to_dict()
+
+
+def test_hosts_with_an_old_mlx_vlm_see_no_warning(monkeypatch: pytest.MonkeyPatch) -> None:
+    """mlx-openai-server and mlx-omni-server take 0.4.4, and no M3 from it."""
+    monkeypatch.setattr(patching, "_installed_release", lambda module: (0, 4, 4))
+    old = copy_of("mlx_vlm.utils")
+    for name in ("sharded_load", "ThinkingBudgetCriteria"):
+        vars(old).pop(name, None)
+    applied, errors = apply(PATCHES, old)
+    assert "load_model checks the files of M3 checkpoints" in applied
+    assert errors == []
 
 
 # --- the tool parser, called with the text alone ---

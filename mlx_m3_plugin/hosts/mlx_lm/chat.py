@@ -4,12 +4,20 @@ Only tokenizers with M3's markers in their vocabulary are touched.
 """
 
 import dataclasses
+import re
 import sys
 from collections.abc import Iterable, Iterator
 from functools import cache, wraps
 from typing import TYPE_CHECKING, Any
 
-from mlx_m3_plugin.chat.markers import THINK_END, THINK_START, has_m3_markers
+from mlx_m3_plugin.chat.markers import (
+    NAMESPACE,
+    THINK_END,
+    THINK_START,
+    has_m3_markers,
+    without_cut_character,
+    without_space,
+)
 from mlx_m3_plugin.hosts.patching import Arguments, call, where
 from mlx_m3_plugin.startup.settings import effort_setting
 
@@ -134,13 +142,9 @@ class _M3Behaviour:
 
 def _at_end(wrapper: Any, tokens: Any, marker: Any) -> int:
     """Where the marker begins if the tokens end with it and white space, or -1."""
-    end = len(tokens)
-    while (
-        end > 0 and tokens[end - 1] not in marker and wrapper._tokenizer.decode([tokens[end - 1]]).isspace()
-    ):
-        end -= 1
-    begin = end - len(marker)
-    return begin if begin >= 0 and tuple(tokens[begin:end]) == tuple(marker) else -1
+    tokens = without_space(tokens, wrapper._tokenizer.decode)
+    begin = len(tokens) - len(marker)
+    return begin if begin >= 0 and tuple(tokens[begin:]) == tuple(marker) else -1
 
 
 # --- requests ---
@@ -298,6 +302,9 @@ def _read(module: Any, responses: Any, request: Any, args: Any, in_reasoning: bo
     yield from shows(waiting, segments + _segments(parser.finish()))
 
 
+_MARKERS = re.compile(f"({'|'.join(map(re.escape, (THINK_START, THINK_END, NAMESPACE)))})")
+
+
 class _Texts:
     """The texts of responses without stop words."""
 
@@ -307,22 +314,33 @@ class _Texts:
         self.has_machine = machine is not None
         if machine is not None:
             words = [(word, "normal") for word in stop_words or ()]
-            self._machine, self._state = machine, machine({"normal": words}).make_state()
+            self._machine, self._begin = machine, machine({"normal": words}).make_state()
+            self._state = self._begin
 
     def drops_text_of(self, response: Any) -> bool:
         return self.has_machine and response.finish_reason == "stop"
 
     def of(self, response: Any) -> str:
+        given = without_cut_character(response.text, response.finish_reason)
         if not self.has_machine:
-            return str(response.text)
+            return given
         if self.drops_text_of(response):
             return ""
-        self._state, segments = self._machine.split(self._state, response.text)
-        text = "".join(text for _, text in segments)
-        if response.finish_reason is not None:
-            self._state, held, _ = self._machine.flush(self._state)
-            text += held
-        return text
+        text = ""
+        for piece in _MARKERS.split(given):
+            if piece in (THINK_START, THINK_END, NAMESPACE):
+                # No stop word begins, ends or is in one: that is a token of its own.
+                text += self._held() + piece
+            else:
+                self._state, segments = self._machine.split(self._state, piece)
+                text += "".join(text for _, text in segments)
+        return text + (self._held() if response.finish_reason is not None else "")
+
+    def _held(self) -> str:
+        """What may have been the beginning of a stop word."""
+        self._state, held, _ = self._machine.flush(self._state)
+        self._state = self._begin
+        return str(held)
 
 
 def _segments(events: "Iterable[Event]") -> Segments:

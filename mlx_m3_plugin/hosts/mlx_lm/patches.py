@@ -11,6 +11,7 @@ from mlx_m3_plugin.hosts.patching import (
     dequantize_model,
     for_m3,
     is_m3_checkpoint,
+    where,
     with_checks,
 )
 
@@ -63,6 +64,13 @@ def awq_main(module: Any, original: Any) -> Any:
             ) from None
 
     return main
+
+
+# Only our classes have the method.
+@where(lambda given: hasattr(type(given["model"]), "check_is_whole"))
+def save_model(save: Any, given: Arguments) -> None:
+    given.arguments["model"].check_is_whole()
+    call(save, given)
 
 
 until_markers = partial(
@@ -137,6 +145,12 @@ PATCHES = [
         "load_model checks the files of M3 checkpoints",
         load_model,
         until="never: MLX opens files that are cut off, and lets the second tensor of one name win",
+    ),
+    Patch(
+        "mlx_lm.utils:save_model(model)",
+        "no model is saved without its experts on disk",
+        save_model,
+        until="never: experts on disk are ours",
     ),
     Patch(
         "mlx_lm.utils:dequantize_model(model)",

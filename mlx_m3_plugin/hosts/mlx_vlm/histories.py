@@ -8,7 +8,7 @@ from collections.abc import Callable
 from functools import partial, wraps
 from typing import Any
 
-from mlx_m3_plugin.chat.history import IMAGES, INSTRUCTIONS, from_blocks, from_items
+from mlx_m3_plugin.chat.history import IMAGES, INSTRUCTIONS, content_of, from_blocks, from_items
 
 Messages = list[Any]
 
@@ -34,6 +34,30 @@ def whole_history(messages: Messages) -> Messages | None:
         if isinstance(message, FirstMessage):
             return [*messages[:n], *message.whole()]
     return None
+
+
+class _Joined(str):
+    """The texts of a content list with blanks between them, as upstream joins them; ``as_sent`` has none."""
+
+    as_sent: str
+
+
+def joined_content(module: Any, original: Any) -> Any:
+    @wraps(original)
+    def joined(content: Any, *args: Any, **kwargs: Any) -> Any:
+        made = original(content, *args, **kwargs)
+        if isinstance(content, list) and type(made) is str:
+            made = _Joined(made)
+            made.as_sent = content_of(content)
+        return made
+
+    return joined
+
+
+def as_sent(message: Any) -> Any:
+    """The message with its texts joined as M3's template joins them."""
+    content = message.get("content") if isinstance(message, dict) else None
+    return {**message, "content": content.as_sent} if isinstance(content, _Joined) else message
 
 
 def count_images(messages: Messages) -> int:

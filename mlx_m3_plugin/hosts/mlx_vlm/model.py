@@ -58,6 +58,7 @@ class MlxVlmModel(CheckpointMixin):
         us mlx-vlm opens no other (until: mlx-vlm 0.6.5, which does if the config says so).  Experts stay
         apart if some differ in bits: gate and up, or the shared and the routed experts.
         """
+        self.check_is_whole()
         arrays = dict(tree_flatten(self.parameters()))
         plan = {name: Tensor.stored(name, array) for name, array in arrays.items()}
         fused = fuse_experts(plan, self.text_config, self.text_prefix, pack_shared=True)

@@ -104,10 +104,11 @@ PATCHES = [
         lambda module, original: strictly(original),
         until="mlx-vlm shards M3, and loads shards strictly",
         fault="test_mlx_vlm_cannot_share_it",
+        since="0.6.3",
     ),
     Patch(
         "mlx_vlm.utils:load_processor(model_path)",
-        "a chat template where the checkpoint has none",
+        "a chat template where the checkpoint has none; U+FFFD at the end of texts",
         prompts.load_processor,
         until="never: checkpoints without a chat template stay",
     ),
@@ -164,6 +165,19 @@ PATCHES = [
     ),
     *(
         Patch(
+            f"mlx_vlm.prompt_utils:{name}(content)",
+            f"{whose} content lists are joined as M3's template joins them",
+            histories.joined_content,
+            until=_M3_ONLY,
+            since=since,
+        )
+        for name, whose, since in (
+            ("extract_text_from_content", "other roles'", ""),
+            ("normalize_image_content", "users'", "0.7"),
+        )
+    ),
+    *(
+        Patch(
             f"{module}:_infer_tool_parser_from_processor(processor)",
             "M3's parser with any template",
             prompts.infer_tool_parser,
@@ -201,7 +215,17 @@ PATCHES = [
         "mlx_vlm.server.generation:ResponseGenerator.generate(prompt)",
         "replies whose markers come whole",
         replies.generate,
-        ("StreamingToken(text, finish_reason, token_count)", *requests.ARGUMENTS),
+        (
+            "StreamingToken(text, finish_reason, token_count)",
+            *_HAS_TOKENIZER,
+            *requests.ARGUMENTS,
+        ),
+    ),
+    until_markers(
+        "mlx_vlm.server.generation:ResponseGenerator._wrap_processors_until_thinking_done(args, processors)",
+        "grammars that begin with the answer",
+        replies.wrap_processors,
+        ("ResponseGenerator.generate(prompt)",),
     ),
     until_markers(
         "mlx_vlm.server.generation:ResponseGenerator._prompt_has_open_thinking(args, input_ids)",

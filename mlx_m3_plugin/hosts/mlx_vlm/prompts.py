@@ -3,12 +3,13 @@
 from collections import UserList
 from collections.abc import Mapping
 from contextlib import suppress
+from functools import cache
 from typing import Any
 from weakref import WeakValueDictionary
 
 from mlx_m3_plugin.chat.markers import THINK_END, THINK_START
 from mlx_m3_plugin.chat.prompt import CHAT_TEMPLATE, prepared, thinking_mode, with_effort
-from mlx_m3_plugin.hosts.mlx_vlm.histories import count_images, whole_history
+from mlx_m3_plugin.hosts.mlx_vlm.histories import as_sent, count_images, whole_history
 from mlx_m3_plugin.hosts.patching import Arguments, call, is_m3_checkpoint, where
 from mlx_m3_plugin.startup.settings import effort_setting
 
@@ -53,8 +54,11 @@ def is_m3(processor: Any) -> bool:
 
 @where(lambda given: is_m3_checkpoint(given["model_path"]))
 def load_processor(load: Any, given: Arguments) -> Any:
-    """Gives an M3 without a chat template ours."""
+    """Gives an M3 without a chat template ours, and texts their end."""
     processor = call(load, given)
+    if (detokenizer := getattr(processor, "detokenizer", None)) is not None:
+        base: Any = type(detokenizer)
+        detokenizer.__class__ = _with_whole_texts(base)
     remember(processor)
     parts = (processor, tokenizer_of(processor))
     # Prompts are rendered by the processor, and the tool parser is looked up at its tokenizer.
@@ -63,6 +67,39 @@ def load_processor(load: Any, given: Arguments) -> Any:
         if not getattr(part, "chat_template", None):
             part.chat_template = template
     return processor
+
+
+@cache
+def _with_whole_texts(base: Any) -> Any:
+    class WholeTexts(base):  # type: ignore[misc]
+        """Upstream returns nothing of a text that ends in U+FFFD, as more of a character may come, even when
+        no more comes; and drops the bytes of one that was cut off, which U+FFFD stands for."""
+
+        _is_final = False
+
+        offset: int
+
+        def reset(self) -> None:
+            super().reset()
+            self._is_final = False
+
+        def finalize(self) -> None:
+            decoder, rest = getattr(self, "_byte_decoder", None), getattr(self, "_unflushed", "")
+            if decoder and not self.trim_space and decoder.keys() >= set(rest):
+                self.text += bytes(decoder[character] for character in rest).decode("utf-8", "replace")
+                self._unflushed = ""
+            super().finalize()
+            self._is_final = True
+
+        @property
+        def last_segment(self) -> Any:
+            if not self._is_final:
+                return super().last_segment
+            whole = self.text
+            segment, self.offset = whole[self.offset :], len(whole)
+            return segment
+
+    return WholeTexts
 
 
 def auto_processor(module: Any, original: Any) -> Any:
@@ -119,6 +156,7 @@ def apply_chat_template(apply: Any, given: Arguments) -> Any:
     prompt = given.arguments["prompt"]
     if not isinstance(prompt, list):
         return call(apply, given)
+    prompt = [as_sent(message) for message in prompt]
     history = whole_history(prompt)
     # mlx-vlm puts images without a place into the last question.
     placed = history is not None and count_images(history) == given.arguments["num_images"]

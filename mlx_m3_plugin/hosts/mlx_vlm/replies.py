@@ -10,7 +10,14 @@ from collections.abc import Callable, Iterator, Mapping
 from functools import cache
 from typing import TYPE_CHECKING, Any
 
-from mlx_m3_plugin.chat.markers import THINK_END, THINK_START, TOOL_CALL_START
+from mlx_m3_plugin.chat.markers import (
+    THINK_END,
+    THINK_START,
+    TOOL_CALL_START,
+    without_cut_character,
+    without_space,
+)
+from mlx_m3_plugin.hosts.mlx_vlm.grammars import AnswerGrammar, where_a_reply_begins
 from mlx_m3_plugin.hosts.mlx_vlm.prompts import PARSER_NAME
 from mlx_m3_plugin.hosts.mlx_vlm.requests import M3Arguments, is_text, starts_with_m3
 from mlx_m3_plugin.hosts.patching import Arguments, call, for_m3, where
@@ -28,9 +35,21 @@ def _m3_arguments(given: Mapping[str, Any]) -> Any:
 @where(lambda given: _m3_arguments(given) is not None)
 def generate(original: Any, given: Arguments) -> Any:
     """Every reply of M3 comes through here."""
+    prompt, arguments = given.arguments["prompt"], _m3_arguments(given.arguments)
+    if arguments.logits_processors is not None:
+        begin, tokenizer = where_a_reply_begins(prompt), given.arguments["self"].tokenizer
+        arguments.logits_processors = [
+            AnswerGrammar(grammar, tokenizer, begin, may_call=bool(arguments.tools))
+            for grammar in arguments.logits_processors
+        ]
     context, tokens = call(original, given)
-    rewriter = _rewriter(given.arguments["prompt"], _m3_arguments(given.arguments))
-    return context, _RewrittenTokens(tokens, rewriter)
+    return context, _RewrittenTokens(tokens, _rewriter(prompt, arguments))
+
+
+@where(lambda given: isinstance(given["args"], M3Arguments))
+def wrap_processors(original: Any, given: Arguments) -> Any:
+    """Ours know where the answer begins."""
+    return given.arguments["processors"]
 
 
 def _rewriter(prompt: Any, arguments: Any) -> "ReplyRewriter":
@@ -48,6 +67,7 @@ def at_prompt_end(marker: str) -> Callable[[Any, Any], Any]:
     def is_at_end(original: Any, given: Arguments) -> bool:
         generator, arguments, input_ids = (given.arguments[name] for name in ("self", "args", "input_ids"))
         tokens = input_ids.flatten().tolist() if input_ids is not None else []
+        tokens = without_space(tokens, generator.tokenizer.decode)
         end = [generator.tokenizer.convert_tokens_to_ids(marker)]
         return arguments.enable_thinking and tokens[-1:] == end
 
@@ -73,7 +93,7 @@ class _RewrittenTokens:
     def _rewrite(self) -> Iterator[Any]:
         token = None
         for token in self._tokens:
-            text = self._rewriter.feed(token.text)
+            text = self._rewriter.feed(without_cut_character(token.text, token.finish_reason))
             if token.finish_reason:
                 text += self._rewriter.finish()
             yield dataclasses.replace(token, text=text)

@@ -65,7 +65,8 @@ def from_tokenizer(module: Any, original: Any) -> Any:
 
 
 def _serves_m3(module: Any) -> bool:
-    return bool(module.get_config().reasoning_parser_name == NAME)
+    # As upstream reads it there.
+    return bool(getattr(module.get_config(), "reasoning_parser_name", None) == NAME)
 
 
 def client_signalled_reasoning_intent(module: Any, original: Any) -> Any:
@@ -121,14 +122,14 @@ PATCHES = [
         "rapid_mlx.service.helpers:_client_signalled_reasoning_intent",
         "reasoning with tools and in short chats",
         client_signalled_reasoning_intent,
-        ("maybe_auto_disable_thinking_for_casual_chat: reasoning_parser_name", "get_config"),
+        ("get_config",),
         until="never: rapid-mlx leaves reasoning out where clients say nothing",
     ),
     Patch(
         "rapid_mlx.service.helpers:_extract_thinking_from_request(request)",
         "thinking_mode",
         extract_thinking_from_request,
-        ("maybe_auto_disable_thinking_for_casual_chat: reasoning_parser_name", "get_config"),
+        ("get_config",),
         until="never: other models have no thinking_mode",
     ),
 ]

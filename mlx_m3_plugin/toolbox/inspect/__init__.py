@@ -13,16 +13,15 @@ from typing import Any
 from ...chat.prompt import takes_effort
 from ...model.config import uncut_lists
 from ...model.memory import Memory, is_mac, machine_memory, memory_for
-from ...startup.settings import EFFORTS
+from ...startup.settings import EFFORTS, EXPERT_MEMORY, expert_memory
 from ...weights import Headers, shorten, unused_in_words
 from ...weights.headers import INDEX, dtypes_not_read
-from ...weights.names import is_draft
 from ..checkpoint import (
     CHAT_TEMPLATE_FILES,
-    DRAFT_FOLDER,
     M3,
     Contents,
     Source,
+    draft_in_words,
     locate_weights,
     model_name,
     open_source,
@@ -157,7 +156,7 @@ def inspect(path_or_repository: str | Path) -> Inspection:
         vision=layout.vision,
         model=None if config is None else model_name(config),
         efforts=[*EFFORTS] if takes_effort(source.chat_template or "") else [],
-        draft=_draft(source),
+        draft=draft_in_words(source.draft_folders, headers.tensors),
         problems=[*problems],
     )
     found.notes += _notes(source)
@@ -196,18 +195,9 @@ def ask_stock(found: Inspection, path_or_repository: str | Path) -> None:
     found.fails_without_plugin = {library: why_not_opened(library, directory)[0] for library in found.opens}
 
 
-def _draft(source: Source) -> str | None:
-    tensors = sum(map(is_draft, source.headers.tensors))
-    places = ([f"{DRAFT_FOLDER}/"] if source.has_draft_folder else []) + (
-        [f"{tensors} tensors in the shards"] if tensors else []
-    )
-    return " and ".join(places) or None
-
-
 def _notes(source: Source) -> list[str]:
     headers, notes = source.headers, unused_in_words(source.headers.tensors)
-    if source.has_draft_folder:
-        notes.append(f"{DRAFT_FOLDER}/ holds a draft head, which is not used")
+    notes += [f"{folder}/ holds a draft head, which is not used" for folder in source.draft_folders]
     if headers.unlisted:
         files = ", ".join(shorten(headers.unlisted, 3))
         notes.append(f"{INDEX} does not list {files}: mlx-lm loads what is in there, mlx-vlm does not")
@@ -289,7 +279,7 @@ def lines_of(found: Inspection) -> list[str]:
         parts = [(c.name, c.parameters, c.bytes, ", ".join(c.stored_as)) for c in found.components]
         lines += ["", *component_table([(*p[:3], p[3].replace("affine ", "")) for p in parts], _COLUMNS)]
     if found.memory is not None:
-        lines += ["", "Memory", *_indented(memory_lines(found.memory))]
+        lines += ["", "Memory", *_indented(memory_lines(found.memory) + _lines_of_experts_on_disk())]
     if found.notes:
         lines += ["", "Notes", *_indented(found.notes)]
     if found.verified is not None:
@@ -401,6 +391,12 @@ def memory_lines(memory: Memory) -> list[str]:
             f"to let the GPU use that much: sudo sysctl iogpu.wired_limit_mb={memory.wired_limit_mb}"
         )
     return lines
+
+
+def _lines_of_experts_on_disk() -> list[str]:
+    memory = expert_memory()
+    size = memory if isinstance(memory, str) else size_in_words(memory)
+    return [f"{EXPERT_MEMORY} is set ({size}): routed experts that do not fit stay on disk"] if memory else []
 
 
 def _command(command: str) -> str:
