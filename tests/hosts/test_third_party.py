@@ -112,6 +112,13 @@ def memory_cache() -> dict[str, Any]:
     return locals()
 
 
+def mllm_cache_compat() -> dict[str, Any]:
+    def first_incompatible_mllm_cache_type(caches: list[Any], *, allow_arrays_cache: bool = False) -> Any:
+        return next((type(held).__name__ for held in caches if type(held) is not upstream.KVCache), None)
+
+    return locals()
+
+
 def output_router() -> dict[str, Any]:
     class OutputRouter:
         @classmethod
@@ -177,6 +184,7 @@ STAND_INS: dict[str, Callable[[], dict[str, Any]]] = {
     "rapid_mlx.reasoning": reasoning,
     "rapid_mlx.tool_parsers": tool_parsers,
     "rapid_mlx.memory_cache": memory_cache,
+    "rapid_mlx.mllm_cache_compat": mllm_cache_compat,
     "rapid_mlx.output_router": output_router,
     "rapid_mlx.service.helpers": helpers,
     "app.parsers": app_parsers,
@@ -359,6 +367,15 @@ def test_rapid_mlx_trims_other_models_as_ever() -> None:
         ours, theirs = (made._trim_cache_offset(cache, 1) for made in (module, stock))
         assert str(type(ours)) == str(type(theirs))
         assert [type(entry) for entry in ours or ()] == [type(entry) for entry in theirs or ()]
+
+
+def test_rapid_mlx_takes_m3_with_vision() -> None:
+    """The name is all that counts, as the class is mlx-vlm's."""
+    first_incompatible = patched("rapid_mlx.mllm_cache_compat").first_incompatible_mllm_cache_type
+    held = type("MiniMaxM3KVCache", (), {})()
+    assert first_incompatible([upstream.KVCache(), held]) is None
+    assert first_incompatible([held, upstream.RotatingKVCache(4)]) == "RotatingKVCache"
+    assert first_incompatible([upstream.RotatingKVCache(4)], allow_arrays_cache=True) == "RotatingKVCache"
 
 
 def test_rapid_mlx_routes_by_m3s_markers() -> None:
