@@ -245,6 +245,9 @@ def test_other_programs_with_a_package_named_app() -> None:
     module: Any = ModuleType("app.parsers")
     module.__file__ = "/somewhere/app/parsers.py"
     assert apply(PATCHES, module) == ([], [])
+    module.__name__ = "mlx_lm.utils"
+    assert not patching._is_of("mlx-lm", module)
+    assert patching._is_of("mlx-lm", sys.modules["mlx_lm.utils"])
 
 
 # --- parsers of vllm-mlx and rapid-mlx ---
@@ -336,20 +339,16 @@ def model() -> Any:
 def test_rapid_mlx_reuses_a_shared_prefix(model: Any) -> None:
     """Its stored entry is cut where prompts part, stays as it is, and what cannot be cut is a miss."""
     trim = patched("rapid_mlx.memory_cache")._trim_cache_offset
-    first = mx.random.randint(0, 64, (1, 200))
+    first, following = (mx.random.randint(0, 64, (1, n)) for n in (200, 90))
+    stored = model.make_cache()
+    model(first, cache=stored)
     for n_shared in (70, 199, 200):
-        stored = model.make_cache()
-        model(first, cache=stored)
-        if n_shared == 70:  # As it comes from disk.
-            for entry in stored:
-                entry.__class__ = upstream.CacheList
-        following = mx.random.randint(0, 64, (1, 90))
-        for _ in range(2):
-            cache = trim(stored, 200 - n_shared)
-            reused = model(following, cache=cache)[0]
-            prompt = mx.concatenate([first[:, :n_shared], following], axis=1)
-            assert mx.abs(reused - model(prompt)[0, n_shared:]).max().item() <= 1e-4
-        assert trim(stored, 201) is None
+        reused = model(following, cache=trim(stored, 200 - n_shared))[0]
+        prompt = mx.concatenate([first[:, :n_shared], following], axis=1)
+        assert mx.abs(reused - model(prompt)[0, n_shared:]).max().item() <= 1e-4
+        for entry in stored:  # From now on as it comes from disk.
+            entry.__class__ = upstream.CacheList
+    assert trim(stored, 201) is None
     stored[-1].caches = [upstream.QuantizedKVCache()]
     assert trim(stored, 10) is None
 
