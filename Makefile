@@ -3,6 +3,8 @@
 # make test-live a small live comparison with transformers (installs torch), with fresh seeds
 # make test-full the full counts of every acceptance list
 # make test-hosts third-party servers in environments of their own, with the plugin and without
+# make commands  runs every stock command with the plugin and without, and writes docs/commands.md
+# make peers     upstream's own tests, with the plugin and without (needs the network)
 # make lint      ruff and mypy
 
 PYTHON ?= python3
@@ -28,13 +30,13 @@ BETWEEN := .envs/between/bin/python
 # it says, the parsers, nano's texts), and what starts most processes and servers.  Always run there: loading
 # and mapping weights, both hosts, batches, caches, patches, ways to start, and the stock commands of mlx-lm.
 FLOOR_SHARE := $(foreach directory,nano toolbox distributed soak upstream chat,--ignore tests/$(directory)) \
-	$(foreach name,doctor chat_mlx_lm chat_mlx_vlm vlm_commands layouts_table converted_opens quickstart nano_commands,--ignore tests/end_to_end/test_$(name).py)
+	$(foreach name,doctor chat_mlx_lm chat_mlx_vlm chat_histories chat_requests chat_schemas chat_clients vlm_commands commands layouts_table converted_opens quickstart nano_commands,--ignore tests/end_to_end/test_$(name).py)
 PIP := -m pip install --quiet --disable-pip-version-check
 
 # The matrices of the tests are too small for a BLAS with threads, and two test runs may be side by side.
 export OPENBLAS_NUM_THREADS ?= 1
 
-.PHONY: demo environments test test-newest test-floor test-live test-hosts test-full lint golden clean
+.PHONY: demo environments test test-newest test-floor test-live test-hosts test-full commands peers lint golden clean
 
 demo: .venv/.ready
 	@.venv/bin/mlx-m3 doctor | head -1
@@ -58,6 +60,12 @@ test-full: FULL := --full
 test-full: lint test .envs/newest/.torch .envs/between/.ready
 	$(BETWEEN) -m pytest -q tests/vlm --full
 	$(NEWEST) -m pytest -q tests/live --seeds 20
+
+commands: .envs/newest/.ready .envs/floor/.ready
+	$(NEWEST) -m tests.end_to_end.commands newest=$(NEWEST) oldest=$(FLOOR) > docs/commands.md
+
+peers: .envs/newest/.ready
+	$(NEWEST) tests/upstream/peers.py
 
 lint: .envs/newest/.ready
 	$(NEWEST) -m ruff check .

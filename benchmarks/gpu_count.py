@@ -273,7 +273,8 @@ def parts_of(
     if "attend" not in calls:
         return parts, {}
     plain = sys.modules["mlx_m3_plugin.msa.attend"]
-    calls["attend"][1].pop("setup")
+    for of_the_engine in ("setup", "is_training"):
+        calls["attend"][1].pop(of_the_engine)
     return parts, {form: alone(plain.attend, "attend", form=form) for form in plain.FORMS}
 
 

@@ -177,6 +177,7 @@ def build_layers() -> dict[str, Layer]:
     weights = random_weights(layers[OURS].attention)
     for layer in layers.values():
         layer.attention.load_weights(weights, strict=True)
+        layer.attention.eval()
         mx.eval(layer.attention.parameters())
     return layers
 

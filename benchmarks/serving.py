@@ -32,19 +32,33 @@ from tests.soak.clients import Load, Outcome, words
 SERVERS = ("mlx_lm.server", "mlx_vlm.server")
 OURS, STOCK = "with the plugin", "without"
 VARIABLES = {OURS: {}, STOCK: {"MLX_M3_PLUGIN": "off"}}
-TOKENS = 16
 
 
 @dataclass(frozen=True)
 class Case:
-    """``requests`` of prompts of ``words`` words (about three tokens each), ``clients`` at a time."""
+    """``requests`` of prompts of ``words`` words (about three tokens each), ``clients`` at a time.
+
+    ``scripted``: each answer is the same token again and again, so that both say the same.
+    """
 
     clients: int
     words: int
     requests: int
+    tokens: int = 16
+    scripted: bool = False
 
 
-CASES = (Case(1, 10, 16), Case(1, 200, 3), Case(8, 50, 8), Case(32, 50, 32), Case(8, 200, 8))
+CASES = (
+    Case(1, 10, 16),
+    Case(1, 200, 3),
+    Case(8, 50, 8),
+    Case(32, 50, 32),
+    Case(8, 200, 8),
+    # What taking a reply apart costs.
+    Case(1, 10, 1, tokens=2000, scripted=True),
+)
+# One that every vocabulary has, and that is text.
+SCRIPTED = {"logit_bias": {"70": 1000}}
 
 
 @dataclass(frozen=True)
@@ -59,19 +73,21 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--rounds", type=int, default=9)
     parser.add_argument("--server", action="append", choices=SERVERS, help="default: both")
+    parser.add_argument("--scripted", action="store_true", help="only the case of a scripted reply")
     parser.add_argument("--json", type=Path, help="write every round's numbers there")
     arguments = parser.parse_args()
+    cases = [case for case in CASES if case.scripted or not arguments.scripted]
     with tempfile.TemporaryDirectory() as directory:
         rounds = {
-            server: measure(server, arguments.rounds, Path(directory) / server)
+            server: measure(server, cases, arguments.rounds, Path(directory) / server)
             for server in arguments.server or SERVERS
         }
     if arguments.json:
         arguments.json.write_text(json.dumps(rounds, default=vars, indent=1))
-    print("\n".join(table(rounds)))
+    print("\n".join(table(cases, rounds)))
 
 
-def measure(server: str, rounds: int, directory: Path) -> list[list[dict[str, Measured]]]:
+def measure(server: str, cases: list[Case], rounds: int, directory: Path) -> list[list[dict[str, Measured]]]:
     """What each case of each round was, on both sides; a round before them warms up."""
     directory.mkdir()
     environment = make_environment(directory / "guest")
@@ -89,7 +105,7 @@ def measure(server: str, rounds: int, directory: Path) -> list[list[dict[str, Me
         }
         found = []
         for number in range(-1, rounds):
-            found.append([one_case(addresses, model, case, random.Random(number)) for case in CASES])
+            found.append([one_case(addresses, model, case, random.Random(number)) for case in cases])
             progress(server, number + 1, rounds)
     return found[1:]
 
@@ -98,7 +114,11 @@ def one_case(addresses: dict[str, str], model: str, case: Case, rng: random.Rand
     prompts = [words(rng, case.words) for _ in range(case.requests)]
     sides = list(addresses)
     rng.shuffle(sides)
-    return {side: send(Load(addresses[side], model, prompts, TOKENS), case) for side in sides}
+    settings = SCRIPTED if case.scripted else {}
+    return {
+        side: send(Load(addresses[side], model, prompts, case.tokens, settings=settings), case)
+        for side in sides
+    }
 
 
 def send(load: Load, case: Case) -> Measured:
@@ -124,17 +144,21 @@ def progress(server: str, done: int, rounds: int) -> None:
     )
 
 
-def table(rounds: dict[str, list[list[dict[str, Measured]]]]) -> Iterator[str]:
+def table(cases: list[Case], rounds: dict[str, list[list[dict[str, Measured]]]]) -> Iterator[str]:
     packages = ", ".join(f"{name} {version(name)}" for name in ("mlx", "mlx-lm", "mlx-vlm"))
-    yield f"{packages}, {platform.machine()}; {TOKENS} tokens an answer."
+    yield f"{packages}, {platform.machine()}."
     yield ""
-    yield "| server | clients | words | requests/s | stock | ratio | first token, s | stock | stock / ours |"
-    yield "|---|--:|--:|--:|--:|--:|--:|--:|--:|"
+    yield (
+        "| server | clients | words | tokens | requests/s | stock | ratio | first token, s | stock "
+        "| stock / ours |"
+    )
+    yield "|---|--:|--:|--:|--:|--:|--:|--:|--:|--:|"
     for server, measured in rounds.items():
-        for case, of_case in zip(CASES, zip(*measured, strict=True), strict=True):
+        for case, of_case in zip(cases, zip(*measured, strict=True), strict=True):
             rates = [(one[OURS].requests_per_second, one[STOCK].requests_per_second) for one in of_case]
             firsts = [(one[OURS].first_token, one[STOCK].first_token) for one in of_case]
-            cells = [server, case.clients, case.words, *columns(rates, False), *columns(firsts, True)]
+            sizes = (case.clients, case.words, case.tokens)
+            cells = [server, *sizes, *columns(rates, False), *columns(firsts, True)]
             yield "| " + " | ".join(map(str, cells)) + " |"
 
 

@@ -163,12 +163,18 @@ def _parser() -> tuple[_Parser, Mapping[str, argparse.ArgumentParser]]:
     add = add_command("inspect", "show what a checkpoint is, what is wrong with it, and how to run it")
     add("checkpoint", metavar="PATH_OR_REPO", help=_ANYWHERE)
     add("--verify", action="store_true", help="read all shards and compare them with their checksums")
+    add("--stock", action="store_true", help="also ask mlx-lm and mlx-vlm whether they open it without us")
 
     add = add_command("convert", "quantize a checkpoint by a recipe, in little memory")
     add("source", metavar="SRC", nargs="?", help=_ON_DISK)
     add("destination", metavar="DST", nargs="?", help="where to write; must not exist")
     add("--recipe", metavar="R", help="name of a recipe (see --list-recipes), or a TOML file")
     add("--list-recipes", action="store_true", help="list available recipes")
+    add(
+        "--keep-draft",
+        action="store_true",
+        help="also write the draft head, bit for bit, in its own folder",
+    )
     add("--dry-run", action="store_true", help="show what would be written; reads only headers")
     add("--sensitivity", metavar="MAP", help=_SENSITIVITY)
     add("--text", metavar="FILE", help="calibration text for the map (default: a built-in sample)")

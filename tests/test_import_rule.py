@@ -21,8 +21,9 @@ ALLOWED = {
     "msa": (),
     "chat": (),
     "model": ("msa",),
-    "weights": ("model.config",),
-    "hosts": ("model", "msa.engine", "weights", "chat", "startup.settings"),
+    "weights": ("model.config", "model.tensor_scales"),
+    "offload": ("model", "weights"),
+    "hosts": ("model", "msa.engine", "weights", "chat", "offload", "startup.settings"),
     "toolbox": ("hosts", "weights", "model", "msa.engine", "chat", "startup"),
     "cli": ("toolbox",),
     # The package itself: it starts the hook when asked for it.

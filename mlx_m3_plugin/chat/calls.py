@@ -19,6 +19,7 @@ from mlx_m3_plugin.chat.values import (
     Schemas,
     Shape,
     bare_elements,
+    json_object,
     parameter_name,
     typed_arguments,
 )
@@ -80,17 +81,34 @@ class _OpenElement:
     before: list[tuple[int, int]] = field(default_factory=list)
     # Where a token stood alone: children and texts before it.
     alone: tuple[int, int] | None = None
-    # Its end must be written: what is in it may belong around it.
-    doubtful: bool = False
+    # Names of children that may belong around it, if its end is not written.
+    doubts: list[str] = field(default_factory=list)
+    # It holds tags that can't be any in it, and is all text.
+    quotes: bool = False
+
+    @property
+    def is_text(self) -> bool:
+        return self.quotes or self.shape.is_text
+
+    @property
+    def is_leaf(self) -> bool:
+        """Whether there is a text in it, and no tags: by its shape, or an array or object as JSON."""
+        text = "".join(self.texts).lstrip()
+        has_value = self.shape.is_leaf or text[:1] in ("[", "{") or (self.shape.is_array and text)
+        return bool(has_value) and not self.children and not self.alone
 
     def add(self, child: Element) -> None:
         if self.texts:
             self.before.append((len(self.children), len(self.texts)))
         self.children.append(child)
 
+    @property
+    def texts_before_last_child(self) -> int:
+        return self.before[-1][1] if self.before else 0
+
     def last_text(self) -> str:
         """After the last child."""
-        return "".join(self.texts[self.before[-1][1] if self.before else 0 :])
+        return "".join(self.texts[self.texts_before_last_child :])
 
     def between(self) -> list[tuple[int, str]]:
         found, begin = [], 0
@@ -123,6 +141,8 @@ class CallBuilder:
         self._open = [_OpenElement("invoke", self._schemas.shape(self._schemas.root), 0)]
         # Elements closed by a tag of another name, or by an opening tag: with what came after them.
         self._ended: dict[str, tuple[_OpenElement, int]] = {}
+        # The text that was closed last by a tag of another name, that tag, and where it is.
+        self._wrong: tuple[Element, str, _OpenElement, int] | None = None
 
     # --- what is open ---
 
@@ -134,7 +154,7 @@ class CallBuilder:
     def in_text(self) -> bool:
         """Whether markup at this place may be text of a value."""
         top = self._open[-1]
-        quoted = any(element.shape.is_text for element in self._open[1:])
+        quoted = any(element.is_text for element in self._open[1:])
         return self.has_open_value and (quoted or (top.shape.is_leaf and not top.children))
 
     def is_open(self, name: str) -> bool:
@@ -157,6 +177,10 @@ class CallBuilder:
     def token(self, written: str) -> None:
         """The namespace token alone."""
         self._take("token", "", written)
+
+    def quote(self, name: str, written: str) -> None:
+        """A tag that opens no element of a value: the value quotes it."""
+        self._take("quote", name, written)
 
     def _take(self, kind: str, name: str, written: str) -> None:
         self._given.append((kind, name, written))
@@ -183,22 +207,26 @@ class CallBuilder:
             self._open[-1].texts.append(written)
         elif kind == "open":
             self._read_opening(name)
+        elif kind == "quote":
+            self._open[-1].quotes = True
+            self._open.append(_OpenElement(name, self._open[-1].shape, 0, name))
         elif kind == "close":
             self._read_closing(name, written)
         else:
             self._read_token(written)
         self._pieces.append(written)
-        if kind == "open":
+        if kind in ("open", "quote"):
             self._open[-1].begin = len(self._pieces)
 
     def _read_token(self, written: str) -> None:
         top = self._open[-1]
         if top.shape.is_leaf and self.has_open_value:
-            if top.shape.is_text or top.shape.is_open:
+            if top.is_text or top.shape.is_open:
                 top.texts.append(written)
             else:
                 self._note("token alone")
             return
+        self._take_elements_without_token()
         top.alone = len(top.children), len(top.texts)
         top.texts.append(written)
 
@@ -210,6 +238,8 @@ class CallBuilder:
         if m2 is not None and not self._open[-1].shape.names(name):
             name, closing = m2, "parameter"
             self._note("M2 parameter tags")
+        elif not self._open[-1].shape.names(name) and self._open[-1].shape.names(name.strip()):
+            name = name.strip()
         if not self._strict:
             self._make_way(name)
         if len(self._open) > MAX_DEPTH:
@@ -217,25 +247,31 @@ class CallBuilder:
             return
         top = self._open[-1]
         shape = top.shape.of_child(name, len(top.children))
-        if not self._strict and any(child.name == name for child in top.children):
+        if self._strict or any(element.is_text for element in self._open[1:]):
+            pass
+        elif not top.shape.names(name):
+            self.broken |= top.name == name != "item" or not (top.shape.is_open or top.alone)
+        elif any(child.name == name for child in top.children[top.alone[0] if top.alone else 0 :]):
             # Only with balanced tags is a repeated tag a list.
-            self.broken |= top.shape.names(name) and name != "item" and not shape.is_array
+            self.broken |= name != "item" and not shape.is_array
         self._open.append(_OpenElement(name, shape, 0, closing))
 
     def _make_way(self, name: str) -> None:
         """Close what is between the element that has this tag by the schema, and the tag."""
         top = self._open[-1]
         takers = [count for count, e in enumerate(reversed(self._open)) if self._lacks(e, name)]
-        if top.shape.names(name) or top.shape.is_open or (takers and takers[0] == 0):
-            parent = self._open[-2] if len(self._open) > 1 else None
-            if parent and (self._lacks(parent, name) or parent.shape.is_open):
-                for element in self._open[1:]:
-                    element.doubtful |= element is top or element.name == top.name
-        elif takers:
+        in_text = any(element.is_text for element in self._open[1:])
+        if takers and takers[0] > 0 and (in_text or top.shape.names(name) or not top.shape.is_open):
             taker = self._open[-1 - takers[0]]
             while self._open[-1] is not taker:
                 self._ended[self._open[-1].name] = taker, -1
-                self._end_unclosed()
+                self._end_unclosed(before=name)
+        elif (parent := self._open[-2] if self.has_open_value else None) and (
+            self._lacks(parent, name) or parent.shape.is_open
+        ):
+            for element in self._open[1:]:
+                if element is top or element.name == top.name:
+                    element.doubts.append(name)
 
     def _lacks(self, element: _OpenElement, name: str) -> bool:
         """Whether this tag may come in the element, and has not been there."""
@@ -270,7 +306,7 @@ class CallBuilder:
 
     @staticmethod
     def _closes(element: _OpenElement, name: str) -> bool:
-        return name in (element.closing, element.name)
+        return name in (element.closing, element.name) or name.strip() == element.name
 
     # --- repairs ---
 
@@ -279,10 +315,9 @@ class CallBuilder:
 
     def _repair_closing(self, name: str, written: str) -> None:
         top = self._open[-1]
-        depth = next(
-            (n for n, e in enumerate(reversed(self._open[1:])) if self._closes(e, name)),
-            None,
-        )
+        depth = next((n for n, e in enumerate(reversed(self._open[1:])) if self._closes(e, name)), None)
+        if self._is_in_quoting_text(name, written):
+            return
         if depth is not None and not self._lost(top, name):
             for _ in range(depth):
                 self._end_unclosed()
@@ -293,18 +328,41 @@ class CallBuilder:
                 self._finish()
         elif any(self._lacks(element, name) for element in self._open):
             self._restore_opening(name)
-        elif any(element.shape.is_text for element in self._open[1:-1]):
+        elif any(element.is_text for element in self._open[1:-1]):
             top.texts.append(written)
-        elif len(self._open) > 1 and top.shape.is_leaf and not top.children:
+        elif len(self._open) > 1 and top.is_leaf:
             self._note("wrong closing tag")
-            self._ended[top.name] = self._open[-2], len(self._open[-2].children) + 1
+            parent = self._open[-2]
             self._finish()
+            self._ended[top.name] = parent, len(parent.children)
+            if top.is_text:
+                self._wrong = parent.children[-1], written, parent, len(parent.children)
         else:
             self._note("stray closing tag")
+            # A text whose opening tag is lost belongs to it.
+            self.broken |= not top.last_text().isspace() and top.last_text() != ""
             # An element that was ended early, and whose end comes now, was read wrongly.
             if name in self._ended:
                 parent, count = self._ended[name]
-                self.broken = parent is not top or len(parent.children) != count
+                self.broken |= parent is not top or len(parent.children) != count
+
+    def _is_in_quoting_text(self, name: str, written: str) -> bool:
+        """Whether a tag that seemed to close a text is part of it, as text and its real end come after it."""
+        top = self._open[-1]
+        if not self._wrong or self._wrong[2:] != (top, len(top.children)) or top.alone:
+            return False
+        element, quoted, _, _ = self._wrong
+        if not (more := top.last_text()).strip():
+            return False
+        if name == element.name:
+            element.text += quoted + more
+            del top.texts[top.texts_before_last_child :]
+            self._wrong = None
+            return True
+        if self.is_open(name) or any(self._lacks(each, name) for each in self._open):
+            return False
+        top.texts.append(written)
+        return True
 
     def _restore_opening(self, name: str) -> None:
         """The tag closes what is after a token alone, or the text just before it."""
@@ -313,28 +371,31 @@ class CallBuilder:
             self.broken = True
             return
         self._note("opening tag missing")
-        children, texts = top.alone or (len(top.children), top.before[-1][1] if top.before else 0)
-        element = _OpenElement(name, top.shape.of_child(name, children), 0, name)
+        children, texts = top.alone or (len(top.children), top.texts_before_last_child)
+        element = _OpenElement(name, top.shape.of_child(name, children), len(self._pieces), name)
         element.children, top.children = top.children[children:], top.children[:children]
         # Without the token itself.
         element.texts, top.texts = top.texts[texts + bool(top.alone) :], top.texts[:texts]
         text = "".join(element.texts)
-        if (not top.alone and not text.strip()) or (element.children and text.strip()):
+        if (not top.alone and (not text.strip() or name == "item")) or (element.children and text.strip()):
             self.broken = True
         if element.children and element.shape.is_leaf:
             self.broken = True
         top.before, top.alone = [(c, t) for c, t in top.before if c < children], None
-        top.add(Element(name, text, element.children, text, depth=len(self._open)))
+        self._open.append(element)
+        self._finish()
 
-    def _end_unclosed(self) -> None:
-        """The innermost element ends, and its closing tag is missing."""
+    def _end_unclosed(self, before: str = "") -> None:
+        """The innermost element ends, and its closing tag is missing: ``before`` an opening tag."""
         top, parent = self._open[-1], self._open[-2]
-        quoted = any(element.shape.is_text for element in self._open[1:-1])
+        quoted = any(element.is_text for element in self._open[1:-1])
         if not quoted:
             self._note("closing tag missing")
-            mixed = bool(top.children) and not top.shape.is_text and "".join(top.texts).strip() != ""
+            mixed = bool(top.children) and not top.is_text and "".join(top.texts).strip() != ""
             is_foreign = not parent.shape.names(top.name) and not parent.shape.is_open
-            if top.doubtful or mixed or is_foreign or parent.name == top.name:
+            # A second tag of a name is around it, so the first is not.
+            doubts = top.doubts[top.doubts.index(before) + 1 :] if before in top.doubts else top.doubts
+            if doubts or mixed or is_foreign or parent.name == top.name:
                 self.broken = True
         self._finish()
 
@@ -342,8 +403,8 @@ class CallBuilder:
 
     def _closings(self) -> list[tuple[str, int]]:
         """Closing tags without their token at the end of the text: names and places, the last first."""
-        texts = self._open[-1].texts
-        text = texts[-1] if texts else ""
+        top = self._open[-1]
+        text = top.texts[-1] if len(top.texts) > top.texts_before_last_child else ""
         found: list[tuple[str, int]] = []
         end = len(text)
         while len(found) < len(self._open):
@@ -383,24 +444,29 @@ class CallBuilder:
         text = element.texts[-1] if element.texts else ""
         if "<" in text and (found := bare_elements(text, depth=len(self._open))):
             self._note("token missing")
-            element.children += found
-            element.texts[-1] = ""
+            shape = element.shape
+            if not self._strict and not shape.is_open and not all(shape.names(each.name) for each in found):
+                self.broken = True
+            element.texts.pop()
+            for each in found:
+                element.add(each)
 
     # --- ends ---
 
     def _finish(self, cut: int = 0) -> None:
         """The innermost element ends; ``cut``: so many characters before the end of what was read."""
         top = self._open[-1]
-        if top.children:
+        if top.children or top.shape.is_structure:
             self._take_elements_without_token()
         self._open.pop()
         text = "".join(top.texts)
-        element = Element(top.name, text, top.children, text, depth=len(self._open))
+        element = Element(top.name, text, top.children, depth=len(self._open))
         if top.children:
-            if top.shape.is_text:
-                source = "".join(self._pieces[top.begin :])
-                element.source = source[: len(source) - cut]
-            elif text and not text.isspace():
+            source = "".join(self._pieces[top.begin :])
+            element.source = source[: len(source) - cut]
+            if top.quotes:
+                element.text, element.children = element.source, []
+            elif not top.is_text and text and not text.isspace():
                 element.between = top.between()
                 if not self._strict:
                     self.broken = True
@@ -423,6 +489,7 @@ class CallBuilder:
         if len(self._open) - 1 not in [0, *self._closable(rest)]:
             texts[-1] = written
             return False
+        self._pieces[-1] = self._pieces[-1][: len(texts[-1]) - len(written)]
         self._close_without_token(len(self._open) - 1, rest)
         self._note("token missing")
         return True
@@ -443,6 +510,10 @@ class CallBuilder:
         text = text if text.strip() else ""
         if text and not self._strict:
             return None, ""
+        if text and not invoke.children:
+            arguments = json_object(text)
+            self._note("JSON arguments")
+            return (None if arguments is None else ToolCall(self.name, arguments)), ""
         try:
             return ToolCall(self.name, typed_arguments(invoke.children, self._schemas)), text
         except RecursionError:

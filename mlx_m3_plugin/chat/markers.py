@@ -4,12 +4,26 @@
 ``<think>`` is in it too, but M3 does not use it.
 """
 
+from collections.abc import Callable, Sequence
 from typing import Any
 
 THINK_START, THINK_END = "<mm:think>", "</mm:think>"
 # Stands before every tag of a tool call.
 NAMESPACE = "]<]minimax[>["
 TOOL_CALL_START, TOOL_CALL_END = f"{NAMESPACE}<tool_call>", f"{NAMESPACE}</tool_call>"
+
+
+def without_space(tokens: Sequence[int], decode: Callable[[list[int]], str]) -> Sequence[int]:
+    """A prompt's tokens without the white space at its end, which may follow a marker."""
+    end = len(tokens)
+    while end > 0 and decode([tokens[end - 1]]).isspace():
+        end -= 1
+    return tokens[:end]
+
+
+def without_cut_character(text: str, finish_reason: str | None) -> str:
+    """A reply's text, without what decoders make of a character that a limit of tokens has cut."""
+    return text.rstrip("\ufffd") if finish_reason == "length" else text
 
 
 def has_m3_markers(tokenizer: Any) -> bool:

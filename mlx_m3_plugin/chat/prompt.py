@@ -28,6 +28,27 @@ def thinking_mode(arguments: Mapping[str, Any]) -> str | None:
     return mode
 
 
+def takes_effort(template: object) -> bool:
+    """Whether a chat template has a place for the effort of reasoning: MiniMax-M3.1's has, M3's has not."""
+    return "reasoning_effort" in str(template)
+
+
+def with_effort(arguments: dict[str, Any], effort: str | None, template: object) -> dict[str, Any]:
+    """A chat template's arguments with ``effort``, where they ask for none themselves.
+
+    Raises:
+        ValueError: the template does not take an effort.
+    """
+    if effort is None or arguments.get("reasoning_effort") or arguments.get("effort"):
+        return arguments
+    if not takes_effort(template):
+        raise ValueError(
+            f"reasoning effort {effort}: this checkpoint's chat template does not take one; "
+            "unset MLX_M3_PLUGIN_REASONING_EFFORT"
+        )
+    return {**arguments, "reasoning_effort": effort}
+
+
 def prepared(messages: Any) -> Any:
     """The messages with reasoning under the template's name, and arguments as objects.
 
@@ -63,14 +84,15 @@ def _prepared_call(call: Any) -> Any:
     if isinstance(call.get("function"), Mapping):
         return {**call, "function": _prepared_call(call["function"])}
     arguments = call.get("arguments")
-    if arguments is None or arguments == "":
-        return {**call, "arguments": {}}
-    parsed = arguments
-    if isinstance(arguments, str):
-        try:
-            parsed = json.loads(arguments)
-        except ValueError:
-            parsed = None
+    parsed = arguments if arguments is not None else {}
+    # Some clients encode twice.
+    for _ in range(2):
+        if isinstance(parsed, str):
+            try:
+                parsed = json.loads(parsed or "null")
+            except ValueError:
+                break
+            parsed = {} if parsed is None else parsed
     if not isinstance(parsed, Mapping):
         raise ValueError(
             f"the arguments of the call of {call.get('name')} are not a JSON object: {str(arguments)[:80]}"

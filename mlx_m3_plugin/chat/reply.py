@@ -12,6 +12,7 @@ from typing import Any
 
 from .calls import CallBuilder, OfferedTools, ToolCall
 from .markers import NAMESPACE, THINK_END, THINK_START
+from .values import first_bare_elements
 
 _MARKERS = (THINK_START, THINK_END, NAMESPACE)
 _ANY_MARKER = re.compile("|".join(map(re.escape, _MARKERS)))
@@ -25,7 +26,7 @@ MOST_BLANKS = 8
 _BLANKS = rf"\s{{0,{MOST_BLANKS}}}"
 _BLOCK_TAG = re.compile(rf"{_BLANKS}<(/?)tool_call\s*>")
 # Models write ``to=`` for ``name=`` now and then.
-_INVOKE = re.compile(rf"""{_BLANKS}<invoke\s+(?:name|to)\s*=\s*(?:"([^"]*)"|'([^']*)'|([^\s"'<>]+))\s*>""")
+_INVOKE = re.compile(rf"""{_BLANKS}<invoke\s+(?:name|to)\s*=\s*(?:"([^"]*)"|'([^']*)'|([^\s"'“”=<>]+))\s*>""")
 # The text ends in the name, which may have any character in it.
 _OPEN_NAME = re.compile(rf"""{_BLANKS}<invoke\s+(?:name|to)\s*=\s*(?:"[^"]*"?|'[^']*'?)\s*\Z""")
 _NAME_END = re.compile("[\"'>]")
@@ -37,10 +38,12 @@ _NO_TAG = re.compile(rf"{_BLANKS}(?:[^\s<]|</?[<>]|<//|<[^<>]*<)")
 # A damaged header may have nothing before the word ``name``.
 _TAG_BEGINS = ("<tool_call>", "</tool_call>", "<invokename", "invokename")
 _LONGEST_HEADER = 300
-_IN_HEADER = re.compile(rf"{re.escape(NAMESPACE)}|[<>=\"'\s]")
+_IN_HEADER = re.compile(rf"{re.escape(NAMESPACE)}|[<>=\"'“”\s]")
+_ATTRIBUTE_NAME = re.compile(r"(?:name|to)[:=]*")
 _ATTRIBUTE = r"""\s+[\w-]+\s*=\s*(?:"[^"]*"|'[^']*')"""
 _ATTRIBUTES = re.compile(rf"\s*<invoke(?:{_ATTRIBUTE})+\s*>")
 _HEADER_NAME = re.compile(r"\s(?:name|to)\s*=\s*[\"']([^\"']*)")
+_QUOTED = re.compile("[\"'“”]([^\"'“”]*)[\"'“”]")
 _JSON_PIECE = re.compile(r'\s*("(?:[^"\\]|\\.)*"|[{}\[\],:]|[-+.\w]+)', re.DOTALL)
 # How often what was no call to the end of a reply is read again.
 _MOST_RETRIES = 8
@@ -217,6 +220,8 @@ class ReplyParser:
         self._at += len(marker)
         if self._block and not self._block.called:
             yield from self._leave_block()
+        if self._block and self._block.blanks:
+            self._block.blanks = ""
         # The model may begin with the closer that says "no reasoning"; any other that closes nothing is
         # not text either.
         self._channel = "reasoning" if marker == THINK_START else "content"
@@ -261,11 +266,17 @@ class ReplyParser:
 
     def _open_block(self, written: str) -> Iterator[Event]:
         block = self._block
+        if (
+            block
+            and not block.called
+            and any(not is_marker and text.strip() for is_marker, text in block.unsure)
+        ):
+            yield from self._leave_block()
+            block = None
         if block is None or block.called:
             block = self._block = _Block()
         block.unsure.append((True, written))
         self._fresh = True
-        yield from ()
 
     def _close_block(self, written: str) -> Iterator[Event]:
         if self._block is None:
@@ -281,7 +292,10 @@ class ReplyParser:
         while True:
             at = self._at + begin
             if tag := _INVOKE.match(self._text, at):
-                return next(name for name in tag.groups() if name is not None), tag.end() - self._at
+                name = next(name for name in tag.groups() if name is not None)
+                bare = _IN_HEADER.sub("", name)
+                known = name if name in self._tools or bare not in self._tools else bare
+                return known, tag.end() - self._at
             if not self._finished and _OPEN_NAME.match(self._text, at):
                 yield from self._more(_NAME_END)
                 continue
@@ -293,7 +307,7 @@ class ReplyParser:
             if end >= 0 or self._finished or len(rest) == _LONGEST_HEADER:
                 break
             yield from self._more(_BRACKET)
-        for last in (end + 1 if end >= 0 else 0, token):
+        for last in (end + 1, token if token < end or end < 0 else 0):
             if last > 0 and (name := self._damaged_name(rest[:last])) is not None:
                 return name, begin + last
         return None
@@ -302,13 +316,19 @@ class ReplyParser:
         if header.count("invoke") > 1:
             return None
         named = _HEADER_NAME.search(header) if _ATTRIBUTES.fullmatch(header) else None
+        quoted = _QUOTED.findall(header)
         if named and named[1] in self._tools:
             return named[1]
+        if len(quoted) == 1 and quoted[0] in self._tools:
+            return quoted[0]
         word = _IN_HEADER.sub("", header).removeprefix("invoke")
         while word not in self._tools:
-            if not word.startswith(("name", "to")):
+            if word.endswith("/"):
+                word = word[:-1]
+            elif attribute := _ATTRIBUTE_NAME.match(word):
+                word = word[attribute.end() :]
+            else:
                 return None
-            word = word.removeprefix("name") if word.startswith("name") else word[2:]
         return word
 
     def _read_without_token(self, marker: re.Match[str] | None) -> Generator[Event | None, None, bool]:
@@ -400,7 +420,10 @@ class ReplyParser:
         """There is a call: what is before it in the block is known."""
         block = self._block = self._block or _Block(bare=True)
         block.called, block.blanks, self._fresh = True, "", True
-        loose = "".join(text for is_marker, text in block.unsure if not is_marker)
+        loose = ""
+        for is_marker, text in block.unsure:
+            # Before another marker is only white space.
+            loose = "" if is_marker else loose + text
         block.unsure = []
         if loose and not loose.isspace():
             yield Event(self._channel, loose)
@@ -408,7 +431,8 @@ class ReplyParser:
     def _read_call(self, name: str, length: int, repair: str = "") -> _Steps:
         builder = CallBuilder(name, self._tools)
         written = [self._text[self._at : self._at + length]]
-        if repair or not _INVOKE.match(written[0], len(NAMESPACE)):
+        tag = _INVOKE.match(written[0], len(NAMESPACE))
+        if repair or tag is None or name not in tag.groups():
             builder.repairs[repair or "invoke header"] = None
         self._at += length
         self._in_call = True
@@ -416,7 +440,7 @@ class ReplyParser:
         self._in_call = False
         call, loose = builder.built() if ends_well else (None, "")
         if call is None:
-            yield from self._say_again("".join(written), retry=self._finished and not ends_well)
+            yield from self._say_again("".join(written), retry=ends_well is None)
             return
         yield from self._begin_calls()
         if loose:
@@ -441,8 +465,8 @@ class ReplyParser:
         else:
             self._block.unsure.append((False, text))
 
-    def _build(self, builder: CallBuilder, written: list[str]) -> Generator[None, None, bool]:
-        """Read up to the end of a call.  Whether it has one."""
+    def _build(self, builder: CallBuilder, written: list[str]) -> Generator[None, None, bool | None]:
+        """Read up to the end of a call.  Whether it has one; None if the reply ends in it."""
 
         def take(end: int) -> str:
             piece = self._text[self._at : end]
@@ -460,16 +484,26 @@ class ReplyParser:
                 take(end.end())
                 builder.repairs["token missing"] = None
                 return not builder.broken
-            run = take(marker.start() if marker else len(self._text))
+            run = take(self._run_end(builder, marker.start() if marker else len(self._text)))
             if run:
                 builder.text(run)
+            if not builder.has_open_value and _BARE_INVOKE_END.match(self._text, self._at):
+                continue
             if marker is None:
-                return builder.closes_without_token("invoke")
+                return builder.closes_without_token("invoke") or None
             if marker[0] != NAMESPACE:
                 return False
             ends = yield from self._build_tag(builder, take)
             if ends is not None:
                 return ends
+
+    def _run_end(self, builder: CallBuilder, end: int) -> int:
+        """Where a text in a call ends: before ``end`` if parameters and the call end there without tokens."""
+        if not builder.has_open_value:
+            _, at = first_bare_elements(self._text, self._at, 1, end)
+            if at > self._at and _BARE_INVOKE_END.match(self._text, at, end):
+                return at
+        return end
 
     def _build_tag(self, builder: CallBuilder, take: Any) -> Generator[None, None, bool | None]:
         """At a namespace token in a call: whether the call ends well or badly; None if it goes on."""
@@ -488,8 +522,9 @@ class ReplyParser:
             if header:
                 if builder.closes_without_token("invoke"):
                     return True
+                builder.close_at_end()
                 if builder.broken or builder.in_text:
-                    self._quote(builder, "invoke", take(self._at + header[1]))
+                    builder.quote("invoke", take(self._at + header[1]))
                     return None
                 builder.repairs["invoke not closed"] = None
                 return not builder.has_open_value
@@ -519,9 +554,6 @@ class ReplyParser:
             builder.open(name, piece)
         return None
 
-    def _quote(self, builder: CallBuilder, name: str, written: str) -> None:
-        builder.open(name, written)
-
     def _build_block_tag(
         self, builder: CallBuilder, closing: bool, length: int, take: Any
     ) -> Generator[None, None, bool | None]:
@@ -538,7 +570,7 @@ class ReplyParser:
         if not closing:
             if not builder.in_text:
                 return False
-            self._quote(builder, "tool_call", take(self._at + length))
+            builder.quote("tool_call", take(self._at + length))
             return None
         if (yield from self._closes_later(builder.open_tags(), length)):
             builder.text(take(self._at + length))

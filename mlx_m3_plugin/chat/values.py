@@ -18,9 +18,10 @@ from urllib.parse import unquote
 Schema = Mapping[str, Any]
 
 _BARE_TAG = re.compile(r"\s*<([^\s<>/][^<>]*)>")
-_M2_PARAMETER = re.compile(r"""parameter\s+name\s*=\s*["']?(.*?)["']?\s*\Z""", re.DOTALL)
+_M2_PARAMETER = re.compile(r"""parameter\s+name\s*=\s*(?:"([^"]*)"|'([^']*)'|["']?([^\s"']+))""")
 _INTEGER = re.compile(r"[+-]?[0-9]+\Z")
 _JSON_NUMBER = re.compile(r"-?(0|[1-9][0-9]*)(\.[0-9]+)?([eE][+-]?[0-9]+)?\Z")
+_NULLS = ("null", "NULL", "Null", "None", "none")
 _WORD = {"true": True, "false": False, "null": None}
 _NUMBER = re.compile(r"[+-]?([0-9]+(\.[0-9]*)?|\.[0-9]+)([eE][+-]?[0-9]+)?\Z")
 # JSON schema's names, and what tool authors write besides them: words of languages and of SQL.
@@ -28,16 +29,17 @@ _WORDS = {
     "string": "str text char character varchar nvarchar nchar clob tinytext mediumtext longtext varchar2"
     " nvarchar2 uuid guid url uri email date time datetime timestamp bytes bytea blob path file symbol",
     "integer": "int integer long short byte tinyint smallint mediumint bigint bigserial serial i u uint ulong"
-    " ushort ubyte usize isize size sint unsigned signed longlong biginteger",
-    "number": "num number float double real decimal numeric money f floating bigdecimal",
+    " ushort ubyte usize isize size ssize sint unsigned signed longlong biginteger",
+    "number": "num number float double real decimal numeric money f floating bfloat half bigdecimal",
     "boolean": "bool boolean binary bit logical",
     "array": "array arr list sequence seq tuple set vec vector arraylist collection iterable frozenset slice",
     "object": "object obj dict dictionary map mapping hash hashmap record struct json jsonb",
     "null": "null none nil void undefined",
 }
 _KINDS = {word: kind for kind, words in _WORDS.items() for word in (kind, *words.split())}
-_SIZE = re.compile(r"[\[(<].*|[0-9]+(_?t)?$|_t$", re.DOTALL)
-_SIGN = re.compile(r"^(un)?signed(?=.)|\s+precision$|\s+varying$|(?<=.)(un)?signed$")
+_SIZE = re.compile(r"[\[(<].*", re.DOTALL)
+_SEVERAL = re.compile(r"[|/]|,(?!.*[\])>])|\bor\b")
+_BETWEEN_WORDS = re.compile(r"(?:[\s_-]|\d|\b(?:un)?signed)+")
 # Nobody's arguments are as deep; text that opens tags without end has to be refused somewhere.
 MAX_DEPTH = 100
 # Python's own limit on digits, below which int() is fast.
@@ -55,7 +57,7 @@ class Element:
 
     Attributes:
         name: of the tag.  text: all text directly in it.
-        children: the tags directly in it.  source: everything between its tags, as written.
+        children: the tags directly in it.  source: everything between its tags, where there are any in it.
         depth: tags around it.
         between: text that is not blank among the children, each with the number of children before it.
     """
@@ -71,7 +73,7 @@ class Element:
 def parameter_name(tag: str) -> str | None:
     """``x`` of ``parameter name="x"``, as M2 writes its tags."""
     found = _M2_PARAMETER.match(tag)
-    return found[1] if found else None
+    return next((name for name in found.groups() if name is not None), None) if found else None
 
 
 def bare_elements(text: str, depth: int) -> list[Element] | None:
@@ -79,20 +81,26 @@ def bare_elements(text: str, depth: int) -> list[Element] | None:
 
     None unless that is all there is in ``text``.  Models drop the token now and then.
     """
+    found, end = first_bare_elements(text, 0, depth)
+    return found if found and not text[end:].strip() else None
+
+
+def first_bare_elements(
+    text: str, begin: int, depth: int, last: int | None = None
+) -> tuple[list[Element], int]:
+    """Those from ``begin`` on and before ``last``, and where the last of them ends."""
+    last = len(text) if last is None else last
     found: list[Element] = []
-    position = 0
-    while True:
-        opening = _BARE_TAG.match(text, position)
-        if opening is None:
-            return found if found and not text[position:].strip() else None
+    while depth <= MAX_DEPTH and (opening := _BARE_TAG.match(text, begin, last)):
         name = parameter_name(opening[1])
         closing = f"</{opening[1] if name is None else 'parameter'}>"
-        end = text.find(closing, opening.end())
-        if end < 0 or depth > MAX_DEPTH:
-            return None
+        end = text.find(closing, opening.end(), last)
+        if end < 0:
+            break
         inner = text[opening.end() : end]
-        found.append(Element(opening[1] if name is None else name, inner, source=inner, depth=depth))
-        position = end + len(closing)
+        found.append(Element(opening[1] if name is None else name, inner, depth=depth))
+        begin = end + len(closing)
+    return found, begin
 
 
 def typed_arguments(parameters: list[Element], schemas: "Schemas") -> dict[str, Any]:
@@ -175,10 +183,12 @@ def _kind(name: str) -> str | None:
     word = name.strip().lower()
     if word in _KINDS:
         return _KINDS[word]
-    if word.endswith("[]"):
+    if word.startswith("[]") or word.endswith("[]"):
         return "array"
-    bare = _SIGN.sub("", _SIZE.sub("", word).strip()).strip(" _-")
-    return _KINDS.get(bare) or _KINDS.get(_SIZE.sub("", bare).replace(" ", ""))
+    words = [] if _SEVERAL.search(word) else _BETWEEN_WORDS.split(_SIZE.sub("", word))
+    known = [_KINDS[word] for word in words if word in _KINDS]
+    # ``list of int``, but ``long double``.
+    return next((kind for kind in known if kind in ("array", "object")), known[-1] if known else None)
 
 
 class Shape:
@@ -187,17 +197,19 @@ class Shape:
     Attributes:
         is_text: tags are text.  is_open: tags of any name may be in it.
         is_leaf: there is a text in it, and no tags.  is_array: it may be an array.
+        is_structure: it is an array or an object, if it is not null.
     """
 
     def __init__(self, schema: Any, schemas: Schemas):
         self._schemas = schemas
         self._branches = schemas.branches(schema)
-        kinds = {branch["type"] for branch in self._branches} or {None}
+        kinds = {branch["type"] or _listed_kind(branch) for branch in self._branches} or {None}
         self._objects = [branch for branch in self._branches if branch["type"] == "object"]
         self._arrays = [branch for branch in self._branches if branch["type"] == "array"]
         self.is_text = "string" in kinds and not kinds & {"array", "object", None}
         self.is_leaf = not kinds & {"array", "object"}
         self.is_array = bool(self._arrays)
+        self.is_structure = not kinds - {"array", "object", "null"} and not self.is_leaf
         closed = [not branch.get("additionalProperties", not _properties(branch)) for branch in self._objects]
         self.is_open = None in kinds or not all(closed)
 
@@ -277,6 +289,12 @@ def _item_schema(schema: Schema, index: int) -> Any:
     return prefix[index] if isinstance(prefix, list) and index < len(prefix) else items
 
 
+def _listed_kind(schema: Schema) -> str | None:
+    """Only scalars are listed: tags are text."""
+    listed = _listed(schema)
+    return "string" if listed and not any(isinstance(v, (list, dict)) for v in listed) else None
+
+
 def _listed(schema: Schema) -> list[Any]:
     listed = [schema["const"]] if "const" in schema else schema.get("enum")
     return listed if isinstance(listed, list) else []
@@ -333,7 +351,7 @@ def _leaf(element: Element, branches: list[Schema], schemas: Schemas) -> Any:
     text, kinds = element.text, [branch["type"] for branch in branches]
     if schemas.as_json and not branches:
         return _any_json(text)
-    if text.strip() == "null" and _takes_null(branches, text):
+    if text.strip() in _NULLS and _takes_null(branches, text):
         return None
     if not text.strip() and not any(map(_takes_text, branches)):
         for empty, kind in ((None, "null"), ([], "array"), ({}, "object")):
@@ -352,7 +370,10 @@ def _leaf(element: Element, branches: list[Schema], schemas: Schemas) -> Any:
 
 def _takes_null(branches: list[Schema], text: str) -> bool:
     """Whether the word is null: where that is allowed, or where it can't be a text."""
-    texts = [branch for branch in branches if branch["type"] == "string" or _listed(branch)]
+    texts = [b for b in branches if b["type"] == "string" or any(isinstance(v, str) for v in _listed(b))]
+    if text.strip() != "null":
+        # As other languages write it: only where nothing else is meant.
+        return bool(branches) and not any(b["type"] in ("string", None) or _listed(b) for b in branches)
     if any(branch["type"] == "null" or None in _listed(branch) for branch in branches):
         return text == "null" or not any(map(_takes_text, texts))
     return not texts
@@ -423,9 +444,14 @@ def _json(word: str, kind: type) -> Any:
         return _NO_VALUE
 
 
+def json_object(text: str) -> dict[str, Any] | None:
+    value = _json(text.strip(), dict)
+    return value if isinstance(value, dict) else None
+
+
 def _array_of_one(element: Element, schema: Schema, schemas: Schemas) -> list[Any]:
     word = element.text.strip()
-    only = Element("item", word, source=word, depth=element.depth + 1)
+    only = Element("item", word, depth=element.depth + 1)
     # The items of an array of arrays are not guessed at any further.
     items = [branch for branch in schemas.branches(_item_schema(schema, 0)) if branch["type"] != "array"]
     return [_leaf(only, items, schemas)]
@@ -435,8 +461,7 @@ def _array_of_one(element: Element, schema: Schema, schemas: Schemas) -> list[An
 
 
 def _structure(element: Element, schema: Schema, schemas: Schemas) -> Any:
-    only_items = all(child.name == "item" for child in element.children)
-    if schema["type"] == "array" or (schema["type"] is None and only_items):
+    if schema["type"] == "array" or (schema["type"] is None and _has_items(element)):
         return _items(_with_text(element), schema, schemas)
     return _object(element, schema, schemas)
 
@@ -475,8 +500,18 @@ def _with_text(element: Element) -> list[Element]:
     """The items of an array: text among them is one as well."""
     items = list(element.children)
     for index, text in reversed(element.between):
-        items.insert(index, Element("item", text.strip(), source=text, depth=element.depth + 1))
+        items.insert(index, Element("item", text.strip(), depth=element.depth + 1))
     return items
+
+
+def _has_items(element: Element) -> bool:
+    return bool(element.children) and all(child.name == "item" for child in element.children)
+
+
+def _part(element: Element) -> list[Element]:
+    """The items of an array of which this is one of several tags: it may be an item itself."""
+    is_empty = not element.children and not element.text.strip()
+    return _with_text(element) if is_empty or _has_items(element) else [element]
 
 
 def _items(elements: list[Element], schema: Schema, schemas: Schemas) -> list[Any]:
@@ -495,7 +530,9 @@ def _object(element: Element, schema: Schema, schemas: Schemas) -> dict[str, Any
         if len(children) == 1:
             value[name] = _typed(children[0], own, schemas)
         else:
-            value[name] = _items(children, arrays[0] if arrays else {"items": own}, schemas)
+            # One array in several tags.
+            parts = [_part(child) if arrays else [child] for child in children]
+            value[name] = _items(list(chain(*parts)), arrays[0] if arrays else {"items": own}, schemas)
     if element.text.strip():
         key = "$text"
         while key in value:

@@ -15,17 +15,19 @@ from ..model.decoder import DecoderLayer, LanguageModel
 from ..model.sharding import shard_layers
 from ..model.tensor_scales import dequantize_scaled_layers, expect_scales
 from ..msa import engine
-from ..startup.settings import engine_settings, model_settings
+from ..startup.settings import EXPERT_MEMORY, engine_settings, expert_memory, model_settings
 from ..weights import (
     check_values,
     check_weights,
     infer_quantization,
     lacks_indexers,
-    map_weights,
+    plan_layout,
     quantized_in,
     unused_in_words,
     with_quantization,
 )
+from ..weights.tensor import TensorPlan
+from .patching import LOADED_DIRECTORY
 
 log = logging.getLogger("mlx_m3_plugin")
 
@@ -80,6 +82,7 @@ class CheckpointMixin(nn.Module):
         return self.language_model.model.pipeline_layers
 
     def shard(self, group: mx.distributed.Group | None = None) -> None:
+        self.check_is_whole()
         shard_layers(self.layers, group or mx.distributed.init())
 
     def sanitize(self, weights: dict[str, mx.array]) -> dict[str, mx.array]:
@@ -90,10 +93,10 @@ class CheckpointMixin(nn.Module):
         """
         config, text_model = self.text_config, self.language_model.model
         held = None if text_model.end_idx is None else range(text_model.start_idx, text_model.end_idx)
-        mapped = map_weights(weights, config, self.text_prefix, vision=self.takes_vision, layers=held)
+        plan = plan_layout(weights, config, self.text_prefix, vision=self.takes_vision, layers=held)
         for line in unused_in_words(weights):
             log.warning("mlx-m3-plugin: %s", line)
-        if lacks_indexers(mapped, config):
+        if lacks_indexers(plan, config):
             for layer in self.layers:
                 if layer.self_attn.is_sparse_attn:
                     layer.self_attn.drop_indexer()
@@ -102,22 +105,46 @@ class CheckpointMixin(nn.Module):
             warn_dense("the config of this checkpoint has no sparse layers", config)
         elif config.attention == "dense":
             warn_dense("dense attention is set", config)
-        self._describe_to_loader(mapped)
-        return mapped
+        self._describe_to_loader(plan)
+        if memory := expert_memory():
+            plan = self._put_experts_on_disk(plan, memory)
+        return {name: tensor.make(weights) for name, tensor in plan.items()}
 
-    def _describe_to_loader(self, mapped: dict[str, mx.array]) -> None:
-        """Describe the mapped tensors in the loader's config, which is also the config that is saved.
+    def _put_experts_on_disk(self, plan: TensorPlan, memory: int | str) -> TensorPlan:
+        from ..offload.install import put_experts_on_disk
+
+        directory = LOADED_DIRECTORY.get()
+        if directory is None or self.language_model.model.end_idx is not None:
+            raise ValueError(
+                f"{EXPERT_MEMORY} is set, but experts on disk are only for a model that is loaded to answer, "
+                "in one process: unset it to convert, to fuse adapters or to share a model"
+            )
+        return put_experts_on_disk(self.language_model.model, plan, self.text_prefix, Path(directory), memory)
+
+    def check_is_whole(self) -> None:
+        """Before a model is saved or changed.
+
+        Raises:
+            ValueError: its experts are on disk.
+        """
+        if any(layer.is_moe and hasattr(layer.block_sparse_moe.switch_mlp, "slots") for layer in self.layers):
+            raise ValueError(
+                f"this model's experts are on disk, and are needed in memory: unset {EXPERT_MEMORY}"
+            )
+
+    def _describe_to_loader(self, plan: TensorPlan) -> None:
+        """Describe the planned tensors in the loader's config, which is also the config that is saved.
 
         The checkpoint's own quantization map has the names of stored modules, and some loaders
         take bits and modes from there alone.
         """
         config = self.loader_config
-        quantization = infer_quantization(mapped, dict(tree_flatten(self.parameters())))
+        quantization = infer_quantization(plan, dict(tree_flatten(self.parameters())))
         described = with_quantization(config, quantization)
         config.clear()
         config.update(described)
         if quantization is not None:
-            expect_scales(self, mapped)
+            expect_scales(self, plan)
         # For mlx-vlm: gate and up are separate here, and so is the shared expert.
         text_config = config.get("text_config")
         (text_config if isinstance(text_config, dict) else config)["pack_shared_expert"] = False
@@ -129,10 +156,12 @@ class CheckpointMixin(nn.Module):
 
         Raises:
             ValueError: when ``strict``, tensors are missing, left over, or of the wrong shape or
-                dtype.
+                dtype; or adapters are for experts that are on disk.
         """
         if isinstance(file_or_weights, (str, Path)):
             file_or_weights = list(mx.load(str(file_or_weights)).items())  # type: ignore[union-attr]
+        if any(".switch_mlp." in name for name, _ in file_or_weights):
+            self.check_is_whole()
         if strict:
             check_weights(dict(file_or_weights), dict(tree_flatten(self.parameters())))
         super().load_weights(file_or_weights, strict=strict)

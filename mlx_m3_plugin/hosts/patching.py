@@ -37,8 +37,8 @@ class Patch:
         replace: makes ours from upstream's module and upstream's function.
         others: what else ours uses of the module, in the same form.
         until: when the patch can go: ``"never"`` with the reason; or what upstream lacks today; or
-            ``"mlx-lm 0.32"``, the first release without what is replaced.  A patch of the last kind is
-            left out where the function is missing.
+            ``"mlx-lm 0.32"``, the first release without what is replaced or needed.  A patch of the last
+            kind is left out where the function is missing, and from that release on.
         fault: the test in ``tests/upstream`` that fails once upstream no longer lacks it.
         since: the first release that has all that is needed.  Older ones go without the patch.
         distribution: which one the module must be of, where others may have a module of its name.
@@ -96,7 +96,7 @@ class Patch:
             find(module, self.path)
         except UpstreamChangedError:
             return True
-        return False
+        return _installed_release(module) >= _release(self.until)
 
 
 def check_needs(module: ModuleType, *needs: str) -> None:
@@ -232,6 +232,8 @@ def _is_of(name: str, module: ModuleType) -> bool:
 # --- load_model, which both libraries have ---
 
 _STRICT: ContextVar[bool] = ContextVar("strict", default=False)
+# The directory that is being loaded, to be in memory afterwards; None in a lazy load.
+LOADED_DIRECTORY: ContextVar[Any] = ContextVar("loaded_directory", default=None)
 
 
 def is_m3_checkpoint(directory: object) -> bool:
@@ -259,7 +261,11 @@ def with_checks(load_model: Callable[..., Any]) -> Callable[..., Any]:
         # strict=False is an explicit opt-out.
         if options.get("strict", True):
             check_files(given.arguments["model_path"])
-        loaded = call(load_model, given)
+        token = LOADED_DIRECTORY.set(None if options.get("lazy") else given.arguments["model_path"])
+        try:
+            loaded = call(load_model, given)
+        finally:
+            LOADED_DIRECTORY.reset(token)
         model = loaded[0] if isinstance(loaded, tuple) else loaded
         # Reads scales, which a lazy load must leave alone.
         if not options.get("lazy") and hasattr(model, "check_values"):

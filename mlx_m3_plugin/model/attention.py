@@ -24,9 +24,9 @@ class Attention(nn.Module):
     index projections sit beside ``q_proj`` as in the published checkpoints.
     """
 
-    def __init__(self, config: TextConfig, layer: int, host: Host):
+    def __init__(self, config: TextConfig, layer: int, host: Host | None = None):
         super().__init__()
-        self.host = host
+        self.host = host = host or config.host
         self.num_attention_heads = config.num_attention_heads
         self.num_key_value_heads = config.num_key_value_heads
         self.head_dim = config.head_dim
@@ -45,7 +45,7 @@ class Attention(nn.Module):
             self.k_norm = make_norm(config, head)
         # Serves the index heads as well: the same leading channels, frequencies and positions.
         self.rope = host.initialize_rope(
-            dims=config.rotary_dims,
+            dims=config.rotary_dim,
             base=config.rope_theta,
             traditional=False,
             scaling_config=config.rope_parameters or None,
@@ -97,6 +97,7 @@ class Attention(nn.Module):
                 setup=setup,
                 block_size=self.index_block_size,
                 scale=self.scale,
+                is_training=self.training,
             )
         return self.o_proj(out.transpose(0, 2, 1, 3).reshape(batch, length, -1))
 

@@ -9,12 +9,13 @@ MLX conversion.  The attributes here carry transformers' names.
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, fields, replace
-from typing import Any
+from inspect import Parameter, Signature
+from typing import Any, ClassVar
 
 # Attribute -> its keys in a config, where they are not just its own name.  The ``sparse_`` ones are
 # inside ``sparse_attention_config``.
 _KEYS = {
-    "rotary_dims": ("rotary_dim", "partial_rotary_factor"),
+    "rotary_dim": ("rotary_dim", "partial_rotary_factor"),
     "index_n_heads": ("sparse_num_index_heads", "index_n_heads"),
     "index_head_dim": ("sparse_index_dim", "index_head_dim"),
     "index_block_size": ("sparse_block_size", "index_block_size"),
@@ -26,16 +27,7 @@ _KEYS = {
 _IN_TOKENS = {"index_local_blocks": "sparse_local_tokens", "index_init_blocks": "sparse_init_tokens"}
 _LAYER_LISTS = ("moe_layer_freq", "mlp_layer_types", "layer_types", "sparse_attention_freq")
 
-# What a checkpoint's config must say, because a default would be a guess.
-_REQUIRED = """
-    num_hidden_layers hidden_size vocab_size num_attention_heads num_key_value_heads head_dim
-    intermediate_size dense_intermediate_size shared_intermediate_size num_local_experts num_experts_per_tok
-    routed_scaling_factor rms_norm_eps swiglu_alpha swiglu_limit rope_theta rotary_dims
-""".split()
-_REQUIRED_IF_SPARSE = """
-    index_n_heads index_head_dim index_block_size index_topk_blocks index_local_blocks
-""".split()
-_MAY_BE_ZERO = ("index_local_blocks", "index_init_blocks")
+_MAY_BE_ZERO = ("index_local_blocks", "index_init_blocks", "n_shared_experts")
 
 # Options that change the computation and have one value in every released M3.  Any other
 # value is refused, because the answers would be wrong without a sign of it.
@@ -47,20 +39,28 @@ _ONLY_KNOWN_VALUE: dict[str, tuple[Any, ...]] = {
     # transformers writes "silu" into every re-saved config, whatever the model computes.
     "hidden_act": ("swigluoai", "silu"),
     "swiglu_beta": (1,),
-    "n_shared_experts": (1,),
+    "n_shared_experts": (0, 1),
 }
 
 
-@dataclass
+@dataclass(init=False)
 class TextConfig:
-    """Shape and constants of the text model; the defaults are those of the released M3.
+    """Shape and constants of the text model.
+
+    It is made from the keys of a text config in any spelling, and has the attributes of the classes of
+    this name in mlx-lm (``TextArgs``), mlx-vlm and transformers.  What is left out has the value of
+    transformers' ``MiniMaxM3VLTextConfig``, which are those of the released M3.
+
+    Raises:
+        ValueError: a key has a wrong type, or a value that this model does not compute.
 
     Attributes:
+        host: what layers are built from that are made without a ``Host``; set by the subclasses of a host.
         layer_types: per layer ``"minimax_m3_sparse"`` or ``"full_attention"``.
         mlp_layer_types: per layer ``"sparse"`` (mixture of experts) or ``"dense"``.
         rope_parameters: what ``initialize_rope`` of the host takes, e.g. ``{"rope_type":
-            "yarn", ...}``; ``rope_theta`` and ``rotary_dims`` are already taken out of it.
-        rotary_dims: number of leading channels of a head that are rotated.
+            "yarn", ...}``; ``rope_theta`` and ``rotary_dim`` are already taken out of it.
+        rotary_dim: number of leading channels of a head that are rotated.
         index_n_heads: index query heads, one per KV group.
         index_block_size: keys per block, in tokens.
         index_topk_blocks: the block budget of a query.
@@ -70,6 +70,8 @@ class TextConfig:
             the same up to the block budget and not what the model was trained with beyond it.
         pipeline_split: layers by rank of a pipeline; None splits evenly.  Set by the user, not by a config.
     """
+
+    host: ClassVar[Any] = None
 
     model_type: str = "minimax_m3_vl_text"
     vocab_size: int = 200064
@@ -83,6 +85,7 @@ class TextConfig:
     shared_intermediate_size: int = 3072
     num_local_experts: int = 128
     num_experts_per_tok: int = 4
+    n_shared_experts: int = 1
     routed_scaling_factor: float = 2.0
     rms_norm_eps: float = 1e-6
     use_gemma_norm: bool = True
@@ -92,7 +95,7 @@ class TextConfig:
     max_position_embeddings: int = 1048576
     rope_theta: float = 5000000.0
     rope_parameters: dict[str, Any] = field(default_factory=dict)
-    rotary_dims: int = 64
+    rotary_dim: int = 64
     tie_word_embeddings: bool = False
     layer_types: list[str] = field(default_factory=list)
     mlp_layer_types: list[str] = field(default_factory=list)
@@ -105,39 +108,77 @@ class TextConfig:
     attention: str = "sparse"
     pipeline_split: tuple[int, ...] | None = None
 
+    def __init__(self, **params: Any):
+        sparse = _mapping(params, "sparse_attention_config")
+        defaults = {f.name: f.default for f in fields(TextConfig)}
+        read = {key: value for key, value in params.items() if key in defaults and value is not None}
+        n_layers = _n_layers(params, sparse)
+        _refuse_unknown_values(params, sparse, n_layers)
+        read.update({name: sparse[key] for name, (key, *_) in _KEYS.items() if key in sparse})
+        if read.get("index_block_size", 0) is None:
+            # Dense, as for mlx-lm's class; see ``_layer_types``.
+            del read["index_block_size"]
+        read = {**defaults, **_blocks_from_tokens({**params, **sparse}, read), **read}
+        read["num_hidden_layers"] = n_layers
+        read["layer_types"] = _layer_types(params, sparse, n_layers)
+        read["mlp_layer_types"] = _mlp_layer_types(params, n_layers)
+        read.update(_rope(params, _integer(read["head_dim"], "head_dim")))
+        vars(self).update(read)
+        self._check_types()
+        self._check_sizes()
+
+    @classmethod
+    def from_dict(cls, params: Mapping[str, Any]) -> "TextConfig":
+        """As the constructor, from a config file, which does not set ``pipeline_split``."""
+        return cls(**{**params, "pipeline_split": None})
+
     @property
     def budget(self) -> int:
         """Tokens that a query may attend to on a sparse layer."""
         return self.index_topk_blocks * self.index_block_size
-
-    @classmethod
-    def from_dict(cls, params: Mapping[str, Any]) -> "TextConfig":
-        """Read a text config in any spelling.
-
-        Raises:
-            ValueError: a key has a wrong type, or a value that this model does not compute.
-        """
-        sparse = _mapping(params, "sparse_attention_config")
-        known = {f.name for f in fields(cls)} - {"pipeline_split"}
-        read = {k: v for k, v in params.items() if k in known and v is not None}
-        n_layers = _integer(read.get("num_hidden_layers", cls.num_hidden_layers), "num_hidden_layers")
-        _refuse_unknown_values(params, sparse, n_layers)
-        read.update({attribute: sparse[keys[0]] for attribute, keys in _KEYS.items() if keys[0] in sparse})
-        read.update(_blocks_from_tokens({**params, **sparse}, read))
-
-        read["layer_types"] = _layer_types(params, sparse, n_layers)
-        read["mlp_layer_types"] = _mlp_layer_types(params, n_layers)
-        read.update(_rope(params, _integer(read.get("head_dim", cls.head_dim), "head_dim")))
-        config = cls(**read)
-        config._check_types()
-        config._check_sizes()
-        return config
 
     def is_sparse_attention(self, layer: int) -> bool:
         return self.layer_types[layer] != "full_attention"
 
     def is_moe(self, layer: int) -> bool:
         return self.mlp_layer_types[layer] == "sparse"
+
+    # --- what other packages read of mlx-lm's and mlx-vlm's classes ---
+
+    is_sparse_attn = has_sparse_index = is_sparse_attention
+    is_moe_layer = is_moe
+
+    @property
+    def partial_rotary_factor(self) -> float:
+        return self.rotary_dim / self.head_dim
+
+    @property
+    def rope_scaling(self) -> dict[str, Any] | None:
+        return self.rope_parameters or None
+
+    @property
+    def moe_layer_freq(self) -> list[int]:
+        return [int(kind == "sparse") for kind in self.mlp_layer_types]
+
+    @property
+    def sparse_attention_freq(self) -> list[int]:
+        return [int(kind != "full_attention") for kind in self.layer_types]
+
+    @property
+    def sparse_attention_config(self) -> dict[str, Any]:
+        freq = self.sparse_attention_freq
+        return {
+            "use_sparse_attention": any(freq),
+            "sparse_attention_freq": freq,
+            "sparse_disable_index_value": freq,
+            "sparse_score_type": "max",
+            **{key: getattr(self, name) for name, (key, *_) in _KEYS.items() if key.startswith("sparse_")},
+        }
+
+    def __getattr__(self, name: str) -> Any:
+        if name not in _ONLY_KNOWN_VALUE:
+            raise AttributeError(f"{type(self).__name__} has no attribute {name!r}")
+        return _ONLY_KNOWN_VALUE[name][0]
 
     def _check_types(self) -> None:
         for f in fields(self):
@@ -154,7 +195,7 @@ class TextConfig:
         """Sizes that must fit each other."""
         heads, kv_heads = self.num_attention_heads, self.num_key_value_heads
         chosen, experts = self.num_experts_per_tok, self.num_local_experts
-        rotated, head_dim = self.rotary_dims, self.head_dim
+        rotated, head_dim = self.rotary_dim, self.head_dim
         _check(
             heads % kv_heads == 0,
             f"num_attention_heads ({heads}) must be a multiple of num_key_value_heads ({kv_heads})",
@@ -165,7 +206,7 @@ class TextConfig:
         )
         _check(
             rotated <= head_dim and rotated % 2 == 0,
-            f"{_key('rotary_dims')} asks for {rotated} rotated channels, which do not fit a head_dim of "
+            f"{_key('rotary_dim')} asks for {rotated} rotated channels, which do not fit a head_dim of "
             f"{head_dim}",
         )
         if "minimax_m3_sparse" not in self.layer_types:
@@ -187,6 +228,15 @@ class TextConfig:
         )
 
 
+# Many tools pass only those keys of a config that a class names.
+_ACCEPTED = {*(f.name for f in fields(TextConfig)), *_LAYER_LISTS, *_ONLY_KNOWN_VALUE}
+_ACCEPTED |= {"sparse_attention_config", "rope_scaling", *(key for keys in _KEYS.values() for key in keys)}
+TextConfig.__init__.__signature__ = Signature(  # type: ignore[attr-defined]
+    [Parameter("self", Parameter.POSITIONAL_ONLY)]
+    + [Parameter(name, Parameter.KEYWORD_ONLY, default=None) for name in sorted(_ACCEPTED)]
+)
+
+
 def text_config_of(config: Mapping[str, Any], overrides: Mapping[str, Any] | None = None) -> TextConfig:
     """The text config of a checkpoint's ``config.json``, nested under ``text_config`` or flat.
 
@@ -197,7 +247,7 @@ def text_config_of(config: Mapping[str, Any], overrides: Mapping[str, Any] | Non
         overrides: attributes that the user has set; they win over the config.
 
     Raises:
-        ValueError: a key is missing, has a wrong type, or a value that this model does not compute.
+        ValueError: a key has a wrong type, or a value that this model does not compute.
     """
     part = text_part(config)
     text = dict(part)
@@ -206,10 +256,6 @@ def text_config_of(config: Mapping[str, Any], overrides: Mapping[str, Any] | Non
         text.setdefault("tie_word_embeddings", config.get("tie_word_embeddings", False))
     if config.get("attention") is not None:
         text["attention"] = config["attention"]
-    _require(text, _REQUIRED)
-    sparse = _mapping(text, "sparse_attention_config")
-    if _uses_sparse_attention(sparse) if sparse else "layer_types" in text:
-        _require(text, _REQUIRED_IF_SPARSE)
     return replace(TextConfig.from_dict(text), **(overrides or {}))
 
 
@@ -220,10 +266,9 @@ def uncut_lists(config: Mapping[str, Any]) -> list[str]:
         ValueError: the number of layers is not a number.
     """
     text = text_part(config)
-    lists = {**text, **_mapping(text, "sparse_attention_config")}
-    n_layers = _integer(text.get("num_hidden_layers"), "num_hidden_layers")
-    found = ((key, lists.get(key)) for key in _LAYER_LISTS)
-    return [key for key, entries in found if isinstance(entries, (list, tuple)) and len(entries) > n_layers]
+    sparse = _mapping(text, "sparse_attention_config")
+    n_layers = _n_layers(text, sparse)
+    return [key for key, entries in _layer_lists(text, sparse).items() if len(entries) > n_layers]
 
 
 def text_part(config: Mapping[str, Any]) -> Mapping[str, Any]:
@@ -233,13 +278,16 @@ def text_part(config: Mapping[str, Any]) -> Mapping[str, Any]:
     return nested if config.get("text_config") is not None and not is_flat else config
 
 
-def _require(text: Mapping[str, Any], attributes: Sequence[str]) -> None:
-    present = {key for key, value in text.items() if value is not None}
-    for nested in ("rope_parameters", "rope_scaling", "sparse_attention_config"):
-        present |= _mapping(text, nested).keys()
-    for attribute in attributes:
-        if not present & set(_KEYS.get(attribute, (attribute,))):
-            raise ValueError(f"config: {_key(attribute)} is missing")
+def _layer_lists(params: Mapping[str, Any], sparse: Mapping[str, Any]) -> dict[str, Sequence[Any]]:
+    found = {key: sparse.get(key, params.get(key)) for key in _LAYER_LISTS}
+    return {key: entries for key, entries in found.items() if isinstance(entries, (list, tuple))}
+
+
+def _n_layers(params: Mapping[str, Any], sparse: Mapping[str, Any]) -> int:
+    """As many as the lists have entries, where a config does not say."""
+    listed = min(map(len, _layer_lists(params, sparse).values()), default=TextConfig.num_hidden_layers)
+    given = params.get("num_hidden_layers")
+    return _integer(listed if given is None else given, "num_hidden_layers")
 
 
 def _key(attribute: str) -> str:
@@ -255,11 +303,13 @@ def _uses_sparse_attention(sparse: Mapping[str, Any]) -> bool:
 
 
 def _layer_types(params: Mapping[str, Any], sparse: Mapping[str, Any], n_layers: int) -> list[str]:
-    if not _uses_sparse_attention(sparse):
+    block_size = sparse.get("sparse_block_size", params.get("index_block_size", TextConfig.index_block_size))
+    if block_size is None or not _uses_sparse_attention(sparse):
         return ["full_attention"] * n_layers
     if params.get("layer_types") is not None:
-        allowed = ("minimax_m3_sparse", "full_attention")
-        return _per_layer(params["layer_types"], "layer_types", n_layers, allowed)
+        kinds = ("minimax_m3_sparse", "full_attention", "minimax_m3_dense")
+        given = _per_layer(params["layer_types"], "layer_types", n_layers, kinds)
+        return [kind if kind == kinds[0] else kinds[1] for kind in given]
     freq = sparse.get("sparse_attention_freq", params.get("sparse_attention_freq"))
     if freq is not None:
         freq = _per_layer(freq, "sparse_attention_freq", n_layers, (0, 1))
@@ -302,22 +352,23 @@ def _blocks_from_tokens(params: Mapping[str, Any], read: Mapping[str, Any]) -> d
 
 
 def _rope(params: Mapping[str, Any], head_dim: int) -> dict[str, Any]:
-    """``rope_theta``, ``rotary_dims`` and ``rope_parameters`` in transformers' order of precedence."""
+    """``rope_theta``, ``rotary_dim`` and ``rope_parameters`` in transformers' order of precedence."""
     rope = dict(_mapping(params, "rope_scaling") or _mapping(params, "rope_parameters"))
     theta = rope.get("rope_theta", params.get("rope_theta"))
     factor = rope.get("partial_rotary_factor", params.get("partial_rotary_factor"))
     if factor is not None:
         _expect(_is_number(factor), "partial_rotary_factor", "a number", factor)
-        rotary_dims = int(head_dim * factor)
+        rotary_dim = int(head_dim * factor)
     else:
         given = params.get("rotary_dim")
-        rotary_dims = _integer(TextConfig.rotary_dims if given is None else given, "rotary_dim")
+        # Half of a head: the 64 channels that are transformers' default, and the default of both hosts.
+        rotary_dim = _integer(head_dim // 2 if given is None else given, "rotary_dim")
     for key in ("rope_theta", "partial_rotary_factor"):
         rope.pop(key, None)
     if rope.get("rope_type", rope.get("type", "default")) == "default":
         rope = {}
     theta = TextConfig.rope_theta if theta is None else theta
-    return {"rope_theta": theta, "rotary_dims": rotary_dims, "rope_parameters": rope}
+    return {"rope_theta": theta, "rotary_dim": rotary_dim, "rope_parameters": rope}
 
 
 def _refuse_unknown_values(params: Mapping[str, Any], sparse: Mapping[str, Any], n_layers: int) -> None:

@@ -10,20 +10,22 @@ from .attention import Attention
 from .config import TextConfig
 from .host import Host
 from .kv_cache import keep_in_graph
-from .moe import DenseMLP, SparseMoeBlock
+from .moe import DenseMLP, SparseMoeBlock, SwiGLUOAI
 from .norm import make_norm
 from .pipeline import split_layers
 
 
 class DecoderLayer(nn.Module):
-    def __init__(self, config: TextConfig, layer: int, host: Host):
+    def __init__(self, config: TextConfig, layer: int, host: Host | None = None):
         super().__init__()
         self.self_attn = Attention(config, layer, host)
         self.is_moe = config.is_moe(layer)
         if self.is_moe:
             self.block_sparse_moe = SparseMoeBlock(config, host)
         else:
-            self.mlp = DenseMLP(config, config.dense_intermediate_size)
+            self.mlp = DenseMLP(
+                config.hidden_size, config.dense_intermediate_size, activation=SwiGLUOAI(config)
+            )
         self.input_layernorm = make_norm(config, config.hidden_size)
         self.post_attention_layernorm = make_norm(config, config.hidden_size)
 
@@ -40,10 +42,10 @@ class TextModel(nn.Module):
     mlx-vlm has no such class, and mlx-lm's drops layers that do not divide evenly (until: mlx-lm 0.32).
     """
 
-    def __init__(self, config: TextConfig, host: Host):
+    def __init__(self, config: TextConfig, host: Host | None = None):
         super().__init__()
         self.config = config
-        self.host = host
+        self.host = host = host or config.host
         self.embed_tokens = nn.Embedding(config.vocab_size, config.hidden_size)
         self.layers = [DecoderLayer(config, i, host) for i in range(config.num_hidden_layers)]
         self.norm = make_norm(config, config.hidden_size)
@@ -117,8 +119,8 @@ class LanguageModel(nn.Module):
     def __init__(
         self,
         config: TextConfig,
-        host: Host,
-        make_text_model: Callable[[TextConfig, Host], TextModel] = TextModel,
+        host: Host | None = None,
+        make_text_model: Callable[..., TextModel] = TextModel,
     ):
         super().__init__()
         self.tie_word_embeddings = config.tie_word_embeddings

@@ -35,12 +35,12 @@ class SwiGLUOAI(nn.Module):
 class DenseMLP(nn.Module):
     """The MLP of a dense layer, and the shared expert of a mixture layer."""
 
-    def __init__(self, config: TextConfig, intermediate_size: int):
+    def __init__(self, hidden: int, inter: int, *, activation: SwiGLUOAI):
         super().__init__()
-        self.gate_proj = nn.Linear(config.hidden_size, intermediate_size, bias=False)
-        self.up_proj = nn.Linear(config.hidden_size, intermediate_size, bias=False)
-        self.down_proj = nn.Linear(intermediate_size, config.hidden_size, bias=False)
-        self.activation = SwiGLUOAI(config)
+        self.gate_proj = nn.Linear(hidden, inter, bias=False)
+        self.up_proj = nn.Linear(hidden, inter, bias=False)
+        self.down_proj = nn.Linear(inter, hidden, bias=False)
+        self.activation = activation
 
     def __call__(self, x: mx.array) -> mx.array:
         return self.down_proj(self.activation(self.up_proj(x), self.gate_proj(x)))
@@ -49,19 +49,19 @@ class DenseMLP(nn.Module):
 class SparseMoeBlock(nn.Module):
     """``routed_scaling_factor * sum_e p_e * expert_e(x) + shared_expert(x)``."""
 
-    def __init__(self, config: TextConfig, host: Host):
+    def __init__(self, config: TextConfig, host: Host | None = None):
         super().__init__()
+        hidden, activation = config.hidden_size, SwiGLUOAI(config)
         self.num_experts_per_tok = config.num_experts_per_tok
         self.routed_scaling_factor = config.routed_scaling_factor
-        self.gate = nn.Linear(config.hidden_size, config.num_local_experts, bias=False)
+        self.gate = nn.Linear(hidden, config.num_local_experts, bias=False)
         self.e_score_correction_bias = mx.zeros((config.num_local_experts,))
-        self.switch_mlp = host.SwitchGLU(
-            config.hidden_size,
-            config.intermediate_size,
-            config.num_local_experts,
-            activation=SwiGLUOAI(config),
+        self.switch_mlp = (host or config.host).SwitchGLU(
+            hidden, config.intermediate_size, config.num_local_experts, activation=activation
         )
-        self.shared_experts = DenseMLP(config, config.shared_intermediate_size)
+        self.shared_experts: DenseMLP | None = None
+        if config.n_shared_experts:
+            self.shared_experts = DenseMLP(hidden, config.shared_intermediate_size, activation=activation)
         self.sharding_group: mx.distributed.Group | None = None
 
     def route(self, x: mx.array) -> tuple[mx.array, mx.array]:
@@ -86,7 +86,7 @@ class SparseMoeBlock(nn.Module):
         tokens = x.reshape(-1, x.shape[-1])
         experts, weights = self.route(tokens)
         y = _weighted(self.switch_mlp(tokens, experts), weights[..., None]).sum(axis=-2)
-        y = _sum_as(y, self.shared_experts(tokens), x)
+        y = _sum_as(y, 0 if self.shared_experts is None else self.shared_experts(tokens), x)
         if self.sharding_group is not None:
             y = mx.distributed.all_sum(y, group=self.sharding_group)
         return y.reshape(x.shape)
@@ -111,5 +111,5 @@ def _weighted(outputs: mx.array, weights: mx.array) -> mx.array:
 
 
 @fused
-def _sum_as(routed: mx.array, shared: mx.array, like: mx.array) -> mx.array:
+def _sum_as(routed: mx.array, shared: mx.array | int, like: mx.array) -> mx.array:
     return (routed + shared).astype(like.dtype)

@@ -65,7 +65,8 @@ def _parts(layer: DecoderLayer) -> Iterator[_Part]:
     moe: SparseMoeBlock = layer.block_sparse_moe
     # One sum in the block serves the routed and the shared experts.
     yield from _mlp(moe.switch_mlp, summed=False)
-    yield from _mlp(moe.shared_experts, summed=False)
+    if moe.shared_experts is not None:
+        yield from _mlp(moe.shared_experts, summed=False)
 
 
 def _mlp(mlp: DenseMLP | Any, *, summed: bool) -> Iterator[_Part]:

@@ -27,7 +27,7 @@ def factor(global_scale: mx.array) -> mx.array:
     return global_scale.astype(mx.float32) / NVFP4_LARGEST
 
 
-def expect_scales(model: nn.Module, weights: Mapping[str, mx.array]) -> None:
+def expect_scales(model: nn.Module, weights: Mapping[str, object]) -> None:
     """Prepare the layers that have a ``global_scale`` among ``weights`` to hold it.
 
     They stay instances of the host's class, and take ``global_scale=True`` when quantized.

@@ -24,7 +24,7 @@ from .common import (
 )
 
 # The largest score of a block without visible keys.  Unlike -inf it can be subtracted.
-_NOTHING = -1e30
+NOTHING = -1e30
 # Float32 arrays of the size of a tile's scores: scores, weights, partial outputs in two orders, and what
 # MLX allocates ahead.
 _ARRAYS = 5
@@ -105,8 +105,7 @@ def _attend(
     if on_gpu():
         arrays_bytes -= _copied_bytes(*_sizes(keys, values, batch), must_pad, gpu=True)
     tile_length = max(1, arrays_bytes // (_ARRAYS * 4 * batch * heads * k * block_size))
-    # Sort keys hold a block and a pair in 32 bits.
-    tile_length = max(1, min(tile_length, (1 << 32) // (batch * n_blocks * batch * k)))
+    tile_length = min(tile_length, most_sortable(batch * n_blocks, batch * k))
     queries_per_block = batch * length * k * heads // n_blocks
     if 4 * batch * keys.shape[2] * keys.shape[3] > _most_copied(tile_bytes, on_gpu()):
         # Too much to copy the transposed keys.
@@ -135,13 +134,13 @@ def _attend(
 
     queries_as_given = queries
     # Each group's heads beside one another: [B, G, L, heads * D].
-    wide = _scaled(mx.unflatten(queries, 1, (groups, heads)).swapaxes(2, 3), mx.array(scale)).flatten(3)
+    wide = scaled(mx.unflatten(queries, 1, (groups, heads)).swapaxes(2, 3), mx.array(scale)).flatten(3)
     queries_of_groups = [(group, wide[:, group : group + 1]) for group in range(groups)]
     return joined(in_sequence(attend_group, queries_of_groups), axis=1)
 
 
 @fused
-def _scaled(queries: mx.array, scale: mx.array) -> mx.array:
+def scaled(queries: mx.array, scale: mx.array) -> mx.array:
     return queries.astype(mx.float32) * scale
 
 
@@ -195,9 +194,7 @@ def _attend_pairs(
 
     # All other pairs, sorted by block: those that share one stand together, so that it is read once.
     n_pairs = batch * length * (k - 1)
-    pairs = mx.unflatten(arange(n_pairs), 0, (-1, k - 1))
-    keys = _sort_keys(block_ids[:, :-1], pairs, every_query[:, None], *sizes, mx.array(n_pairs, mx.uint32))
-    order, query, blocks = _sorted_pairs(mx.sort(keys.flatten()), mx.array(n_pairs, mx.uint32), k - 1)
+    order, query, blocks = sorted_by_block(block_ids[:, :-1], *sizes)
     back = mx.argsort(order)
 
     def by_query(x: mx.array) -> mx.array:
@@ -223,6 +220,25 @@ def _attend_pairs(
 def _by_row(x: mx.array, batch: int) -> mx.array:
     """``[B * l, heads, D]`` -> ``[B, heads, l, D]``."""
     return mx.unflatten(x, 0, (batch, -1)).swapaxes(1, 2)
+
+
+def most_sortable(n_blocks: int, pairs: int) -> int:
+    """The most queries, of so many pairs each, that :func:`sorted_by_block` takes."""
+    # Its numbers hold a block and a pair in 32 bits.
+    return max(1, (1 << 32) // (n_blocks * pairs))
+
+
+def sorted_by_block(block_ids: mx.array, length: mx.array, n_blocks: mx.array) -> tuple[mx.array, ...]:
+    """The pairs of queries and blocks ``[B * l, k]`` in the order of the blocks of all rows.
+
+    Returns:
+        Of each: its number, its query, and its block; unused slots count as block 0.
+    """
+    n_queries, k = block_ids.shape
+    n_pairs = mx.array(n_queries * k, mx.uint32)
+    pairs = mx.unflatten(arange(n_queries * k), 0, (-1, k))
+    keys = _sort_keys(block_ids, pairs, arange(n_queries)[:, None], length, n_blocks, n_pairs)
+    return _sorted_pairs(mx.sort(keys.flatten()), n_pairs, k)
 
 
 @fused
@@ -265,7 +281,7 @@ def _subtracted(largest: mx.array, ids: mx.array) -> mx.array:
 
 @fused
 def _at_least(a: mx.array, b: mx.array) -> mx.array:
-    return mx.maximum(mx.maximum(a, b), _NOTHING)
+    return mx.maximum(mx.maximum(a, b), NOTHING)
 
 
 @fused

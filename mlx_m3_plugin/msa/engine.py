@@ -25,6 +25,7 @@ import mlx.core as mx
 from . import kernels
 from .attend import attend as plain_attention
 from .common import KeysValues, Offset, Padding, Quantized, default_tile_bytes, later, on_gpu, over_queries
+from .gradient import with_gradient
 from .select import select_blocks as plain_selection
 
 MODES = ("auto", "plain", "kernels")
@@ -149,10 +150,21 @@ def attend(
     setup: Setup,
     block_size: int,
     scale: float,
+    is_training: bool = False,
 ) -> mx.array:
-    """As :func:`.attend.attend`."""
-    serve = _attend if _kernels_serve(ATTENTION, setup, queries.shape[2]) else plain_attention
-    return serve(queries, keys, values, block_ids, offset, left_padding, block_size=block_size, scale=scale)
+    """As :func:`.attend.attend`; for training with the gradient that keeps no tile, see ``gradient.py``."""
+    arrays: Any = (queries, keys, values)
+    where: Any = (block_ids, offset, left_padding)
+    options: Any = {"block_size": block_size, "scale": scale}
+    by_kernels = _kernels_serve(ATTENTION, setup, queries.shape[2])
+
+    def serve(*arrays: Any) -> mx.array:
+        return (_attend if by_kernels else plain_attention)(*arrays, *where, **options)
+
+    # A kernel has no gradient of its own.
+    if (is_training or by_kernels) and not isinstance(keys, Quantized):
+        return with_gradient(serve, *where, **options)(*arrays)
+    return serve(*arrays)
 
 
 def has_metal() -> bool:
@@ -220,34 +232,12 @@ def _attend(
     bytes_per_query = 4 * batch * n_heads * block_ids.shape[3] * (values.shape[-1] + 1)
     tile_length = max(1, PARTIAL_BYTES // bytes_per_query)
 
-    def by_kernels(queries: mx.array, keys: KeysValues, values: KeysValues) -> mx.array:
-        def attend_tile(start: int, tile: mx.array) -> mx.array:
-            ids = block_ids[:, :, start : start + tile_length]
-            first = later(offset, start)
-            return kernels.attend_blocks(tile, keys, values, ids, first, left_padding, **options)
+    def attend_tile(start: int, tile: mx.array) -> mx.array:
+        ids = block_ids[:, :, start : start + tile_length]
+        first = later(offset, start)
+        return kernels.attend_blocks(tile, keys, values, ids, first, left_padding, **options)
 
-        return over_queries(attend_tile, queries, tile_length)
-
-    if isinstance(keys, Quantized):
-        return by_kernels(queries, keys, values)
-
-    def by_plain_form(queries: mx.array, keys: mx.array, values: mx.array) -> mx.array:
-        return plain_attention(queries, keys, values, block_ids, offset, left_padding, **options)
-
-    return _with_gradient_of(by_plain_form, by_kernels)(queries, keys, values)
-
-
-def _with_gradient_of(
-    plain: Callable[..., mx.array], by_kernels: Callable[..., mx.array]
-) -> Callable[..., mx.array]:
-    """``by_kernels``, differentiated like ``plain``: a kernel has no gradient of its own."""
-    function: Any = mx.custom_function(by_kernels)
-
-    @function.vjp
-    def gradient(primals: Any, cotangent: mx.array, _: mx.array) -> list[mx.array]:
-        return mx.vjp(plain, list(primals), [cotangent])[1]
-
-    return function
+    return over_queries(attend_tile, queries, tile_length)
 
 
 # --- proving and measuring ---

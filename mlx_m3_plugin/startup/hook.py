@@ -9,6 +9,7 @@ The same finder applies our patches right after an upstream module was executed,
 places that upstream does not look up by name.
 """
 
+import ast
 import importlib
 import importlib.machinery
 import importlib.util
@@ -284,6 +285,17 @@ class _PatchingLoader:
     def create_module(self, spec: importlib.machinery.ModuleSpec) -> ModuleType | None:
         return self._loader.create_module(spec)
 
+    def get_code(self, fullname: str) -> Any:
+        """What ``python -m`` executes as ``__main__``: the module is imported under its own name, where
+        our patches are, and only what upstream does as ``__main__`` is done there, with its names."""
+        try:
+            tree = ast.parse(self._loader.get_source(fullname))
+        except Exception:
+            return self._loader.get_code(fullname)
+        mains = [node for node in tree.body if isinstance(node, ast.If) and _tests_for_main(node.test)]
+        tree.body = [*ast.parse(_NAMES_OF_MODULE.format(fullname)).body, *mains]
+        return compile(tree, self._loader.get_filename(fullname), "exec")
+
     def exec_module(self, module: ModuleType) -> None:
         # From here on the module looks as if we had never been there.
         module.__loader__ = self._loader
@@ -291,6 +303,19 @@ class _PatchingLoader:
             module.__spec__.loader = self._loader
         self._loader.exec_module(module)
         self._after(module)
+
+
+_NAMES_OF_MODULE = """
+from importlib import import_module
+globals().update({{n: v for n, v in vars(import_module("{}")).items() if n[:2] != "__"}})
+"""
+
+
+def _tests_for_main(test: ast.expr) -> bool:
+    names = {node.id for node in ast.walk(test) if isinstance(node, ast.Name)}
+    return "__name__" in names and any(
+        isinstance(n, ast.Constant) and n.value == "__main__" for n in ast.walk(test)
+    )
 
 
 def _origin(module_name: str) -> str | None:

@@ -1,11 +1,14 @@
 """The environment variables of the plugin.  No other file reads them."""
 
 import os
+import re
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
 PIPELINE_SPLIT = "MLX_M3_PLUGIN_PIPELINE_SPLIT"
+EFFORT = "MLX_M3_PLUGIN_REASONING_EFFORT"
+EXPERT_MEMORY = "MLX_M3_PLUGIN_EXPERT_MEMORY"
 _PREFIX = "MLX_M3_PLUGIN"
 
 
@@ -15,10 +18,23 @@ _ON_OR_OFF = dict.fromkeys(("on", "1", "true", "yes"), True) | dict.fromkeys(
 _IS_NATIVE = {"native": True, "plugin": False}
 _ATTENTION = {name: name for name in ("sparse", "dense")}
 _ENGINE = {name: name for name in ("auto", "plain", "kernels")}
+# Of MiniMax-M3.1.
+EFFORTS = ("low", "medium", "high", "xhigh", "max")
 
 
 def _layers_by_rank(value: str) -> tuple[int, ...]:
     return tuple(int(count) for count in value.split(","))
+
+
+def _memory(value: str) -> int | str:
+    """Bytes, ``"auto"``, or 0 for ``off``.  Memory is sold by powers of 1024."""
+    if value in ("auto", "off"):
+        return value if value == "auto" else 0
+    found = re.fullmatch(r"([0-9.]+) *([kmgt]?)(i?b)?", value)
+    if found is None:
+        raise ValueError(value)
+    number, unit, in_bytes = found.groups()
+    return int(float(number) * 1024 ** "bkmgt".index(unit or ("b" if in_bytes else "g")))
 
 
 # Variable -> attribute of Settings, how to read a value, and what to use.
@@ -28,7 +44,9 @@ _VARIABLES: dict[str, tuple[str, Callable[[str], Any], str]] = {
     "MLX_M3_PLUGIN_STRICT": ("strict", _ON_OR_OFF.__getitem__, "'on' or 'off'"),
     "MLX_M3_PLUGIN_ATTENTION": ("attention", _ATTENTION.__getitem__, "'sparse' or 'dense'"),
     "MLX_M3_PLUGIN_ENGINE": ("engine", _ENGINE.__getitem__, "'auto', 'plain' or 'kernels'"),
+    EXPERT_MEMORY: ("expert_memory", _memory, "a size such as 64GB, 'auto' or 'off'"),
     PIPELINE_SPLIT: ("pipeline_split", _layers_by_rank, "layers by rank, such as 40,20"),
+    EFFORT: ("reasoning_effort", dict(zip(EFFORTS, EFFORTS, strict=True)).__getitem__, ", ".join(EFFORTS)),
 }
 
 
@@ -44,7 +62,11 @@ class Settings:
         attention: ``MLX_M3_PLUGIN_ATTENTION``, ``"sparse"`` or ``"dense"``; None leaves it to the config.
         engine: ``MLX_M3_PLUGIN_ENGINE``; ``"auto"``, or ``"plain"`` without Metal kernels, or ``"kernels"``
             without measuring which is faster.
+        expert_memory: ``MLX_M3_PLUGIN_EXPERT_MEMORY``, bytes for routed experts, of which the others stay on
+            the disk; ``"auto"`` takes what the machine has left; 0 keeps all in memory.
         pipeline_split: ``MLX_M3_PLUGIN_PIPELINE_SPLIT``, layers by rank; None splits evenly.
+        reasoning_effort: ``MLX_M3_PLUGIN_REASONING_EFFORT``, for prompts that ask for none; None leaves it to
+            the chat template.
         complaints: one line for each variable or value that is not understood.
     """
 
@@ -53,7 +75,9 @@ class Settings:
     strict: bool = False
     attention: str | None = None
     engine: str = "auto"
+    expert_memory: int | str = 0
     pipeline_split: tuple[int, ...] | None = None
+    reasoning_effort: str | None = None
     complaints: tuple[str, ...] = ()
 
 
@@ -82,6 +106,16 @@ def model_settings(environ: Mapping[str, str] = os.environ) -> dict[str, Any]:
     return {attribute: value for attribute, value in read.items() if value is not None}
 
 
+def effort_setting(environ: Mapping[str, str] = os.environ) -> str | None:
+    """The effort of reasoning for prompts that ask for none.
+
+    Raises:
+        ValueError: the value is not understood.  It names the variable.
+    """
+    effort: str | None = _read(EFFORT, environ)
+    return effort
+
+
 def engine_settings(environ: Mapping[str, str] = os.environ) -> dict[str, Any]:
     """How sparse attention is computed: ``mode``, ``strict`` and ``store``, the file of measurements.
 
@@ -95,10 +129,24 @@ def engine_settings(environ: Mapping[str, str] = os.environ) -> dict[str, Any]:
     }
 
 
+def expert_memory(environ: Mapping[str, str] = os.environ) -> int | str:
+    """See :attr:`Settings.expert_memory`.
+
+    Raises:
+        ValueError: the value is not understood.
+    """
+    return _read(EXPERT_MEMORY, environ) or 0
+
+
 def cache_directory(environ: Mapping[str, str] = os.environ) -> str:
     """Where we keep what can be made again."""
     base = environ.get("XDG_CACHE_HOME") or os.path.join(os.path.expanduser("~"), ".cache")
     return os.path.join(base, "mlx-m3")
+
+
+def without_plugin(environ: Mapping[str, str] = os.environ) -> dict[str, str]:
+    """Variables for a process in which upstream is exactly as it is."""
+    return {**environ, "MLX_M3_PLUGIN": "off"}
 
 
 def lines_of(settings: Mapping[str, Any]) -> list[str]:

@@ -5,7 +5,7 @@ No weight is read.
 
 import json
 import re
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -15,20 +15,22 @@ import mlx.core as mx
 
 from ..model.config import TextConfig, text_config_of
 from ..weights import Headers, StoredTensor, lacks_indexers, plan_layout, read_headers, shorten
+from ..weights.byte_ranges import TensorReader
 from ..weights.dtypes import MLX_DTYPES
 from ..weights.headers import INDEX, MODEL_TYPES, TEXT_ONLY
-from ..weights.names import TEXT_PREFIX, is_vision
+from ..weights.names import TEXT_PREFIX, is_draft, is_vision
 from ..weights.quantization import PARTS
 from ..weights.tensor import Tensor
 from .common import UnreadableText, parse_json_object, read_text
 from .parameters import differences, quantized_modules, text_shapes, vision_shapes
 from .precision import Quantization
-from .shards import TensorReader
 
 # What MiniMax calls the models, which share a model_type.
 M3, M31 = "MiniMax-M3", "MiniMax-M3.1-Flash"
-# The folder of M3.1's draft head, a checkpoint of its own.
-DRAFT_FOLDER = "dspark"
+# Folders of draft heads, which are checkpoints of their own: M3.1's, and that of draft tensors which a
+# conversion has taken out of the shards.
+DRAFT_TENSORS = "draft"
+DRAFT_FOLDERS = ("dspark", DRAFT_TENSORS)
 CHAT_TEMPLATE_FILES = ("chat_template.jinja", "chat_template.json")
 _REPOSITORY = re.compile(r"^[\w-][\w.-]*/[\w.-]+$")
 _HUB_HOSTS = ("huggingface.co", "www.huggingface.co", "hf.co")
@@ -174,7 +176,7 @@ class Source:
         config: ``config.json``.
         tokenizer_config: ``tokenizer_config.json``, None if there is none.
         chat_template: its text, from any of the files that may contain it.
-        has_draft_folder: whether a draft head lies in a folder beside the model.
+        draft_folders: those in which a draft head lies, beside the model.
         problems: settings that cannot be read, one line each.
     """
 
@@ -184,7 +186,7 @@ class Source:
     config: dict[str, Any]
     tokenizer_config: dict[str, Any] | None = None
     chat_template: str | None = None
-    has_draft_folder: bool = False
+    draft_folders: list[str] = field(default_factory=list)
     problems: list[str] = field(default_factory=list)
 
 
@@ -263,10 +265,12 @@ def _read_config(name: str, read_file: ReadText) -> dict[str, Any]:
 
 
 def _with_settings(source: Source, read_file: ReadText) -> Source:
-    try:
-        source.has_draft_folder = read_file(f"{DRAFT_FOLDER}/config.json") is not None
-    except UnreadableText:
-        source.has_draft_folder = True
+    for folder in DRAFT_FOLDERS:
+        try:
+            found = read_file(f"{folder}/config.json") is not None
+        except UnreadableText:
+            found = True
+        source.draft_folders += [folder] if found else []
     try:
         text = read_file("tokenizer_config.json")
         source.tokenizer_config = None if text is None else parse_json_object(text, "tokenizer_config.json")
@@ -294,6 +298,13 @@ def _reader_of(directory: Path) -> ReadText:
             return None
 
     return read
+
+
+def draft_in_words(folders: Iterable[str], names: Iterable[str]) -> str | None:
+    """Where a checkpoint with these folders and stored names has a draft head; None if it has none."""
+    tensors = sum(map(is_draft, names))
+    places = [f"{folder}/" for folder in folders] + ([f"{tensors} tensors in the shards"] if tensors else [])
+    return " and ".join(places) or None
 
 
 # --- what of the model it holds ---
@@ -386,6 +397,15 @@ class Checkpoint(Contents):
     def vision(self) -> list[str]:
         """The names of the vision tower's parameters, and the projectors'."""
         return [name for name in self.plan if is_vision(name)]
+
+    @property
+    def draft_folders(self) -> list[str]:
+        return [folder for folder in DRAFT_FOLDERS if (self.directory / folder / "config.json").is_file()]
+
+    @property
+    def draft_tensors(self) -> dict[str, StoredTensor]:
+        """Those of a draft head in the shards, by their stored names."""
+        return {name: tensor for name, tensor in self.headers.tensors.items() if is_draft(name)}
 
     def reader(self) -> TensorReader:
         return TensorReader(self.directory, self.headers.tensors)

@@ -15,6 +15,7 @@ from typing import Any
 import mlx.core as mx
 import numpy as np
 
+from ..model.memory import default_memory
 from .checkpoint import Checkpoint, open_checkpoint
 from .common import Answer, Watch, layers_bar, size_in_words
 from .forward_pass import (
@@ -26,7 +27,6 @@ from .forward_pass import (
     read_texts,
     text_of,
 )
-from .memory import default_memory
 from .new_directory import LOCK, check_can_write, locked, replace_text
 from .streaming import Head
 

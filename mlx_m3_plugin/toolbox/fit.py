@@ -1,6 +1,6 @@
 """``mlx-m3 fit``: whether a checkpoint fits into memory, with how much context, and how fast it can be.
 
-Reads headers alone; :mod:`.memory` has the calculation.
+Reads headers alone; :mod:`mlx_m3_plugin.model.memory` has the calculation.
 """
 
 from argparse import Namespace
@@ -9,13 +9,8 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 
 from ..model.config import TextConfig
-from ..startup.settings import PIPELINE_SPLIT
-from ..weights import shorten
-from ..weights.dtypes import size_in_bytes
-from ..weights.names import is_vision, layer_of
-from .checkpoint import Contents, Source, model_name, open_source, read_contents, read_text_config
-from .common import Answer, size_in_words, tokens_in_words
-from .memory import (
+from ..model.memory import (
+    CONTEXT_BESIDE_EXPERTS,
     PREFILL_STEP,
     bisect,
     bytes_per_token,
@@ -24,17 +19,47 @@ from .memory import (
     largest_context,
     machine_memory,
     reserve_of,
+    room_for_experts,
     stock_transients,
     transient_bytes,
     wired_limit,
 )
+from ..startup.settings import EXPERT_MEMORY, PIPELINE_SPLIT
+from ..weights import shorten
+from ..weights.dtypes import size_in_bytes
+from ..weights.names import is_vision, layer_of
+from .checkpoint import Contents, Source, model_name, open_source, read_contents, read_text_config
+from .common import Answer, size_in_words, tokens_in_words
 from .parameters import NOT_IN_THE_TEXT_MODEL, OTHER, bytes_of_components
 
 # Components that a token does not read, or (embeddings, routed experts) reads only a part of.
 _NOT_READ_WHOLE = (*NOT_IN_THE_TEXT_MODEL, "routed experts", "embeddings")
 # GB/s of machines that people ask about.
 BANDWIDTHS = {"M2 Ultra": 800, "M3 Ultra": 819, "M4 Max": 546, "M5 Max": 614}
+# GB/s of the SSD in these Macs.
+DISK = 7
 _LEAST_BANDWIDTH, _MOST_BANDWIDTH = 1, 100_000
+
+
+@dataclass(frozen=True)
+class OnDisk:
+    """Experts on disk, if a router chooses all of them equally often; real ones have favourites.
+
+    Attributes:
+        in_memory: experts of each layer.  experts: all of them.  memory: bytes for experts.
+        context: tokens that there is room for beside them.
+        hit_rate: how many of a token's experts are in memory.
+        read: bytes that a token reads from the disk.
+        ceiling: tokens per second that reading them from an SSD of ``DISK`` GB/s allows.
+    """
+
+    in_memory: int
+    experts: int
+    memory: int
+    context: int
+    hit_rate: float
+    read: int
+    ceiling: float
 
 
 @dataclass(frozen=True)
@@ -56,6 +81,7 @@ class Fit:
         touched: bytes that decoding one token reads at that context.
         ceilings: machine or bandwidth -> tokens per second that reading these bytes allows.
         wired_limit_mb: the value that ``iogpu.wired_limit_mb`` needs on a Mac, if its default is too low.
+        on_disk: what experts on disk would give; None where all fit, or not one of each layer does.
     """
 
     name: str
@@ -79,6 +105,7 @@ class Fit:
     touched: int
     ceilings: dict[str, float]
     wired_limit_mb: int | None
+    on_disk: OnDisk | None
 
 
 def command(args: Namespace) -> Answer:
@@ -159,6 +186,7 @@ def fit(
         touched=touched,
         ceilings=_ceilings(touched, bandwidth),
         wired_limit_mb=wired_limit(memory, total),
+        on_disk=_on_disk(config, memory - reserve, parts, per_token, context) if missing else None,
     )
 
 
@@ -205,6 +233,22 @@ def _ceilings(touched: int, bandwidth: float | None) -> dict[str, float]:
     return {name: round(rate, 2 if rate < 1 else 1) for name, rate in each.items()}
 
 
+def _on_disk(
+    config: TextConfig, usable: int, parts: dict[str, int], per_token: int, context: int | None
+) -> OnDisk | None:
+    routed, experts = parts.get("routed experts", 0), config.num_local_experts
+    others = sum(size for name, size in parts.items() if name not in NOT_IN_THE_TEXT_MODEL) - routed
+    context = min(context or CONTEXT_BESIDE_EXPERTS, config.max_position_embeddings)
+    memory = room_for_experts(config, usable, others, per_token, context)
+    in_memory = experts * memory // max(1, routed)
+    if not 0 < in_memory < experts:
+        return None
+    hit_rate = in_memory / experts
+    read = int(routed * config.num_experts_per_tok / experts * (1 - hit_rate))
+    ceiling = round(DISK * 1e9 / read, 1)
+    return OnDisk(in_memory, experts, memory, context, round(hit_rate, 3), read, ceiling)
+
+
 # --- one machine as text ---
 
 
@@ -227,12 +271,24 @@ def fit_lines(found: Fit) -> list[str]:
         lines.append(f"Without the plugin, a chunk's index scores and masks in one layer take {stock}.")
     ceilings = ", ".join(f"{_plain(rate)} on {name}" for name, rate in found.ceilings.items())
     lines.append(f"A token reads {size_in_words(found.touched)}: at most {ceilings} tokens per second.")
+    if found.on_disk is not None:
+        lines += _on_disk_lines(found.on_disk)
     if found.wired_limit_mb is not None:
         here = "" if is_mac() else " (on the Mac)"
         lines.append(
             f"To let the GPU use that much{here}: sudo sysctl iogpu.wired_limit_mb={found.wired_limit_mb}"
         )
     return lines
+
+
+def _on_disk_lines(found: OnDisk) -> list[str]:
+    size = int(found.memory / 2**30 * 10) / 10
+    return [
+        f"With experts on disk it runs: {EXPERT_MEMORY}={size}GB keeps {found.in_memory} of {found.experts} "
+        f"experts of each layer in memory, beside {tokens_in_words(found.context)} of context.",
+        f"If experts are chosen evenly, a token then reads {size_in_words(found.read)} from the disk: "
+        f"at most {found.ceiling} tokens per second at {DISK} GB/s.",
+    ]
 
 
 def _verdict(found: Fit) -> str:

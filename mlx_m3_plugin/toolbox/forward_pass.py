@@ -17,12 +17,13 @@ import numpy as np
 
 from .. import __version__
 from ..startup.settings import cache_directory
+from ..weights.byte_ranges import TensorReader, read_at
 from ..weights.dtypes import from_bytes, name_of, to_bytes
 from ..weights.headers import weight_files
 from .checkpoint import Checkpoint
 from .common import Progress, read_text
 from .new_directory import replace_text
-from .shards import TensorReader, read_at, write_at
+from .shards import write_at
 from .streaming import Choices, Embedding, StreamedLayer
 
 # Tokens whose hidden states are kept after every layer, to compare.

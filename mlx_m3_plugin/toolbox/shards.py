@@ -1,44 +1,20 @@
-"""Shards read and written by byte ranges, with one piece of a checkpoint in memory at a time.
+"""Shards written by byte ranges, with one piece of a checkpoint in memory at a time.
 
-``mx.load`` reads a stored tensor whole, also for one expert of 128.  A new shard begins with a header made
-from names, shapes and dtypes; its tensors are then written in pieces, in any order.
+A new shard begins with a header made from names, shapes and dtypes; its tensors are then written in
+pieces, in any order.
 """
 
 import json
-import math
 import os
 from collections.abc import Mapping
 from contextlib import ExitStack
 from dataclasses import dataclass
 from pathlib import Path
-from typing import NamedTuple
 
 import mlx.core as mx
 
-from ..weights.dtypes import STORED_NAMES, from_bytes, size_in_bytes, to_bytes
-from ..weights.headers import StoredTensor
-from ..weights.tensor import Tensor, make_from
-
-# macOS refuses to read or write 2 GiB or more at once (EINVAL).  A piece is much smaller, because it is in
-# memory twice while it is read.
-LARGEST_PIECE = 1 << 26
-
-
-def read_at(descriptor: int, start: int, size: int) -> bytearray:
-    """``size`` bytes from ``start`` on.
-
-    Raises:
-        OSError: they cannot be read, or the file ends before.
-    """
-    data = bytearray(size)
-    view, done = memoryview(data), 0
-    while done < size:
-        piece = os.pread(descriptor, min(LARGEST_PIECE, size - done), start + done)
-        if not piece:
-            raise OSError(f"the file ends {size - done:,} bytes before the tensor does")
-        view[done : done + len(piece)] = piece
-        done += len(piece)
-    return data
+from ..weights.byte_ranges import LARGEST_PIECE
+from ..weights.dtypes import STORED_NAMES, size_in_bytes, to_bytes
 
 
 def write_at(descriptor: int, start: int, data: bytes) -> None:
@@ -50,82 +26,6 @@ def write_at(descriptor: int, start: int, data: bytes) -> None:
     view, done = memoryview(data), 0
     while done < len(data):
         done += os.pwrite(descriptor, view[done : done + LARGEST_PIECE], start + done)
-
-
-# --- reading ---
-
-# MLX has no arrays of them that all devices take.
-_NOT_READ = ("F64", "C64")
-
-
-class _Span(NamedTuple):
-    """Consecutive elements of a stored tensor."""
-
-    name: str
-    first: int
-    shape: tuple[int, ...]
-
-
-class TensorReader(ExitStack):
-    """Reads planned tensors of the checkpoint in ``directory``, whose headers are ``tensors``."""
-
-    def __init__(self, directory: Path, tensors: Mapping[str, StoredTensor]):
-        super().__init__()
-        self._directory = directory
-        self._tensors = tensors
-        self._open: dict[str, int] = {}
-        self.bytes_read = 0
-
-    def read(self, tensor: Tensor) -> mx.array:
-        """The array, in memory.
-
-        Raises:
-            OSError: a shard is gone, cut off or cannot be read; names it and the tensor.
-        """
-        span = _span(tensor)
-        if span is not None:
-            return self._read_span(span)
-        array = make_from(tensor, [self.read(source) for source in tensor.sources])
-        mx.eval(array)
-        return array
-
-    def _read_span(self, span: _Span) -> mx.array:
-        stored = self._tensors[span.name]
-        if stored.stored_dtype in _NOT_READ:
-            raise ValueError(f"{span.name}: cannot read tensors of dtype {stored.stored_dtype}")
-        start = stored.start + span.first * stored.dtype.size
-        size = size_in_bytes(span.shape, stored.dtype)
-        try:
-            data = read_at(self._descriptor(stored.file), start, size)
-        except OSError as error:
-            reason = error.strerror or str(error)
-            raise OSError(f"{self._directory / stored.file}: cannot read {span.name}: {reason}") from error
-        self.bytes_read += size
-        return from_bytes(data, span.shape, stored.dtype)
-
-    def _descriptor(self, file: str) -> int:
-        if file not in self._open:
-            self._open[file] = os.open(self._directory / file, os.O_RDONLY)
-            self.callback(os.close, self._open[file])
-        return self._open[file]
-
-
-def _span(tensor: Tensor) -> _Span | None:
-    """Where a tensor lies, if it is a consecutive part of a stored one."""
-    if tensor.operation == "stored":
-        return _Span(tensor.detail, 0, tensor.shape)
-    if tensor.operation == "reshape":
-        inner = _span(tensor.sources[0])
-        return None if inner is None else _Span(inner.name, inner.first, tensor.shape)
-    if tensor.operation == "slice":
-        inner, (axis, start, _) = _span(tensor.sources[0]), tensor.detail
-        if inner is None or math.prod(inner.shape[:axis]) != 1:
-            return None
-        return _Span(inner.name, inner.first + start * math.prod(inner.shape[axis + 1 :]), tensor.shape)
-    return None
-
-
-# --- writing ---
 
 
 @dataclass(frozen=True)

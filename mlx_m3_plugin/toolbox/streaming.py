@@ -20,10 +20,10 @@ from ..model.decoder import DecoderLayer
 from ..model.moe import SwiGLUOAI
 from ..model.norm import make_norm
 from ..model.tensor_scales import hold_scale
+from ..weights.byte_ranges import TensorReader
 from ..weights.tensor import Tensor
 from .checkpoint import Checkpoint
 from .precision import Quantization, computes_in_float32, converted, dequantized, float32_values
-from .shards import TensorReader
 
 _EMBEDDING = "model.embed_tokens"
 _PROJECTIONS = ("gate_proj", "up_proj", "down_proj")

@@ -24,6 +24,7 @@ from typing import NoReturn
 import mlx.core as mx
 
 from ..model.config import TextConfig
+from ..model.tensor_scales import NVFP4_LARGEST
 from .dtypes import name_of
 from .names import EXPERT_PROJECTIONS
 from .quantization import MICROSCALING
@@ -31,9 +32,6 @@ from .tensor import Tensor, TensorPlan
 
 # Bytes of values per scale -> MLX's mode.
 _BYTES_PER_SCALE = {bits * group_size // 8: mode for mode, (bits, group_size) in MICROSCALING.items()}
-# MLX's tensor scale is the largest magnitude it can express: 6 (e2m1) times 448 (e4m3).
-_NVFP4_LARGEST = 6.0 * 448.0
-
 _VALUES = ("weight", "weight_packed")
 _SCALES = ("weight_scale_inv", "weight_scale")
 # For quantizing activations; here only weights are read.
@@ -140,10 +138,10 @@ def _read_tensor_scale(plan: TensorPlan, module: str) -> None:
     divisor = plan.pop(f"{module}.weight_global_scale", None)
     if factor is not None:
         # ModelOpt: value = e2m1 * weight_scale * weight_scale_2.
-        plan[f"{module}.global_scale"] = _scalar(factor).multiplied_by(_NVFP4_LARGEST)
+        plan[f"{module}.global_scale"] = _scalar(factor).multiplied_by(NVFP4_LARGEST)
     elif divisor is not None:
         # compressed-tensors: value = e2m1 * weight_scale / weight_global_scale.
-        plan[f"{module}.global_scale"] = _scalar(divisor).dividing(_NVFP4_LARGEST)
+        plan[f"{module}.global_scale"] = _scalar(divisor).dividing(NVFP4_LARGEST)
 
 
 def _scalar(tensor: Tensor) -> Tensor:

@@ -1,96 +1,129 @@
 """Every character of a reply is in its reasoning, its content or a call, but for what is a marker."""
 
+import json
 import random
-import re
-from collections import Counter
 from collections.abc import Callable
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
 
 from mlx_m3_plugin.chat.reply import Event, ReplyParser
-from mlx_m3_plugin.chat.rewriting import ReplyRewriter, calls_in, restored, without_calls
-from tests.chat import tool_fuzz
-from tests.chat.tool_faults import tags
-from tests.chat.tool_values import NS
+from mlx_m3_plugin.chat.tool_calls import parse_tool_call
+from mlx_m3_plugin.hosts.mlx_vlm.replies import _rewriter, _RewrittenTokens
+from tests.chat import damaged_replies, tool_fuzz
+from tests.chat.conservation import accounts_for
+from tests.chat.damaged_replies import TOOLS
+from tests.chat.tool_rendering import marked
+from tests.hosts.test_tokenizer import taken_apart
+from tests.vlm import test_vlm_chat as vlm
 
-PIECES = [
-    *("<mm:think>", "</mm:think>", NS, f"{NS}<tool_call>", f"{NS}</tool_call>", f"{NS}<tool_call>\n"),
-    *("<mm:thi", "</mm:", "<tool_call>", f"{NS}<tool_c", f"{NS}<invoke na", f"{NS} "),
-    *("text", "a < b", "[x]", "\n", " ", "ü", "{", '{"name": "f"}', "<invoke", "</invoke>", "]"),
-    *(f'{NS}<invoke name="f">', f"{NS}</invoke>", f"{NS}<a>", f"{NS}</a>", f"{NS}<b>", f"{NS}</b>"),
-    *(f'{NS}<invoke name="f">{NS}<a>one{NS}</a>{NS}</invoke>', f"{NS}<a>two{NS}</a>", f"{NS}<item>"),
-    f'{NS}<tool_call>\n{NS}<invoke name="g">{NS}<b>see{NS}</b>{NS}</invoke>\n{NS}</tool_call>',
-]
-HALVES = ["]<]minimax", "[>[", "<mm:", "think>"]
-STRING = {"type": "string"}
-PARAMETERS = {"type": "object", "properties": {"a": STRING, "b": {"type": "array", "items": STRING}}}
-TOOLS = [{"name": name, "parameters": PARAMETERS} for name in "fg"]
-_TAGS = re.compile(
-    rf"</?mm:think>|{re.escape(NS)}\s*</?[^<>\0]*>|</?invoke[^<>\0]*>|</?tool_call>|[\s\0]|{re.escape(NS)}"
-)
+Sides = tuple[str, str, list[tuple[str, Any]]]
 
 
 def test_nothing_is_lost(count: Callable[[int, int], int], fresh_seed: int) -> None:
     rng = random.Random(fresh_seed)
-    for _ in range(count(1_500, 100_000)):
-        halves = HALVES if rng.random() < 0.3 else []
-        text = "".join(rng.choices(PIECES + halves, k=rng.randint(1, 12)))
-        in_reasoning, tools = rng.random() < 0.3, rng.choice([TOOLS, [], None])
+    for _ in range(count(600, 100_000)):
+        text, in_reasoning = damaged_replies.reply(rng), rng.random() < 0.3
+        tools = rng.choice([TOOLS, TOOLS, [], None])
         whole = events_of([text], in_reasoning, tools)
-        # Halves may meet where a marker was.
-        assert halves or lost(text, whole) == "", (text, whole)
-        for pieces in (tool_fuzz.pieces(rng, text), list(text)):
-            assert joined(events_of(pieces, in_reasoning, tools)) == joined(whole), (text, pieces)
-            rewriter = ReplyRewriter(tools, in_reasoning)
-            rewritten = "".join(map(rewriter.feed, pieces)) + rewriter.finish()
-            assert as_the_other_server_splits(rewritten) == sides(whole), text
+        assert accounts_for(text, whole, in_reasoning), (text, in_reasoning, tools)
+        pieces = tool_fuzz.pieces(rng, text)
+        for cut in (pieces, list(text)):
+            assert joined(events_of(cut, in_reasoning, tools)) == joined(whole), (text, cut)
+        assert as_mlx_lm_splits(pieces, in_reasoning, tools) == sides(whole), (text, in_reasoning, tools)
+        if not tools:
+            # Where a request offers none, mlx-vlm's server makes no call.
+            whole = events_of([text], in_reasoning, tools, calls_are_text=True)
+            assert accounts_for(text, whole, in_reasoning)
+        for shown in as_mlx_vlm_splits(pieces, in_reasoning, tools):
+            assert without_blanks(shown) == without_blanks(sides(whole)), (text, in_reasoning, tools)
 
 
-def events_of(pieces: list[str], in_reasoning: bool, tools: object) -> list[Event]:
-    parser = ReplyParser(tools, in_reasoning)
+HARMS = ["lost", "doubled", "moved", "no repair", "other channel", "a changed call"]
+
+
+@pytest.mark.parametrize("harm", HARMS)
+def test_what_is_lost_is_found(harm: str) -> None:
+    text = marked(
+        "<mm:think>why</mm:think>So §<tool_call>§<invoke name='f'>§<a>one§</c>§</invoke>§</tool_call>!"
+    )
+    events = events_of([text], False, TOOLS)
+    assert accounts_for(text, events)
+    kinds = [event.kind for event in joined_events(events)]
+    assert kinds == ["reasoning", "content", "repair", "call", "content"]
+    reasoning, content, repair, call, last = joined_events(events)
+    assert call.call
+    harmed = {
+        "lost": [reasoning, Event("content", "S "), repair, call, last],
+        "doubled": [reasoning, Event("content", "Soo "), repair, call, last],
+        "moved": [reasoning, content, Event("content", "!"), repair, call],
+        "no repair": [reasoning, content, call, last],
+        "other channel": [Event("content", "why"), content, repair, call, last],
+        "a changed call": [reasoning, content, repair, Event("call", call=type(call.call)("f", {})), last],
+    }
+    assert not accounts_for(text, harmed[harm])
+
+
+def events_of(
+    pieces: list[str], in_reasoning: bool, tools: object, calls_are_text: bool = False
+) -> list[Event]:
+    parser = ReplyParser(tools, in_reasoning, calls_are_text=calls_are_text)
     return [event for piece in pieces for event in parser.feed(piece)] + parser.finish()
 
 
 def joined(events: list[Event]) -> list[tuple[str, str]]:
+    return [
+        (event.kind, event.text if event.call is None else str(event.call)) for event in joined_events(events)
+    ]
+
+
+def joined_events(events: list[Event]) -> list[Event]:
     """With texts of one kind together."""
-    found: list[tuple[str, str]] = []
+    found: list[Event] = []
     for event in events:
-        text = event.text if event.call is None else str(event.call)
-        if found and found[-1][0] == event.kind and event.kind in ("reasoning", "content"):
-            text = found.pop()[1] + text
-        found.append((event.kind, text))
+        if found and found[-1].kind == event.kind and event.kind in ("reasoning", "content"):
+            event = Event(event.kind, found.pop().text + event.text)
+        found.append(event)
     return found
 
 
-def lost(text: str, events: list[Event]) -> str:
-    """Characters of the text that are in no event.  Markers that are text are looked at as a whole."""
-    said = [text for kind, text in joined(events) if kind in ("reasoning", "content")]
-    said += ["".join(tags(e.call.arguments)) for e in events if e.call]
-    missing = Counter(_TAGS.sub("", text)) - Counter(_TAGS.sub("", "\0".join(said)))
-    # A name that is damaged or in quotes belongs to a tag, and so does the rest of a JSON call.
-    if any("header" in e.text or "JSON" in e.text for e in events if e.kind == "repair"):
-        return ""
-    return "".join(missing.elements())
-
-
-def sides(events: list[Event]) -> tuple[str, str, int]:
+def sides(events: list[Event]) -> Sides:
     texts = {kind: "".join(e.text for e in events if e.kind == kind) for kind in ("reasoning", "content")}
-    return texts["reasoning"], texts["content"], sum(e.kind == "call" for e in events)
+    return texts["reasoning"], texts["content"], [(e.call.name, e.call.arguments) for e in events if e.call]
 
 
-def as_the_other_server_splits(rewritten: str) -> tuple[str, str, int]:
-    """By markers alone."""
-    said, channel = {"reasoning": "", "content": ""}, "content"
-    for piece in re.split("(</?mm:think>)", rewritten):
-        if piece.endswith("mm:think>") and piece.startswith("<"):
-            channel = "content" if piece.startswith("</") else "reasoning"
-        else:
-            said[channel] += piece
-    content = restored(without_calls(said["content"]))
-    return restored(said["reasoning"]), content, len(calls_in(rewritten))
+# --- by the servers' own functions ---
 
 
-def test_a_marker_that_is_text_stays(count: Callable[[int, int], int]) -> None:
-    text = f"see {NS}<tool_call> and {NS}"
-    assert sides(events_of([text], False, TOOLS)) == ("", text, 0)
-    thought = f"<mm:think>I would write {NS}<tool_call> but not yet</mm:think>Hello"
-    expected = (f"I would write {NS}<tool_call> but not yet", "Hello", 0)
+def as_mlx_lm_splits(pieces: list[str], in_reasoning: bool, tools: Any) -> Sides:
+    place = 0 if in_reasoning else -1
+    tokenizer: Any = SimpleNamespace(tool_parser=parse_tool_call, rfind_think_start=lambda prompt: place)
+    parts = taken_apart(tokenizer, pieces, tools=tools)
+    said = {name: "".join(text for state, text in parts if state == name) for name in ("reasoning", "normal")}
+    calls = [json.loads(text) for state, text in parts if state == "tool"]
+    return said["reasoning"], said["normal"], [(call["name"], call["arguments"]) for call in calls]
+
+
+def as_mlx_vlm_splits(pieces: list[str], in_reasoning: bool, tools: Any) -> list[Sides]:
+    """Whole, and streamed."""
+    prompt = "]~b]ai\n" + ("<mm:think>" if in_reasoning else "")
+    tokens = [vlm.Token(piece) for piece in pieces]
+    tokens[-1].finish_reason = "stop"
+    rewriter = _rewriter(prompt, SimpleNamespace(tools=tools))
+    shown = [token.text for token in _RewrittenTokens(iter(tokens), rewriter)]
+    return [vlm.whole("".join(shown)), vlm.streamed(shown)]
+
+
+def without_blanks(said: Sides) -> Sides:
+    """mlx-vlm puts blanks where calls were, and takes them away at both ends."""
+    reasoning, content, calls = said
+    return "".join(reasoning.split()), "".join(content.split()), calls
+
+
+def test_a_marker_that_is_text_stays() -> None:
+    text = marked("see §<tool_call> and §")
+    assert sides(events_of([text], False, TOOLS)) == ("", text, [])
+    thought = marked("<mm:think>I would write §<tool_call> but not yet</mm:think>Hello")
+    expected = (marked("I would write §<tool_call> but not yet"), "Hello", [])
     assert sides(events_of(list(thought), False, TOOLS)) == expected

@@ -79,8 +79,12 @@ def test_what_is_read_as_one_call(text: str) -> None:
         ('§<invoke name="f">oh§<a>1§</a>§</invoke>', [CALL], "oh"),
         # A tool that was not offered: the client decides.
         ('§<invoke name="g">§<a>1§</a>§</invoke>', [("g", {"a": "1"})], ""),
-        # A tag that closes something else, with text after it.
-        ('§<invoke name="f">§<s>1§</x>2§</s>§</invoke>', [], '§<invoke name="f">§<s>1§</x>2§</s>§</invoke>'),
+        # A tag that closes something else, with text after it: text of a string, and of nothing else.
+        ('§<invoke name="f">§<s>1§</x>2§</s>§</invoke>', [("f", {"s": marked("1§</x>2")})], ""),
+        ('§<invoke name="f">§<a>1§</x>2§</a>§</invoke>', [], '§<invoke name="f">§<a>1§</x>2§</a>§</invoke>'),
+        # Nothing but text: the arguments as JSON, or no call.
+        ('§<invoke name="f">{"a": 1}§</invoke>', [CALL], ""),
+        ('§<invoke name="f">oh§</invoke>', [], '§<invoke name="f">oh§</invoke>'),
         # JSON that is no call.
         ('{"name": "nobody", "arguments": {}}', [], '{"name": "nobody", "arguments": {}}'),
         ('{"name": "f"', [], '{"name": "f"'),

@@ -58,14 +58,103 @@ class Faulty:
     forced: bool = True
 
 
-def has_distinct_names(of: dict[str, Any]) -> bool:
-    def names(of: dict[str, Any]) -> list[str]:
-        own = list(of.get("properties", {}))
-        inner = [*of.get("properties", {}).values(), *([of["items"]] if "items" in of else [])]
-        return own + ["item"] * ("items" in of) + [name for each in inner for name in names(each)]
+# --- what the rules force ---
 
-    found = names(of)
-    return len(found) == len(set(found))
+
+@dataclass(frozen=True)
+class Open:
+    """An open element at some place of a call; ``begun``: names of the elements that have begun in it."""
+
+    name: str
+    schema: dict[str, Any]
+    begun: frozenset[str] = frozenset()
+
+    def lacks(self, name: str) -> bool:
+        """Whether an element of this name may still come in it."""
+        if self.schema["type"] == "array":
+            return name == "item"
+        return name in self.schema.get("properties", {}) and name not in self.begun
+
+
+@dataclass
+class Piece:
+    """A tag or a text.  ``around``: what is open where it stands, the outermost first."""
+
+    text: str
+    around: tuple[Open, ...]
+
+    @property
+    def name(self) -> str:
+        return self.text.removeprefix(NS).strip("</>")
+
+    @property
+    def is_closing(self) -> bool:
+        return self.text.startswith(f"{NS}</")
+
+    @property
+    def is_opening(self) -> bool:
+        return self.text.startswith(f"{NS}<") and not self.is_closing
+
+
+def pieces_of(content: Any, of: dict[str, Any], around: tuple[Open, ...]) -> list[Piece]:
+    """The same as :func:`tags`, with what is open."""
+    if not isinstance(content, (dict, list)):
+        return [Piece(*tags(content), around)]
+    found, parent = [], around[-1]
+    members = content.items() if isinstance(content, dict) else [("item", member) for member in content]
+    for name, member in members:
+        schema = of["items"] if isinstance(content, list) else of["properties"][name]
+        opening = Piece(f"{NS}<{name}>", (*around[:-1], parent))
+        parent = Open(parent.name, parent.schema, parent.begun | {name})
+        inside = (*around[:-1], parent, Open(name, schema))
+        inner = pieces_of(member, schema, inside)
+        begun = frozenset(member) if isinstance(member, dict) else frozenset({"item"})
+        closing = Piece(f"{NS}</{name}>", (*inside[:-1], Open(name, schema, begun)))
+        found += [opening, *inner, closing]
+    return found
+
+
+def ends_by_itself(closing: Piece, after: Piece) -> bool:
+    """Whether what comes after a container or a leaf closes it as well, if its own closing tag does not."""
+    element, parent = closing.around[-1], closing.around[-2]
+    if after.is_closing:
+        return parent.name != element.name
+    # An opening tag that could belong in it may do so.
+    return after.is_opening and not element.lacks(after.name)
+
+
+def wrong_closing_is_forced(body: list[Piece], at: int, name: str) -> bool:
+    """``name``: that of the tag which stands there instead."""
+    *around, element = body[at].around
+    if name == element.name:
+        return True
+    if name in [each.name for each in around[1:]]:
+        # It closes that element, too: right if this was to come, and if nothing takes the tags that come.
+        depth = [each.name for each in reversed(around)].index(name) + 1
+        coming = body[at + 1 : at + 1 + depth]
+        left = around[: len(around) - depth]
+        return all(each.is_closing for each in coming) and not any(
+            each.lacks(piece.name) for each in left for piece in coming
+        )
+    if any(each.lacks(name) for each in body[at].around):
+        # An opening tag of that name may have been lost.
+        return False
+    return ("properties" not in element.schema and "items" not in element.schema) or ends_by_itself(
+        body[at], body[at + 1]
+    )
+
+
+def lost_opening_is_forced(body: list[Piece], at: int) -> bool:
+    around, name = body[at].around, body[at].name
+    if body[at + 1].text.startswith("<") or name in [each.name for each in around[1:]]:
+        return False
+    end = next(
+        n for n in range(at + 1, len(body)) if body[n].is_closing and len(body[n].around) == len(around) + 1
+    )
+    inner = [
+        piece for piece in body[at + 1 : end] if piece.is_opening and len(piece.around) == len(around) + 1
+    ]
+    return not any(each.lacks(piece.name) for each in around for piece in inner)
 
 
 OPEN, CLOSE = f"{NS}<tool_call>\n", f"\n{NS}</tool_call>"
@@ -92,23 +181,25 @@ def faulty(rng: random.Random) -> Faulty:
         parameters["properties"][name] = {"type": "string"}
         quoted = [f'{NS}<invoke name="x">', f"{NS}</tool_call>", f"{NS}<b>", f"{NS}</invoke> x", NS]
         arguments[name] = f"see {rng.choice(quoted)} here" if kind == "token quoted" else "x"
-    head, end, body = f'{NS}<invoke name="{function}">', f"{NS}</invoke>", tags(arguments)
-    opening = [n for n, t in enumerate(body) if t.startswith(f"{NS}<") and not t.startswith(f"{NS}</")]
-    closing = [n for n, t in enumerate(body) if t.startswith(f"{NS}</")]
+    head, end = f'{NS}<invoke name="{function}">', f"{NS}</invoke>"
+    parts = pieces_of(arguments, parameters, (Open("invoke", parameters),))
+    parts.append(Piece(end, ()))
+    body = [piece.text for piece in parts[:-1]]
+    opening = [n for n, piece in enumerate(parts[:-1]) if piece.is_opening]
+    closing = [n for n, piece in enumerate(parts[:-1]) if piece.is_closing]
     before, after, forced = OPEN, CLOSE, True
     if kind == "closing tag missing":
-        del body[rng.choice(closing)]
-        # A name that is also one of what is around it may belong to either.
-        forced = has_distinct_names(parameters)
+        at = rng.choice(closing)
+        del body[at]
+        forced = ends_by_itself(parts[at], parts[at + 1])
     elif kind == "opening tag missing":
         at = rng.choice(opening)
         body[at] = NS
-        forced = has_distinct_names(parameters) and not body[at + 1].startswith("<")
+        forced = lost_opening_is_forced(parts, at)
     elif kind == "wrong closing tag":
-        at = rng.choice(closing)
-        body[at] = f"{NS}</{rng.choice([*NAMES, 'other', 'item'])}>"
-        # Of a container, or with the name of what is open or missing, it may mean more than one thing.
-        forced = not body[at - 1].startswith(NS) and body[at].endswith("/other>")
+        at, name = rng.choice(closing), rng.choice([*NAMES, "other", "item"])
+        body[at] = f"{NS}</{name}>"
+        forced = wrong_closing_is_forced(parts, at, name)
     elif kind == "stray closing tag":
         at = rng.choice([0, *(n + 1 for n in closing)])
         body.insert(at, f"{NS}</other>")

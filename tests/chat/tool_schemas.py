@@ -201,8 +201,9 @@ class Maker:
         if sum(any(each.kind == "object" for each in shape.alternatives) for shape in shapes) > 1:
             # Only members that tell them apart make a union of objects.
             return self.tagged(depth)
-        if all(set(shape.schema) == {"type"} for shape in shapes) and self.coin():
-            return Shape({"type": [shape.schema["type"] for shape in shapes]}, alternatives)
+        types = [shape.schema.get("type") for shape in shapes if set(shape.schema) == {"type"}]
+        if [type(each) for each in types] == [str] * len(shapes) and self.coin():
+            return Shape({"type": types}, alternatives)
         return Shape({self.pick(["anyOf", "oneOf"]): [shape.schema for shape in shapes]}, alternatives)
 
     def narrowed(self, depth: int) -> Shape:

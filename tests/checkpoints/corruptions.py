@@ -52,8 +52,17 @@ CONFIG_KEYS = {
 }
 WRONG_VALUES = ("text", [], {"a": 1}, True, -1)
 FLOAT_KEYS = ("rms_norm_eps", "rope_theta", "routed_scaling_factor", "swiglu_alpha", "swiglu_limit")
-# An object without the keys that belong in it.
-NAMED_INSTEAD = {"sparse_attention_config": ("sparse_num_index_heads",), "rope_parameters": ("rope_theta",)}
+# Where they are left out, transformers has the same default, and no tensor shows another value.
+HAVE_DEFAULTS = {
+    *FLOAT_KEYS,
+    *("num_experts_per_tok", "moe_layer_freq", "mlp_layer_types", "rope_parameters"),
+    *("sparse_block_size", "sparse_topk_blocks", "sparse_local_block"),
+    *("index_block_size", "index_topk_blocks", "index_local_blocks"),
+}
+# Without them no layer has an indexer.
+NAMED_INSTEAD = dict.fromkeys(
+    ("sparse_attention_config", "layer_types", "sparse_attention_freq"), ("index_q_proj", "indexer")
+)
 
 
 @dataclass
@@ -267,7 +276,8 @@ def config_key(shards: Shards, rng: random.Random) -> Damage:
     text = config.get("text_config", config)
     holders = [text, *(text[key] for key in ("sparse_attention_config", "rope_parameters") if key in text)]
     holder, key = rng.choice([(h, key) for h in holders for key in h if key in CONFIG_KEYS])
-    value = rng.choice((None, *WRONG_VALUES, *(() if key in FLOAT_KEYS else (1.5,))))
+    wrong = (*WRONG_VALUES, *(() if key in FLOAT_KEYS else (1.5,)))
+    value = rng.choice(wrong if key in HAVE_DEFAULTS else (None, *wrong))
     if value is None:
         del holder[key]
     else:

@@ -6,6 +6,7 @@ Before, the same things are asked of ours alone.
 """
 
 import inspect
+import random
 
 import mlx.core as mx
 import mlx.nn as nn
@@ -15,7 +16,16 @@ from mlx_lm.models.cache import CacheList, KVCache, load_prompt_cache, make_prom
 from mlx_lm.utils import quantize_model
 
 from tests.hosts import native_mlx_lm
-from tests.hosts.native_mlx_lm import NATIVE, FakeGroup, config, native_twin, our_model, our_module, tokens
+from tests.hosts.native_mlx_lm import (
+    NATIVE,
+    FakeGroup,
+    config,
+    native_twin,
+    our_model,
+    our_module,
+    randomized,
+    tokens,
+)
 
 needs_native = pytest.mark.skipif(
     native_mlx_lm.MLX_LM_VERSION < (0, 32, 2), reason="mlx-lm has its own M3 class from 0.32.2 on"
@@ -73,15 +83,72 @@ def test_every_public_name_of_the_native_model(model_type):
     assert {name for name in public(NATIVE.TextModel) if not hasattr(model.model, name)} == set()
 
 
+def own_classes(module):
+    return {
+        name: cls for name, cls in vars(module).items() if getattr(cls, "__module__", "") == NATIVE.__name__
+    }
+
+
+@needs_native
+def test_every_class_of_the_native_module_is_there_and_made_alike():
+    """Other packages import them, and build layers from them."""
+    native = own_classes(NATIVE)
+    assert native.keys() >= {"TextArgs", "DecoderLayer", "DenseMLP", "GemmaRMSNorm", "SparseMoeBlock"}
+    assert native.keys() <= set(our_module().__all__)
+    for name, cls in native.items():
+        ours, theirs = (list(inspect.signature(c).parameters) for c in (getattr(our_module(), name), cls))
+        assert set(theirs) <= set(ours) if "Args" in name else len(ours) >= len(theirs), name
+
+
+@needs_native
+def test_text_args_have_the_native_attributes():
+    for changes in ({}, {"layer_types": ["full_attention"] * 4}, {"rotary_dim": 4, "rope_parameters": None}):
+        native = NATIVE.TextArgs(**{**native_mlx_lm.TEXT, **changes})
+        ours = our_module().TextArgs(**{**native_mlx_lm.TEXT, **changes})
+        given = {key: value for key, value in vars(native).items() if value is not None}
+        # Ours holds what is left of it, and in one place what a config has in two.
+        rest = {"rope_parameters", "partial_rotary_factor"}
+        assert {key: getattr(ours, key) for key in given.keys() - rest} == {
+            key: value for key, value in given.items() if key not in rest
+        }
+        assert int(ours.head_dim * ours.partial_rotary_factor) == native.rotary_dim
+        assert [ours.is_moe(i) for i in range(4)] == [native.is_moe(i) for i in range(4)]
+        assert [ours.is_sparse_attn(i) for i in range(4)] == [native.is_sparse_attn(i) for i in range(4)]
+
+
+@needs_native
+def test_a_layer_made_alone_is_the_native_one():
+    """Of a config with lists for one layer, as mlx-lm's own tests make it."""
+    lists = {"layer_types": ["minimax_m3_sparse"], "mlp_layer_types": ["sparse"]}
+    text = {k: v for k, v in native_mlx_lm.TEXT.items() if k != "num_hidden_layers"} | lists
+    native, ours = (module.DecoderLayer(module.TextArgs(**text), 0) for module in (NATIVE, our_module()))
+    native.load_weights(tree_flatten(randomized(ours).parameters()))
+    x = mx.random.normal((1, LENGTH, text["hidden_size"]), key=mx.random.key(3))
+    assert close(ours(x, "causal"), native(x, "causal"))
+
+
+@pytest.mark.parametrize("model_type", MODEL_TYPES)
+def test_without_a_shared_expert_nothing_is_added(model_type):
+    with_zeros = our_model(model_type)
+    for layer in with_zeros.layers[1:]:
+        shared = layer.block_sparse_moe.shared_experts
+        shared.down_proj.weight = mx.zeros_like(shared.down_proj.weight)
+    weights = dict(tree_flatten(with_zeros.parameters()))
+    module = our_module(model_type)
+    model = module.Model(module.ModelArgs.from_dict(config(model_type, n_shared_experts=0)))
+    weights = {name: array for name, array in weights.items() if ".shared_experts." not in name}
+    model.load_weights(list(model.sanitize(weights).items()))
+    assert mx.array_equal(model(tokens(LENGTH)), with_zeros(tokens(LENGTH)))
+    model.shard(FakeGroup(0, 2))
+
+
 @needs_native
 def test_every_config_key_of_the_native_classes():
     def keys(cls):
         return set(inspect.signature(cls).parameters)
 
     assert keys(NATIVE.ModelArgs) <= keys(our_module().ModelArgs)
-    renamed = {"rotary_dim", "partial_rotary_factor", "moe_layer_freq"}
-    renamed |= {"sparse_attention_config", "sparse_attention_freq"}
-    assert keys(NATIVE.TextArgs) - renamed <= keys(our_module().TextArgs)
+    assert keys(NATIVE.TextArgs) <= keys(our_module().TextArgs)
 
 
 @needs_native
@@ -144,6 +211,7 @@ def test_tied_embeddings():
         {"use_qk_norm": False},
         {"index_local_blocks": 0},
         {"index_local_blocks": 2, "index_block_size": 5},
+        {"index_block_size": None},
         {"swiglu_alpha": 1.0, "swiglu_limit": 0.5, "routed_scaling_factor": 1.5},
         {"layer_types": ["full_attention"] * 4, "mlp_layer_types": ["dense"] * 4},
     ],
@@ -315,6 +383,51 @@ def test_a_saved_prompt_cache_continues_in_the_other_class(saver, prefix, tmp_pa
     cache = load_prompt_cache(str(tmp_path / "cache.safetensors"))
     reader = models["ours" if saver == "native" else "native"]
     assert close(reader(tokens(LENGTH)[:, prefix:], cache), models[saver](tokens(LENGTH))[:, prefix:])
+
+
+# --- drafts ---
+
+
+def test_drafts_closed_at_any_token_leave_caches_to_go_on_from(count, fresh_seed):
+    """``--draft-model --num-draft-tokens``, past the block budget of 24 tokens."""
+    from mlx_lm.generate import generate_step, speculative_generate_step
+
+    model, poor = our_model(), our_model()
+    noise = mx.random.normal(poor.language_model.lm_head.weight.shape, key=mx.random.key(fresh_seed))
+    poor.language_model.lm_head.weight += 0.1 * noise
+    prompt = tokens(60)[0]
+    steps = 12
+    said = [int(token) for token, _ in generate_step(prompt, model, max_tokens=steps)]
+    whole = mx.concatenate([prompt, mx.array(said, prompt.dtype)])[None]
+    expected = {id(either): either(whole)[0] for either in (model, poor)}
+    cases = [(d, n, at) for d in (model, poor) for n in range(1, 9) for at in range(1, steps + 1)]
+    accepted = set()
+    for draft, n_drafted, closed_at in random.Random(fresh_seed).sample(cases, count(10, len(cases))):
+        cache = make_prompt_cache(model) + make_prompt_cache(draft)
+        generated = speculative_generate_step(
+            prompt, model, draft, num_draft_tokens=n_drafted, max_tokens=steps, prompt_cache=cache
+        )
+        found = [next(generated) for _ in range(closed_at)]
+        generated.close()
+        assert [int(token) for token, _, _ in found] == said[:closed_at]
+        accepted |= {(draft is model, from_draft) for _, _, from_draft in found}
+        for either, its_cache in ((model, cache[:4]), (draft, cache[4:])):
+            (length,) = {part.offset for entry in its_cache for part in entry.caches}
+            assert len(prompt) + closed_at - 2 <= length <= len(prompt) + closed_at
+            rest = either(whole[:, length:], its_cache)[0]
+            assert close(rest, expected[id(either)][length:]), (n_drafted, closed_at)
+    assert accepted >= {(True, True), (False, True), (False, False)}
+
+
+def test_trimming_by_a_negative_number_brings_nothing_back():
+    """What mlx-lm does when it is interrupted between two drafts."""
+    model = our_model()
+    cache = model.make_cache()
+    model(tokens(LENGTH)[:, :60], cache)
+    for entry in cache:
+        assert entry.trim(9) == 9
+        assert entry.trim(-4) == 0
+    assert close(model(tokens(LENGTH)[:, 51:], cache), model(tokens(LENGTH))[:, 51:])
 
 
 # --- pipeline ---

@@ -116,6 +116,7 @@ def use_utils(module: ModuleType, directory: Path) -> Any:
     shared, *_ = get(module, "sharded_load")(str(directory))
     get(module, "dequantize_model")(shared)
     logits = [made(mx.array([[1, 2, 3]])).tolist() for made in (model, shared)]
+    get(module, "save_model")(directory / "saved", model)
     return logits, config, type(model).__name__
 
 
@@ -138,11 +139,20 @@ def use_server(module: ModuleType, directory: Path) -> Any:
     return vars(request), made is context, [response.text for response in responses]
 
 
+def use_awq(module: ModuleType, directory: Path) -> Any:
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("sys.argv", ["awq", "--bits", "many"])
+        with pytest.raises(SystemExit) as end:
+            get(module, "main")()
+    return end.value.code
+
+
 USES: dict[str, Use] = {
     "mlx_lm.tokenizer_utils": use_tokenizer_utils,
     "mlx_lm.generate": use_generate,
     "mlx_lm.server": use_server,
     "mlx_lm.utils": use_utils,
+    "mlx_lm.quant.awq": use_awq,
 }
 
 

@@ -267,7 +267,8 @@ def taken_apart(
     request = Request(asked.pop("tools", None))
     handler = SimpleNamespace(body=asked)
     assert chat.completion_request(server, lambda _: request)(handler) is request
-    _, responses = generate(generator, request, SimpleNamespace(stop_words=stop_words))
+    arguments = SimpleNamespace(stop_words=stop_words, chat_template_kwargs=handler.chat_template_kwargs)
+    _, responses = generate(generator, request, arguments)
     parts: Parts = []
     for state, text in _shown(responses):
         if text and parts and parts[-1][0] == state != "tool":

@@ -6,10 +6,12 @@ from typing import Any
 import mlx.core as mx
 import mlx.nn as nn
 import numpy as np
+import pytest
 from mlx.utils import tree_flatten
 from mlx_lm.tuner.trainer import default_loss
 from mlx_lm.tuner.utils import linear_to_lora_layers
 
+from mlx_m3_plugin.msa import engine
 from tests.hosts.native_mlx_lm import native_twin, needs_native, our_model, tokens
 
 # A query of these models attends to 3 blocks of 8; there are 100 tokens.
@@ -56,3 +58,14 @@ def test_loss_and_gradients_are_upstreams() -> None:
     assert gradients.keys() == expected.keys()
     for name, gradient in gradients.items():
         assert mx.abs(gradient - expected[name]).max().item() <= 1e-5, name
+
+
+def test_only_training_computes_with_its_own_gradient(monkeypatch: pytest.MonkeyPatch) -> None:
+    calls = []
+    monkeypatch.setattr(engine, "with_gradient", lambda serve, *_, **__: calls.append(serve) or serve)
+    model = our_model()
+    model.eval()(BATCH)
+    assert not calls
+    model.train()(BATCH)
+    # One of each sparse layer.
+    assert len(calls) == 3

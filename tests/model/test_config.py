@@ -1,6 +1,6 @@
 """Every spelling of an M3 config is one ``TextConfig``; what the model does not compute is refused."""
 
-from dataclasses import replace
+from dataclasses import fields, replace
 from importlib import import_module
 
 import pytest
@@ -19,10 +19,10 @@ PUBLISHED_TEXT = m3_configs.PUBLISHED_TEXT
 RESAVED_TEXT = m3_configs.RESAVED["text_config"]
 
 
-def meaning(config: TextConfig) -> TextConfig:
+def meaning(config: TextConfig) -> dict:
     """Without the two fields that say where a config comes from, not what it means."""
     rope = {} if config.rope_parameters == {"rope_type": "default"} else config.rope_parameters
-    return replace(config, model_type="", rope_parameters=rope)
+    return {**vars(config), "model_type": "", "rope_parameters": rope}
 
 
 def published(**changes):
@@ -52,7 +52,7 @@ def test_the_real_model():
     assert (config.index_n_heads, config.index_head_dim) == (4, 128)
     assert (config.index_block_size, config.index_topk_blocks) == (128, 16)
     assert (config.index_local_blocks, config.index_init_blocks) == (1, 0)
-    assert (config.rope_theta, config.rotary_dims, config.rope_parameters) == (5e6, 64, {})
+    assert (config.rope_theta, config.rotary_dim, config.rope_parameters) == (5e6, 64, {})
 
 
 @pytest.mark.parametrize("model_type", ["minimax_m3_vl", "minimax_m3"])
@@ -67,7 +67,7 @@ def test_both_model_types_read_all_spellings(model_type, spelling):
 def test_model_args_take_a_text_config_as_a_dict():
     module = import_module("mlx_lm.models.minimax_m3_vl")
     args = module.ModelArgs(text_config=PUBLISHED_TEXT)
-    assert args.text_config == TextConfig.from_dict(PUBLISHED_TEXT)
+    assert args.text_config == module.TextArgs.from_dict(PUBLISHED_TEXT)
 
 
 def test_an_mlx_conversion_keeps_unknown_keys_of_its_own():
@@ -112,16 +112,54 @@ def test_sparse_attention_can_be_turned_off(value, sparse_layers):
     assert config.layer_types.count("minimax_m3_sparse") == sparse_layers
 
 
-@pytest.mark.parametrize(("value", "required"), [(False, False), (0, False), (1, True), (None, True)])
-def test_what_an_indexer_needs_is_required_where_there_is_one(value, required):
-    text = published_sparse(use_sparse_attention=value)
-    del text["sparse_attention_config"]["sparse_block_size"]
-    config = {"model_type": "minimax_m3_vl", "text_config": text}
-    if required:
-        with pytest.raises(ValueError, match="sparse_block_size or index_block_size is missing"):
-            text_config_of(config)
-    else:
-        assert set(text_config_of(config).layer_types) == {"full_attention"}
+def test_every_key_may_be_left_out_and_then_is_transformers(transformers_defaults):
+    """Of all that changes the computation: transformers has a default for each."""
+    assert transformers_defaults.keys() >= {"routed_scaling_factor", "swiglu_alpha", "swiglu_limit"}
+    none = text_config_of({"model_type": "minimax_m3_vl", "text_config": {}})
+    assert {key: getattr(none, key) for key in transformers_defaults} == transformers_defaults
+    # A key that is given is not the default.
+    for key, value in transformers_defaults.items():
+        other = 2 * value if isinstance(value, float) else value
+        assert getattr(text_config_of({"text_config": {key: other}}), key) == other
+
+
+@pytest.fixture(scope="module")
+def transformers_defaults():
+    """What ``MiniMaxM3VLTextConfig`` computes with when its config says nothing."""
+    try:
+        from transformers import MiniMaxM3VLTextConfig
+    except ImportError:
+        pytest.skip("this transformers has no M3")
+    theirs = MiniMaxM3VLTextConfig()
+    # Read by no layer of transformers', and here by rope types that stretch a context.
+    names = (f.name for f in fields(TextConfig) if f.name not in ("model_type", "max_position_embeddings"))
+    return {name: getattr(theirs, name) for name in names if hasattr(theirs, name) and name[:4] != "rope"}
+
+
+@pytest.mark.parametrize("spelling", ["published", "resaved"])
+def test_no_block_size_means_dense(spelling):
+    text = SPELLINGS[spelling]["text_config"]
+    none = {**text, "index_block_size": None}
+    if spelling == "published":
+        none = published_sparse(sparse_block_size=None)
+    config = text_config_of({"text_config": none})
+    assert config == replace(text_config_of({"text_config": text}), layer_types=["full_attention"] * 60)
+    # A block size in the one place counts, whatever the other says.
+    both = text_config_of({"text_config": published(index_block_size=None)})
+    assert meaning(both) == meaning(text_config_of(m3_configs.PUBLISHED))
+
+
+def test_without_a_number_of_layers_there_are_as_many_as_listed():
+    text = without(RESAVED_TEXT, "num_hidden_layers")
+    config = TextConfig(**text | {"layer_types": ["minimax_m3_sparse"]})
+    assert (config.num_hidden_layers, config.layer_types) == (1, ["minimax_m3_sparse"])
+    assert TextConfig(**text).num_hidden_layers == 60
+    assert uncut_lists({"text_config": text}) == []
+
+
+def test_mlx_vlms_name_of_dense_layers():
+    named = ["minimax_m3_dense"] * 3 + ["minimax_m3_sparse"] * 57
+    assert TextConfig(**{**RESAVED_TEXT, "layer_types": named}) == TextConfig(**RESAVED_TEXT)
 
 
 def test_what_the_user_has_set_wins_over_the_config():
@@ -228,7 +266,7 @@ YARN = {"rope_type": "yarn", "factor": 2.0, "original_max_position_embeddings": 
 def test_precedence_of_rope_values(rope, theta, dims, parameters):
     params = without(PUBLISHED_TEXT, "rope_theta", "rotary_dim", "partial_rotary_factor")
     config = TextConfig.from_dict({**params, **rope})
-    assert (config.rope_theta, config.rotary_dims, config.rope_parameters) == (theta, dims, parameters)
+    assert (config.rope_theta, config.rotary_dim, config.rope_parameters) == (theta, dims, parameters)
 
 
 # --- refusals ---
@@ -262,6 +300,7 @@ LAYER_LISTS = [
 ]
 WRONG_TYPES = [
     (published(num_hidden_layers="60"), "num_hidden_layers"),
+    (published(n_shared_experts=True), "n_shared_experts"),
     (published(num_hidden_layers=0, moe_layer_freq=[], sparse_attention_config=None), "num_hidden_layers"),
     (published(hidden_size=6144.0), "hidden_size"),
     (published(vocab_size=True), "vocab_size"),

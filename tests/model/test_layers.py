@@ -255,7 +255,7 @@ def test_mixture_keeps_the_dtype():
 
 
 def test_dense_mlp_is_the_formula():
-    mlp, x = DenseMLP(small_config(), 40), normal(5, HIDDEN)
+    mlp, x = DenseMLP(HIDDEN, 40, activation=SwiGLUOAI(small_config())), normal(5, HIDDEN)
     expected = mlp_formula(float64(x), mlp.gate_proj.weight, mlp.up_proj.weight, mlp.down_proj.weight)
     assert mlp.gate_proj.weight.shape == (40, HIDDEN)
     np.testing.assert_allclose(float64(mlp(x)), expected, rtol=1e-4, atol=1e-5)

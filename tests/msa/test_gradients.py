@@ -8,6 +8,7 @@ import pytest
 
 from mlx_m3_plugin.msa import attend, select_blocks
 from mlx_m3_plugin.msa.attend import FORMS
+from mlx_m3_plugin.msa.gradient import with_gradient
 from tests.msa import reference
 
 GROUPS, HEADS, DIMS, INDEX_DIMS, N_KEYS = 2, 4, 16, 12, 90
@@ -41,8 +42,12 @@ def by_the_engine(queries, keys, values, index_queries, index_keys, *, padding, 
     first = N_KEYS - queries.shape[2]
     position = ((first - padding).tolist(), padding.tolist()) if padding.any().item() else (first, None)
     ids = select_blocks(index_queries, index_keys, *position, **CHOICE, tile_bytes=budget)
-    limits = {"tile_bytes": budget, "form": form}
-    return attend(queries, keys, values, ids, *position, block_size=8, scale=0.25, **limits)
+    options = {"block_size": 8, "scale": 0.25, "tile_bytes": budget}
+
+    def forward(queries: mx.array, keys: mx.array, values: mx.array) -> mx.array:
+        return attend(queries, keys, values, ids, *position, form=form, **options)
+
+    return with_gradient(forward, ids, *position, **options)(queries, keys, values)
 
 
 def gradients(attention: Attention, inputs: list[mx.array], real: mx.array) -> list[mx.array]:
@@ -70,3 +75,13 @@ def test_gradients_are_those_of_the_definition(
     assert all(mx.abs(gradient).max().item() > 1e-2 for gradient in found[:3])
     # Which blocks are chosen has no derivative: nothing is learned by the indexer this way.
     assert not any(mx.abs(gradient).max().item() for gradient in found[3:])
+
+
+def test_a_checkpointed_layer() -> None:
+    """As ``mlx_lm.lora --grad-checkpoint`` wraps it."""
+    inputs, paddings = arrays(7), mx.array([0, 7])
+    ours = partial(by_the_engine, padding=paddings, budget=30_000, form=None)
+    expected = gradients(ours, inputs, mx.array(True))
+    found = gradients(mx.checkpoint(ours), inputs, mx.array(True))
+    for one, other in zip(found, expected, strict=True):
+        assert mx.abs(one - other).max().item() <= 1e-6

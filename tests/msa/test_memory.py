@@ -8,6 +8,7 @@ import pytest
 from mlx_m3_plugin.msa import attend, select_blocks
 from mlx_m3_plugin.msa.attend import CPU, Work, choose_form
 from mlx_m3_plugin.msa.common import default_tile_bytes
+from mlx_m3_plugin.msa.gradient import with_gradient
 
 BF16, DIMS, HEADS_PER_GROUP = mx.bfloat16, 128, 16
 BLOCKS = {"block_size": 128, "topk_blocks": 16}
@@ -85,3 +86,22 @@ def test_attention(
     # Beside the tiles there are the queries in float32, and the output in tiles and as a whole.
     own = q.size * 4 + 2 * q.nbytes
     assert taken <= tile + copies + own
+
+
+def test_a_gradient_keeps_nothing_of_the_forward_pass() -> None:
+    context, queries, tile = 4_096, 128, 4 << 20
+    q = mx.random.normal((1, HEADS_PER_GROUP, queries, DIMS))
+    keys, values = (mx.random.normal((1, 1, context, DIMS)) for _ in range(2))
+    ids = mx.argsort(mx.random.uniform(shape=(1, 1, queries, context // 128 - 1)), axis=-1)[..., :16]
+    ids = ids.astype(mx.int32)
+    mx.eval(q, keys, values, ids)
+    where, options = (ids, context - queries, None), {"block_size": 128, "scale": 0.1, "tile_bytes": tile}
+
+    def loss(q: mx.array, keys: mx.array, values: mx.array) -> mx.array:
+        attended = with_gradient(lambda *arrays: attend(*arrays, *where, **options), *where, **options)
+        return attended(q, keys, values).sum()
+
+    taken = peak(lambda: mx.grad(loss, argnums=[0, 1, 2])(q, keys, values))
+    # K and V both ways, their gradients, and those of a tile; the output and gradients of queries in tiles.
+    # The scores alone of all tiles are 64 times as large as q.
+    assert taken <= tile + 7 * keys.nbytes + 4 * q.nbytes

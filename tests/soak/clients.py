@@ -50,7 +50,7 @@ class Load:
 
     Attributes:
         prompts: the users' messages; ``expected``: the answer to each, when it is alone.
-        tokens: how many each answer has at most.
+        tokens: how many each answer has at most.  settings: further fields of each request.
     """
 
     address: str
@@ -58,11 +58,12 @@ class Load:
     prompts: list[str]
     tokens: int
     expected: dict[int, str] = field(default_factory=dict)
+    settings: dict[str, Any] = field(default_factory=dict)
 
     def body(self, prompt: int, stream: bool, **more: Any) -> dict[str, Any]:
         messages = [{"role": "user", "content": self.prompts[prompt]}]
         settings = {"temperature": 0, "max_tokens": self.tokens, "stream": stream}
-        return {"model": self.model, "messages": messages, **settings, **more}
+        return {"model": self.model, "messages": messages, **settings, **self.settings, **more}
 
     def learn(self) -> None:
         """Ask everything once, one after the other."""

@@ -16,7 +16,9 @@ SWITCHES = {
     "MLX_M3_PLUGIN_PREFER": ("prefer_native", "native", True, "nativ"),
     "MLX_M3_PLUGIN_STRICT": ("strict", "on", True, "2"),
     "MLX_M3_PLUGIN_ATTENTION": ("attention", "dense", "dense", "densee"),
+    "MLX_M3_PLUGIN_EXPERT_MEMORY": ("expert_memory", "64.5GB", 129 << 29, "64 GX"),
     "MLX_M3_PLUGIN_PIPELINE_SPLIT": ("pipeline_split", "40,20", (40, 20), "40;20"),
+    "MLX_M3_PLUGIN_REASONING_EFFORT": ("reasoning_effort", "xhigh", "xhigh", "none"),
 }
 each_switch = pytest.mark.parametrize("name", SWITCHES)
 
@@ -68,6 +70,22 @@ def test_what_changes_a_model_is_refused_when_a_model_is_made(name: str) -> None
     wrong = SWITCHES[name][3]
     with pytest.raises(ValueError, match=f"^{name}='{wrong}' is not understood"):
         settings.model_settings({name: wrong})
+
+
+@pytest.mark.parametrize(
+    ("value", "meaning"),
+    [
+        ("64", 64 << 30),
+        ("64 gib", 64 << 30),
+        ("1.5t", 3 << 39),
+        ("7B", 7),
+        ("1k", 1024),
+        ("auto", "auto"),
+        ("off", 0),
+    ],
+)
+def test_memory_for_experts(value: str, meaning: object) -> None:
+    assert settings.expert_memory({"MLX_M3_PLUGIN_EXPERT_MEMORY": value}) == meaning
 
 
 def test_what_is_not_set_is_not_asked_of_a_model() -> None:

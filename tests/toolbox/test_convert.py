@@ -3,6 +3,7 @@
 import json
 import shutil
 from collections.abc import Callable
+from importlib.metadata import version
 from pathlib import Path
 
 import mlx.core as mx
@@ -10,11 +11,14 @@ import pytest
 
 from mlx_m3_plugin.cli import main
 from mlx_m3_plugin.toolbox.checkpoint import open_checkpoint
+from mlx_m3_plugin.toolbox.checksums import verify
 from mlx_m3_plugin.toolbox.convert import plan as planning
 from mlx_m3_plugin.toolbox.convert.config_and_card import model_card
 from mlx_m3_plugin.toolbox.convert.recipe import matrices_of, recipe_names
 from mlx_m3_plugin.toolbox.inspect import inspect
+from mlx_m3_plugin.toolbox.stock import why_not_opened
 from mlx_m3_plugin.weights.dtypes import name_of
+from mlx_m3_plugin.weights.names import is_draft
 from mlx_m3_plugin.weights.quantization import PARTS
 from tests.checkpoints.conversions import (
     MEMORY,
@@ -27,8 +31,11 @@ from tests.checkpoints.conversions import (
     parameters,
     planned,
 )
-from tests.checkpoints.edits import edit_json
+from tests.checkpoints.corruptions import Shards
+from tests.checkpoints.edits import edit_header, edit_json
 from tests.checkpoints.tiny_layouts import LAYOUTS
+
+IS_NEWEST = not version("mlx-lm").startswith("0.31.")
 
 
 def same(one: mx.array, other: mx.array) -> bool:
@@ -179,7 +186,12 @@ def test_the_card_says_what_stock_libraries_get_wrong(tiny: Written, tmp_path: P
                 sparse_init_block=n
             ),
         )
-        card = model_card(planned(source, recipe))
+        card = model_card(planned(source, recipe), has_effort=bool(init_blocks))
+        name = "MiniMax-M3.1-Flash" if init_blocks else "MiniMax-M3"
+        assert f"\nbase_model: MiniMaxAI/{name}\n" in card
+        assert f"\n# {name}, {recipe}\n" in card
+        assert ("MLX_M3_PLUGIN_REASONING_EFFORT=max mlx_lm.chat" in card) == bool(init_blocks)
+        assert ("ten times the tokens" in " ".join(card.split())) == bool(init_blocks)
         assert "Past 32 tokens they are not right alone: " in card
         assert "mlx-vlm (it selects the same blocks for all groups of heads)" in card
         assert ("mlx-lm (it ignores sparse_init_block)" in card) == bool(init_blocks)
@@ -203,7 +215,15 @@ def test_what_is_beside_the_weights(tiny: Written, tmp_path: Path) -> None:
     assert "tool_parser_type" not in json.loads((made / "tokenizer_config.json").read_text())
     assert "<mm:think>" in (made / "chat_template.jinja").read_text()
     card = (made / "README.md").read_text()
-    for words in ("Built with MiniMax M3", "`config-i` of mlx-m3-plugin", "mlx 0.", "8-bit g64", "[default]"):
+    assert "mlx_vlm.generate --model path/to/this --image photo.jpg" in card
+    assert "greedy decoding" in card
+    for words in (
+        "Built with MiniMax M3.**",
+        "`config-i` of mlx-m3-plugin",
+        "mlx 0.",
+        "8-bit g64",
+        "[default]",
+    ):
         assert words in card
     assert card.startswith("---\nlicense: other\n")
 
@@ -274,3 +294,64 @@ def test_a_source_with_a_missing_tensor_is_refused(tmp_path: Path) -> None:
     edit_header(tmp_path / "m3", name, lambda header, name: header.pop(name))
     with pytest.raises(ValueError, match=r"is not a whole MiniMax-M3:\n  missing: .*down_proj"):
         open_checkpoint(tmp_path / "m3")
+
+
+# --- draft heads ---
+
+
+def stored_bytes(directory: Path) -> dict[str, tuple[str, list[int], bytes]]:
+    """Dtype, shape and bytes of every tensor in a directory's files."""
+    return {
+        name: (entry["dtype"], entry["shape"], data)
+        for tensors in Shards.read(directory, {}).files.values()
+        for name, (entry, data) in tensors.items()
+    }
+
+
+@pytest.mark.parametrize(
+    ("layout", "where", "kept"),
+    [
+        ("m31_published", "dspark/", "dspark/"),
+        ("m31_oq_keeping_nvfp4_draft", "14 tensors in the shards", "draft/"),
+    ],
+)
+def test_a_draft_head_is_kept_where_asked(
+    layout: str, where: str, kept: str, tiny: Written, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    source = Path(shutil.copytree(tiny(layout), tmp_path / "source"))
+    if kept == "draft/":
+        name = "language_model.model.dspark.layers.0.decoder_layer.self_attn.q_proj.weight"
+        edit_header(source, name, lambda header, name: header[name].update(dtype="F8_E4M3"))
+    expected = stored_bytes(source if kept == "draft/" else source / "dspark")
+    expected = {name: tensor for name, tensor in expected.items() if is_draft(name)}
+    arguments = ["convert", str(source), "--recipe", "4bit"]
+    assert main([*arguments, str(tmp_path / "without")]) == 0
+    assert f"draft head ({where}): left out; --keep-draft keeps it\n" in capsys.readouterr().out
+    assert inspect(tmp_path / "without").draft is None
+
+    made, again = tmp_path / "made", tmp_path / "again"
+    assert main([*arguments, str(made), "--keep-draft"]) == 0
+    assert f"draft head ({where}): kept bit for bit\n" in capsys.readouterr().out
+    assert stored_bytes(made / kept) == expected
+    assert main(["convert", str(made), "--recipe", "4bit", str(again), "--keep-draft"]) == 0
+    assert stored_bytes(again / kept) == expected
+    found = inspect(made)
+    assert (found.draft, found.problems) == (kept, [])
+    assert verify(made, lambda *_: lambda *_: None).problems == []
+    if kept == "draft/":
+        # Libraries look for no weights in it: what they say does not change.
+        said = {library: why_not_opened(library, made, tmp_path / "without") for library in found.opens}
+        assert said["mlx-lm"] == (["", ""] if IS_NEWEST else 2 * said["mlx-lm"][:1])
+        assert said["mlx-vlm"] == 2 * said["mlx-vlm"][:1]
+        shard = made / "draft" / "model.safetensors"
+        shard.write_bytes(shard.read_bytes()[:-1] + b"\0")
+        (problem,) = verify(made, lambda *_: lambda *_: None).problems
+        assert problem.startswith("draft/model.safetensors: its content has changed")
+
+
+def test_there_must_be_a_draft_head_to_keep(
+    tiny: Written, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    source = str(tiny("published_float"))
+    assert main(["convert", source, "--recipe", "4bit", str(tmp_path / "made"), "--keep-draft"]) == 2
+    assert f"--keep-draft: {source} has no draft head" in capsys.readouterr().err

@@ -152,8 +152,8 @@ def test_a_file_that_cannot_be_read(
         raise OSError(errno.EIO, os.strerror(errno.EIO))
 
     with monkeypatch.context() as patch:
-        broken_os = SimpleNamespace(**vars(os) | {"pread": broken})
-        patch.setattr("mlx_m3_plugin.toolbox.shards.os", broken_os)
+        broken_os = SimpleNamespace(**vars(os) | {"preadv": broken})
+        patch.setattr("mlx_m3_plugin.weights.byte_ranges.os", broken_os)
         arguments = ["convert", str(tiny("published_float")), str(tmp_path / "made"), "--recipe", "4bit"]
         assert main(arguments) == 2
     said = capsys.readouterr().err

@@ -14,12 +14,13 @@ from mlx_m3_plugin.hosts.mlx_lm.cache import make_layer_cache
 from mlx_m3_plugin.hosts.mlx_lm.model import MLX_LM
 from mlx_m3_plugin.model.attention import Attention
 from mlx_m3_plugin.model.config import text_config_of
+from mlx_m3_plugin.model.memory import attention_transient, stock_transients, wired_limit
 from mlx_m3_plugin.msa.common import default_tile_bytes
+from mlx_m3_plugin.startup.settings import EXPERT_MEMORY
 from mlx_m3_plugin.toolbox import inspect as inspection
 from mlx_m3_plugin.toolbox.common import parse_count, parse_memory, size_in_words
 from mlx_m3_plugin.toolbox.fit import fit, fit_pipeline
 from mlx_m3_plugin.toolbox.inspect import inspect
-from mlx_m3_plugin.toolbox.memory import attention_transient, stock_transients, wired_limit
 from tests.checkpoints import real_size
 from tests.checkpoints.edits import edit_header
 from tests.checkpoints.tiny_layouts import LAYOUTS
@@ -61,6 +62,25 @@ def test_what_does_not_fit(four_bits: Path, capsys: pytest.CaptureFixture[str]) 
     assert "No context fits: the weights" in capsys.readouterr().out
     assert main(["fit", str(four_bits), "--memory", "256GB", "--context", "1M"]) == 1
     assert "does NOT fit" in capsys.readouterr().out
+
+
+def test_experts_on_disk(four_bits: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert fit(four_bits, 256 * GIB).on_disk is None
+    found = fit(four_bits, 128 * GIB)
+    assert found.on_disk is not None
+    one_of_each_layer = 57 * 3 * 6144 * 3072 * (4 + 0.5) / 8
+    assert found.on_disk.in_memory == found.on_disk.memory // one_of_each_layer == 63
+    assert found.on_disk.read == pytest.approx(4 * (1 - 63 / 128) * one_of_each_layer, 1e-6)
+    # More context, fewer experts.
+    at_512k = fit(four_bits, 128 * GIB, context=512 << 10).on_disk
+    assert at_512k is not None
+    assert at_512k.in_memory < 63
+    # Not even one of each layer.
+    assert fit(four_bits, 16 * GIB).on_disk is None
+    main(["fit", str(four_bits), "--memory", "128GB"])
+    said = capsys.readouterr().out
+    assert f"{EXPERT_MEMORY}=107.9GB keeps 63 of 128 experts of each layer in memory, beside 32,768" in said
+    assert f"at most {found.on_disk.ceiling} tokens per second at 7 GB/s" in said
 
 
 def test_how_much_is_missing(four_bits: Path, capsys: pytest.CaptureFixture[str]) -> None:

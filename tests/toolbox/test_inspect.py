@@ -189,14 +189,14 @@ def test_what_cannot_be_represented_is_a_problem(name, tiny):
 
 
 def test_a_broken_config_leaves_what_headers_say(checkpoint, capsys):
-    edit_json(checkpoint / "config.json", lambda config: config["text_config"].pop("swiglu_alpha"))
+    edit_json(checkpoint / "config.json", lambda config: config["text_config"].update(swiglu_alpha=0))
     found = inspect(checkpoint)
-    assert found.problems == ["config.json: swiglu_alpha is missing"]
+    assert found.problems == ["config.json: swiglu_alpha must be a positive number, not 0"]
     assert found.components is None
     assert found.tensors == len(stored_names(checkpoint))
     assert found.commands == []
     assert main(["inspect", str(checkpoint)]) == 1
-    assert "swiglu_alpha is missing" in capsys.readouterr().out
+    assert "swiglu_alpha must be a positive number" in capsys.readouterr().out
 
 
 def no_tokenizer(checkpoint: Path) -> None:
@@ -285,6 +285,7 @@ def test_the_effort_of_reasoning(checkpoint):
     options = [command.partition("--chat-template-")[2] for command in found.commands]
     assert options[0] == """config '{"reasoning_effort": "max"}'"""
     assert options[2] == """args '{"reasoning_effort": "max"}'"""
+    assert [c.split()[0] for c in found.commands[1::2]] == ["MLX_M3_PLUGIN_REASONING_EFFORT=max"] * 2
     assert "ten times the tokens" in " ".join(" ".join(lines_of(found)).split())
 
 

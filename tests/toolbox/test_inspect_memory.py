@@ -7,11 +7,12 @@ from types import SimpleNamespace
 
 import pytest
 
+from mlx_m3_plugin.model import memory as memory_module
 from mlx_m3_plugin.model.config import TextConfig
+from mlx_m3_plugin.model.memory import machine_memory, memory_for
 from mlx_m3_plugin.toolbox import inspect as text
-from mlx_m3_plugin.toolbox import memory as memory_module
-from mlx_m3_plugin.toolbox.inspect import memory_lines, stock_commands
-from mlx_m3_plugin.toolbox.memory import machine_memory, memory_for
+from mlx_m3_plugin.toolbox.inspect import memory_lines
+from mlx_m3_plugin.toolbox.stock import stock_commands
 
 GIB = 1 << 30
 REAL = TextConfig(layer_types=["full_attention"] * 3 + ["minimax_m3_sparse"] * 57)

@@ -8,8 +8,8 @@ import mlx.core as mx
 import pytest
 
 from mlx_m3_plugin.model.config import text_config_of
-from mlx_m3_plugin.toolbox.shards import TensorReader
 from mlx_m3_plugin.weights import plan_layout, read_headers
+from mlx_m3_plugin.weights.byte_ranges import TensorReader
 from mlx_m3_plugin.weights.headers import MODEL_TYPES, weight_files
 from mlx_m3_plugin.weights.tensor import Tensor
 from tests.checkpoints.tiny_layouts import LAYOUTS

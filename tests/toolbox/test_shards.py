@@ -13,8 +13,9 @@ import pytest
 
 from mlx_m3_plugin.toolbox import shards
 from mlx_m3_plugin.toolbox.forward_pass import HiddenStates
-from mlx_m3_plugin.toolbox.shards import NewTensor, ShardWriter, TensorReader
-from mlx_m3_plugin.weights import read_headers
+from mlx_m3_plugin.toolbox.shards import NewTensor, ShardWriter
+from mlx_m3_plugin.weights import byte_ranges, read_headers
+from mlx_m3_plugin.weights.byte_ranges import TensorReader
 from mlx_m3_plugin.weights.headers import weight_files
 from mlx_m3_plugin.weights.tensor import Tensor
 from tests.checkpoints.tiny_layouts import LAYOUTS
@@ -44,8 +45,9 @@ def small_limit(monkeypatch: pytest.MonkeyPatch) -> None:
     replaced = {
         name: limited(name, sizes.get(name, lambda buffers: sum(map(len, buffers)))) for name in names
     }
-    monkeypatch.setattr(shards, "os", SimpleNamespace(**vars(os) | replaced))
-    monkeypatch.setattr(shards, "LARGEST_PIECE", LIMIT)
+    for module in (byte_ranges, shards):
+        monkeypatch.setattr(module, "os", SimpleNamespace(**vars(os) | replaced))
+        monkeypatch.setattr(module, "LARGEST_PIECE", LIMIT)
 
 
 @pytest.mark.usefixtures("small_limit")

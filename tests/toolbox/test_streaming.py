@@ -8,8 +8,8 @@ from mlx_lm.utils import load_model
 
 from mlx_m3_plugin.toolbox.checkpoint import open_checkpoint
 from mlx_m3_plugin.toolbox.precision import Quantization
-from mlx_m3_plugin.toolbox.shards import TensorReader
 from mlx_m3_plugin.toolbox.streaming import Embedding, Head, StreamedLayer
+from mlx_m3_plugin.weights.byte_ranges import TensorReader
 from tests.checkpoints.conversions import Written
 
 # Three times the block budget.

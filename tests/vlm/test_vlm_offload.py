@@ -8,6 +8,7 @@ from typing import Any
 import mlx.core as mx
 import pytest
 
+from tests.checkpoints.edits import edit_json
 from tests.checkpoints.tiny_layouts import LAYOUTS
 from tests.vlm.vlm_runs import alone, assert_same_answer, difference, has_offload, text, with_images
 
@@ -63,8 +64,21 @@ def test_few_experts_in_memory(tmp_path: Path) -> None:
     assert difference(offloaded(tokens).logits, resident(tokens).logits) <= 1e-6
 
 
-def test_a_conversion_with_the_shared_expert_among_the_others(tmp_path: Path) -> None:
-    """mlx-vlm's own layout has one expert more than the config says: the store is of no use to us."""
+@pytest.mark.some(1)
+@pytest.mark.parametrize("layout", ["mlx_fused_129_4bit", "mlx_fused_129_oq4", "mlx_shared_8bit_unpacked"])
+def test_experts_in_mlx_vlms_own_layout(tmp_path: Path, layout: str) -> None:
+    """Gate and up fused, and the shared expert one more row where its bits are those of the others."""
+    source, store = write(layout, tmp_path)
+    resident, offloaded = load(source), load(store, expert_cache_gb=1.0)
+    experts = offloaded.moe_offload_store
+    assert (experts.num_experts, experts.swapped) == (4 if "unpacked" in layout else 5, 2)
+    tokens = mx.array([text(120).tokens])
+    assert difference(offloaded(tokens).logits, resident(tokens).logits) <= 1e-6
+    assert_same_answer(alone(offloaded, text(60), 4), alone(resident, text(60), 4))
+
+
+def test_a_store_of_another_model_is_refused(tmp_path: Path) -> None:
     _, store = write("mlx_fused_129_4bit", tmp_path)
-    with pytest.raises(ValueError, match=r"swapped 0|expert"):
+    edit_json(Path(store) / "offload_index.json", lambda index: index.update(num_experts=8))
+    with pytest.raises(ValueError, match=r"8 experts a layer, and config\.json has 4"):
         load(store, expert_cache_gb=1.0)

@@ -70,6 +70,13 @@ def use_quant_utils(module: ModuleType, directory: Path) -> Any:
     return type(get(module, "dequantize_model")(model).layers[0]).__name__
 
 
+def use_moe_offload(module: ModuleType, directory: Path) -> Any:
+    model = Recorder(layers=[])
+    with pytest.raises((OSError, ValueError)) as error:
+        get(module, "patch_model")(model, str(directory))
+    return type(error.value).__name__, str(error.value), reads(model)
+
+
 def use_prompt_utils(module: ModuleType, directory: Path) -> Any:
     class Processor(Recorder):
         def apply_chat_template(self, messages: Any, **kwargs: Any) -> str:
@@ -82,6 +89,18 @@ def use_prompt_utils(module: ModuleType, directory: Path) -> Any:
     prompt = get(module, "apply_chat_template")(processors[0], config, messages)
     made = get(module, "get_chat_template")(processors[1], messages, True, tools=tools)
     return prompt, made, reads(*processors)
+
+
+def use_dataset(module: ModuleType, directory: Path) -> Any:
+    class Processor(Recorder):
+        def apply_chat_template(self, messages: Any, **kwargs: Any) -> str:
+            return repr((messages, kwargs))
+
+    processor = Processor(chat_template="t")
+    dataset = get(module, "VisionDataset")([], {"model_type": "qwen2_vl"}, processor)
+    dataset._prepare = lambda prompt, *media: prompt
+    row = {"messages": [{"role": "user", "content": "q"}], "tools": [{"name": "f"}]}
+    return get(dataset, "process")(row), reads(processor)
 
 
 def use_registry(module: ModuleType, directory: Path) -> Any:
@@ -131,6 +150,9 @@ def use_responses_state(module: ModuleType, directory: Path) -> Any:
     seen.append(get(module, "_split_thinking")("<mm:think>a</mm:think>b"))
     # The whole text is M3's marker, and the model is another.
     seen.append(get(module, "_split_thinking")("<mm:think>"))
+    items = [{"type": "reasoning", "summary": []}, {"type": "message", "role": "user", "content": "a"}]
+    seen.append(get(module, "_response_items_to_chat")(items))
+    seen.append(get(module, "_response_output_items_from_text")("a", "id", None, [], {}))
     if "suppress_tool_call_content" in "".join(vars(module)):
         seen.append(get(module, "suppress_tool_call_content")("<tool_call>", False, "<tool_call>", "a"))
     return type(state).__name__, seen
@@ -147,16 +169,24 @@ def use_streaming(module: ModuleType, directory: Path) -> Any:
     return [delta["function"] for delta in deltas], reads(parser, bare)
 
 
+def use_extractor(module: ModuleType, directory: Path) -> Any:
+    parser = Recorder(tool_call_start="<c>", tool_call_end="</c>", parse_tool_call=lambda text, tools: [])
+    return vars(get(module, "process_tool_calls")("a <c>1</c> b", parser, [])), reads(parser)
+
+
 USES: dict[str, Use] = {
     "mlx_vlm.utils": use_utils,
     "mlx_vlm.quant_utils": use_quant_utils,
+    "mlx_vlm.moe_offload": use_moe_offload,
     "mlx_vlm.prompt_utils": use_prompt_utils,
+    "mlx_vlm.trainer.vlm.sft.dataset": use_dataset,
     "mlx_vlm.tools.registry": use_registry,
     "mlx_vlm.tool_parsers": use_registry,
     "mlx_vlm.server.openai": use_endpoints,
     "mlx_vlm.server.anthropic": use_endpoints,
     "mlx_vlm.server.generation": use_generation,
     "mlx_vlm.server.responses_state": use_responses_state,
+    "mlx_vlm.tools.extractor": use_extractor,
     "mlx_vlm.tools.streaming": use_streaming,
 }
 

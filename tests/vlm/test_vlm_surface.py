@@ -263,3 +263,48 @@ def test_sharded_load_is_strict(checkpoint: Path, tmp_path: Path) -> None:
     (tmp_path / "lacking" / "model.safetensors.index.json").unlink(missing_ok=True)
     with pytest.raises(ValueError, match=r"model\.norm\.weight"):
         sharded_load(str(tmp_path / "lacking"), tensor_group=mx.distributed.init())
+
+
+# --- configs, as other packages make and read them ---
+
+
+@pytest.mark.parametrize("changes", [{}, {"n_shared_experts": 0}, {"use_qk_norm": False}], ids=str)
+def test_text_configs_have_the_native_attributes(checkpoint: Path, changes: dict[str, Any]) -> None:
+    import json
+
+    text_config = {**json.loads((checkpoint / "config.json").read_text())["text_config"], **changes}
+    theirs = native("config", "TextConfig").from_dict(text_config)
+    ours = import_module(VL).TextConfig.from_dict(text_config)
+    # Of a published config: the flat spellings are empty in theirs.
+    same = {name for name, value in vars(theirs).items() if value is not None}
+    same -= {"layer_types", "model_type", "architectures", "sparse_attention_config"}
+    assert {name: getattr(ours, name) for name in same} == {name: getattr(theirs, name) for name in same}
+    assert ours.sparse_attention_config == theirs.sparse_attention_config
+    for layer in range(theirs.num_hidden_layers):
+        assert ours.is_moe_layer(layer) == theirs.is_moe_layer(layer)
+        assert ours.has_sparse_index(layer) == theirs.has_sparse_index(layer)
+
+
+def test_quantization_is_read_as_the_native_class_reads_it() -> None:
+    router = {"bits": 8, "group_size": 64}
+    given = {"bits": 4, "model.layers.1.block_sparse_moe.gate": router, "lm_head": False}
+    for name in (VL, TEXT_ONLY):
+        config = {"num_hidden_layers": 4, "quantization": given, "quantization_config": given}
+        made = import_module(name).ModelConfig.from_dict(config)
+        native_names = {"language_model.model.layers.1.block_sparse_moe.gate": router}
+        assert made.quantization == {"bits": 4, "language_model.lm_head": False} | native_names
+        assert made.quantization_config is made.quantization
+
+
+def test_an_object_with_the_configs_alone_is_sanitized_by_upstream(model: Any, checkpoint: Path) -> None:
+    """A quantizer calls the method like this to know the names."""
+    from types import SimpleNamespace
+
+    weights = dict(mx.load(str(next(checkpoint.glob("*.safetensors")))))  # type: ignore[arg-type]
+    stand_in = SimpleNamespace(
+        config=model.config, language_model=SimpleNamespace(args=model.config.text_config)
+    )
+    upstream = native("minimax_m3_vl", "Model")
+    named = import_module(VL).Model.sanitize(stand_in, dict(weights))
+    assert list(named) == list(upstream.sanitize(stand_in, dict(weights)))
+    assert any(".switch_mlp." in name for name in named)

@@ -34,6 +34,11 @@ class CacheList(upstream.CacheList):
         keys_values = self.caches[0]
         return sys.maxsize if isinstance(keys_values, QuantizedKVCache) else keys_values.offset
 
+    def trim(self, n: int) -> int:
+        """Remove the last ``n`` tokens; none for a negative ``n``, with which drafts that are interrupted
+        would bring back removed ones."""
+        return super().trim(max(n, 0))
+
     def to_quantized(self, group_size: int = 64, bits: int = 4) -> "CacheList":
         """K and V quantized; the index keys stay as they are, because they select the blocks.
 

@@ -4,13 +4,22 @@ Only tokenizers with M3's markers in their vocabulary are touched.
 """
 
 import dataclasses
+import re
+import sys
 from collections.abc import Iterable, Iterator
 from functools import cache, wraps
 from typing import TYPE_CHECKING, Any
-from weakref import WeakValueDictionary
 
-from mlx_m3_plugin.chat.markers import THINK_END, THINK_START, has_m3_markers
+from mlx_m3_plugin.chat.markers import (
+    NAMESPACE,
+    THINK_END,
+    THINK_START,
+    has_m3_markers,
+    without_cut_character,
+    without_space,
+)
 from mlx_m3_plugin.hosts.patching import Arguments, call, where
+from mlx_m3_plugin.startup.settings import effort_setting
 
 if TYPE_CHECKING:
     from mlx_m3_plugin.chat.reply import Event
@@ -112,8 +121,10 @@ class _M3Behaviour:
 
     def apply_chat_template(self, conversation: Any, *args: Any, **kwargs: Any) -> Any:
         """With ``thinking_mode``, or with the ``enable_thinking`` that other models have."""
-        from mlx_m3_plugin.chat.prompt import prepared, thinking_mode
+        from mlx_m3_plugin.chat.prompt import prepared, thinking_mode, with_effort
 
+        template = kwargs.get("chat_template") or self.chat_template  # type: ignore[attr-defined]
+        kwargs = with_effort(kwargs, effort_setting(), template)
         mode = thinking_mode(kwargs)
         kwargs.pop("enable_thinking", None)
         if mode is not None:
@@ -131,13 +142,100 @@ class _M3Behaviour:
 
 def _at_end(wrapper: Any, tokens: Any, marker: Any) -> int:
     """Where the marker begins if the tokens end with it and white space, or -1."""
-    end = len(tokens)
-    while (
-        end > 0 and tokens[end - 1] not in marker and wrapper._tokenizer.decode([tokens[end - 1]]).isspace()
-    ):
-        end -= 1
-    begin = end - len(marker)
-    return begin if begin >= 0 and tuple(tokens[begin:end]) == tuple(marker) else -1
+    tokens = without_space(tokens, wrapper._tokenizer.decode)
+    begin = len(tokens) - len(marker)
+    return begin if begin >= 0 and tuple(tokens[begin:]) == tuple(marker) else -1
+
+
+# --- requests ---
+
+
+class RefusedRequest(ValueError):
+    """What a request asks of M3 is not possible: status 400."""
+
+
+class _WithFields(dict):  # type: ignore[type-arg]
+    """A request's ``chat_template_kwargs``, and all of its fields: mlx-lm hands these on to every process."""
+
+    fields: dict[str, Any]
+
+
+def completion_request(module: Any, original: Any) -> Any:
+    """Which model a request is for is known later, in the generation thread."""
+
+    @wraps(original)
+    def handle_chat_completions(self: Any, *args: Any, **kwargs: Any) -> Any:
+        request = original(self, *args, **kwargs)
+        handed_on = getattr(self, "chat_template_kwargs", None)
+        if handed_on is None or isinstance(handed_on, dict):
+            self.chat_template_kwargs = _WithFields(handed_on or {})
+            self.chat_template_kwargs.fields = self.body
+        return request
+
+    return handle_chat_completions
+
+
+def _fields_of(args: Any) -> dict[str, Any]:
+    return getattr(getattr(args, "chat_template_kwargs", None), "fields", {})
+
+
+@where(lambda given: is_m3_wrapper(given["tokenizer"]))
+def tokenize(original: Any, given: Arguments) -> Any:
+    """The prompt of a request, with what its fields ask of the chat template."""
+    from jinja2 import TemplateError
+
+    from mlx_m3_plugin.chat.prompt import prepared
+
+    request, args, tokenizer = (given.arguments[name] for name in ("request", "args", "tokenizer"))
+    try:
+        _check(args, tokenizer)
+        handed_on = args.chat_template_kwargs
+        if request.request_type == "chat":
+            prepared(request.messages)
+            asked = _template_arguments({"chat_template_kwargs": handed_on} | _fields_of(args), tokenizer)
+            given.arguments["args"] = dataclasses.replace(args, chat_template_kwargs=asked)
+        return call(original, given)
+    except (ValueError, TemplateError) as error:
+        raise RefusedRequest(str(error)) from error
+
+
+def _template_arguments(fields: dict[str, Any], tokenizer: Any) -> dict[str, Any]:
+    from mlx_m3_plugin.chat.asked import FIELDS, template_arguments
+    from mlx_m3_plugin.startup.settings import EFFORTS
+
+    wanted = fields.get("response_format")
+    if isinstance(wanted, dict) and wanted.get("type") not in (None, "text"):
+        raise ValueError(
+            "mlx_lm.server can't hold a model to a schema: leave out response_format and offer the schema "
+            "as a tool, or use mlx_vlm.server"
+        )
+    asked = {name: fields[name] for name in FIELDS if fields.get(name) is not None}
+    return template_arguments(asked, tokenizer.chat_template, EFFORTS)
+
+
+def _check(args: Any, tokenizer: Any) -> None:
+    """What stops mlx-lm's generation thread, or writes outside of an array."""
+    handed_on = args.chat_template_kwargs
+    if not (handed_on is None or isinstance(handed_on, dict)):
+        raise ValueError("chat_template_kwargs must be an object")
+    stop, tokens = args.stop_words or [], len(tokenizer._tokenizer)
+    if not (isinstance(stop, list) and all(isinstance(word, str) and word for word in stop)):
+        raise ValueError(f"stop must be a string or a list of strings, not {str(stop)[:80]}")
+    for token in args.logits.logit_bias or ():
+        if not 0 <= token < tokens:
+            raise ValueError(f"logit_bias: there is no token {token}; the vocabulary has {tokens}")
+
+
+def set_headers(module: Any, original: Any) -> Any:
+    """mlx-lm answers 404 to everything that a generation refuses."""
+
+    @wraps(original)
+    def _set_completion_headers(self: Any, *args: Any, **kwargs: Any) -> Any:
+        if isinstance(sys.exc_info()[1], RefusedRequest):
+            return original(self, 400)
+        return original(self, *args, **kwargs)
+
+    return _set_completion_headers
 
 
 # --- replies ---
@@ -156,26 +254,9 @@ def generate(module: Any, original: Any) -> Any:
         if getattr(getattr(context, "tool_parser", None), "__module__", None) != _PARSER:
             return context, responses
         in_reasoning = self.model_provider.tokenizer.rfind_think_start(context.prompt) >= 0
-        return context, _read(module, responses, request, generation_args.stop_words, in_reasoning)
+        return context, _read(module, responses, request, generation_args, in_reasoning)
 
     return generate
-
-
-# By identity, as requests are compared by their fields.
-_WITHOUT_CALLS: WeakValueDictionary[int, Any] = WeakValueDictionary()
-
-
-def completion_request(module: Any, original: Any) -> Any:
-    """Remembers the requests that want no call, which upstream does not look at."""
-
-    @wraps(original)
-    def handle_chat_completions(self: Any, *args: Any, **kwargs: Any) -> Any:
-        request = original(self, *args, **kwargs)
-        if self.body.get("tool_choice") == "none":
-            _WITHOUT_CALLS[id(request)] = request
-        return request
-
-    return handle_chat_completions
 
 
 Segments = list[tuple[str, str]]
@@ -187,13 +268,13 @@ class _Split(str):
     segments: Segments
 
 
-def _read(module: Any, responses: Any, request: Any, stop_words: Any, in_reasoning: bool) -> Iterator[Any]:
+def _read(module: Any, responses: Any, request: Any, args: Any, in_reasoning: bool) -> Iterator[Any]:
     from mlx_m3_plugin.chat.reply import ReplyParser
     from mlx_m3_plugin.chat.tool_calls import RepairLog
 
-    calls_are_text = _WITHOUT_CALLS.get(id(request)) is request
+    calls_are_text = _fields_of(args).get("tool_choice") == "none"
     parser = ReplyParser(request.tools, in_reasoning, calls_are_text=calls_are_text)
-    log, texts = RepairLog(), _Texts(module, stop_words)
+    log, texts = RepairLog(), _Texts(module, args.stop_words)
     shows = _with_segments if texts.has_machine else _with_states
     # Responses that wait, and parts of the reply for them: what is left at the end needs one to come with.
     waiting: list[Any] = []
@@ -221,6 +302,9 @@ def _read(module: Any, responses: Any, request: Any, stop_words: Any, in_reasoni
     yield from shows(waiting, segments + _segments(parser.finish()))
 
 
+_MARKERS = re.compile(f"({'|'.join(map(re.escape, (THINK_START, THINK_END, NAMESPACE)))})")
+
+
 class _Texts:
     """The texts of responses without stop words."""
 
@@ -230,22 +314,33 @@ class _Texts:
         self.has_machine = machine is not None
         if machine is not None:
             words = [(word, "normal") for word in stop_words or ()]
-            self._machine, self._state = machine, machine({"normal": words}).make_state()
+            self._machine, self._begin = machine, machine({"normal": words}).make_state()
+            self._state = self._begin
 
     def drops_text_of(self, response: Any) -> bool:
         return self.has_machine and response.finish_reason == "stop"
 
     def of(self, response: Any) -> str:
+        given = without_cut_character(response.text, response.finish_reason)
         if not self.has_machine:
-            return str(response.text)
+            return given
         if self.drops_text_of(response):
             return ""
-        self._state, segments = self._machine.split(self._state, response.text)
-        text = "".join(text for _, text in segments)
-        if response.finish_reason is not None:
-            self._state, held, _ = self._machine.flush(self._state)
-            text += held
-        return text
+        text = ""
+        for piece in _MARKERS.split(given):
+            if piece in (THINK_START, THINK_END, NAMESPACE):
+                # No stop word begins, ends or is in one: that is a token of its own.
+                text += self._held() + piece
+            else:
+                self._state, segments = self._machine.split(self._state, piece)
+                text += "".join(text for _, text in segments)
+        return text + (self._held() if response.finish_reason is not None else "")
+
+    def _held(self) -> str:
+        """What may have been the beginning of a stop word."""
+        self._state, held, _ = self._machine.flush(self._state)
+        self._state = self._begin
+        return str(held)
 
 
 def _segments(events: "Iterable[Event]") -> Segments:

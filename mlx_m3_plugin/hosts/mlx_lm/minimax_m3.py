@@ -6,10 +6,9 @@ mlx-lm executes this file under its own module name, so every import is absolute
 from dataclasses import dataclass
 
 from mlx_m3_plugin.hosts.mlx_lm import model
-from mlx_m3_plugin.model.config import TextConfig
 from mlx_m3_plugin.model.decoder import LanguageModel
 
-TextArgs = TextConfig
+TextArgs = model.TextArgs
 
 
 @dataclass

@@ -7,11 +7,25 @@ from typing import Any
 
 import mlx.core as mx
 
-from mlx_m3_plugin.hosts.mlx_lm.model import MLX_LM, MlxLmModel, ModelArgs
-from mlx_m3_plugin.model.config import TextConfig
-from mlx_m3_plugin.model.decoder import LanguageModel, TextModel
+from mlx_m3_plugin.hosts.mlx_lm.model import MLX_LM, MlxLmModel, ModelArgs, TextArgs
+from mlx_m3_plugin.model.attention import Attention
+from mlx_m3_plugin.model.decoder import DecoderLayer, LanguageModel, TextModel
+from mlx_m3_plugin.model.moe import DenseMLP, SparseMoeBlock
+from mlx_m3_plugin.model.norm import GemmaRMSNorm
 
-TextArgs = TextConfig
+# The names in upstream's module.
+__all__ = [
+    "Attention",
+    "DecoderLayer",
+    "DenseMLP",
+    "GemmaRMSNorm",
+    "LanguageModel",
+    "Model",
+    "ModelArgs",
+    "SparseMoeBlock",
+    "TextArgs",
+    "TextModel",
+]
 
 
 class Model(MlxLmModel):

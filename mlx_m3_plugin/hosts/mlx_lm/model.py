@@ -25,6 +25,12 @@ MLX_LM = Host(
 )
 
 
+class TextArgs(TextConfig):
+    """mlx-lm's name of it."""
+
+    host = MLX_LM
+
+
 @dataclass
 class ModelArgs:
     """``config.json`` of a checkpoint, published or re-saved: with a ``text_config``, or flat."""
@@ -35,11 +41,13 @@ class ModelArgs:
 
     def __post_init__(self) -> None:
         if isinstance(self.text_config, dict):
-            self.text_config = TextConfig.from_dict(self.text_config)
+            self.text_config = TextArgs.from_dict(self.text_config)
 
     @classmethod
     def from_dict(cls, params: dict[str, Any]) -> "ModelArgs":
-        return cls(text_config_as_set(params), params.get("model_type", cls.model_type), params)
+        return cls(
+            TextArgs(**vars(text_config_as_set(params))), params.get("model_type", cls.model_type), params
+        )
 
 
 class MlxLmModel(CheckpointMixin):

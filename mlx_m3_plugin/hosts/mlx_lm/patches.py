@@ -11,6 +11,7 @@ from mlx_m3_plugin.hosts.patching import (
     dequantize_model,
     for_m3,
     is_m3_checkpoint,
+    where,
     with_checks,
 )
 
@@ -50,6 +51,28 @@ def sharded_load(module: Any, original: Any) -> Any:
     return for_m3(original, lambda given: is_m3_repository(given["repo"]), load)
 
 
+def awq_main(module: Any, original: Any) -> Any:
+    def main() -> None:
+        try:
+            original()
+        except NotImplementedError as error:
+            if "minimax_m3" not in str(error):
+                raise
+            raise NotImplementedError(
+                f"{error} It moves scales through up projections, and M3's activation clips what they give. "
+                "Use mlx-m3 convert, or mlx_lm.dwq, mlx_lm.gptq or mlx_lm.dynamic_quant."
+            ) from None
+
+    return main
+
+
+# Only our classes have the method.
+@where(lambda given: hasattr(type(given["model"]), "check_is_whole"))
+def save_model(save: Any, given: Arguments) -> None:
+    given.arguments["model"].check_is_whole()
+    call(save, given)
+
+
 until_markers = partial(
     Patch,
     until="mlx-lm knows M3's markers and thinking modes",
@@ -87,9 +110,22 @@ PATCHES = [
     ),
     Patch(
         "mlx_lm.server:APIHandler.handle_chat_completions: body",
-        "no calls where tool_choice is none",
+        "fields of requests that mlx-lm does not read",
         chat.completion_request,
-        until="never: mlx-lm's server does not read tool_choice",
+        until="never: mlx-lm's server does not read tool_choice, or fields about thinking",
+    ),
+    Patch(
+        "mlx_lm.server:ResponseGenerator._tokenize(tokenizer, request, args)",
+        "thinking modes and effort of requests",
+        chat.tokenize,
+        ("GenerationArguments(stop_words, logits, chat_template_kwargs)",),
+        until="never: mlx-lm's server does not read fields about thinking",
+    ),
+    Patch(
+        "mlx_lm.server:APIHandler._set_completion_headers",
+        "status 400 for what M3 can't do",
+        chat.set_headers,
+        until="never: mlx-lm answers 404 to whatever a generation refuses",
     ),
     until_markers(
         "mlx_lm.generate:TextStateMachine.split(state, text)",
@@ -111,11 +147,23 @@ PATCHES = [
         until="never: MLX opens files that are cut off, and lets the second tensor of one name win",
     ),
     Patch(
+        "mlx_lm.utils:save_model(model)",
+        "no model is saved without its experts on disk",
+        save_model,
+        until="never: experts on disk are ours",
+    ),
+    Patch(
         "mlx_lm.utils:dequantize_model(model)",
         "dequantizing keeps tensor scales",
         dequantize_model,
         until="mlx-lm's dequantize_model takes tensor scales",
         fault="test_dequantizing_loses_tensor_scales",
+    ),
+    Patch(
+        "mlx_lm.quant.awq:main",
+        "awq says what to use instead",
+        awq_main,
+        until="never: AWQ needs layers that are linear in the up projection",
     ),
     Patch(
         "mlx_lm.utils:sharded_load(repo, pipeline_group, tensor_group, return_config)",

@@ -6,8 +6,7 @@ from typing import Any
 import mlx.core as mx
 from mlx_vlm.models.base import LanguageModelOutput, create_attention_mask, scaled_dot_product_attention
 
-from mlx_m3_plugin.model import decoder
-from mlx_m3_plugin.model.config import TextConfig
+from mlx_m3_plugin.model import config, decoder
 from mlx_m3_plugin.model.host import Host
 from mlx_m3_plugin.model.kv_cache import is_batch
 from mlx_m3_plugin.model.sharding import shard_layers
@@ -57,6 +56,10 @@ MLX_VLM = Host(
     append_index_keys=caches.append_index_keys,
     adopt=caches.adopt,
 )
+
+
+class TextConfig(config.TextConfig):
+    host = MLX_VLM
 
 
 class TextModel(decoder.TextModel):
@@ -118,7 +121,7 @@ class LanguageModel(decoder.LanguageModel):
     # Rows of a batch that accept different numbers of drafted tokens cannot be rolled back.
     requires_uniform_batch_acceptance = True
 
-    def __init__(self, args: TextConfig, config: Any = None):
+    def __init__(self, args: config.TextConfig, config: Any = None):
         super().__init__(args, MLX_VLM, TextModel)
         self.args = args
         # Drafters read it: the whole model's config.

@@ -3,7 +3,6 @@
 mlx-vlm executes this file under its own module name, so every import is absolute.
 """
 
-from dataclasses import dataclass, field, fields
 from typing import Any
 
 import mlx.core as mx
@@ -13,31 +12,47 @@ from mlx_m3_plugin.hosts.mlx_vlm.parts import check_parts
 
 check_parts()
 
+from mlx_vlm.models.minimax_m3_vl.config import _sanitize_quantization_config  # noqa: E402
+
 from mlx_m3_plugin.hosts.loading import text_config_as_set  # noqa: E402
-from mlx_m3_plugin.hosts.mlx_vlm.language import LanguageModel  # noqa: E402
+from mlx_m3_plugin.hosts.mlx_vlm.language import LanguageModel, TextConfig  # noqa: E402
 from mlx_m3_plugin.hosts.mlx_vlm.model import MlxVlmModel, refuse_pixels  # noqa: E402
-from mlx_m3_plugin.model.config import TextConfig  # noqa: E402
 
 __all__ = ["LanguageModel", "Model", "ModelConfig", "TextConfig"]
 
 
-@dataclass
 class ModelConfig(TextConfig):
-    """Flat: mlx-vlm's loader would overwrite an attribute ``text_config``, so this one cannot be set."""
+    """Flat: mlx-vlm's loader would overwrite an attribute ``text_config``, so this one cannot be set.
 
-    loader_config: dict[str, Any] = field(default_factory=dict, repr=False)
-    # The loader asks for these; we read them from the tensors.
-    quantization: dict[str, Any] | None = None
-    quantization_config: dict[str, Any] | None = None
+    Attributes:
+        quantization: as the checkpoint has it, by mlx-vlm's names; as the tensors are, once they are known.
+        quantization_config: the same.
+    """
+
+    def __init__(
+        self,
+        quantization: Any = None,
+        quantization_config: Any = None,
+        loader_config: Any = None,
+        **text: Any,
+    ):
+        super().__init__(**{"model_type": "minimax_m3", **text})
+        self.loader_config: dict[str, Any] = {} if loader_config is None else loader_config
+        self.quantization = _sanitize_quantization_config(quantization)
+        self.quantization_config = (
+            self.quantization
+            if quantization_config == quantization
+            else _sanitize_quantization_config(quantization_config)
+        )
 
     @classmethod
     def from_dict(cls, params: dict[str, Any]) -> "ModelConfig":  # type: ignore[override]
         # The loader adds empty entries for parts that are not there.
-        given = {key: value for key, value in params.items() if value != {}}
-        text = text_config_as_set(given)
-        made = cls(**{f.name: getattr(text, f.name) for f in fields(text)})
-        made.model_type = params.get("model_type", "minimax_m3")
+        text = vars(text_config_as_set({key: value for key, value in params.items() if value != {}}))
+        own = {key: params.get(key) for key in ("quantization", "quantization_config")}
+        made = cls(**text | own)
         made.loader_config = params
+        made.model_type = params.get("model_type", "minimax_m3")
         params.pop("quantization_config", None)
         return made
 

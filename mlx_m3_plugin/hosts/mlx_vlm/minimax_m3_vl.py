@@ -28,9 +28,8 @@ from mlx_vlm.models.minimax_m3_vl.vision import VisionModel  # noqa: E402
 
 from mlx_m3_plugin.hosts.loading import text_config_as_set  # noqa: E402
 from mlx_m3_plugin.hosts.mlx_vlm.cache import QuantizedMiniMaxM3KVCache  # noqa: E402
-from mlx_m3_plugin.hosts.mlx_vlm.language import LanguageModel  # noqa: E402
+from mlx_m3_plugin.hosts.mlx_vlm.language import LanguageModel, TextConfig  # noqa: E402
 from mlx_m3_plugin.hosts.mlx_vlm.model import MlxVlmModel, refuse_pixels  # noqa: E402
-from mlx_m3_plugin.model.config import TextConfig  # noqa: E402
 
 __all__ = [
     "LanguageModel",
@@ -78,12 +77,11 @@ class ModelConfig(UpstreamModelConfig):
     @classmethod
     def from_dict(cls, params: dict[str, Any]) -> "ModelConfig":
         made = super().from_dict(params)
-        made.text_config = text_config_as_set(params)
+        made.text_config = TextConfig(**vars(text_config_as_set(params)))
         made.vision_config = VisionConfig.from_dict(params.get("vision_config") or {})
         made.loader_config = params
         # We read quantization from the tensors.  Left here, it would make mlx-vlm unpack some formats
-        # before our layouts see them, and look for modules that are not there any more.
-        made.quantization = made.quantization_config = None
+        # before our layouts see them.
         params.pop("quantization_config", None)
         if isinstance(params.get("text_config"), dict):
             params["text_config"].pop("quantization_config", None)
@@ -99,7 +97,7 @@ class Model(MlxVlmModel, UpstreamModel):
         nn.Module.__init__(self)
         if config.loader_config:
             # The loader has replaced our text config with its own.
-            config.text_config = text_config_as_set(config.loader_config)
+            config.text_config = TextConfig(**vars(text_config_as_set(config.loader_config)))
         text, vision = config.text_config, config.vision_config
         layers = config.vision_feature_layer
         self.config = config
@@ -151,6 +149,9 @@ class Model(MlxVlmModel, UpstreamModel):
         Raises:
             ValueError: as there, and when some vision parts have tensors and others have none.
         """
+        if not isinstance(self, Model):
+            # Some tools give an object that has the configs alone.
+            return UpstreamModel.sanitize(self, weights)
         mapped = super().sanitize(weights)
         absent = [p for p in VISION_PARTS if not any(name.startswith(f"{p}.") for name in mapped)]
         # Tools that map a few tensors at a time leave most of everything out.

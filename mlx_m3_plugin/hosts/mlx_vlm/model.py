@@ -44,6 +44,13 @@ class MlxVlmModel(CheckpointMixin):
     def make_cache(self) -> list[Any]:
         return self.language_model.make_cache()
 
+    def sanitize(self, weights: dict[str, mx.array]) -> dict[str, mx.array]:
+        """As :meth:`CheckpointMixin.sanitize`; the config then has the quantization of the tensors."""
+        mapped = super().sanitize(weights)
+        found = self.loader_config.get("quantization")
+        self.config.quantization = self.config.quantization_config = found
+        return mapped
+
     def as_stored(self) -> tuple[StoredModel, dict[str, Any]]:
         """The model to save, and its description for the config.
 
@@ -51,10 +58,13 @@ class MlxVlmModel(CheckpointMixin):
         us mlx-vlm opens no other (until: mlx-vlm 0.6.5, which does if the config says so).  Experts stay
         apart if some differ in bits: gate and up, or the shared and the routed experts.
         """
+        self.check_is_whole()
         arrays = dict(tree_flatten(self.parameters()))
         plan = {name: Tensor.stored(name, array) for name, array in arrays.items()}
         fused = fuse_experts(plan, self.text_config, self.text_prefix, pack_shared=True)
-        packed = not any(".switch_mlp.gate_proj." in name or ".shared_experts." in name for name in fused)
+        packed = self.text_config.n_shared_experts > 0 and not any(
+            ".switch_mlp.gate_proj." in name or ".shared_experts." in name for name in fused
+        )
         made = {name: tensor.make(arrays) for name, tensor in (fused if packed else plan).items()}
         description = {"quantization": _quantization(self, made), "pack_shared_expert": packed}
         return StoredModel(made, self), description

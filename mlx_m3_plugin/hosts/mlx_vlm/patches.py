@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from mlx_m3_plugin.chat.markers import THINK_END, THINK_START
-from mlx_m3_plugin.hosts.mlx_vlm import prompts, replies, requests
+from mlx_m3_plugin.hosts.mlx_vlm import histories, prompts, replies, requests
 from mlx_m3_plugin.hosts.patching import (
     Arguments,
     Patch,
@@ -17,6 +17,18 @@ from mlx_m3_plugin.hosts.patching import (
     where,
     with_checks,
 )
+
+
+# Only our classes have the method.
+@where(lambda given: hasattr(type(given["model"]), "as_stored"))
+def patch_model(patch: Any, given: Arguments) -> Any:
+    """Experts in the form of the store; see :mod:`.offload`."""
+    # It brings the model with it, which others are not to wait for.
+    from mlx_m3_plugin.hosts.mlx_vlm.offload import expect_stored_experts
+
+    expect_stored_experts(given.arguments["model"], Path(given.arguments["offload_dir"]))
+    return call(patch, given)
+
 
 # What save_config has to say of the weights that save_weights has written: by directory.
 _described: dict[Path | None, dict[str, Any]] = {}
@@ -96,7 +108,7 @@ PATCHES = [
     ),
     Patch(
         "mlx_vlm.utils:load_processor(model_path)",
-        "a chat template where the checkpoint has none",
+        "a chat template where the checkpoint has none; U+FFFD at the end of texts",
         prompts.load_processor,
         until="never: checkpoints without a chat template stay",
     ),
@@ -134,6 +146,12 @@ PATCHES = [
         until="never: our class holds other layouts",
     ),
     Patch(
+        "mlx_vlm.moe_offload:patch_model(model, offload_dir)",
+        "expert offload of mlx-vlm's own M3 layout",
+        patch_model,
+        until="never: our class holds experts and the shared expert apart",
+    ),
+    Patch(
         "mlx_vlm.prompt_utils:apply_chat_template(processor, config, prompt)",
         "reasoning in histories",
         prompts.apply_chat_template,
@@ -144,6 +162,26 @@ PATCHES = [
         "thinking modes, tools in their order",
         prompts.get_chat_template,
         until=_M3_ONLY,
+    ),
+    Patch(
+        "mlx_vlm.trainer.vlm.sft.dataset:VisionDataset.process(row)",
+        "training rows with tools",
+        prompts.training_row,
+        until="mlx-vlm renders a row's tools",
+        since="0.7.10",
+    ),
+    *(
+        Patch(
+            f"mlx_vlm.prompt_utils:{name}(content)",
+            f"{whose} content lists are joined as M3's template joins them",
+            histories.joined_content,
+            until=_M3_ONLY,
+            since=since,
+        )
+        for name, whose, since in (
+            ("extract_text_from_content", "other roles'", ""),
+            ("normalize_image_content", "users'", "0.7"),
+        )
     ),
     *(
         Patch(
@@ -166,11 +204,35 @@ PATCHES = [
         )
         for api in ("openai", "anthropic")
     ),
+    Patch(
+        "mlx_vlm.server.responses_state:_response_items_to_chat(items)",
+        "reasoning and whole turns in the items of responses",
+        histories.responses,
+        ("_response_call_to_chat_tool_call(item)",),
+        until=_M3_ONLY,
+    ),
+    Patch(
+        "mlx_vlm.server.anthropic:_anthropic_messages_to_internal(request)",
+        "thinking and the order of blocks in messages",
+        histories.anthropic,
+        ("_anthropic_tools_to_openai(tools)", "_anthropic_tool_choice_to_openai(tool_choice)"),
+        until=_M3_ONLY,
+    ),
     until_markers(
         "mlx_vlm.server.generation:ResponseGenerator.generate(prompt)",
         "replies whose markers come whole",
         replies.generate,
-        ("StreamingToken(text, finish_reason, token_count)", *requests.ARGUMENTS),
+        (
+            "StreamingToken(text, finish_reason, token_count)",
+            *_HAS_TOKENIZER,
+            *requests.ARGUMENTS,
+        ),
+    ),
+    until_markers(
+        "mlx_vlm.server.generation:ResponseGenerator._wrap_processors_until_thinking_done(args, processors)",
+        "grammars that begin with the answer",
+        replies.wrap_processors,
+        ("ResponseGenerator.generate(prompt)",),
     ),
     until_markers(
         "mlx_vlm.server.generation:ResponseGenerator._prompt_has_open_thinking(args, input_ids)",
@@ -203,14 +265,32 @@ PATCHES = [
         replies.split_thinking,
     ),
     until_markers(
+        "mlx_vlm.tools.extractor:process_tool_calls(model_output, tool_module)",
+        "text beside calls, as it was written",
+        replies.process_tool_calls,
+    ),
+    Patch(
+        "mlx_vlm.server.responses_state:process_tool_calls(model_output, tool_module)",
+        "text beside calls, as it was written",
+        replies.process_tool_calls,
+        ("suppress_tool_call_content",),
+        until="mlx-vlm 0.7",
+    ),
+    until_markers(
+        "mlx_vlm.server.responses_state:_response_output_items_from_text"
+        "(full_text, message_id, thinking_start_token)",
+        "text beside calls in the items of responses",
+        replies.response_items,
+    ),
+    until_markers(
         "mlx_vlm.server.responses_state:strip_protocol_markers(text, thinking_start_token)",
         "markers that are text, beside calls",
         replies.strip_markers,
         since="0.7.1",
     ),
     until_markers(
-        "mlx_vlm.server.responses_state:ToolCallStreamState.feed(text)",
-        "markers that are text, in replies that stream",
+        "mlx_vlm.server.responses_state:ToolCallStreamState.feed(text, last): finished",
+        "text beside calls in replies that stream",
         replies.shown_content,
         since="0.7.1",
     ),

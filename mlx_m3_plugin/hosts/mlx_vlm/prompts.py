@@ -3,12 +3,16 @@
 from collections import UserList
 from collections.abc import Mapping
 from contextlib import suppress
+from copy import copy
+from functools import cache, partial
 from typing import Any
 from weakref import WeakValueDictionary
 
 from mlx_m3_plugin.chat.markers import THINK_END, THINK_START
-from mlx_m3_plugin.chat.prompt import CHAT_TEMPLATE, prepared, thinking_mode
+from mlx_m3_plugin.chat.prompt import CHAT_TEMPLATE, prepared, thinking_mode, with_effort
+from mlx_m3_plugin.hosts.mlx_vlm.histories import as_sent, count_images, whole_history
 from mlx_m3_plugin.hosts.patching import Arguments, call, is_m3_checkpoint, where
+from mlx_m3_plugin.startup.settings import effort_setting
 
 PARSER_NAME = "minimax_m3"
 
@@ -51,8 +55,11 @@ def is_m3(processor: Any) -> bool:
 
 @where(lambda given: is_m3_checkpoint(given["model_path"]))
 def load_processor(load: Any, given: Arguments) -> Any:
-    """Gives an M3 without a chat template ours."""
+    """Gives an M3 without a chat template ours, and texts their end."""
     processor = call(load, given)
+    if (detokenizer := getattr(processor, "detokenizer", None)) is not None:
+        base: Any = type(detokenizer)
+        detokenizer.__class__ = _with_whole_texts(base)
     remember(processor)
     parts = (processor, tokenizer_of(processor))
     # Prompts are rendered by the processor, and the tool parser is looked up at its tokenizer.
@@ -61,6 +68,39 @@ def load_processor(load: Any, given: Arguments) -> Any:
         if not getattr(part, "chat_template", None):
             part.chat_template = template
     return processor
+
+
+@cache
+def _with_whole_texts(base: Any) -> Any:
+    class WholeTexts(base):  # type: ignore[misc]
+        """Upstream returns nothing of a text that ends in U+FFFD, as more of a character may come, even when
+        no more comes; and drops the bytes of one that was cut off, which U+FFFD stands for."""
+
+        _is_final = False
+
+        offset: int
+
+        def reset(self) -> None:
+            super().reset()
+            self._is_final = False
+
+        def finalize(self) -> None:
+            decoder, rest = getattr(self, "_byte_decoder", None), getattr(self, "_unflushed", "")
+            if decoder and not self.trim_space and decoder.keys() >= set(rest):
+                self.text += bytes(decoder[character] for character in rest).decode("utf-8", "replace")
+                self._unflushed = ""
+            super().finalize()
+            self._is_final = True
+
+        @property
+        def last_segment(self) -> Any:
+            if not self._is_final:
+                return super().last_segment
+            whole = self.text
+            segment, self.offset = whole[self.offset :], len(whole)
+            return segment
+
+    return WholeTexts
 
 
 def auto_processor(module: Any, original: Any) -> Any:
@@ -115,13 +155,22 @@ def apply_chat_template(apply: Any, given: Arguments) -> Any:
     """mlx-vlm rebuilds messages from role and content, but for those with ``tool_calls``."""
     remember(given.arguments["processor"])
     prompt = given.arguments["prompt"]
-    if isinstance(prompt, list):
-        given.arguments["prompt"] = [_kept_whole(message) for message in prepared(prompt)]
+    if not isinstance(prompt, list):
+        return call(apply, given)
+    prompt = [as_sent(message) for message in prompt]
+    history = whole_history(prompt)
+    # mlx-vlm puts images without a place into the last question.
+    placed = history is not None and count_images(history) == given.arguments["num_images"]
+    if placed:
+        given.arguments["num_images"] = 0
+    given.arguments["prompt"] = [
+        _kept_whole(message, placed) for message in prepared(prompt if history is None else history)
+    ]
     return call(apply, given)
 
 
-def _kept_whole(message: Any) -> Any:
-    if isinstance(message, dict) and message.get("reasoning_content"):
+def _kept_whole(message: Any, with_images: bool) -> Any:
+    if isinstance(message, dict) and (with_images or message.get("reasoning_content")):
         return {"tool_calls": [], **message}
     return message
 
@@ -133,7 +182,8 @@ class _InTheirOrder(UserList):  # type: ignore[type-arg]
 @where(lambda given: is_m3(given["processor"]))
 def get_chat_template(get: Any, given: Arguments) -> Any:
     given.arguments["messages"] = prepared(given.arguments["messages"])
-    options = dict(given.arguments["kwargs"])
+    template = getattr(given.arguments["processor"], "chat_template", None)
+    options = with_effort(dict(given.arguments["kwargs"]), effort_setting(), template)
     # The commands pass ``enable_thinking=False`` when the user has not asked for anything.
     mode = thinking_mode({**options, "enable_thinking": options.get("enable_thinking") or None})
     options.pop("thinking_mode", None)
@@ -143,6 +193,16 @@ def get_chat_template(get: Any, given: Arguments) -> Any:
         options["tools"] = _InTheirOrder(options["tools"])
     given.arguments["kwargs"] = options
     return call(get, given)
+
+
+@where(lambda given: is_m3(given["self"].processor))
+def training_row(process: Any, given: Arguments) -> Any:
+    """With the row's ``tools``: mlx-vlm's server renders them, and what it trains on lacks them."""
+    dataset, tools = copy(given.arguments["self"]), given.arguments["row"].get("tools")
+    if tools:
+        dataset._apply_chat_template = partial(dataset._apply_chat_template, tools=tools)
+    given.arguments["self"] = dataset
+    return call(process, given)
 
 
 @where(lambda given: is_m3(given["processor"]))

@@ -10,7 +10,14 @@ from collections.abc import Callable, Iterator, Mapping
 from functools import cache
 from typing import TYPE_CHECKING, Any
 
-from mlx_m3_plugin.chat.markers import THINK_END, THINK_START, TOOL_CALL_START
+from mlx_m3_plugin.chat.markers import (
+    THINK_END,
+    THINK_START,
+    TOOL_CALL_START,
+    without_cut_character,
+    without_space,
+)
+from mlx_m3_plugin.hosts.mlx_vlm.grammars import AnswerGrammar, where_a_reply_begins
 from mlx_m3_plugin.hosts.mlx_vlm.prompts import PARSER_NAME
 from mlx_m3_plugin.hosts.mlx_vlm.requests import M3Arguments, is_text, starts_with_m3
 from mlx_m3_plugin.hosts.patching import Arguments, call, for_m3, where
@@ -28,9 +35,21 @@ def _m3_arguments(given: Mapping[str, Any]) -> Any:
 @where(lambda given: _m3_arguments(given) is not None)
 def generate(original: Any, given: Arguments) -> Any:
     """Every reply of M3 comes through here."""
+    prompt, arguments = given.arguments["prompt"], _m3_arguments(given.arguments)
+    if arguments.logits_processors is not None:
+        begin, tokenizer = where_a_reply_begins(prompt), given.arguments["self"].tokenizer
+        arguments.logits_processors = [
+            AnswerGrammar(grammar, tokenizer, begin, may_call=bool(arguments.tools))
+            for grammar in arguments.logits_processors
+        ]
     context, tokens = call(original, given)
-    rewriter = _rewriter(given.arguments["prompt"], _m3_arguments(given.arguments))
-    return context, _RewrittenTokens(tokens, rewriter)
+    return context, _RewrittenTokens(tokens, _rewriter(prompt, arguments))
+
+
+@where(lambda given: isinstance(given["args"], M3Arguments))
+def wrap_processors(original: Any, given: Arguments) -> Any:
+    """Ours know where the answer begins."""
+    return given.arguments["processors"]
 
 
 def _rewriter(prompt: Any, arguments: Any) -> "ReplyRewriter":
@@ -48,6 +67,7 @@ def at_prompt_end(marker: str) -> Callable[[Any, Any], Any]:
     def is_at_end(original: Any, given: Arguments) -> bool:
         generator, arguments, input_ids = (given.arguments[name] for name in ("self", "args", "input_ids"))
         tokens = input_ids.flatten().tolist() if input_ids is not None else []
+        tokens = without_space(tokens, generator.tokenizer.decode)
         end = [generator.tokenizer.convert_tokens_to_ids(marker)]
         return arguments.enable_thinking and tokens[-1:] == end
 
@@ -73,7 +93,7 @@ class _RewrittenTokens:
     def _rewrite(self) -> Iterator[Any]:
         token = None
         for token in self._tokens:
-            text = self._rewriter.feed(token.text)
+            text = self._rewriter.feed(without_cut_character(token.text, token.finish_reason))
             if token.finish_reason:
                 text += self._rewriter.finish()
             yield dataclasses.replace(token, text=text)
@@ -117,7 +137,9 @@ def _m3_stream(base: Any, delta: Any) -> Any:
             reasoning, content, self._is_reasoning = _split(text or "", was_reasoning)
             closed = was_reasoning and not self._is_reasoning
             return delta(
-                reasoning=_restored(reasoning) or None, content=content or None, thinking_closed=closed
+                reasoning=_restored(reasoning) or None,
+                content=_Exact(content) or None,
+                thinking_closed=closed,
             )
 
     return M3Stream
@@ -141,10 +163,29 @@ def _split(text: str, is_reasoning: bool) -> tuple[str, str, bool]:
     return said[True], said[False], is_reasoning
 
 
-def _restored(text: str) -> str:
+class _Exact(str):
+    """Text of M3, which mlx-vlm sends without the white space at its ends where it streams."""
+
+    def __radd__(self, before: str) -> "_Exact":
+        return _Exact(before + str(self))
+
+    def lstrip(self, *args: Any) -> "_Exact":
+        return self
+
+    def rstrip(self, *args: Any) -> "_Exact":
+        return self
+
+
+def _restored(text: str) -> _Exact:
     from mlx_m3_plugin.chat.rewriting import restored
 
-    return restored(text)
+    return _Exact(restored(text))
+
+
+def _beside_calls(text: str) -> _Exact:
+    from mlx_m3_plugin.chat.rewriting import without_calls
+
+    return _restored(without_calls(text))
 
 
 def _has_m3_start(given: Mapping[str, Any]) -> bool:
@@ -155,27 +196,52 @@ def _has_m3_start(given: Mapping[str, Any]) -> bool:
 
 @where(_has_m3_start)
 def shown_content(original: Any, given: Arguments) -> Any:
-    """Markers that are text are shown as they were written."""
-    content = call(original, given)
-    return _restored(content) if content else content
+    """Text beside calls, and markers that are text, as they were written."""
+    given.arguments["self"].finished |= given.arguments["last"]
+    return _beside_calls(given.arguments["text"] or "") or None
 
 
 @where(lambda given: starts_with_m3(given) and bool(given["text"]))
 def strip_markers(original: Any, given: Arguments) -> Any:
-    """Not those that are text: the others are gone."""
-    from mlx_m3_plugin.chat.rewriting import as_text
+    """Of M3 there are none left but those that are text."""
+    return given.arguments["text"]
 
-    given.arguments["text"] = as_text(given.arguments["text"])
-    return _restored(call(original, given))
+
+def _are_m3_calls(given: Mapping[str, Any]) -> bool:
+    return is_text(getattr(given["tool_module"], "tool_call_start", None), TOOL_CALL_START)
+
+
+@where(_are_m3_calls)
+def process_tool_calls(original: Any, given: Arguments) -> Any:
+    """Nothing stands where calls stood."""
+    from mlx_m3_plugin.chat.rewriting import without_calls
+
+    found, rest = call(original, given), without_calls(given.arguments["model_output"])
+    # until: mlx-vlm 0.7
+    if isinstance(found, dict):
+        return {**found, "remaining_text": rest}
+    return dataclasses.replace(found, remaining_text=rest)
+
+
+@where(lambda given: starts_with_m3(given) and bool(given["full_text"]))
+def response_items(original: Any, given: Arguments) -> Any:
+    """Text beside calls is an item, too."""
+    items, content, reasoning, reason = call(original, given)
+    if reason == "tool_calls":
+        content = _beside_calls(_split(given.arguments["full_text"], False)[1])
+        part = {"type": "output_text", "text": content, "annotations": []}
+        message = {"id": given.arguments["message_id"], "type": "message", "status": "completed"}
+        message |= {"role": "assistant", "content": [part]}
+        thoughts = sum(item["type"] == "reasoning" for item in items)
+        items[thoughts:thoughts] = [message] if content else []
+    return items, content, reasoning, reason
 
 
 # until: mlx-vlm 0.7
 @where(lambda given: is_text(given["tc_start"], TOOL_CALL_START) and bool(given["delta_content"]))
 def text_after_calls(original: Any, given: Arguments) -> Any:
     """mlx-vlm 0.6 shows nothing more of a reply once a call has begun."""
-    from mlx_m3_plugin.chat.rewriting import restored, without_calls
-
-    return False, restored(without_calls(given.arguments["delta_content"])) or None
+    return False, _beside_calls(given.arguments["delta_content"]) or None
 
 
 def _parses_m3(given: Mapping[str, Any]) -> bool:

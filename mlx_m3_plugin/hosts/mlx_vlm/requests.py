@@ -9,12 +9,13 @@ import logging
 from collections.abc import Callable, Mapping
 from functools import cache, wraps
 from importlib import import_module
-from inspect import signature
 from typing import Any
 
+from mlx_m3_plugin.chat.asked import FIELDS, can_be_silent, template_arguments
+from mlx_m3_plugin.chat.history import from_blocks
 from mlx_m3_plugin.chat.markers import THINK_END, THINK_START
-from mlx_m3_plugin.chat.prompt import prepared, thinking_mode
-from mlx_m3_plugin.hosts.mlx_vlm.prompts import is_m3
+from mlx_m3_plugin.chat.prompt import CHAT_TEMPLATE, prepared
+from mlx_m3_plugin.hosts.mlx_vlm.prompts import is_m3, tokenizer_of
 from mlx_m3_plugin.hosts.patching import (
     Arguments,
     UpstreamChangedError,
@@ -23,6 +24,7 @@ from mlx_m3_plugin.hosts.patching import (
     check_takes,
     for_m3,
 )
+from mlx_m3_plugin.startup.settings import EFFORTS
 
 log = logging.getLogger("mlx_m3_plugin")
 
@@ -65,7 +67,7 @@ def _with_m3_arguments(build_gen_args: Callable[..., Any]) -> Callable[..., Any]
     def build(given: Arguments) -> Any:
         made = call(build_gen_args, given)
         try:
-            return arguments_of(made, given.arguments["request"])
+            return arguments_of(made, given.arguments["request"], given.arguments["processor"])
         except ValueError as error:
             raise _refusal(str(error)) from error
 
@@ -104,71 +106,57 @@ def starts_with_m3(given: Mapping[str, Any]) -> bool:
     return is_text(given["thinking_start_token"], THINK_START)
 
 
-def arguments_of(made: Any, request: Any) -> Any:
+def arguments_of(made: Any, request: Any, processor: Any = None) -> Any:
     """``GenerationArguments`` for M3, from upstream's and the request.
 
     Raises:
-        ValueError: an unknown thinking mode, or a history with arguments that are not a JSON object.
+        ValueError: a request that M3 can't be asked, or a history with arguments that are not a JSON object.
     """
     _check_history(request)
-    template = dict(getattr(request, "chat_template_kwargs", None) or {})
-    mode = _mode_of(request, template, made)
-    template.pop("enable_thinking", None)
+    _check_bias(made, processor)
+    template = template_arguments(_asked(request, FIELDS), _template_of(processor), EFFORTS)
+    if _wants_summary(request):
+        template["thinking_mode"] = "disabled" if can_be_silent(_template_of(processor)) else "adaptive"
+    template.setdefault("thinking_mode", "enabled" if made.enable_thinking else "adaptive")
     arguments = {f.name: getattr(made, f.name) for f in dataclasses.fields(made)}
     arguments |= {
-        "enable_thinking": _may_think(mode, made),
+        # Upstream's word for: reasoning is shown, limited, and waited for.
+        "enable_thinking": template["thinking_mode"] != "disabled",
         "thinking_start_token": THINK_START,
         "thinking_end_token": THINK_END,
         # The markers may be special tokens, and have to be seen.
         "skip_special_tokens": False,
-        "template_arguments": template | ({"thinking_mode": mode} if mode else {}),
+        "template_arguments": template,
         "tools": _offered_tools(request),
     }
     base: Any = type(made)
     return _arguments_class(base)(**arguments)
 
 
-def _mode_of(request: Any, template: dict[str, Any], made: Any) -> str | None:
-    """From M3's own option, or else from others in the request, or else from the command line."""
-    sources = [
-        {"thinking_mode": getattr(request, "thinking_mode", None)},
-        {"thinking_mode": template.get("thinking_mode")},
-        {"thinking_mode": "adaptive" if _field(request, "thinking", "type") == "adaptive" else None},
-        {"enable_thinking": _sent(request, "enable_thinking")},
-        {"enable_thinking": template.get("enable_thinking")},
-        # Upstream's reading of ``reasoning`` and ``reasoning_effort``; None if there was none.
-        {"enable_thinking": getattr(made, "reasoning", None)},
-        {"enable_thinking": made.enable_thinking or None},
-    ]
-    return next(filter(None, map(thinking_mode, sources)), None)
+def _check_bias(made: Any, processor: Any) -> None:
+    """Upstream writes outside of an array."""
+    bias = getattr(made, "logit_bias", None)
+    tokens = len(tokenizer_of(processor)) if bias else 0
+    for token in bias or ():
+        if not 0 <= token < tokens:
+            raise ValueError(f"logit_bias: there is no token {token}; the vocabulary has {tokens}")
 
 
-def _may_think(mode: str | None, made: Any) -> bool:
-    """Upstream's ``enable_thinking``: whether reasoning is shown, limited, and waited for."""
-    if mode == "enabled" or mode == "disabled":
-        return mode == "enabled"
-    has_budget = made.thinking_budget is not None and knows_open_prompts()
-    # A grammar would wait for the end of a reasoning that may never begin.
-    return made.logits_processors is None and (made.enable_thinking or has_budget)
+def _asked(request: Any, names: tuple[str, ...]) -> dict[str, Any]:
+    """The fields that the client has sent: not those that have a default."""
+    sent = {name for name in names if name in getattr(request, "model_fields_set", ())}
+    return {name: _plain(getattr(request, name, None)) for name in sent}
 
 
-def knows_open_prompts() -> bool:
-    """Whether mlx-vlm distinguishes prompts that have opened reasoning from others.  Where it does not,
-    there are no thinking budgets in adaptive mode."""
-    from mlx_vlm.utils import ThinkingBudgetCriteria
-
-    # until: mlx-vlm 0.7
-    return "prompt_preopens_thinking" in signature(ThinkingBudgetCriteria.__init__).parameters
+def _template_of(processor: Any) -> Any:
+    return getattr(processor, "chat_template", None) or CHAT_TEMPLATE
 
 
-def _sent(request: Any, name: str) -> Any:
-    """A field's value if the client has sent it, and not if it is a default."""
-    return getattr(request, name, None) if name in getattr(request, "model_fields_set", ()) else None
-
-
-def _field(request: Any, name: str, key: str) -> Any:
-    value = _plain(getattr(request, name, None))
-    return value.get(key) if isinstance(value, Mapping) else None
+def _wants_summary(request: Any) -> bool:
+    """Upstream's own request to summarize a conversation: the client's, with these fields emptied."""
+    emptied = ("reasoning", "reasoning_effort", "thinking_budget", "response_format", "text")
+    asked = _asked(request, ("enable_thinking", *emptied))
+    return asked.pop("enable_thinking", None) is False and asked == dict.fromkeys(emptied)
 
 
 def _plain(value: Any) -> Any:
@@ -183,6 +171,7 @@ def _check_history(request: Any) -> None:
         if isinstance(item, Mapping) and item.get("type") == "function_call":
             messages.append({"role": "assistant", "tool_calls": [item]})
     prepared(messages)
+    prepared(from_blocks(messages))
 
 
 def _offered_tools(request: Any) -> list[Any]:
@@ -202,7 +191,10 @@ class M3Arguments:
     """What M3's generation arguments do differently."""
 
     def to_template_kwargs(self) -> dict[str, Any]:
-        return super().to_template_kwargs() | self.template_arguments  # type: ignore[misc,attr-defined]
+        kwargs = super().to_template_kwargs()  # type: ignore[misc]
+        # Upstream's is the client's word for it.
+        kwargs.pop("reasoning_effort", None)
+        return kwargs | self.template_arguments  # type: ignore[attr-defined]
 
 
 @cache

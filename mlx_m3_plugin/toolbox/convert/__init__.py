@@ -3,17 +3,19 @@
 from argparse import Namespace
 from collections.abc import Iterator
 from contextlib import contextmanager
+from functools import partial
 from pathlib import Path
 
 from ...model.config import TextConfig
-from ..checkpoint import Checkpoint, open_checkpoint
+from ...model.memory import default_memory
+from ..checkpoint import Checkpoint, draft_in_words, open_checkpoint
 from ..common import Answer, bytes_bar, component_table, layers_bar, size_in_words
 from ..forward_pass import Texts, default_cache, read_texts, text_of
-from ..memory import default_memory
 from ..new_directory import STATE, new_directory, unfinished_of
 from ..precision import Quantization
 from .allocation import Scores, allocate_bits, measure_sensitivity, read_scores, scores_by_position
 from .config_and_card import components
+from .draft import check_draft
 from .plan import ConversionPlan, plan_conversion
 from .recipe import Recipe, load_recipe, recipe_names
 from .run import check_unfinished, report, space_for, write
@@ -45,6 +47,7 @@ def command(args: Namespace) -> Answer:
         f"Wrote {made['path']}: {size_in_words(plan.nbytes)} in {made['files']} files, "
         f"{plan.bits_per_weight:.2f} bits per weight"
     ]
+    lines += _draft(plan)
     if resumed:
         lines.append(f"{resumed} of the files were there from an earlier run")
     return Answer(
@@ -72,24 +75,27 @@ def _prepare(
     Without ``unfinished``, which is for a dry run, nothing is measured.
     """
     checkpoint = open_checkpoint(args.source)
+    if args.keep_draft:
+        check_draft(checkpoint)
     recipe = load_recipe(args.recipe, checkpoint.text_config)
+    plan_it = partial(plan_conversion, checkpoint, recipe, keeps_draft=args.keep_draft)
     if not recipe.bit_targets:
         if args.sensitivity is not None:
             raise ValueError(
                 f"--sensitivity does not apply to {args.recipe}: its bits are fixed, it has no [plan]"
             )
-        return plan_conversion(checkpoint, recipe), None, None
+        return plan_it(), None, None
     scores: Scores = scores_by_position(checkpoint.text_config.num_hidden_layers)
     origin = "by position: nothing was measured"
     if args.sensitivity is None and unfinished is not None:
         # First see that a plan of about the final size can be written: measuring takes hours.
-        draft = plan_conversion(checkpoint, recipe, allocate_bits(checkpoint, recipe, scores))
+        draft = plan_it(allocate_bits(checkpoint, recipe, scores))
         check_unfinished(unfinished, draft, is_draft=True)
         scores = _measured(checkpoint, recipe, text, (args.memory or default_memory()) // 2)
     elif args.sensitivity not in (None, _BY_POSITION):
         scores = read_scores(Path(args.sensitivity).expanduser())
         origin = f"from {args.sensitivity}"
-    return plan_conversion(checkpoint, recipe, allocate_bits(checkpoint, recipe, scores)), scores, origin
+    return plan_it(allocate_bits(checkpoint, recipe, scores)), scores, origin
 
 
 def _measured(checkpoint: Checkpoint, recipe: Recipe, text: str, memory: int) -> Scores:
@@ -133,8 +139,18 @@ def _planned(plan: ConversionPlan, origin: str | None, target: Path | None) -> A
     if plan.packed:
         packing = "experts fused and packed with the shared one: for mlx-lm 0.32, mlx-vlm 0.6.4 and newer"
     lines.append(f"{size_in_words(plan.nbytes)} in {len(plan.shards)} files; {packing}")
+    lines += _draft(plan)
     if origin:
         lines.append(f"sensitivity of layers: {origin}")
     if space is not None:
         lines.append(f"disk: {space}: {'enough' if space.is_enough else 'NOT ENOUGH'}")
     return Answer(content, lines)
+
+
+def _draft(plan: ConversionPlan) -> list[str]:
+    """A line on the source's draft head, if it has one."""
+    words = draft_in_words(plan.source.draft_folders, plan.source.headers.tensors)
+    if words is None:
+        return []
+    what = "kept bit for bit" if plan.keeps_draft else "left out; --keep-draft keeps it"
+    return [f"draft head ({words}): {what}"]

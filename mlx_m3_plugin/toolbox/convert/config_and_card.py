@@ -7,15 +7,15 @@ from pathlib import Path
 from typing import Any
 
 from ... import __version__
-from ...chat.prompt import CHAT_TEMPLATE
+from ...chat.prompt import CHAT_TEMPLATE, takes_effort
 from ...weights import with_quantization
 from ...weights.dtypes import name_of
-from ..checkpoint import CHAT_TEMPLATE_FILES
+from ..checkpoint import CHAT_TEMPLATE_FILES, M3, model_name
 from ..checksums import SUMS
-from ..common import read_json_object, size_in_words, version_of
+from ..common import read_json_object, read_text, size_in_words, version_of
 from ..new_directory import LOCK, STATE
 from ..parameters import component_of
-from ..stock import wrong_past_the_budget
+from ..stock import DEFAULT_EFFORT, WHY_EFFORT, WHY_SAMPLING, stock_commands, wrong_past_the_budget
 from .plan import ConversionPlan
 
 _WEIGHTS = (".safetensors", ".bin", ".gguf", ".pt", ".pth", ".npz")
@@ -29,9 +29,8 @@ _OUTER = (
 _PACKAGES = ("mlx", "mlx-lm", "mlx-vlm")
 
 _CARD = """---
-license: other
-license_name: minimax-community
-base_model: MiniMaxAI/MiniMax-M3
+license: other{license_name}
+base_model: MiniMaxAI/{model}
 base_model_relation: quantized
 library_name: mlx
 pipeline_tag: {pipeline}
@@ -40,9 +39,9 @@ tags:
 - minimax_m3_vl
 ---
 
-# MiniMax-M3, {recipe}
+# {model}, {recipe}
 
-**Built with MiniMax M3.** {summary}.
+**Built with {built_with}.** {summary}.
 
 | | |
 |---|---|
@@ -58,9 +57,11 @@ tags:
 ## Use
 
 ```bash
-pip install mlx-lm
-mlx_lm.generate --model path/to/this --prompt "Hello" --max-tokens 4096 --temp 1.0 --top-p 0.95 --top-k 40
+pip install {libraries}
+{commands}
 ```
+
+{why}
 
 {opens}
 With `pip install mlx-m3-plugin` both answer exactly as the reference does past {budget:,} tokens, in batches
@@ -72,8 +73,8 @@ too, and their servers understand M3's reasoning and tool calls.
 
 ## Licence
 
-The MiniMax Community License of the source's weights applies. Commercial use has conditions: see the LICENSE
-of the source.
+The licence of the source's weights applies, MiniMax's own. Commercial use has conditions: see the LICENSE of
+the source.
 
 ## Recipe
 
@@ -91,11 +92,12 @@ def write_config_and_card(directory: Path, plan: ConversionPlan) -> None:
         if _is_copied(file) and (plan.source.vision or not is_for_vision):
             shutil.copyfile(file, directory / file.name)
     _write_json(directory / "config.json", new_config(plan))
-    tokenizer_config = _without_wrong_parser(directory / "tokenizer_config.json")
-    templates = [name for name in CHAT_TEMPLATE_FILES if (directory / name).exists()]
-    if not templates and not tokenizer_config.get("chat_template"):
+    kept = _without_wrong_parser(directory / "tokenizer_config.json").get("chat_template")
+    templates = [directory / name for name in CHAT_TEMPLATE_FILES if (directory / name).exists()]
+    if not templates and not kept:
         (directory / CHAT_TEMPLATE_FILES[0]).write_text(CHAT_TEMPLATE, encoding="utf-8")
-    (directory / "README.md").write_text(model_card(plan), encoding="utf-8")
+    template = read_text(templates[0]) if templates else kept
+    (directory / "README.md").write_text(model_card(plan, takes_effort(template)), encoding="utf-8")
 
 
 def _is_copied(file: Path) -> bool:
@@ -145,8 +147,18 @@ def new_config(plan: ConversionPlan) -> dict[str, Any]:
 # --- card ---
 
 
-def model_card(plan: ConversionPlan) -> str:
+def model_card(plan: ConversionPlan, has_effort: bool) -> str:
+    """``has_effort``: whether the chat template takes one."""
+    model, vision = model_name(plan.source.text_config), bool(plan.source.vision)
+    effort = DEFAULT_EFFORT if has_effort else None
+    commands = stock_commands("path/to/this", mlx_lm=True, mlx_vlm=vision, model_name=model, effort=effort)
     return _CARD.format(
+        model=model,
+        built_with="MiniMax M3" if model == M3 else "MiniMax M3.1",
+        license_name="\nlicense_name: minimax-community" if model == M3 else "",
+        libraries="mlx-lm mlx-vlm" if vision else "mlx-lm",
+        commands="\n".join(commands),
+        why="\n".join([WHY_SAMPLING, *([WHY_EFFORT] if has_effort else [])]),
         pipeline="image-text-to-text" if plan.source.vision else "text-generation",
         recipe=plan.recipe.name,
         summary=plan.recipe.summary.rstrip("."),

@@ -73,6 +73,7 @@ class ConversionPlan:
         packed: gate and up are fused, and the shared expert is one more of the experts.
         shards: modules by file.
         specs: module path without a prefix -> how it will be stored.
+        keeps_draft: whether the source's draft head is written too.
     """
 
     source: Checkpoint
@@ -80,6 +81,7 @@ class ConversionPlan:
     packed: bool
     shards: list[list[NewModule]]
     specs: Mapping[str, Quantization]
+    keeps_draft: bool = False
 
     @property
     def modules(self) -> Iterator[NewModule]:
@@ -118,7 +120,11 @@ class ConversionPlan:
 
 
 def plan_conversion(
-    source: Checkpoint, recipe: Recipe, specs: Mapping[str, Quantization] | None = None
+    source: Checkpoint,
+    recipe: Recipe,
+    specs: Mapping[str, Quantization] | None = None,
+    *,
+    keeps_draft: bool = False,
 ) -> ConversionPlan:
     """Lay out what ``recipe`` makes of ``source``.
 
@@ -134,7 +140,7 @@ def plan_conversion(
     modules = list(_text_modules(source, matrices, chosen, packed))
     vision = next((rule.spec for rule in reversed(recipe.rules) if VISION in rule.parts), Quantization())
     modules += [_copied(source, name, name, vision) for name in source.vision]
-    return ConversionPlan(source, recipe, packed, _cut(modules), chosen)
+    return ConversionPlan(source, recipe, packed, _cut(modules), chosen, keeps_draft)
 
 
 def _check_kept(source: Checkpoint, recipe: Recipe, specs: Mapping[str, Quantization]) -> None:
@@ -159,7 +165,7 @@ def _check_kept(source: Checkpoint, recipe: Recipe, specs: Mapping[str, Quantiza
 def _can_pack(source: Checkpoint, specs: Mapping[str, Quantization]) -> bool:
     """Whether everything that mlx-vlm packs together by default is stored alike, in every layer."""
     config = source.text_config
-    if config.shared_intermediate_size != config.intermediate_size:
+    if not config.n_shared_experts or config.shared_intermediate_size != config.intermediate_size:
         return False
     with_experts = [layer for layer in range(config.num_hidden_layers) if config.is_moe(layer)]
     for layer in with_experts:

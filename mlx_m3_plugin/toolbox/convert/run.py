@@ -15,14 +15,16 @@ from typing import Any, NamedTuple
 import mlx.core as mx
 
 from ... import __version__
+from ...weights.byte_ranges import TensorReader
 from ...weights.headers import INDEX, weight_files
 from ..checksums import read_sums, sha256_of, write_sums
 from ..common import Progress, read_json_object
 from ..new_directory import STATE, contents, new_directory, replace_text
 from ..precision import Quantization, converted
-from ..shards import ShardWriter, TensorReader
+from ..shards import ShardWriter
 from .allocation import Scores, write_scores
 from .config_and_card import write_config_and_card
+from .draft import draft_bytes, write_draft
 from .plan import ConversionPlan, NewModule, SourceMatrix
 
 SENSITIVITY = "mlx-m3-sensitivity.json"
@@ -80,6 +82,9 @@ def write(
             if name not in sums:
                 sums[name] = sha256_of(unfinished / name)
                 write_sums(unfinished, sums)
+    if plan.keeps_draft:
+        sums |= {name: sha256_of(unfinished / name) for name in write_draft(plan.source, unfinished)}
+        write_sums(unfinished, sums)
     _write_index(unfinished, plan)
     write_config_and_card(unfinished, plan)
     if scores is not None:
@@ -128,6 +133,7 @@ def fingerprint(plan: ConversionPlan) -> dict[str, Any]:
         "recipe": plan.recipe.name,
         "precisions": hashlib.sha256(json.dumps(specs).encode()).hexdigest(),
         "bytes": plan.nbytes,
+        "draft": plan.keeps_draft,
     }
 
 
@@ -149,7 +155,8 @@ def space_for(plan: ConversionPlan, unfinished: Path) -> Space:
     """On the disk where ``unfinished`` is or will be."""
     finished = sum(file.stat().st_size for file in unfinished.glob("*.safetensors"))
     there = next(parent for parent in (unfinished, *unfinished.parents) if parent.exists())
-    return Space(plan.nbytes + _SMALL_FILES - finished, shutil.disk_usage(there).free)
+    draft = draft_bytes(plan.source) if plan.keeps_draft else 0
+    return Space(plan.nbytes + draft + _SMALL_FILES - finished, shutil.disk_usage(there).free)
 
 
 # --- shards ---

@@ -3,7 +3,6 @@
 Reads headers and settings alone, so a checkpoint of 850 GB takes about a second.
 """
 
-import shlex
 import textwrap
 from argparse import Namespace
 from collections.abc import Iterable, Mapping, Sequence
@@ -11,16 +10,18 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
+from ...chat.prompt import takes_effort
 from ...model.config import uncut_lists
+from ...model.memory import Memory, is_mac, machine_memory, memory_for
+from ...startup.settings import EFFORTS, EXPERT_MEMORY, expert_memory
 from ...weights import Headers, shorten, unused_in_words
 from ...weights.headers import INDEX, dtypes_not_read
-from ...weights.names import is_draft
 from ..checkpoint import (
     CHAT_TEMPLATE_FILES,
-    DRAFT_FOLDER,
     M3,
     Contents,
     Source,
+    draft_in_words,
     locate_weights,
     model_name,
     open_source,
@@ -28,27 +29,22 @@ from ..checkpoint import (
     read_text_config,
 )
 from ..checksums import Verification, verify
-from ..common import Answer, bytes_bar, component_table, size_in_words, version_of
-from ..memory import Memory, is_mac, machine_memory, memory_for
+from ..common import Answer, bytes_bar, component_table, size_in_words
 from ..parameters import NOT_IN_THE_TEXT_MODEL
-from ..stock import wrong_past_the_budget
+from ..stock import (
+    DEFAULT_EFFORT,
+    WHY_EFFORT,
+    WHY_SAMPLING,
+    stock_commands,
+    why_not_opened,
+    wrong_past_the_budget,
+)
 from .layout import Component, Layout, Precision, StoredDtype, dtype_histogram, measure, recognise_layout
 
 # Of a line of text.
 _COLUMNS = 100
 _LABEL = 14
 _MOST_PROBLEMS = 20
-_WHY_SAMPLING = (
-    "(with the sampling that MiniMax uses: greedy decoding, the default of these commands, can make "
-    "low-bit weights repeat themselves while thinking)"
-)
-_SAMPLING = "--temp 1.0 --top-p 0.95"
-# M3.1 always reasons: about 600 tokens at low effort and 6,400 at max.
-_EFFORTS, _DEFAULT_EFFORT = ("low", "medium", "high", "xhigh", "max"), "max"
-_WHY_EFFORT = (
-    "(max is the effort that MiniMax's own service uses by default; it takes about ten times the tokens of "
-    "low, so leave room for them)"
-)
 
 
 @dataclass(frozen=True)
@@ -87,6 +83,8 @@ class Inspection:
         opens: ``mlx-lm`` and ``mlx-vlm`` -> whether it opens there with this plugin.
         wrong_without_plugin: library -> why its answers are not right past ``attention.budget`` tokens
             without this plugin, where it opens the checkpoint.
+        fails_without_plugin: library -> what it says when it loads the checkpoint without this plugin, empty
+            if it opens; None if it was not asked.
         notes: what to know before using it.  problems: what is wrong with it, one line each.
         verified: None unless the files were compared with their checksums.
     """
@@ -108,6 +106,7 @@ class Inspection:
     attention: AttentionSummary | None = None
     opens: dict[str, bool] = field(default_factory=lambda: {"mlx-lm": False, "mlx-vlm": False})
     wrong_without_plugin: dict[str, str] = field(default_factory=dict)
+    fails_without_plugin: dict[str, str] | None = None
     memory: Memory | None = None
     commands: list[str] = field(default_factory=list)
     notes: list[str] = field(default_factory=list)
@@ -121,6 +120,8 @@ class Inspection:
 
 def command(args: Namespace) -> Answer:
     found = inspect(args.checkpoint)
+    if args.stock:
+        ask_stock(found, args.checkpoint)
     if args.verify:
         directory = locate_weights(args.checkpoint).directory
         assert directory is not None
@@ -154,8 +155,8 @@ def inspect(path_or_repository: str | Path) -> Inspection:
         dtypes=dtype_histogram(headers),
         vision=layout.vision,
         model=None if config is None else model_name(config),
-        efforts=[*_EFFORTS] if takes_effort(source.chat_template or "") else [],
-        draft=_draft(source),
+        efforts=[*EFFORTS] if takes_effort(source.chat_template or "") else [],
+        draft=draft_in_words(source.draft_folders, headers.tensors),
         problems=[*problems],
     )
     found.notes += _notes(source)
@@ -178,27 +179,25 @@ def inspect(path_or_repository: str | Path) -> Inspection:
             mlx_lm=found.opens["mlx-lm"],
             mlx_vlm=found.opens["mlx-vlm"] and found.vision,
             model_name=found.model or M3,
-            effort=_DEFAULT_EFFORT if found.efforts else None,
+            effort=DEFAULT_EFFORT if found.efforts else None,
         )
     return found
 
 
-def _draft(source: Source) -> str | None:
-    tensors = sum(map(is_draft, source.headers.tensors))
-    places = ([f"{DRAFT_FOLDER}/"] if source.has_draft_folder else []) + (
-        [f"{tensors} tensors in the shards"] if tensors else []
-    )
-    return " and ".join(places) or None
+def ask_stock(found: Inspection, path_or_repository: str | Path) -> None:
+    """Whether the installed mlx-lm and mlx-vlm open it without this plugin.
 
-
-def takes_effort(chat_template: str) -> bool:
-    return "reasoning_effort" in chat_template
+    Raises:
+        OSError: it is not on disk.
+    """
+    directory = locate_weights(path_or_repository).directory
+    assert directory is not None
+    found.fails_without_plugin = {library: why_not_opened(library, directory)[0] for library in found.opens}
 
 
 def _notes(source: Source) -> list[str]:
     headers, notes = source.headers, unused_in_words(source.headers.tensors)
-    if source.has_draft_folder:
-        notes.append(f"{DRAFT_FOLDER}/ holds a draft head, which is not used")
+    notes += [f"{folder}/ holds a draft head, which is not used" for folder in source.draft_folders]
     if headers.unlisted:
         files = ", ".join(shorten(headers.unlisted, 3))
         notes.append(f"{INDEX} does not list {files}: mlx-lm loads what is in there, mlx-vlm does not")
@@ -271,42 +270,6 @@ def _tokenizer_problems(source: Source) -> list[str]:
     return problems
 
 
-# --- how to run it ---
-
-
-def stock_commands(
-    name: str, *, mlx_lm: bool, mlx_vlm: bool, model_name: str = M3, effort: str | None = None
-) -> list[str]:
-    """Stock command lines of these libraries, with MiniMax's sampling for ``model_name``,
-    ready to paste.
-
-    Args:
-        effort: of reasoning, where the chat template takes it.  ``mlx_lm.chat`` and mlx-vlm have no option.
-    """
-    model = f"--model {shlex.quote(name)}"
-    tokens = "--max-tokens 4096" if model_name == M3 else "--max-tokens 16384"
-    # Nothing is known of it for M3.1.
-    top_k = " --top-k 40" if model_name == M3 else ""
-    arguments = "" if effort is None else f""" '{{"reasoning_effort": "{effort}"}}'"""
-    config, args = (f" --chat-template-{x}{arguments}" if arguments else "" for x in ("config", "args"))
-    lines = []
-    if mlx_lm:
-        lines += [
-            f'mlx_lm.generate {model} --prompt "Hello" {tokens} {_SAMPLING}{top_k}{config}',
-            # It has no --top-k.
-            f"mlx_lm.chat {model} {tokens} {_SAMPLING}",
-            f"mlx_lm.server {model} {tokens} {_SAMPLING}{top_k}{args}",
-        ]
-    if mlx_vlm:
-        sampling = _SAMPLING.replace("--temp ", "--temperature ") + top_k
-        if (version_of("mlx-vlm") or "").startswith("0.6."):
-            # It takes the others from generation_config.json only.  until: mlx-vlm 0.7
-            sampling = "--temperature 1.0"
-        question = '--image photo.jpg --prompt "What is this?"'
-        lines.append(f"mlx_vlm.generate {model} {question} {tokens} {sampling}")
-    return lines
-
-
 # --- as text ---
 
 
@@ -316,7 +279,7 @@ def lines_of(found: Inspection) -> list[str]:
         parts = [(c.name, c.parameters, c.bytes, ", ".join(c.stored_as)) for c in found.components]
         lines += ["", *component_table([(*p[:3], p[3].replace("affine ", "")) for p in parts], _COLUMNS)]
     if found.memory is not None:
-        lines += ["", "Memory", *_indented(memory_lines(found.memory))]
+        lines += ["", "Memory", *_indented(memory_lines(found.memory) + _lines_of_experts_on_disk())]
     if found.notes:
         lines += ["", "Notes", *_indented(found.notes)]
     if found.verified is not None:
@@ -325,7 +288,7 @@ def lines_of(found: Inspection) -> list[str]:
         lines += ["", "Checksums", *_indented([f"{read}: {result}"])]
     lines += ["", "Problems", *_indented(shorten(found.problems, _MOST_PROBLEMS) or ["none"])]
     if found.commands:
-        why = [_WHY_SAMPLING, *([_WHY_EFFORT] if found.efforts else [])]
+        why = [WHY_SAMPLING, *([WHY_EFFORT] if found.efforts else [])]
         lines += ["", "To run it", *map(_command, found.commands), *_indented(why)]
     return lines
 
@@ -365,11 +328,22 @@ def _opens(opens: Mapping[str, bool]) -> str:
 
 
 def _without_plugin(found: Inspection) -> dict[str, str]:
-    if found.attention is None or not found.wrong_without_plugin:
-        return {}
-    libraries = " and ".join(f"{library} ({why})" for library, why in found.wrong_without_plugin.items())
-    wrong = f"not right past {found.attention.budget:,} tokens without the plugin"
-    return {"without it": f"{wrong}, where it opens: {libraries}"}
+    fails, wrong = found.fails_without_plugin, found.wrong_without_plugin
+    not_right = "" if found.attention is None else f"not right past {found.attention.budget:,} tokens"
+    if fails is None:
+        if not not_right or not wrong:
+            return {}
+        libraries = " and ".join(f"{library} ({why})" for library, why in wrong.items())
+        return {"without it": f"{not_right} without the plugin, where it opens: {libraries}"}
+    said = {
+        library: f"does not open ({textwrap.shorten(why, _COLUMNS // 2, placeholder=' ...')})"
+        if why
+        else f"opens, {not_right} ({wrong[library]})"
+        if library in wrong
+        else "opens"
+        for library, why in fails.items()
+    }
+    return {f"{library} alone": verdict for library, verdict in said.items()}
 
 
 def _files(count: int) -> str:
@@ -417,6 +391,12 @@ def memory_lines(memory: Memory) -> list[str]:
             f"to let the GPU use that much: sudo sysctl iogpu.wired_limit_mb={memory.wired_limit_mb}"
         )
     return lines
+
+
+def _lines_of_experts_on_disk() -> list[str]:
+    memory = expert_memory()
+    size = memory if isinstance(memory, str) else size_in_words(memory)
+    return [f"{EXPERT_MEMORY} is set ({size}): routed experts that do not fit stay on disk"] if memory else []
 
 
 def _command(command: str) -> str:

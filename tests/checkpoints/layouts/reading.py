@@ -6,8 +6,8 @@ import mlx.core as mx
 
 from mlx_m3_plugin.toolbox.checkpoint import Checkpoint, open_checkpoint
 from mlx_m3_plugin.toolbox.precision import float32_values
-from mlx_m3_plugin.toolbox.shards import TensorReader
 from mlx_m3_plugin.weights import with_quantization
+from mlx_m3_plugin.weights.byte_ranges import TensorReader
 from mlx_m3_plugin.weights.headers import INDEX
 from mlx_m3_plugin.weights.names import is_vision
 

@@ -10,8 +10,8 @@ import sys
 from collections.abc import Callable
 from dataclasses import dataclass
 
-from ..model.config import TextConfig
 from ..msa.engine import PARTIAL_BYTES
+from .config import TextConfig
 
 _GIB = 1 << 30
 # For the system and everything else that runs.
@@ -20,6 +20,8 @@ _LEAST_RESERVE, _RESERVED_FRACTION = 8 * _GIB, 1 / 16
 _WIRED_FRACTION = 0.75
 # Tokens of a prompt that mlx-lm computes at a time by default.
 PREFILL_STEP = 2048
+# Tokens of context that there is room for beside experts, unless someone says otherwise.
+CONTEXT_BESIDE_EXPERTS = 32_768
 # Memory of an attention layer's prefill, in arrays of the queries' size.  At its end there are the queries
 # before and after norm and rotation, the output of each group and all outputs together; then, while groups
 # are computed, the queries and outputs, and the queries in float32.
@@ -103,6 +105,18 @@ def memory_for(config: TextConfig, weights: int, sparse_layers: int, machine: in
     limit = wired_limit(memory, total) if context else None
     group_size = kv_group_size(config)
     return Memory(weights, kv_16, kv_8, group_size, machine, reserve, context, context_kv_8, limit)
+
+
+def room_for_experts(
+    config: TextConfig, usable: int, others: int, per_token: int, context: int = CONTEXT_BESIDE_EXPERTS
+) -> int:
+    """Bytes of ``usable`` memory that are left for routed experts; below 0 if the rest does not fit.
+
+    Args:
+        others: bytes of all other weights.  per_token: bytes of context.
+    """
+    context = min(context, config.max_position_embeddings)
+    return usable - others - per_token * context - transient_bytes(config, PREFILL_STEP, context)
 
 
 def bytes_per_token(config: TextConfig, sparse_layers: int, kv_bits: int | None = None) -> int:
