@@ -28,6 +28,7 @@ from tests.end_to_end.forks import Forks
 # Many times the random model's block budget of 32 tokens.
 PROMPT = " ".join(f"You may call tool {n}, then respond step by step." for n in range(8))
 WORKS = "works"
+SECONDS = 1800
 
 
 @dataclass(frozen=True)
@@ -65,8 +66,11 @@ class Files:
             ]
             rows = [json.dumps({"messages": messages}) for messages in turns]
             (self.data / f"{split}.jsonl").write_text("\n".join(rows) + "\n")
-        calibration = self.directory / "home" / ".cache" / "mlx-lm" / "calibration_v5.txt"
-        calibration.parent.mkdir(parents=True)
+        (self.model / "README.md").write_text("---\nlibrary_name: mlx\n---\n# M3\n")
+        cache = self.directory / "home" / ".cache"
+        (cache / "huggingface" / "hub").mkdir(parents=True)
+        calibration = cache / "mlx-lm" / "calibration_v5.txt"
+        calibration.parent.mkdir()
         calibration.write_text(PROMPT * 12)
 
 
@@ -161,7 +165,7 @@ COMMANDS = [
        "perplexity --model {model} --data-path {data} --sequence-length 96 --num-samples 2"),
     lm("benchmark", "benchmark --model {model} -p 64 -g 4 -n 1", says="Averages"),
     lm("manage", "manage --scan --pattern m3"),
-    lm("share", "share --path {model} --tmpdir {out}", refuses="hostfile|hosts|group|distributed|single"),
+    lm("share", "share --path {model} --tmpdir {out}", refuses="No hostfile"),
     lm("upload", "upload --path {model} --upload-repo someone/m3", refuses=NETWORK),
     vlm("generate", VLM_GENERATE),
     vlm("generate, text only", 'generate --model {model} --prompt "{prompt}" --max-tokens 6'),
@@ -180,13 +184,14 @@ COMMANDS = [
     ),
     vlm("convert --quant-method awq", VLM_CONVERT + " -q --quant-method awq", VLM_OPEN, since=(0, 7)),
     vlm("convert --dequantize", VLM_CONVERT + " -q", DEQUANTIZE, VLM_OPEN.replace("/mlx", "/plain")),
-    vlm("convert --mtp", VLM_CONVERT + " --mtp", since=(0, 7), refuses="(?i)mtp"),
+    vlm("convert --mtp", VLM_CONVERT + " --mtp", VLM_OPEN, since=(0, 7)),
     vlm("moe_offload", "moe_offload --build {model} --out {out}/mlx", VLM_OPEN + " --expert-cache-gb 1",
         since=(0, 7)),
     vlm("moe_offload of its own layout", VLM_CONVERT + " -q",
         "moe_offload --build {out}/mlx --out {out}/store",
         VLM_OPEN.replace("/mlx", "/store") + " --expert-cache-gb 1", since=(0, 7)),
-    vlm("decide", "decide --model {model} --state Warm --questions {questions}", since=(0, 7)),
+    vlm("decide", "decide --model {model} --state Warm --questions {questions}", since=(0, 7),
+        refuses="does not support decision prediction"),
     vlm("train", "train --model {model} --data {data} --iters 2 --batch-size 2 --max-seq-length 160"
         " --output-path {out}/adapters", "generate --model {model} --adapter-path {out}/adapters " + SEEN,
         since=(0, 7)),
@@ -198,7 +203,7 @@ COMMANDS = [
     ),
     vlm("split_mtp", "split_mtp --model {model} --output {out}/mtp", since=(0, 7), refuses="(?i)mtp"),
     *(
-        vlm(name, f"{name} --model {{model}} --text Hello", since=(0, 7), refuses=".")
+        vlm(name, f"{name} Hello --model {{model}}", since=(0, 7), refuses="(?i)token.classification|support")
         for name in ("token_classification", "privacy_filter")
     ),
 ]  # fmt: skip
@@ -236,12 +241,16 @@ def run(command: Command, made_by: Forks, files: Files, out: Path) -> str:
         directory = out / f"run{number}"
         directory.mkdir()
         module, arguments = _entry(package, name, arguments)
-        made_by.start(module, arguments, directory, input=command.stdin)
+        made_by.start(module, arguments, directory, input=command.stdin, timeout=SECONDS)
         answered = name == "server" and _answers(port, files.model, directory)
         status = made_by.status()
         said = (directory / "said.txt").read_text(errors="replace")
         if answered:
             return WORKS
+        if status is None:
+            return f"no end after {SECONDS} seconds"
+        if offline := re.search(r".*OfflineModeIsEnabled.*", said):
+            return offline[0].strip()
         if status != 0 or not re.search(command.says, said) or re.search(r"^Error", said, re.MULTILINE):
             return _last_line(said)
     return WORKS
@@ -261,7 +270,7 @@ def _answers(port: int, model: Path, directory: Path) -> bool:
         headers={"Content-Type": "application/json"},
     )
     try:
-        for _ in range(900):
+        while not (directory / "ended").exists():
             try:
                 with urllib.request.urlopen(request, timeout=200) as answer:
                     return bool(json.load(answer)["choices"])

@@ -110,6 +110,7 @@ def _become(module: str, arguments: list[str], directory: str, input: str = "", 
     finally:
         sys.stdout.flush()
         sys.stderr.flush()
+        Path(directory, "ended").touch()
         os._exit(status)
 
 

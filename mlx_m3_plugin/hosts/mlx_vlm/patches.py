@@ -22,9 +22,9 @@ from mlx_m3_plugin.hosts.patching import (
 # Only our classes have the method.
 @where(lambda given: hasattr(type(given["model"]), "as_stored"))
 def patch_model(patch: Any, given: Arguments) -> Any:
-    """Experts in the form of the store; see :mod:`.offload`."""
+    """Experts in the form of the store; see :mod:`.moe_offload`."""
     # It brings the model with it, which others are not to wait for.
-    from mlx_m3_plugin.hosts.mlx_vlm.offload import expect_stored_experts
+    from mlx_m3_plugin.hosts.mlx_vlm.moe_offload import expect_stored_experts
 
     expect_stored_experts(given.arguments["model"], Path(given.arguments["offload_dir"]))
     return call(patch, given)
@@ -162,6 +162,13 @@ PATCHES = [
         "thinking modes, tools in their order",
         prompts.get_chat_template,
         until=_M3_ONLY,
+    ),
+    Patch(
+        "mlx_vlm.trainer.vlm.sft.dataset:VisionDataset.process(row)",
+        "training rows with tools",
+        prompts.training_row,
+        until="mlx-vlm renders a row's tools",
+        since="0.7.10",
     ),
     *(
         Patch(
