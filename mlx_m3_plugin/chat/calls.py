@@ -236,6 +236,9 @@ class CallBuilder:
         self._take_elements_without_token()
         closing, m2 = name, parameter_name(name)
         if m2 is not None and not self._open[-1].shape.names(name):
+            if self._strict and self.has_open_value and self._open[-1].shape.is_array_only:
+                # No item of an array.
+                raise _UnbalancedError
             name, closing = m2, "parameter"
             self._note("M2 parameter tags")
         elif not self._open[-1].shape.names(name) and self._open[-1].shape.names(name.strip()):
@@ -339,8 +342,10 @@ class CallBuilder:
                 self._wrong = parent.children[-1], written, parent, len(parent.children)
         else:
             self._note("stray closing tag")
-            # A text whose opening tag is lost belongs to it.
-            self.broken |= not top.last_text().isspace() and top.last_text() != ""
+            # A text whose opening tag is lost belongs to it; white space is beside it.
+            self.broken |= bool(top.last_text().strip())
+            del top.texts[top.texts_before_last_child :]
+            self._wrong = None
             # An element that was ended early, and whose end comes now, was read wrongly.
             if name in self._ended:
                 parent, count = self._ended[name]

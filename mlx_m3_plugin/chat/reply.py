@@ -514,7 +514,7 @@ class ReplyParser:
             if not _NO_TAG.match(rest) and len(rest) - len(rest.lstrip()) <= MOST_BLANKS:
                 yield from self._more(_BRACKET if rest.strip()[:1] == "<" and len(rest) > 20 else _ANYTHING)
                 return None
-            if any(begin.startswith(rest.strip()) for begin in ("invokename",)):
+            if "invokename".startswith(rest.strip()):
                 yield from self._more()
                 return None
         if _SOME_INVOKE.match(self._text, after):
@@ -540,7 +540,8 @@ class ReplyParser:
             closes = not builder.has_open_value or (yield from self._closes_all(length))
             text = take(self._at + length)
             if closes:
-                builder.end_all() if builder.has_open_value else None
+                if builder.has_open_value:
+                    builder.end_all()
                 return not builder.broken
             if builder.in_text:
                 builder.text(text)
@@ -559,6 +560,7 @@ class ReplyParser:
     ) -> Generator[None, None, bool | None]:
         if builder.closes_without_token("invoke"):
             return True
+        builder.close_at_end()
         if builder.broken:
             return False
         if closing and builder.is_open("tool_call"):

@@ -197,7 +197,7 @@ class Shape:
     Attributes:
         is_text: tags are text.  is_open: tags of any name may be in it.
         is_leaf: there is a text in it, and no tags.  is_array: it may be an array.
-        is_structure: it is an array or an object, if it is not null.
+        is_array_only, is_structure: if it is not null, it is an array; or an array or an object.
     """
 
     def __init__(self, schema: Any, schemas: Schemas):
@@ -209,6 +209,7 @@ class Shape:
         self.is_text = "string" in kinds and not kinds & {"array", "object", None}
         self.is_leaf = not kinds & {"array", "object"}
         self.is_array = bool(self._arrays)
+        self.is_array_only = self.is_array and not kinds - {"array", "null"}
         self.is_structure = not kinds - {"array", "object", "null"} and not self.is_leaf
         closed = [not branch.get("additionalProperties", not _properties(branch)) for branch in self._objects]
         self.is_open = None in kinds or not all(closed)

@@ -3,7 +3,6 @@
 import logging
 from itertools import pairwise
 from pathlib import Path
-from typing import Any
 
 import mlx.core as mx
 import mlx.nn as nn
@@ -14,7 +13,7 @@ from ..model.memory import bytes_per_token, machine_memory, reserve_of, room_for
 from ..weights import read_headers
 from ..weights.check import compare, shape_and_kind
 from ..weights.dtypes import size_in_bytes
-from ..weights.quantization import infer_module
+from ..weights.quantization import infer_module, quantized_in
 from ..weights.tensor import TensorPlan
 from .experts import ExpertsOnDisk, Guess
 from .slots import ExpertFiles, Slots
@@ -53,7 +52,10 @@ def put_experts_on_disk(
     if isinstance(memory, str):
         others = sum(size_in_bytes(t.shape, t.dtype) for t in plan.values()) - total
         memory = _room_for_experts(model, others)
-    if total <= memory or not all(_quantize(blocks[base], of_layer) for base, of_layer in planned.items()):
+    if total <= memory:
+        return plan
+    quantized = {base: _quantized(blocks[base], of_layer) for base, of_layer in planned.items()}
+    if not all(quantized.values()):
         return plan
     n_experts = model.config.num_local_experts
     count = n_experts * memory // total
@@ -66,6 +68,7 @@ def put_experts_on_disk(
     files = ExpertFiles(directory, read_headers(directory).tensors, experts)
     for base, of_layer in planned.items():
         block = blocks[base].block_sparse_moe
+        block.switch_mlp.update_modules(quantized[base])
         block.switch_mlp = ExpertsOnDisk(Slots(block.switch_mlp, of_layer, count, files))
     with_experts = list(blocks.values())
     for layer, following in pairwise(with_experts):
@@ -87,18 +90,14 @@ def _room_for_experts(model: TextModel, others: int) -> int:
     return room_for_experts(model.config, min(machine - reserve_of(machine), int(kept)), others, per_token)
 
 
-def _quantize(layer: DecoderLayer, planned: TensorPlan) -> bool:
-    """Quantize a layer's experts as they are stored; False if what is stored does not fit them."""
-    experts: Any = layer.block_sparse_moe.switch_mlp
-    shapes = {path: linear.weight.shape for path, linear in experts.named_modules() if "weight" in linear}
-
-    def spec(path: str, _: nn.Module) -> bool | dict[str, Any]:
-        return f"{path}.scales" in planned and infer_module(path, planned, shapes[path])
-
-    nn.quantize(experts, class_predicate=spec)
-    parameters = dict(tree_flatten(experts.parameters()))
+def _quantized(layer: DecoderLayer, planned: TensorPlan) -> dict[str, nn.Module]:
+    """The matrices of a layer's experts, quantized as they are stored; none if something else is stored."""
+    made = {name: m for name, m in layer.block_sparse_moe.switch_mlp.children().items() if "weight" in m}
+    for name in set(quantized_in(planned)) & made.keys():
+        made[name] = made[name].to_quantized(**infer_module(name, planned, made[name].weight.shape))
+    parameters = dict(tree_flatten({name: linear.parameters() for name, linear in made.items()}))
     found = compare(planned, {name: shape_and_kind(array) for name, array in parameters.items()})
-    return not (found.missing or found.left_over or found.wrong)
+    return {} if found.missing or found.left_over or found.wrong else made
 
 
 def _guess(layer: DecoderLayer, following: DecoderLayer) -> Guess:

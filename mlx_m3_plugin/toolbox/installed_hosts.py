@@ -64,10 +64,13 @@ _ENGINES = {
         ),
     ],
     "vllm-mlx": [
-        Engine("mlx_vlm.models.minimax_m3_vl", "checkpoints with vision"),
+        Engine("mlx_vlm.models.minimax_m3_vl", "with vision"),
         Engine("mlx_lm.models.minimax_m3", "text-only checkpoints"),
     ],
-    "rapid-mlx": [Engine("mlx_lm.models.minimax_m3_vl", "with --no-mllm")],
+    "rapid-mlx": [
+        Engine("mlx_vlm.models.minimax_m3_vl", "with vision"),
+        Engine("mlx_lm.models.minimax_m3_vl", "with --no-mllm"),
+    ],
     "vmlx": [
         Engine(
             "mlx_lm.models.minimax_m3_vl",

@@ -58,3 +58,21 @@ def test_a_reply(case: dict[str, Any]) -> None:
             content, expected = content.strip(), expected.strip()
         assert content == expected
         assert reply.reasoning == marked(case["reasoning"])
+
+
+# Of the same kinds: other types, places and spellings.
+MORE = json.loads(Path(__file__).with_name("more_replies.json").read_text(encoding="utf-8"))
+
+
+def test_more_replies() -> None:
+    for case in MORE:
+        tools = case["tools"] and [
+            {"name": name, "parameters": {"type": "object", "properties": properties}}
+            for name, properties in case["tools"].items()
+        ]
+        for pieces in pieces_of(case["text"])[:3]:
+            reply, _ = read(pieces, tools=tools)
+            calls = [[call.name, call.arguments] for call in reply.calls]
+            assert json.dumps(calls) == json.dumps(expected_calls(case)), case
+            assert reply.content.strip() == marked(case.get("content", "")).strip(), case
+            assert reply.reasoning == marked(case.get("reasoning", "")), case

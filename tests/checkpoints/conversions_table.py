@@ -127,7 +127,7 @@ def answers(name: str, columns: list[str]) -> dict[str, str]:
         edit_json(source / "config.json", _in_bfloat16)
         for number, column in enumerate(columns):
             if column in LOADS:
-                error = why_not(LAYOUTS[name], LOADS[column])
+                error, _ = why_not(LAYOUTS[name], LOADS[column])
                 found[column] = EXACT if error is None else error
                 continue
             made = Path(directory) / str(number) / "made"
@@ -229,8 +229,10 @@ def _bound(module: str, value: mx.array, spec: Quantization, new: Weights) -> mx
         # rounds by 2^-9 each: the value, its offset, and the group's range of twice the largest value.
         bound = mx.abs(new[f"{module}.scales"]).astype(mx.float32) + 4 * 2**-9 * largest
     else:
-        # Scales are powers of two, rounded: by sqrt(2) too small at most, and then the largest is cut off.
-        bound = (1 - 2**-0.5) * largest
+        # MLX before 0.32 rounds scales to the nearest power of two, by sqrt(2) too small at most, and cuts
+        # off what is larger than they reach.  Of bfloat16 it takes their logarithms in bfloat16, which is
+        # 2^-5 off for scales between 2^-16 and 2^-8.
+        bound = (1 - 2 ** -(0.5 + 2**-5)) * largest
     return mx.repeat(bound, spec.group_size, -1)
 
 

@@ -28,6 +28,9 @@ from tests.checkpoints.tiny_layouts import LAYOUTS, Layout
 # Three times the block budget of these models, which is 32 tokens.
 TOKENS = mx.array([[(7 * i * i + 3 * i) % 90 for i in range(100)]])
 _WITHIN = 30
+# On logits, against a float model that holds the values which the stored tensors stand for: float32 sums in
+# another order.  Measured are at most 5e-6, with every kind of quantization.
+TOLERANCE = 1e-4
 
 
 def reference_logits(directory: Path, parameters: dict[str, mx.array], tokens: mx.array) -> mx.array:
@@ -83,9 +86,9 @@ def why_not(layout: Layout, library: str) -> tuple[str | None, bool]:
         except Exception as error:  # whatever the library says is the answer
             return f"{type(error).__name__}: {error}"[:300], False
     within = distance[:_WITHIN].max().item()
-    if within > layout.tolerance:
+    if within > TOLERANCE:
         return f"logits differ by {within:.2g}", False
-    return None, distance.max().item() <= layout.tolerance
+    return None, distance.max().item() <= TOLERANCE
 
 
 def main(library: str, *names: str) -> None:

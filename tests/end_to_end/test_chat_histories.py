@@ -380,6 +380,17 @@ def test_a_reply_of_mlx_lm_is_the_same_streamed_or_not(lm: Host, stream: bool) -
         assert said_by_chat(lm, stream) == tuple(expected), lm.reply
 
 
+def test_the_role_comes_once(lm: Host) -> None:
+    """Clients add up what deltas say."""
+    lm.reply = f"<mm:think>Why?</mm:think>One.{BLOCK}"
+    body = {"messages": [{"role": "user", "content": "Go."}], "tools": TOOLS, "stream": True}
+    for _ in range(2):
+        events = lm.post("/v1/chat/completions", body)
+        roles = ["role" in choice["delta"] for event in events for choice in event["choices"]]
+        assert len(roles) > 3
+        assert [n for n, has_role in enumerate(roles) if has_role] == [0]
+
+
 @streamed_or_not
 def test_stop_words_break_no_marker(lm: Host, stream: bool) -> None:
     lm.reply = f"<mm:think>Why?</mm:think>One.{BLOCK}"

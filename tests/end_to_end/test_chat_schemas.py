@@ -59,6 +59,7 @@ def server(host: Host) -> ChatServer:
     return ChatServer(host.address, Path(), host.model)
 
 
+@pytest.mark.some(3)
 @pytest.mark.parametrize("stream", [False, True])
 @pytest.mark.parametrize("mode", MODES)
 def test_reasoning_first_and_then_the_schema(server: ChatServer, mode: str, stream: bool) -> None:
@@ -80,6 +81,7 @@ def test_in_adaptive_mode_it_may_not_think(server: ChatServer, model: Path) -> N
         assert (answer.reasoning, json.loads(answer.content)) == ("", ANSWER)
 
 
+@pytest.mark.some(2)
 @pytest.mark.parametrize("mode", MODES)
 def test_with_tools_it_may_call_instead(server: ChatServer, model: Path, mode: str) -> None:
     wants = {"response_format": FORMAT, "logit_bias": {token_id(model, NS): 5}}
@@ -96,6 +98,7 @@ def test_an_object_of_any_kind(server: ChatServer, model: Path) -> None:
     assert (answer.reasoning, json.loads(answer.content)) == (REASONING, {})
 
 
+@pytest.mark.some(1)
 @pytest.mark.parametrize("mode", MODES)
 def test_the_other_protocols(host: Host, mode: str) -> None:
     asked = {"thinking_mode": mode, "temperature": 0}

@@ -112,6 +112,13 @@ def memory_cache() -> dict[str, Any]:
     return locals()
 
 
+def mllm_cache_compat() -> dict[str, Any]:
+    def first_incompatible_mllm_cache_type(caches: list[Any], *, allow_arrays_cache: bool = False) -> Any:
+        return next((type(held).__name__ for held in caches if type(held) is not upstream.KVCache), None)
+
+    return locals()
+
+
 def output_router() -> dict[str, Any]:
     class OutputRouter:
         @classmethod
@@ -177,6 +184,7 @@ STAND_INS: dict[str, Callable[[], dict[str, Any]]] = {
     "rapid_mlx.reasoning": reasoning,
     "rapid_mlx.tool_parsers": tool_parsers,
     "rapid_mlx.memory_cache": memory_cache,
+    "rapid_mlx.mllm_cache_compat": mllm_cache_compat,
     "rapid_mlx.output_router": output_router,
     "rapid_mlx.service.helpers": helpers,
     "app.parsers": app_parsers,
@@ -237,6 +245,9 @@ def test_other_programs_with_a_package_named_app() -> None:
     module: Any = ModuleType("app.parsers")
     module.__file__ = "/somewhere/app/parsers.py"
     assert apply(PATCHES, module) == ([], [])
+    module.__name__ = "mlx_lm.utils"
+    assert not patching._is_of("mlx-lm", module)
+    assert patching._is_of("mlx-lm", sys.modules["mlx_lm.utils"])
 
 
 # --- parsers of vllm-mlx and rapid-mlx ---
@@ -328,20 +339,16 @@ def model() -> Any:
 def test_rapid_mlx_reuses_a_shared_prefix(model: Any) -> None:
     """Its stored entry is cut where prompts part, stays as it is, and what cannot be cut is a miss."""
     trim = patched("rapid_mlx.memory_cache")._trim_cache_offset
-    first = mx.random.randint(0, 64, (1, 200))
+    first, following = (mx.random.randint(0, 64, (1, n)) for n in (200, 90))
+    stored = model.make_cache()
+    model(first, cache=stored)
     for n_shared in (70, 199, 200):
-        stored = model.make_cache()
-        model(first, cache=stored)
-        if n_shared == 70:  # As it comes from disk.
-            for entry in stored:
-                entry.__class__ = upstream.CacheList
-        following = mx.random.randint(0, 64, (1, 90))
-        for _ in range(2):
-            cache = trim(stored, 200 - n_shared)
-            reused = model(following, cache=cache)[0]
-            prompt = mx.concatenate([first[:, :n_shared], following], axis=1)
-            assert mx.abs(reused - model(prompt)[0, n_shared:]).max().item() <= 1e-4
-        assert trim(stored, 201) is None
+        reused = model(following, cache=trim(stored, 200 - n_shared))[0]
+        prompt = mx.concatenate([first[:, :n_shared], following], axis=1)
+        assert mx.abs(reused - model(prompt)[0, n_shared:]).max().item() <= 1e-4
+        for entry in stored:  # From now on as it comes from disk.
+            entry.__class__ = upstream.CacheList
+    assert trim(stored, 201) is None
     stored[-1].caches = [upstream.QuantizedKVCache()]
     assert trim(stored, 10) is None
 
@@ -359,6 +366,15 @@ def test_rapid_mlx_trims_other_models_as_ever() -> None:
         ours, theirs = (made._trim_cache_offset(cache, 1) for made in (module, stock))
         assert str(type(ours)) == str(type(theirs))
         assert [type(entry) for entry in ours or ()] == [type(entry) for entry in theirs or ()]
+
+
+def test_rapid_mlx_takes_m3_with_vision() -> None:
+    """The name is all that counts, as the class is mlx-vlm's."""
+    first_incompatible = patched("rapid_mlx.mllm_cache_compat").first_incompatible_mllm_cache_type
+    held = type("MiniMaxM3KVCache", (), {})()
+    assert first_incompatible([upstream.KVCache(), held]) is None
+    assert first_incompatible([held, upstream.RotatingKVCache(4)]) == "RotatingKVCache"
+    assert first_incompatible([upstream.RotatingKVCache(4)], allow_arrays_cache=True) == "RotatingKVCache"
 
 
 def test_rapid_mlx_routes_by_m3s_markers() -> None:

@@ -94,14 +94,11 @@ class TorchLoRA(torch.nn.Module):
 
 
 def batches(tokenizer: Any, seed: int) -> list[np.ndarray]:
-    rng, length = random.Random(seed), 3 * BUDGET
-    texts = [
-        prompt_of(tokenizer, needles.draw(rng, 4 * BUDGET, lambda text: len(text.split()))[0])
-        for _ in range(2 * STEPS)
-    ]
-    ids = [tokenizer.encode(text, add_special_tokens=False)[:length] for text in texts]
-    assert all(len(row) == length for row in ids)
-    return list(np.array(ids).reshape(STEPS, 2, length))
+    """The ends of three prompts, again and again."""
+    rng, length = random.Random(seed), 2 * BUDGET
+    cases = [needles.draw(rng, 4 * BUDGET, lambda text: len(text.split()))[0] for _ in range(3)]
+    ids = [tokenizer.encode(prompt_of(tokenizer, case), add_special_tokens=False) for case in cases]
+    return [np.array([row[-length:]]) for row in ids] * (STEPS // 3)
 
 
 def test_thirty_steps_lower_the_loss_as_far(fresh_seed: int, tmp_path: Path) -> None:
@@ -142,7 +139,7 @@ def test_thirty_steps_lower_the_loss_as_far(fresh_seed: int, tmp_path: Path) -> 
             yield mx.array(batch), mx.array([[0, batch.shape[1]]] * len(batch))
 
     arguments = TrainingArgs(
-        batch_size=2, iters=STEPS, steps_per_report=1, adapter_file=str(tmp_path / "adapters.safetensors")
+        batch_size=1, iters=STEPS, steps_per_report=1, adapter_file=str(tmp_path / "adapters.safetensors")
     )
     optimizer = optimizers.Adam(learning_rate=RATE, bias_correction=True)
     # On a CPU, compiling a step takes longer than all of them.
@@ -153,5 +150,5 @@ def test_thirty_steps_lower_the_loss_as_far(fresh_seed: int, tmp_path: Path) -> 
         mx.enable_compile()
     assert len(found) == len(expected) == STEPS
     drops = [np.mean(losses[:3]) - np.mean(losses[-3:]) for losses in (found, expected)]
-    assert drops[1] > 0.3
+    assert drops[1] > 0.1
     assert math.isclose(*drops, rel_tol=0.05)

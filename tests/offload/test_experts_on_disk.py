@@ -11,6 +11,7 @@ from mlx.utils import tree_flatten
 
 from mlx_m3_plugin.model.memory import PREFILL_STEP, bytes_per_token, reserve_of, transient_bytes
 from mlx_m3_plugin.offload import install
+from mlx_m3_plugin.weights.headers import INDEX, read_header
 from tests.checkpoints.random_model import write_random_model
 from tests.checkpoints.tiny_layouts import LAYOUTS
 from tests.offload.disk_models import (
@@ -51,12 +52,43 @@ def resident(checkpoint: Path) -> Any:
     return load_with("mlx_lm", checkpoint)
 
 
+@pytest.mark.some(2)
 @pytest.mark.parametrize("slots", [1, 3, 8, 15])
 def test_few_and_many_slots(slots: int, checkpoint: Path, resident: Any, fresh_seed: int) -> None:
     on_disk = load_on_disk("mlx_lm", checkpoint, memory_for(resident, slots))
     # Rows by the thousand, a few, and one at a time.
     tokens = np.random.default_rng(fresh_seed).integers(0, 600, (3, 200))
     assert_same_bits(resident, on_disk, tokens, [90, 20, 3, *[1] * 12])
+
+
+def test_an_output_that_nobody_has_asked_for_yet(checkpoint: Path, resident: Any) -> None:
+    """Its experts stay where they are until it is computed."""
+    layer = experts_of(load_on_disk("mlx_lm", checkpoint, memory_for(resident, 4)))[-1]
+    whole = experts_of(resident)[-1]
+    x = mx.random.normal((3, 1, 128))
+    ids = [mx.array([[n, n + 1, n + 2, n + 3]], mx.uint32) for n in (0, 0, 4)]
+    mx.eval(layer(x[0], ids[0]))
+    outputs = [layer(row, chosen) for row, chosen in zip(x, ids, strict=True)]
+    for row, chosen, output in zip(x, ids, outputs, strict=True):
+        assert bool(mx.array_equal(output, whole(row, chosen)))
+
+
+def test_what_a_checkpoint_lacks_is_named(checkpoint: Path, tmp_path: Path) -> None:
+    """As without experts on disk."""
+    LAYOUTS["mlx_unfused_4bit"].write(tmp_path)
+    file, name = next(
+        (file, name)
+        for file in tmp_path.glob("model*.safetensors")
+        for name in read_header(file)
+        if name.endswith("layers.2.block_sparse_moe.switch_mlp.up_proj.biases")
+    )
+    index = tmp_path / INDEX
+    weights = {n: array for n, array in mx.load(str(file)).items() if n != name}
+    mx.save_safetensors(str(file), weights, metadata={"format": "mlx"})
+    index.unlink(missing_ok=True)
+    for memory in (1 << 30, 300_000):
+        with pytest.raises(ValueError, match=r"missing \(1\):\n.*switch_mlp\.up_proj\.biases"):
+            load_on_disk("mlx_lm", tmp_path, memory)
 
 
 def test_off_where_all_experts_fit(checkpoint: Path, resident: Any) -> None:

@@ -8,6 +8,7 @@ what ``QUESTIONS`` names, and prints a row of a table for each.  Environments ar
 """
 
 import argparse
+import base64
 import contextlib
 import json
 import os
@@ -21,7 +22,7 @@ import urllib.request
 import venv
 from collections.abc import Callable, Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -53,6 +54,7 @@ class Host:
         needs: more packages.  alone: more packages, without what they depend on.
         serve: its command; ``MODEL`` and ``PORT`` stand for those.
         parsers: options that name M3's parsers, which are there with the plugin alone.
+        sees: takes images.
     """
 
     requirement: str
@@ -62,16 +64,18 @@ class Host:
     alone: str = ""
     transformers: str = "transformers"
     parsers: str = ""
+    sees: bool = False
 
 
 HOSTS = {
     "rapid-mlx": Host(
         "rapid-mlx==0.16.10",
         "0.7.2",
-        "rapid-mlx serve MODEL --no-mllm --port PORT",
+        "rapid-mlx serve MODEL --port PORT",
         "argcomplete certifi pypdf tomli-w websockets",
         transformers="transformers<5.16",
         parsers=PARSERS,
+        sees=True,
     ),
     "vllm-mlx": Host(
         "vllm-mlx==0.6.0",
@@ -79,6 +83,7 @@ HOSTS = {
         "vllm-mlx serve MODEL --continuous-batching --port PORT",
         "lm-format-enforcer interegular pytz",
         parsers=PARSERS,
+        sees=True,
     ),
     "mlx-openai-server": Host(
         "mlx-openai-server==1.6.3",
@@ -97,13 +102,16 @@ HOSTS = {
         transformers="transformers>=5.18",
     ),
 }
+HOSTS["rapid-mlx --no-mllm"] = replace(
+    HOSTS["rapid-mlx"], serve="rapid-mlx serve MODEL --no-mllm --port PORT", sees=False
+)
 
 
 # --- environments ---
 
 
-def environment_of(host: Host, name: str) -> Path:
-    directory = ENVIRONMENTS / name
+def environment_of(host: Host) -> Path:
+    directory = ENVIRONMENTS / host.requirement.partition("==")[0]
     if (directory / ".ready").exists():
         return directory
     venv.create(directory, with_pip=True, clear=True)
@@ -139,7 +147,7 @@ class Client:
     address: str
     model: str
 
-    def ask(self, prompt: str, mode: str = "adaptive", stream: bool = False, **more: Any) -> Reply:
+    def ask(self, prompt: Any, mode: str = "adaptive", stream: bool = False, **more: Any) -> Reply:
         body = {
             "model": self.model,
             "messages": [{"role": "user", "content": prompt}],
@@ -277,6 +285,19 @@ QUESTIONS: dict[str, Question] = {
 }
 
 
+def image_of(model: Path) -> Question:
+    """Its picture, as ``mlx-m3 demo`` shows it: asked whole and streamed."""
+    encoded = base64.b64encode((model / "picture.png").read_bytes()).decode()
+    content = [
+        {"type": "image_url", "image_url": {"url": f"data:image/png;base64,{encoded}"}},
+        {"type": "text", "text": "What is in the picture?"},
+    ]
+    texts = {"A red circle and a blue square."}
+    return lambda client, *given: (
+        {client.ask(content, stream=stream).text for stream in (False, True)} == texts
+    )
+
+
 def sharing(model: Path) -> list[str]:
     """Prompts that part after a long text: at its end, and in the midst of a block."""
     text = prompts(model)[3]
@@ -313,16 +334,18 @@ def plain(text: str) -> str:
 def measure(name: str, model: Path, work: Path) -> Iterator[str]:
     """A row of the table with the plugin, and one without."""
     host = HOSTS[name]
-    directory = environment_of(host, name)
+    directory = environment_of(host)
     python = directory / "bin" / "python"
     texts, shared = (reference(python, model, asked) for asked in (prompts(model), sharing(model)))
     for with_plugin in (True, False):
-        cells = [f"{host.requirement} {'with' if with_plugin else 'without'}"]
-        where = work / f"{name}-{'with' if with_plugin else 'without'}"
+        switch = "with" if with_plugin else "without"
+        cells = [f"{name} ({host.requirement}) {switch}"]
+        where = work / f"{name.replace(' ', '')}-{switch}"
         where.mkdir(parents=True)
         try:
             with served(directory, host, model, where / "log", with_plugin, where) as client:
                 cells += ["yes", *(_cell(ask, client, texts, shared) for ask in QUESTIONS.values())]
+                cells.append(_cell(image_of(model), client, texts, shared) if host.sees else "–")
         except NotServedError as error:
             cells += ["no", str(error).strip().splitlines()[-1][:100]]
         yield f"| {' | '.join(cells)} |"
@@ -351,12 +374,12 @@ def main() -> None:
     subprocess.run(
         [sys.executable, "-m", "mlx_m3_plugin", "demo", str(model)], check=True, stdout=subprocess.DEVNULL
     )
-    print(f"| host | loads | {' | '.join(QUESTIONS)} |\n|{'---|' * (len(QUESTIONS) + 2)}")
+    print(f"| host | loads | {' | '.join(QUESTIONS)} | image |\n|{'---|' * (len(QUESTIONS) + 3)}")
     for name in args.hosts:
         for row in measure(name, model, args.work):
             print(row, flush=True)
-        if not args.keep:
-            shutil.rmtree(ENVIRONMENTS / name)
+    if not args.keep:
+        shutil.rmtree(ENVIRONMENTS)
 
 
 if __name__ == "__main__":

@@ -5,7 +5,7 @@ from pathlib import Path
 
 import pytest
 
-from tests.third_party.servers import HOSTS, QUESTIONS, environment_of, measure, write_nano
+from tests.third_party.servers import HOSTS, environment_of, measure, write_nano
 
 
 @pytest.fixture(scope="module")
@@ -22,8 +22,8 @@ def test_all_is_right_with_the_plugin_and_not_without(
     rows = list(measure(name, nano, tmp_path))
     with capsys.disabled():
         print("", *rows, sep="\n")
-    all_right = " | ".join(["yes"] * (1 + len(QUESTIONS)))
-    assert [all_right in row for row in rows] == [True, False]
+    right = [set(row.split(" | ")[1:]) <= {"yes", "– |", "yes |"} for row in rows]
+    assert right == [True, False]
 
 
 def test_rapid_mlx_copies_lists_of_caches_whole() -> None:
@@ -37,6 +37,6 @@ for cache in entry.caches:
     cache.update_and_fetch(mx.zeros((1, 1, 8, 4)), mx.zeros((1, 1, 8, 4)))
 print([cache.offset for cache in _trim_cache_offset([entry], 3)[0].caches])
 """
-    python = environment_of(HOSTS["rapid-mlx"], "rapid-mlx") / "bin" / "python"
+    python = environment_of(HOSTS["rapid-mlx"]) / "bin" / "python"
     done = subprocess.run([python, "-c", program], capture_output=True, text=True, check=True)
     assert done.stdout.strip() == "[8, 8]"

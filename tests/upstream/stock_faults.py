@@ -10,6 +10,7 @@ import os
 import sys
 from collections.abc import Callable
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import mlx.core as mx
@@ -94,6 +95,16 @@ def lm_think_marker(model: str) -> str | None:
     from mlx_lm.utils import load_tokenizer
 
     return load_tokenizer(Path(model)).think_start
+
+
+def lm_roles_of_deltas(model: str) -> list[str | None]:
+    """Of two pieces of a reply that streams."""
+    from mlx_lm.server import APIHandler
+
+    handler: Any = SimpleNamespace(stream=True, object_type="chat.completion.chunk")
+    vars(handler).update(dict.fromkeys(("request_id", "system_fingerprint", "requested_model", "created")))
+    deltas = [APIHandler.generate_response(handler, text, None)["choices"][0]["delta"] for text in "ab"]
+    return [delta.get("role") for delta in deltas]
 
 
 def lm_masks_grow_with_heads(model: str) -> float:

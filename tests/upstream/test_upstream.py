@@ -93,6 +93,10 @@ def test_neither_knows_the_markers_of_reasoning(model: Path) -> None:
     assert "<mm:think>" in content
 
 
+def test_mlx_lm_sends_the_role_with_every_delta(model: Path) -> None:
+    assert stock("lm_roles_of_deltas", model) == ["assistant", "assistant"]
+
+
 def test_mlx_lm_masks_grow_with_heads(model: Path) -> None:
     """At least a byte for each query head and four for each index head; the demo has 8 and 4."""
     assert stock("lm_masks_grow_with_heads", model) >= 8 + 4 * 4

@@ -360,7 +360,7 @@ messages = [
 ][: int(sys.argv[2])]
 for kwargs in ({}, {"enable_thinking": True}, {"tools": tools}, {"thinking_mode": "enabled"}):
     seen.append(prompt_utils.apply_chat_template(processor, {"model_type": sys.argv[3]}, messages, **kwargs))
-request = openai.ChatRequest(model="m", messages=messages[:1], chat_template_kwargs={"x": 1})
+request = openai.ChatRequest(model="m", messages=messages[:1], chat_template_kwargs={"model_id": "x"})
 request.thinking_mode = "enabled"
 arguments = openai._build_gen_args(request, processor)
 seen.append([type(arguments).__mro__[0].__qualname__, vars(arguments), arguments.to_template_kwargs()])

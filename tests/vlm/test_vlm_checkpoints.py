@@ -6,18 +6,15 @@ import pytest
 pytest.importorskip("mlx_vlm")
 
 from mlx_m3_plugin.hosts.mlx_vlm.model import MlxVlmModel
-from tests.checkpoints.opens import load_language_model, logits_of, reference_logits
+from tests.checkpoints.opens import TOKENS, TOLERANCE, load_language_model, logits_of, reference_logits
 from tests.checkpoints.tiny_layouts import LAYOUTS
-
-# Three times the block budget of these models.
-TOKENS = mx.array([[(7 * i * i + 3 * i) % 90 for i in range(100)]])
 
 
 def test_a_checkpoint_opens_and_computes_what_its_tensors_say(layout_name, tmp_path):
     layout = LAYOUTS[layout_name]
     reference = reference_logits(tmp_path, layout.write(tmp_path), TOKENS)
     logits = logits_of(load_language_model("mlx_vlm", tmp_path)(TOKENS))
-    assert mx.abs(logits - reference).max() <= layout.tolerance
+    assert mx.abs(logits - reference).max() <= TOLERANCE
 
 
 def test_a_flat_config_of_a_vision_model_is_saved_and_opens_again(tmp_path):

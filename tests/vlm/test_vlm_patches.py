@@ -91,6 +91,18 @@ def use_prompt_utils(module: ModuleType, directory: Path) -> Any:
     return prompt, made, reads(*processors)
 
 
+def use_dataset(module: ModuleType, directory: Path) -> Any:
+    class Processor(Recorder):
+        def apply_chat_template(self, messages: Any, **kwargs: Any) -> str:
+            return repr((messages, kwargs))
+
+    processor = Processor(chat_template="t")
+    dataset = get(module, "VisionDataset")([], {"model_type": "qwen2_vl"}, processor)
+    dataset._prepare = lambda prompt, *media: prompt
+    row = {"messages": [{"role": "user", "content": "q"}], "tools": [{"name": "f"}]}
+    return get(dataset, "process")(row), reads(processor)
+
+
 def use_registry(module: ModuleType, directory: Path) -> Any:
     tokenizer = Recorder(chat_template="<tool_call>{{ tool_call.name }}")
     processor = Recorder(tokenizer=tokenizer)
@@ -167,6 +179,7 @@ USES: dict[str, Use] = {
     "mlx_vlm.quant_utils": use_quant_utils,
     "mlx_vlm.moe_offload": use_moe_offload,
     "mlx_vlm.prompt_utils": use_prompt_utils,
+    "mlx_vlm.trainer.vlm.sft.dataset": use_dataset,
     "mlx_vlm.tools.registry": use_registry,
     "mlx_vlm.tool_parsers": use_registry,
     "mlx_vlm.server.openai": use_endpoints,

@@ -158,6 +158,8 @@ class _WithFields(dict):  # type: ignore[type-arg]
     """A request's ``chat_template_kwargs``, and all of its fields: mlx-lm hands these on to every process."""
 
     fields: dict[str, Any]
+    # Once a reply of M3 has begun: whether its role was sent.
+    role_is_sent: bool | None = None
 
 
 def completion_request(module: Any, original: Any) -> Any:
@@ -226,6 +228,23 @@ def _check(args: Any, tokenizer: Any) -> None:
             raise ValueError(f"logit_bias: there is no token {token}; the vocabulary has {tokens}")
 
 
+def generate_response(module: Any, original: Any) -> Any:
+    """The role comes with the first delta only: clients add up what deltas say."""
+
+    @wraps(original)
+    def generate_response(self: Any, *args: Any, **kwargs: Any) -> Any:
+        response = original(self, *args, **kwargs)
+        request = getattr(self, "chat_template_kwargs", None)
+        delta = response["choices"][0].get("delta")
+        if delta and isinstance(request, _WithFields) and request.role_is_sent is not None:
+            if request.role_is_sent:
+                delta.pop("role", None)
+            request.role_is_sent = True
+        return response
+
+    return generate_response
+
+
 def set_headers(module: Any, original: Any) -> Any:
     """mlx-lm answers 404 to everything that a generation refuses."""
 
@@ -253,6 +272,9 @@ def generate(module: Any, original: Any) -> Any:
         # What was loaded for the request is known only now.
         if getattr(getattr(context, "tool_parser", None), "__module__", None) != _PARSER:
             return context, responses
+        handed_on = getattr(generation_args, "chat_template_kwargs", None)
+        if isinstance(handed_on, _WithFields):
+            handed_on.role_is_sent = False
         in_reasoning = self.model_provider.tokenizer.rfind_think_start(context.prompt) >= 0
         return context, _read(module, responses, request, generation_args, in_reasoning)
 
@@ -316,6 +338,7 @@ class _Texts:
             words = [(word, "normal") for word in stop_words or ()]
             self._machine, self._begin = machine, machine({"normal": words}).make_state()
             self._state = self._begin
+            self._has_marker = any(map(_MARKERS.search, stop_words or ()))
 
     def drops_text_of(self, response: Any) -> bool:
         return self.has_machine and response.finish_reason == "stop"
@@ -328,8 +351,8 @@ class _Texts:
             return ""
         text = ""
         for piece in _MARKERS.split(given):
-            if piece in (THINK_START, THINK_END, NAMESPACE):
-                # No stop word begins, ends or is in one: that is a token of its own.
+            if _MARKERS.match(piece) and not self._has_marker:
+                # A stop word that is part of a marker is not written there: the marker is one token.
                 text += self._held() + piece
             else:
                 self._state, segments = self._machine.split(self._state, piece)

@@ -122,6 +122,13 @@ PATCHES = [
         until="never: mlx-lm's server does not read fields about thinking",
     ),
     Patch(
+        "mlx_lm.server:APIHandler.generate_response",
+        "the role in the first delta only",
+        chat.generate_response,
+        until="mlx-lm's server sends the role once",
+        fault="test_mlx_lm_sends_the_role_with_every_delta",
+    ),
+    Patch(
         "mlx_lm.server:APIHandler._set_completion_headers",
         "status 400 for what M3 can't do",
         chat.set_headers,

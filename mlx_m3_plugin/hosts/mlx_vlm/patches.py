@@ -163,6 +163,13 @@ PATCHES = [
         prompts.get_chat_template,
         until=_M3_ONLY,
     ),
+    Patch(
+        "mlx_vlm.trainer.vlm.sft.dataset:VisionDataset.process(row)",
+        "training rows with tools",
+        prompts.training_row,
+        until="mlx-vlm renders a row's tools",
+        since="0.7.10",
+    ),
     *(
         Patch(
             f"mlx_vlm.prompt_utils:{name}(content)",

@@ -3,7 +3,8 @@
 from collections import UserList
 from collections.abc import Mapping
 from contextlib import suppress
-from functools import cache
+from copy import copy
+from functools import cache, partial
 from typing import Any
 from weakref import WeakValueDictionary
 
@@ -192,6 +193,16 @@ def get_chat_template(get: Any, given: Arguments) -> Any:
         options["tools"] = _InTheirOrder(options["tools"])
     given.arguments["kwargs"] = options
     return call(get, given)
+
+
+@where(lambda given: is_m3(given["self"].processor))
+def training_row(process: Any, given: Arguments) -> Any:
+    """With the row's ``tools``: mlx-vlm's server renders them, and what it trains on lacks them."""
+    dataset, tools = copy(given.arguments["self"]), given.arguments["row"].get("tools")
+    if tools:
+        dataset._apply_chat_template = partial(dataset._apply_chat_template, tools=tools)
+    given.arguments["self"] = dataset
+    return call(process, given)
 
 
 @where(lambda given: is_m3(given["processor"]))

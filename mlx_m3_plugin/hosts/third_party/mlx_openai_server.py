@@ -1,4 +1,5 @@
-"""mlx-openai-server: ``--model-type lm --reasoning-parser minimax_m3 --tool-call-parser minimax_m3``."""
+"""mlx-openai-server: ``--model-type lm --reasoning-parser minimax_m3 --tool-call-parser minimax_m3
+--enable-auto-tool-choice``."""
 
 import json
 from contextvars import ContextVar

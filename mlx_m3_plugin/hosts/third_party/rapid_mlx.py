@@ -1,11 +1,11 @@
-"""rapid-mlx: ``--no-mllm --reasoning-parser minimax_m3 --tool-call-parser minimax_m3``."""
+"""rapid-mlx: ``--reasoning-parser minimax_m3 --tool-call-parser minimax_m3 --enable-auto-tool-choice``."""
 
 import copy
 from collections.abc import Mapping
 from typing import Any
 
 from mlx_m3_plugin.chat.markers import has_m3_markers
-from mlx_m3_plugin.hosts.patching import Arguments, Patch, for_m3, where
+from mlx_m3_plugin.hosts.patching import Arguments, Patch, call, for_m3, where
 from mlx_m3_plugin.hosts.third_party.parsers import (
     NAME,
     REASONING_NEEDS,
@@ -54,6 +54,17 @@ def _cut(held: Any, trim_by: int) -> Any:
     return made
 
 
+def _of_m3(held: Any) -> bool:
+    return type(held).__name__ == "MiniMaxM3KVCache"
+
+
+@where(lambda given: isinstance(given["caches"], list) and any(map(_of_m3, given["caches"])))
+def first_incompatible_mllm_cache_type(find: Any, given: Arguments) -> Any:
+    """Upstream asks for classes of caches that can be merged; M3's can."""
+    given.arguments["caches"] = [held for held in given.arguments["caches"] if not _of_m3(held)]
+    return call(find, given)
+
+
 # --- thinking ---
 
 # It routes tokens by ``<think>``, which is in M3's vocabulary and means nothing there.
@@ -97,6 +108,12 @@ PATCHES = [
         trim_cache_offset,
         until="rapid-mlx trims each cache of a CacheList",
         fault="test_rapid_mlx_copies_lists_of_caches_whole",
+    ),
+    Patch(
+        "rapid_mlx.mllm_cache_compat:first_incompatible_mllm_cache_type(caches)",
+        "images",
+        first_incompatible_mllm_cache_type,
+        until="never: rapid-mlx lists the caches that it knows",
     ),
     Patch(
         "rapid_mlx.reasoning:register_parser(name, parser_class)",

@@ -1,4 +1,5 @@
-"""vllm-mlx: ``--reasoning-parser minimax_m3 --tool-call-parser minimax_m3``."""
+"""vllm-mlx: ``--reasoning-parser minimax_m3 --tool-call-parser minimax_m3
+--enable-auto-tool-choice``."""
 
 from typing import Any
 

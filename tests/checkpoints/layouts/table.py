@@ -28,8 +28,6 @@ from .formats import (
 )
 from .source import Source, Weights, flat, respelled, respelled_flat, with_text_config
 
-FLOAT, QUANTIZED = 1e-4, 1e-3
-
 
 @dataclass(frozen=True)
 class Layout:
@@ -39,7 +37,6 @@ class Layout:
         title: a line for a table.
         where: who publishes it.
         make: the checkpoint, in memory, of its ``source=``.
-        tolerance: on logits, against a float model with the returned parameters.
         offender: of a checkpoint to be refused, what the error has to mention (for tests).
     """
 
@@ -47,7 +44,6 @@ class Layout:
     title: str
     where: str
     make: Callable[..., Checkpoint]
-    tolerance: float = QUANTIZED
     has_indexer: bool = True
     has_vision: bool = True
     offender: str = ""
@@ -56,9 +52,7 @@ class Layout:
         return self.make(source=source).write(directory, source.files)
 
 
-in_float = partial(Layout, tolerance=FLOAT)
 text = partial(Layout, has_vision=False)
-text_in_float = partial(Layout, tolerance=FLOAT, has_vision=False)
 # With text layers only and no indexer, as early branches of mlx-lm converted.
 dense_text = partial(Layout, has_indexer=False, has_vision=False)
 
@@ -79,62 +73,62 @@ def _index_and_first_attention(module: str) -> bool:
 
 
 _PUBLISHED = (
-    in_float("published_float", "published, unquantized", HUB, plain),
-    in_float(
+    Layout("published_float", "published, unquantized", HUB, plain),
+    Layout(
         "published_float_respelled",
         "published names, config of transformers 5",
         "save_pretrained of transformers 5",
         partial(plain, config=respelled),
     ),
-    in_float(
+    Layout(
         "published_dense_under_moe",
         "published, dense MLP under block_sparse_moe",
         "some exports",
         partial(plain, arrange.dense_under_block_sparse_moe),
     ),
-    in_float(
+    Layout(
         "published_with_mtp",
         "published, with multi-token-prediction tensors",
         "training checkpoints",
         partial(plain, extra=formats.mtp_tensors()),
     ),
-    in_float(
+    Layout(
         "published_model_around",
         "published under model., as model.language_model.model.layers",
         OUTER,
         partial(plain, rename=model_around),
     ),
-    in_float(
+    Layout(
         "published_model_language_model",
         "published under model., as model.language_model.layers, lm_head on top",
         OUTER,
         partial(plain, rename=model_language_model),
     ),
-    in_float(
+    Layout(
         "published_model_language_model_head",
         "published under model., as model.language_model.layers and .lm_head",
         OUTER,
         partial(plain, rename=arrange.model_language_model_and_head),
     ),
-    in_float(
+    Layout(
         "transformers_in_memory",
         "transformers' own modules, gate and up fused",
         "state_dict of transformers 5",
         partial(plain, arrange.in_memory, arrange.in_memory_names, respelled),
     ),
-    text_in_float(
+    text(
         "transformers_in_memory_text_only",
         "transformers' own modules, text only",
         "state_dict of transformers 5",
         partial(plain, arrange.in_memory, text_only, respelled_flat, vision=False),
     ),
-    text_in_float(
+    text(
         "published_text_only",
         "published experts, text only, flat config",
         "extractions as minimax_m3",
         partial(plain, rename=text_only, config=flat, vision=False),
     ),
-    text_in_float(
+    text(
         "published_text_only_text_config",
         "published experts, text only, config with text_config",
         "extractions as minimax_m3",
@@ -238,7 +232,7 @@ _INTEGERS = (
 )
 
 _MLX_UNFUSED = (
-    text_in_float("mlx_unfused_float", "MLX, unquantized", MLX_LM, partial(plain, as_they_are, vision=False)),
+    text("mlx_unfused_float", "MLX, unquantized", MLX_LM, partial(plain, as_they_are, vision=False)),
     text("mlx_unfused_4bit", "MLX 4-bit", MLX_LM, unfused_4),
     Layout(
         "mlx_unfused_4bit_vision",
@@ -338,7 +332,7 @@ _MLX_UNFUSED = (
 )
 
 _MLX_FUSED = (
-    in_float("mlx_fused_129_float", "MLX fused 129, unquantized", MLX_VLM, partial(plain, FUSED_129)),
+    Layout("mlx_fused_129_float", "MLX fused 129, unquantized", MLX_VLM, partial(plain, FUSED_129)),
     Layout("mlx_fused_129_4bit", "MLX fused 129, 4-bit", "mlx-community/MiniMax-M3-4bit", fused_4),
     Layout(
         "mlx_fused_129_4bit_packed_flag",
@@ -421,37 +415,37 @@ _M31 = (
 )
 
 _CIRCULATING = (
-    in_float(
+    Layout(
         "published_pruned",
         "published, the first layers; lists for all layers in the config",
         "ubicloud/MiniMax-M3-MXFP8-Pruned",
         circulating.pruned,
     ),
-    in_float(
+    Layout(
         "published_expert_projections",
         "published, experts.N.gate_proj in place of w1",
         "exports by other tools",
         circulating.experts_by_projection,
     ),
-    in_float(
+    Layout(
         "published_doubled_prefix",
         "published, as language_model.language_model.model.layers",
         OUTER,
         partial(plain, rename=circulating.doubled_prefix),
     ),
-    in_float(
+    Layout(
         "published_in_a_folder",
         "published, shards in a folder that the index names",
         "own uploads",
         partial(plain, folder="shards"),
     ),
-    in_float(
+    Layout(
         "published_flat_vl",
         "published, flat config as minimax_m3_vl",
         "exports by other tools",
         partial(plain, config=circulating.flat_with_vision_type),
     ),
-    in_float(
+    Layout(
         "published_sparse_tokens",
         "published, initial and local blocks given in tokens",
         "SGLang's spelling",
