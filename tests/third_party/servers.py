@@ -89,7 +89,7 @@ HOSTS = {
         "mlx-openai-server==1.6.3",
         "0.4.4",
         "mlx-openai-server launch --model-path MODEL --model-type lm --port PORT",
-        "aiofiles aiohttp json_repair<0.60 loguru outlines<1.2 av librosa",
+        "aiofiles aiohttp json_repair<0.60 loguru outlines<1.2 av librosa click<8.4 dill datasets",
         alone="mlx-embeddings mlx-whisper",
         parsers=PARSERS,
     ),

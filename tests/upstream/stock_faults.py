@@ -9,6 +9,7 @@ import json
 import os
 import sys
 from collections.abc import Callable
+from contextlib import suppress
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -152,6 +153,23 @@ def vlm_cannot_be_shared(model: str) -> str:
     except ValueError as error:
         return str(error)
     return ""
+
+
+def vlm_trains_without_tools(model: str) -> bool:
+    from mlx_vlm.trainer.vlm.sft.dataset import VisionDataset
+
+    tools = [{"type": "function", "function": {"name": "f"}}]
+    row = {"messages": [{"role": "user", "content": "Hi"}], "tools": tools}
+    dataset, rendered_with = VisionDataset([row], {}, None), {}
+
+    def render(*args: Any, **options: Any) -> str:
+        rendered_with.update(options)
+        raise InterruptedError
+
+    dataset._apply_chat_template = render
+    with suppress(InterruptedError):
+        dataset.process(row)
+    return bool(rendered_with) and "tools" not in rendered_with
 
 
 def lm_dequantizes_without_tensor_scales(model: str) -> bool:

@@ -114,6 +114,10 @@ def test_dequantizing_loses_tensor_scales(model: Path) -> None:
     assert stock("lm_dequantizes_without_tensor_scales", model) is True
 
 
+def test_mlx_vlm_trains_without_tools(model: Path) -> None:
+    assert stock("vlm_trains_without_tools", model) is True
+
+
 def test_ours_has_none_of_them(model: Path) -> None:
     """The same functions in this process, where the plugin is."""
     assert stock_faults.lm_blocks_start_at_slots(str(model)) < 1e-4
