@@ -249,7 +249,14 @@ def test_a_real_ctrl_c(tmp_path: Path) -> None:
     LAYOUTS["published_float"].write(tmp_path / "m3")
     os.mkfifo(tmp_path / "text")
     command = [sys.executable, "-m", "mlx_m3_plugin", "evaluate", "m3", "--text", "text"]
-    child = subprocess.Popen(command, stderr=subprocess.PIPE, text=True, cwd=tmp_path)
+    # A shell starts what runs in its background with Ctrl-C ignored.
+    child = subprocess.Popen(
+        command,
+        stderr=subprocess.PIPE,
+        text=True,
+        cwd=tmp_path,
+        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),
+    )
     writer = None
     while writer is None and child.poll() is None:
         try:
