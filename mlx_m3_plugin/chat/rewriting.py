@@ -54,11 +54,10 @@ class ReplyRewriter:
         switched = was_open != self._reasoning_is_open
         marker = (THINK_END if was_open else THINK_START) if switched else ""
         if event.call:
-            self._end = ""
             return marker + tool_call_start + as_json(event.call) + tool_call_end
         text, end = as_text(event.text), "" if switched else self._end
         if _holds_marker(end + text[: len(NAMESPACE)]):
-            # Two halves of one, now that what was between them is gone.
+            # Two halves of one, once what is between them is gone: a tag, or a call that the server takes out.
             text = _NO_CHARACTER + text
         self._end = (end + text)[1 - len(NAMESPACE) :]
         return marker + text

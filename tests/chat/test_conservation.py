@@ -121,6 +121,13 @@ def without_blanks(said: Sides) -> Sides:
     return "".join(reasoning.split()), "".join(content.split()), calls
 
 
+def test_halves_of_a_marker_around_a_call_are_text() -> None:
+    call = "§<tool_call>§<invoke name='f'>§<a>one§</a>§</invoke>§</tool_call>"
+    text = marked(f"<mm:{call}think>Hello")
+    expected = ("", "<mm:think>Hello", [("f", {"a": "one"})])
+    assert as_mlx_vlm_splits([text], False, TOOLS) == [expected, expected]
+
+
 def test_a_marker_that_is_text_stays() -> None:
     text = marked("see §<tool_call> and §")
     assert sides(events_of([text], False, TOOLS)) == ("", text, [])
