@@ -31,12 +31,13 @@ BETWEEN := .envs/between/bin/python
 # and mapping weights, both hosts, batches, caches, patches, ways to start, and the stock commands of mlx-lm.
 FLOOR_SHARE := $(foreach directory,nano toolbox distributed soak upstream chat,--ignore tests/$(directory)) \
 	$(foreach name,doctor chat_mlx_lm chat_mlx_vlm chat_histories chat_requests chat_schemas chat_clients vlm_commands commands layouts_table converted_opens quickstart nano_commands,--ignore tests/end_to_end/test_$(name).py)
+PROCESSES := tests/distributed tests/end_to_end tests/nano tests/upstream
 PIP := -m pip install --quiet --disable-pip-version-check
 
 # The matrices of the tests are too small for a BLAS with threads, and two test runs may be side by side.
 export OPENBLAS_NUM_THREADS ?= 1
 
-.PHONY: demo environments test test-newest test-floor test-live test-hosts test-full commands peers lint golden clean
+.PHONY: demo environments test test-newest test-newest-processes test-newest-rest test-floor test-live test-hosts test-full commands peers lint golden clean
 
 demo: .venv/.ready
 	@.venv/bin/mlx-m3 doctor | head -1
@@ -44,8 +45,14 @@ demo: .venv/.ready
 
 test: test-newest test-floor
 
-test-newest: .envs/newest/.ready
-	$(NEWEST) -m pytest -q --ignore tests/live --ignore tests/third_party $(or $(FULL),--ignore tests/soak)
+# In two parts, so that make -j has work for two cores: what starts processes, and the rest.
+test-newest: test-newest-processes test-newest-rest
+
+test-newest-processes: .envs/newest/.ready
+	$(NEWEST) -m pytest -q $(PROCESSES) $(FULL) $(and $(FULL),tests/soak)
+
+test-newest-rest: .envs/newest/.ready
+	$(NEWEST) -m pytest -q --ignore tests/live --ignore tests/third_party --ignore tests/soak $(PROCESSES:%=--ignore %) $(FULL)
 
 test-floor: .envs/newest/.ready .envs/floor/.ready
 	M3_NEWEST_PYTHON=$(CURDIR)/$(NEWEST) $(FLOOR) -m pytest -q --ignore tests/live --ignore tests/third_party $(or $(FULL),$(FLOOR_SHARE))

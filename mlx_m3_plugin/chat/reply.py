@@ -64,14 +64,20 @@ class _Block:
 
     Attributes:
         unsure: what was read before the first call, and whether it is a marker: text if there is no call.
+        has_text: some of that is text, and not white space.
         called: there was a call.  bare: the block has no opening marker.
         blanks: white space after a call, until it is known what follows; None after text.
     """
 
     unsure: list[tuple[bool, str]] = field(default_factory=list)
+    has_text: bool = False
     called: bool = False
     bare: bool = False
     blanks: str | None = None
+
+    def add_text(self, text: str) -> None:
+        self.unsure.append((False, text))
+        self.has_text = self.has_text or bool(text.strip())
 
 
 _Steps = Generator[Event | None, None, None]
@@ -204,7 +210,7 @@ class ReplyParser:
             return
         self._fresh = self._fresh and text.isspace()
         if not block.called:
-            block.unsure.append((False, text))
+            block.add_text(text)
             return
         if block.blanks is not None:
             text = block.blanks + text
@@ -266,11 +272,7 @@ class ReplyParser:
 
     def _open_block(self, written: str) -> Iterator[Event]:
         block = self._block
-        if (
-            block
-            and not block.called
-            and any(not is_marker and text.strip() for is_marker, text in block.unsure)
-        ):
+        if block and not block.called and block.has_text:
             yield from self._leave_block()
             block = None
         if block is None or block.called:
@@ -463,7 +465,7 @@ class ReplyParser:
         if self._block is None or self._block.called or not self._block.unsure:
             yield from self._say(text)
         else:
-            self._block.unsure.append((False, text))
+            self._block.add_text(text)
 
     def _build(self, builder: CallBuilder, written: list[str]) -> Generator[None, None, bool | None]:
         """Read up to the end of a call.  Whether it has one; None if the reply ends in it."""

@@ -154,6 +154,7 @@ def test_what_a_stage_lacks_is_told(checkpoint: Checkpoint, tmp_path: Path) -> N
 # --- faults ---
 
 
+@pytest.mark.some(1)
 @pytest.mark.parametrize("kind", ["tensor", "pipeline"])
 @pytest.mark.parametrize("victim", [min, max])
 def test_when_a_process_is_killed_all_end_soon(

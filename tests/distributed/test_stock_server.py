@@ -47,6 +47,7 @@ def answer(address: str) -> tuple[Any, int]:
     return reply["choices"], reply["usage"]["prompt_tokens_details"]["cached_tokens"]
 
 
+@pytest.mark.some(1)
 @pytest.mark.parametrize("arguments", [["--pipeline"], []], ids=["pipeline", "tensor"])
 def test_it_answers_as_one_process_does(checkpoint: Callable[[str], Path], arguments: list[str]) -> None:
     server = str(Path(sys.executable).with_name("mlx_lm.server"))

@@ -15,7 +15,7 @@ def test_stock_commands(tmp_path: Path, count: Callable[[int, int], int], fresh_
     files = Files(tmp_path)
     files.write()
     process = forks(sys.executable, files)
-    for number in random.Random(fresh_seed).sample(range(len(there)), count(4, len(there))):
+    for number in random.Random(fresh_seed).sample(range(len(there)), count(3, len(there))):
         command = there[number]
         result = run(command, process, files, tmp_path / f"run{number}")
         expected = f"^{WORKS}$" if not command.refuses else command.refuses

@@ -118,7 +118,7 @@ def check(
 @pytest.fixture
 def rows(fresh_seed: int, count: Callable[[int, int], int]) -> list[dict[str, Any]]:
     rng = random.Random(fresh_seed)
-    return [conversation(rng) for _ in range(count(20, 500))]
+    return [conversation(rng) for _ in range(count(8, 500))]
 
 
 def test_mlx_lm(model: Path, prompts_of_mlx_lm: Any, rows: list[dict[str, Any]]) -> None:

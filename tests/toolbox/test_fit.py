@@ -182,7 +182,7 @@ def test_the_forecast_is_what_the_benchmark_says(case: tuple[int, int], mebibyte
 
 
 def transient_of_the_layer(queries: int, context: int, dtype: mx.Dtype) -> int:
-    layer = Attention(REAL, 3, MLX_LM)
+    layer = Attention(REAL, 3, MLX_LM).eval()
     layer.update(tree_map(lambda p: mx.full(p.shape, 0.02, dtype), layer.parameters()))
     cache, held = make_layer_cache(True), context - queries
     for part in (held, queries):
