@@ -57,7 +57,7 @@ class ReplyRewriter:
             return marker + tool_call_start + as_json(event.call) + tool_call_end
         text, end = as_text(event.text), "" if switched else self._end
         if _holds_marker(end + text[: len(NAMESPACE)]):
-            # Two halves of one, once what is between them is gone: a tag, or a call, which the server removes.
+            # Two halves of one, once what is between them is gone: a tag, or a call that servers take out.
             text = _NO_CHARACTER + text
         self._end = (end + text)[1 - len(NAMESPACE) :]
         return marker + text
