@@ -257,8 +257,8 @@ class _CallReader:
             if self.text.startswith(value, at):
                 yield at + len(value)
             return
-        if space := _SPACE.match(self.text, at):
-            yield from self.value(space.end(), value)
+        for begin in self.between(at):
+            yield from self.value(begin, value)
         try:
             found, end = _DECODER.raw_decode(self.text, at)
         except (ValueError, RecursionError):
