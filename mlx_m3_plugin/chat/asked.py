@@ -3,7 +3,7 @@
 ``docs/tool-calls.md`` has the precedence.
 """
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from typing import Any
 
 from .prompt import thinking_mode
@@ -66,6 +66,20 @@ def template_arguments(
         # Without any, the command line's would be taken.
         arguments["reasoning_effort"] = effort or None
     return arguments
+
+
+def check_logit_bias(bias: Iterable[int] | None, tokens: int) -> None:
+    """Both servers would write outside of an array.
+
+    Args:
+        bias: ids of tokens.  tokens: how many the vocabulary has.
+
+    Raises:
+        ValueError: one of them is not in the vocabulary.
+    """
+    for token in bias or ():
+        if not 0 <= token < tokens:
+            raise ValueError(f"logit_bias: there is no token {token}; the vocabulary has {tokens}")
 
 
 def can_be_silent(template: object) -> bool:

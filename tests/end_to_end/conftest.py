@@ -1,10 +1,12 @@
-"""Environments for the tests that start stock commands in child processes."""
+"""Environments for the tests that start stock commands in child processes, and servers in this one."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
 
+from tests.end_to_end import scripted_model
+from tests.end_to_end.chat_hosts import Host, mlx_lm_host, mlx_vlm_host
 from tests.end_to_end.environments import Environment, build_wheel, make_environment
 
 
@@ -44,3 +46,23 @@ def own_guest(new_environment: Callable[[], Environment], guest: Environment) ->
     environment = new_environment()
     environment.install_from(guest)
     return environment
+
+
+# --- both stock servers in this process; see chat_hosts.py ---
+
+
+@pytest.fixture(scope="module")
+def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return scripted_model.write_scripted_model(tmp_path_factory.mktemp("scripted") / "m3")
+
+
+@pytest.fixture(scope="module")
+def vlm(model: Path) -> Iterator[Host]:
+    with pytest.MonkeyPatch.context() as patch, mlx_vlm_host(model, patch) as running:
+        yield running
+
+
+@pytest.fixture(scope="module")
+def lm(model: Path) -> Iterator[Host]:
+    with pytest.MonkeyPatch.context() as patch, mlx_lm_host(model, patch) as running:
+        yield running

@@ -1,15 +1,12 @@
 """Agents' own clients, four rounds of tools each: what they send back is what M3 wrote."""
 
 import json
-from collections.abc import Iterator
-from pathlib import Path
 from typing import Any
 
 import pytest
 
-from tests.end_to_end import scripted_model
 from tests.end_to_end.chat_cases import streamed_or_not
-from tests.end_to_end.chat_hosts import Host, mlx_lm_host, mlx_vlm_host
+from tests.end_to_end.chat_hosts import Host
 from tests.end_to_end.scripted_model import NS
 
 PARAMETERS = {"type": "object", "properties": {"a": {"type": "integer"}}, "required": ["a"]}
@@ -26,23 +23,6 @@ TURNS = "Go.[e~[\n" + "".join(
     f"]~b]ai\n{written}[e~[\n]~b]tool\n<response>{2 * n}</response>\n<response>{20 * n}</response>[e~[\n"
     for n, written in enumerate(ROUNDS)
 )
-
-
-@pytest.fixture(scope="module")
-def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return scripted_model.write_scripted_model(tmp_path_factory.mktemp("scripted") / "m3")
-
-
-@pytest.fixture(scope="module")
-def vlm(model: Path) -> Iterator[Host]:
-    with pytest.MonkeyPatch.context() as patch, mlx_vlm_host(model, patch) as running:
-        yield running
-
-
-@pytest.fixture(scope="module")
-def lm(model: Path) -> Iterator[Host]:
-    with pytest.MonkeyPatch.context() as patch, mlx_lm_host(model, patch) as running:
-        yield running
 
 
 def check(host: Host, answer: str) -> None:

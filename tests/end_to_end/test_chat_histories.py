@@ -2,18 +2,15 @@
 
 import json
 import re
-from collections.abc import Iterator
 from importlib.metadata import version
-from pathlib import Path
 from typing import Any
 
 import pytest
 from packaging.version import Version
 
 from mlx_m3_plugin.chat.prompt import CHAT_TEMPLATE
-from tests.end_to_end import scripted_model
 from tests.end_to_end.chat_cases import streamed_or_not
-from tests.end_to_end.chat_hosts import Host, mlx_lm_host, mlx_vlm_host
+from tests.end_to_end.chat_hosts import Host
 from tests.end_to_end.scripted_model import NS
 
 IS_FLOOR = Version(version("mlx-vlm")) < Version("0.7")
@@ -30,23 +27,6 @@ BLOCK = f"{NS}<tool_call>\n{CALL % 1}{CALL % 2}{NS}</tool_call>"
 # As M3 writes them: the second with text before its calls.
 TURNS = (f"<mm:think>Why 1?</mm:think>{BLOCK}", f"<mm:think>Why 2?</mm:think>Once more.{BLOCK}")
 LAST = "<mm:think>Why 3?</mm:think>Done.\n"
-
-
-@pytest.fixture(scope="module")
-def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return scripted_model.write_scripted_model(tmp_path_factory.mktemp("scripted") / "m3")
-
-
-@pytest.fixture(scope="module")
-def vlm(model: Path) -> Iterator[Host]:
-    with pytest.MonkeyPatch.context() as patch, mlx_vlm_host(model, patch) as running:
-        yield running
-
-
-@pytest.fixture(scope="module")
-def lm(model: Path) -> Iterator[Host]:
-    with pytest.MonkeyPatch.context() as patch, mlx_lm_host(model, patch) as running:
-        yield running
 
 
 def transcript(*turns: str, mode: str = "adaptive", system: str | None = None) -> str:

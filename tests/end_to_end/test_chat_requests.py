@@ -8,7 +8,7 @@ import pytest
 
 from tests.checkpoints.m31_template import give_m31_template
 from tests.end_to_end import scripted_model
-from tests.end_to_end.chat_hosts import Host, mlx_lm_host, mlx_vlm_host
+from tests.end_to_end.chat_hosts import Host, mlx_lm_host
 
 ASKED = [{"role": "user", "content": "Go."}]
 CHAT, RESPONSES, MESSAGES = "/v1/chat/completions", "/v1/responses", "/v1/messages"
@@ -24,12 +24,6 @@ ENDS = {"enabled": "]~b]ai\n<mm:think>", "disabled": "]~b]ai\n</mm:think>", "ada
 def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """With M3.1's template, which has effort as well."""
     return give_m31_template(scripted_model.write_scripted_model(tmp_path_factory.mktemp("scripted") / "m31"))
-
-
-@pytest.fixture(scope="module")
-def vlm(model: Path) -> Iterator[Host]:
-    with pytest.MonkeyPatch.context() as patch, mlx_vlm_host(model, patch) as running:
-        yield running
 
 
 @pytest.fixture(scope="module")

@@ -11,7 +11,6 @@ import mlx.core as mx
 import numpy as np
 import pytest
 
-from tests.end_to_end import scripted_model
 from tests.end_to_end.chat_cases import calls, expected, question, token_id
 from tests.end_to_end.chat_hosts import Host, mlx_vlm_host
 from tests.end_to_end.chat_server import ChatServer
@@ -34,11 +33,6 @@ def masked(logits: mx.array, mask: Any) -> mx.array:
     words = np.array(mask, copy=False).reshape(-1).view(np.uint8)
     allowed = mx.array(np.unpackbits(words, bitorder="little")[: logits.shape[-1]].astype(bool))
     return mx.where(allowed, logits, -mx.inf)
-
-
-@pytest.fixture(scope="module")
-def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return scripted_model.write_scripted_model(tmp_path_factory.mktemp("scripted") / "m3")
 
 
 @pytest.fixture(scope="module")

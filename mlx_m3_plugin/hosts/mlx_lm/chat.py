@@ -217,15 +217,15 @@ def _template_arguments(fields: dict[str, Any], tokenizer: Any) -> dict[str, Any
 
 def _check(args: Any, tokenizer: Any) -> None:
     """What stops mlx-lm's generation thread, or writes outside of an array."""
+    from mlx_m3_plugin.chat.asked import check_logit_bias
+
     handed_on = args.chat_template_kwargs
     if not (handed_on is None or isinstance(handed_on, dict)):
         raise ValueError("chat_template_kwargs must be an object")
-    stop, tokens = args.stop_words or [], len(tokenizer._tokenizer)
+    stop = args.stop_words or []
     if not (isinstance(stop, list) and all(isinstance(word, str) and word for word in stop)):
         raise ValueError(f"stop must be a string or a list of strings, not {str(stop)[:80]}")
-    for token in args.logits.logit_bias or ():
-        if not 0 <= token < tokens:
-            raise ValueError(f"logit_bias: there is no token {token}; the vocabulary has {tokens}")
+    check_logit_bias(args.logits.logit_bias, len(tokenizer._tokenizer))
 
 
 def generate_response(module: Any, original: Any) -> Any:

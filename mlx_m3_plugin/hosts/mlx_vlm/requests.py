@@ -11,7 +11,7 @@ from functools import cache, wraps
 from importlib import import_module
 from typing import Any
 
-from mlx_m3_plugin.chat.asked import FIELDS, can_be_silent, template_arguments
+from mlx_m3_plugin.chat.asked import FIELDS, can_be_silent, check_logit_bias, template_arguments
 from mlx_m3_plugin.chat.history import from_blocks
 from mlx_m3_plugin.chat.markers import THINK_END, THINK_START
 from mlx_m3_plugin.chat.prompt import CHAT_TEMPLATE, prepared
@@ -113,7 +113,8 @@ def arguments_of(made: Any, request: Any, processor: Any = None) -> Any:
         ValueError: a request that M3 can't be asked, or a history with arguments that are not a JSON object.
     """
     _check_history(request)
-    _check_bias(made, processor)
+    if bias := getattr(made, "logit_bias", None):
+        check_logit_bias(bias, len(tokenizer_of(processor)))
     template = template_arguments(_asked(request, FIELDS), _template_of(processor), EFFORTS)
     if _wants_summary(request):
         template["thinking_mode"] = "disabled" if can_be_silent(_template_of(processor)) else "adaptive"
@@ -131,15 +132,6 @@ def arguments_of(made: Any, request: Any, processor: Any = None) -> Any:
     }
     base: Any = type(made)
     return _arguments_class(base)(**arguments)
-
-
-def _check_bias(made: Any, processor: Any) -> None:
-    """Upstream writes outside of an array."""
-    bias = getattr(made, "logit_bias", None)
-    tokens = len(tokenizer_of(processor)) if bias else 0
-    for token in bias or ():
-        if not 0 <= token < tokens:
-            raise ValueError(f"logit_bias: there is no token {token}; the vocabulary has {tokens}")
 
 
 def _asked(request: Any, names: tuple[str, ...]) -> dict[str, Any]:
