@@ -6,8 +6,6 @@ flag: key names, shapes and dtypes say what a checkpoint is.
 
 from collections.abc import Container, Mapping
 
-import mlx.core as mx
-
 from ..model.config import TextConfig
 from .formats import read_formats
 from .names import (
@@ -21,19 +19,6 @@ from .names import (
 )
 from .quantization import PARTS
 from .tensor import HasShape, Tensor, TensorPlan
-
-
-def map_weights(
-    weights: Mapping[str, mx.array],
-    config: TextConfig,
-    prefix: str,
-    *,
-    vision: bool = False,
-    layers: Container[int] | None = None,
-) -> dict[str, mx.array]:
-    """Apply :func:`plan_layout` to lazy arrays.  Applying it to its own output changes nothing."""
-    plan = plan_layout(weights, config, prefix, vision=vision, layers=layers)
-    return {name: tensor.make(weights) for name, tensor in plan.items()}
 
 
 def plan_layout(

@@ -16,8 +16,8 @@ from mlx_m3_plugin.toolbox.convert.plan import ConversionPlan, plan_conversion
 from mlx_m3_plugin.toolbox.convert.recipe import load_recipe
 from mlx_m3_plugin.toolbox.convert.run import convert
 from mlx_m3_plugin.toolbox.precision import Quantization
-from mlx_m3_plugin.weights import map_weights
 from mlx_m3_plugin.weights.headers import weight_files
+from tests.checkpoints.layouts.reading import map_weights
 
 # Every kind of source that the issue of converting names.
 SOURCES = (

@@ -10,10 +10,11 @@ from mlx.utils import tree_flatten
 from mlx_lm.models.minimax_m3_vl import Model, ModelArgs
 
 from mlx_m3_plugin.model.config import TextConfig
-from mlx_m3_plugin.weights import check_weights, fuse_experts, map_weights, plan_layout
+from mlx_m3_plugin.weights import check_weights, fuse_experts, plan_layout
 from tests.checkpoints.layouts import arrange
 from tests.checkpoints.layouts.arrange import PREFIX
 from tests.checkpoints.layouts.formats import as_mxfp8_bytes
+from tests.checkpoints.layouts.reading import map_weights
 from tests.checkpoints.layouts.source import Weights
 from tests.checkpoints.small_model import (
     CONFIG,

@@ -1,12 +1,14 @@
 """A checkpoint in any layout as the float32 model that it stands for."""
 
+from collections.abc import Mapping
 from pathlib import Path
 
 import mlx.core as mx
 
+from mlx_m3_plugin.model.config import TextConfig
 from mlx_m3_plugin.toolbox.checkpoint import Checkpoint, open_checkpoint
 from mlx_m3_plugin.toolbox.precision import float32_values
-from mlx_m3_plugin.weights import with_quantization
+from mlx_m3_plugin.weights import plan_layout, with_quantization
 from mlx_m3_plugin.weights.byte_ranges import TensorReader
 from mlx_m3_plugin.weights.headers import INDEX
 from mlx_m3_plugin.weights.names import is_vision
@@ -48,3 +50,11 @@ def _read(checkpoint: Checkpoint, reader: TensorReader, name: str) -> mx.array:
         return reader.read(checkpoint.plan[name]).astype(mx.float32)
     stored = {part: reader.read(tensor) for part, tensor in checkpoint.parts(module).items()}
     return float32_values(stored, checkpoint.spec(module))
+
+
+def map_weights(
+    weights: Mapping[str, mx.array], config: TextConfig, prefix: str, *, vision: bool = False
+) -> dict[str, mx.array]:
+    """:func:`plan_layout` applied to lazy arrays, as a model's ``sanitize`` does it."""
+    plan = plan_layout(weights, config, prefix, vision=vision)
+    return {name: tensor.make(weights) for name, tensor in plan.items()}
