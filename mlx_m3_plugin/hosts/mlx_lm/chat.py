@@ -19,7 +19,7 @@ from mlx_m3_plugin.chat.markers import (
     without_space,
 )
 from mlx_m3_plugin.hosts.patching import Arguments, call, where
-from mlx_m3_plugin.startup.settings import effort_setting
+from mlx_m3_plugin.startup.settings import checked
 
 if TYPE_CHECKING:
     from mlx_m3_plugin.chat.reply import Event
@@ -124,7 +124,7 @@ class _M3Behaviour:
         from mlx_m3_plugin.chat.prompt import prepared, thinking_mode, with_effort
 
         template = kwargs.get("chat_template") or self.chat_template  # type: ignore[attr-defined]
-        kwargs = with_effort(kwargs, effort_setting(), template)
+        kwargs = with_effort(kwargs, checked("reasoning_effort"), template)
         mode = thinking_mode(kwargs)
         kwargs.pop("enable_thinking", None)
         if mode is not None:

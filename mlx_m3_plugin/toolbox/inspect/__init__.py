@@ -13,7 +13,7 @@ from typing import Any
 from ...chat.prompt import takes_effort
 from ...model.config import uncut_lists
 from ...model.memory import Memory, is_mac, machine_memory, memory_for
-from ...startup.settings import EFFORTS, EXPERT_MEMORY, expert_memory
+from ...startup.settings import EFFORTS, EXPERT_MEMORY, checked
 from ...weights import Headers, shorten, unused_in_words
 from ...weights.headers import INDEX, dtypes_not_read
 from ..checkpoint import (
@@ -394,7 +394,7 @@ def memory_lines(memory: Memory) -> list[str]:
 
 
 def _lines_of_experts_on_disk() -> list[str]:
-    memory = expert_memory()
+    memory = checked("expert_memory")
     size = memory if isinstance(memory, str) else size_in_words(memory)
     return [f"{EXPERT_MEMORY} is set ({size}): routed experts that do not fit stay on disk"] if memory else []
 
