@@ -165,34 +165,24 @@ class CallBuilder:
 
     # --- what is read ---
 
-    def text(self, text: str) -> None:
-        self._take("text", "", text)
+    def take(self, kind: str, written: str, name: str = "") -> None:
+        """The next piece.
 
-    def open(self, name: str, written: str) -> None:
-        self._take("open", name, written)
-
-    def close(self, name: str, written: str) -> None:
-        self._take("close", name, written)
-
-    def token(self, written: str) -> None:
-        """The namespace token alone."""
-        self._take("token", "", written)
-
-    def quote(self, name: str, written: str) -> None:
-        """A tag that opens no element of a value: the value quotes it."""
-        self._take("quote", name, written)
-
-    def _take(self, kind: str, name: str, written: str) -> None:
-        self._given.append((kind, name, written))
+        Args:
+            kind: ``text``; a tag that would ``open`` or ``close`` an element; ``token``, the namespace token
+                alone; or ``quote``, a tag that opens no element of a value: the value quotes it.
+            name: of the tag.
+        """
+        self._given.append((kind, written, name))
         if self.broken:
             return
         if self._strict:
             try:
-                self._do(kind, name, written)
+                self._do(kind, written, name)
             except _UnbalancedError:
                 self.repair()
         else:
-            self._do(kind, name, written)
+            self._do(kind, written, name)
 
     def repair(self) -> None:
         """Read all again, by the schema."""
@@ -202,7 +192,7 @@ class CallBuilder:
                 if not self.broken:
                     self._do(*given)
 
-    def _do(self, kind: str, name: str, written: str) -> None:
+    def _do(self, kind: str, written: str, name: str) -> None:
         if kind == "text":
             self._open[-1].texts.append(written)
         elif kind == "open":

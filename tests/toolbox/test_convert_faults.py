@@ -17,18 +17,16 @@ import pytest
 
 from mlx_m3_plugin.cli import main
 from mlx_m3_plugin.toolbox.convert import plan as planning
-from mlx_m3_plugin.toolbox.convert.run import convert
 from mlx_m3_plugin.weights.headers import weight_files
-from tests.checkpoints.conversions import Written, after, converted, digest, interrupt, planned
+from tests.checkpoints.conversions import Written, after, convert, converted, digest, interrupt, planned
 
 # A conversion into many files that takes its time.
 SLOWLY = """
 import sys, time
 sys.path.append(sys.argv[3])
 from pathlib import Path
-from tests.checkpoints.conversions import planned
+from tests.checkpoints.conversions import convert, planned
 from mlx_m3_plugin.toolbox.convert import plan
-from mlx_m3_plugin.toolbox.convert.run import convert
 plan.SHARD_BYTES = 60_000
 made = planned(Path(sys.argv[1]), "selector-safe")
 print("begin", flush=True)
