@@ -76,6 +76,16 @@ class Place:
         here = "neither a directory nor in the Hugging Face cache"
         return f"{self.name} is {here}: download it with {command}"
 
+    def on_disk(self) -> Path:
+        """The directory, where no file is missing.
+
+        Raises:
+            OSError: one is; says how to download it.
+        """
+        if self.directory is None or self.missing:
+            raise FileNotFoundError(self.absent)
+        return self.directory
+
 
 def locate(name: str | Path) -> Place:
     """Find a checkpoint by its directory, or by a repository's name or URL on the Hub.
@@ -99,18 +109,6 @@ def locate(name: str | Path) -> Place:
     cached = _cached(repository, revision)
     missing = () if cached is None else _missing_in(cached)
     return Place(repository, cached, repository, revision, missing)
-
-
-def locate_weights(name: str | Path) -> Place:
-    """:func:`locate` for a checkpoint whose weights are to be read: all its files are on disk.
-
-    Raises:
-        OSError: they are not; says how to download them.
-    """
-    place = locate(name)
-    if place.directory is None or place.missing:
-        raise FileNotFoundError(place.absent)
-    return place
 
 
 def _path_on_the_hub(name: str) -> tuple[str, str | None]:
@@ -433,9 +431,8 @@ def open_checkpoint(path_or_repository: str | Path) -> Checkpoint:
         OSError: there is no checkpoint in the directory, or the repository is not in the cache.
         ValueError: it is not a whole MiniMax-M3; says what is missing or wrong.
     """
-    place = locate_weights(path_or_repository)
-    directory = place.directory
-    assert directory is not None
+    place = locate(path_or_repository)
+    directory = place.on_disk()
     config = _read_config(str(directory), _reader_of(directory))
     text_config = read_text_config(config, str(directory / "config.json"))
     headers = read_headers(directory)

@@ -5,7 +5,7 @@ Reads headers and settings alone, so a checkpoint of 850 GB takes about a second
 
 import textwrap
 from argparse import Namespace
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Mapping
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
@@ -15,6 +15,7 @@ from ...model.config import uncut_lists
 from ...model.memory import Memory, is_mac, machine_memory, memory_for
 from ...startup.settings import EFFORTS, EXPERT_MEMORY, checked
 from ...weights import Headers, shorten, unused_in_words
+from ...weights.check import ranges_of
 from ...weights.headers import INDEX, dtypes_not_read
 from ..checkpoint import (
     CHAT_TEMPLATE_FILES,
@@ -22,7 +23,7 @@ from ..checkpoint import (
     Contents,
     Source,
     draft_in_words,
-    locate_weights,
+    locate,
     model_name,
     open_source,
     read_contents,
@@ -120,11 +121,11 @@ class Inspection:
 
 def command(args: Namespace) -> Answer:
     found = inspect(args.checkpoint)
+    directory = locate(args.checkpoint).on_disk() if args.stock or args.verify else Path()
     if args.stock:
-        ask_stock(found, args.checkpoint)
+        said = {library: why_not_opened(library, directory)[0] for library in found.opens}
+        found.fails_without_plugin = said
     if args.verify:
-        directory = locate_weights(args.checkpoint).directory
-        assert directory is not None
         found.verified = verify(directory, bytes_bar)
         found.problems += found.verified.problems
     return Answer({**asdict(found), "is_sound": found.is_sound}, lines_of(found), found.is_sound)
@@ -150,7 +151,7 @@ def inspect(path_or_repository: str | Path) -> Inspection:
         model_type=source.config["model_type"],
         files=len(headers.files),
         tensors=len(headers.tensors),
-        bytes=sum(tensor.nbytes for tensor in headers.tensors.values()),
+        bytes=headers.nbytes,
         layout=layout,
         dtypes=dtype_histogram(headers),
         vision=layout.vision,
@@ -182,17 +183,6 @@ def inspect(path_or_repository: str | Path) -> Inspection:
             effort=DEFAULT_EFFORT if found.efforts else None,
         )
     return found
-
-
-def ask_stock(found: Inspection, path_or_repository: str | Path) -> None:
-    """Whether the installed mlx-lm and mlx-vlm open it without this plugin.
-
-    Raises:
-        OSError: it is not on disk.
-    """
-    directory = locate_weights(path_or_repository).directory
-    assert directory is not None
-    found.fails_without_plugin = {library: why_not_opened(library, directory)[0] for library in found.opens}
 
 
 def _notes(source: Source) -> list[str]:
@@ -364,7 +354,7 @@ def _quantization(found: Inspection) -> str:
 
 def _attention(attention: AttentionSummary) -> dict[str, str]:
     sparse, layers = attention.with_indexer, attention.layers
-    indexer = f"{len(sparse)} of {layers} layers" + (f" ({_ranges(sparse)})" if sparse else "")
+    indexer = f"{len(sparse)} of {layers} layers" + (f" ({', '.join(ranges_of(sparse))})" if sparse else "")
     budget = f"{attention.budget:,} tokens, {attention.blocks} blocks of {attention.block_size}"
     budget += f", always {attention.initial} initial and {attention.local} local" if attention.initial else ""
     context = f"{attention.context:,} tokens"
@@ -409,17 +399,6 @@ def _count(count: int) -> str:
     return next(
         (f"{count / n:,.3f} {unit}" for n, unit in ((10**9, "B"), (10**6, "M")) if count >= n), f"{count:,}"
     )
-
-
-def _ranges(numbers: Sequence[int]) -> str:
-    """``3-59``, or ``0-2, 5``."""
-    runs: list[list[int]] = []
-    for number in numbers:
-        if runs and number == runs[-1][-1] + 1:
-            runs[-1].append(number)
-        else:
-            runs.append([number])
-    return ", ".join(str(run[0]) if len(run) == 1 else f"{run[0]}-{run[-1]}" for run in runs)
 
 
 def _indented(lines: Iterable[str]) -> list[str]:
