@@ -133,8 +133,7 @@ CPU = Rates(bytes=8e9, grouped=6e9, fused=3.5e9, launch=2e-4)
 @cache
 def rates_here() -> Rates:
     """Of this machine's GPU, by its generation."""
-    device_info = getattr(mx, "device_info", None) or mx.metal.device_info
-    generation = re.search(r"applegpu_g(\d+)", str(device_info().get("architecture", "")))
+    generation = re.search(r"applegpu_g(\d+)", str(mx.device_info().get("architecture", "")))
     return GPU_WITH_MATRIX_UNITS if generation and int(generation[1]) >= 17 else GPU
 
 

@@ -338,7 +338,9 @@ def _prove(setup: Setup) -> str | None:
 def _measured(setup: Setup) -> dict[str, tuple[float, float]]:
     """Milliseconds of each part and size, from the store or measured and stored."""
     stored = _read_store()
-    key = json.dumps([_device_name(), version("mlx"), _digest_of_kernels(), *map(str, setup)])
+    key = json.dumps(
+        [mx.device_info().get("device_name", ""), version("mlx"), _digest_of_kernels(), *map(str, setup)]
+    )
     if key not in stored:
         stored[key] = _measure(setup)
         _write_store(stored)
@@ -373,11 +375,6 @@ def _best_of(function: Callable[[], mx.array]) -> float:
 
 
 # --- the file of measurements ---
-
-
-def _device_name() -> str:
-    device_info = getattr(mx, "device_info", None) or mx.metal.device_info
-    return str(device_info().get("device_name", ""))
 
 
 @cache
