@@ -14,19 +14,19 @@ from ...chat.prompt import takes_effort
 from ...model.config import uncut_lists
 from ...model.memory import Memory, is_mac, machine_memory, memory_for
 from ...startup.settings import EFFORTS, EXPERT_MEMORY, checked
-from ...weights import Headers, shorten, unused_in_words
+from ...weights import shorten, unused_in_words
 from ...weights.check import ranges_of
 from ...weights.headers import INDEX, dtypes_not_read
 from ..checkpoint import (
     CHAT_TEMPLATE_FILES,
     M3,
-    Contents,
+    Checkpoint,
     Source,
     draft_in_words,
     locate,
     model_name,
     open_source,
-    read_contents,
+    read_checkpoint,
     read_text_config,
 )
 from ..checksums import Verification, verify
@@ -163,11 +163,11 @@ def inspect(path_or_repository: str | Path) -> Inspection:
     found.notes += _notes(source)
     if config is not None:
         try:
-            contents = read_contents(headers, source.config, config)
+            checkpoint = read_checkpoint(source, config)
         except ValueError as error:
             found.problems.append(str(error))
         else:
-            _inspect_tensors(found, headers, contents)
+            _inspect_tensors(found, checkpoint)
     found.problems += source.problems + _tokenizer_problems(source)
     if source.model is None:
         found.notes.append(
@@ -203,14 +203,14 @@ def _notes(source: Source) -> list[str]:
     return notes
 
 
-def _inspect_tensors(found: Inspection, headers: Headers, contents: Contents) -> None:
-    config = contents.text_config
-    found.components, found.precisions = measure(contents.plan, contents.quantized, headers)
+def _inspect_tensors(found: Inspection, checkpoint: Checkpoint) -> None:
+    headers, config = checkpoint.headers, checkpoint.text_config
+    found.components, found.precisions = measure(checkpoint.plan, checkpoint.quantized, headers)
     found.parameters = sum(component.parameters for component in found.components)
     rope = config.rope_parameters
     found.attention = AttentionSummary(
         layers=config.num_hidden_layers,
-        with_indexer=contents.with_indexer,
+        with_indexer=checkpoint.with_indexer,
         budget=config.budget,
         blocks=config.index_topk_blocks,
         block_size=config.index_block_size,
@@ -219,28 +219,28 @@ def _inspect_tensors(found: Inspection, headers: Headers, contents: Contents) ->
         context=config.max_position_embeddings,
         yarn=dict(rope) if "yarn" in (rope.get("rope_type"), rope.get("type")) else None,
     )
-    found.wrong_without_plugin = wrong_past_the_budget(config, bool(contents.with_indexer))
+    found.wrong_without_plugin = wrong_past_the_budget(config, bool(checkpoint.with_indexer))
     weights = sum(part.bytes for part in found.components if part.name not in NOT_IN_THE_TEXT_MODEL)
-    found.memory = memory_for(config, weights, len(contents.with_indexer), machine_memory())
-    if not contents.with_indexer:
+    found.memory = memory_for(config, weights, len(checkpoint.with_indexer), machine_memory())
+    if not checkpoint.with_indexer:
         has_sparse_layers = "minimax_m3_sparse" in config.layer_types
         why = "the checkpoint has no indexer" if has_sparse_layers else "the config has no sparse layers"
         found.notes.append(
             f"{why}: every layer attends to all tokens, which differs from MiniMax-M3's training past "
             f"{config.budget:,} tokens"
         )
-    found.problems += contents.problems
+    found.problems += checkpoint.of_quantization
     unread = dtypes_not_read(headers)
     found.problems += [unread] if unread else []
     if headers.problems:
         # Tensors of damaged files would only be reported twice.
         return
-    found.problems += contents.of_text + contents.of_vision
-    text_is_whole = not (contents.of_text or contents.problems)
+    found.problems += checkpoint.of_text + checkpoint.of_vision
+    text_is_whole = not (checkpoint.of_text or checkpoint.of_quantization)
     found.opens = {
         "mlx-lm": text_is_whole and not unread,
         # It reads such dtypes by itself.
-        "mlx-vlm": text_is_whole and not contents.of_vision,
+        "mlx-vlm": text_is_whole and not checkpoint.of_vision,
     }
 
 
