@@ -29,7 +29,6 @@ _INVOKE = re.compile(rf"""{_BLANKS}<invoke\s+(?:name|to)\s*=\s*(?:"([^"]*)"|'([^
 _OPEN_NAME = re.compile(rf"""{_BLANKS}<invoke\s+(?:name|to)\s*=\s*(?:"[^"]*"?|'[^']*'?)\s*\Z""")
 _NAME_END = re.compile("[\"'>]")
 _SOME_INVOKE = re.compile(rf"{_BLANKS}<?invoke(?=[\s<>=\"'\]]|name)")
-_INVOKE_END = re.compile(rf"{_BLANKS}</invoke\s*>")
 _BARE_INVOKE_END = re.compile(r"\s*</invoke\s*>")
 _TAG = re.compile(rf"{_BLANKS}<(/?)([^<>/][^<>]*)>")
 _NO_TAG = re.compile(rf"{_BLANKS}(?:[^\s<]|</?[<>]|<//|<[^<>]*<)")

@@ -100,8 +100,6 @@ class PluginFinder:
     ) -> importlib.machinery.ModuleSpec | None:
         if fullname in self._patches:
             return self._spec_with_patch(fullname, path, target)
-        if not fullname.startswith("mlx_"):
-            return None
         value = self._module_for(fullname)
         if value is None:
             return None
@@ -278,9 +276,6 @@ class _PatchingLoader:
 
     def __getattr__(self, name: str) -> Any:
         return getattr(self._loader, name)
-
-    def create_module(self, spec: importlib.machinery.ModuleSpec) -> ModuleType | None:
-        return self._loader.create_module(spec)
 
     def get_code(self, fullname: str) -> Any:
         """What ``python -m`` executes as ``__main__``: the module is imported under its own name, where

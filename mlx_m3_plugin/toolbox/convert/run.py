@@ -169,7 +169,7 @@ def _converted_rows(
     """
     before = 0
     for number, matrix in enumerate(module.matrices):
-        step = max(1, memory // (_BYTES_PER_ELEMENT * max(matrix.inputs, 1)))
+        step = max(1, memory // (_BYTES_PER_ELEMENT * matrix.inputs))
         for start in range(0, matrix.outputs, step):
             rows = (start, min(start + step, matrix.outputs))
             for part, array in _converted(matrix, module.spec, reader, rows).items():
