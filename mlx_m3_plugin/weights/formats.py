@@ -128,9 +128,9 @@ def _read_integers(plan: TensorPlan, module: str, bits: int) -> None:
     plan[f"{module}.weight"] = plan.pop(f"{module}.weight_packed").view_as_uint32()
     plan[f"{module}.scales"] = scales
     if zero_points is None:
-        plan[f"{module}.biases"] = scales.multiplied_by(-float(2 ** (bits - 1)))
+        plan[f"{module}.biases"] = scales.apply("multiply", -float(2 ** (bits - 1)))
     else:
-        plan[f"{module}.biases"] = scales.minus_zero_points(zero_points, bits)
+        plan[f"{module}.biases"] = scales.apply("zero points", bits, zero_points)
 
 
 def _read_tensor_scale(plan: TensorPlan, module: str) -> None:
@@ -138,10 +138,10 @@ def _read_tensor_scale(plan: TensorPlan, module: str) -> None:
     divisor = plan.pop(f"{module}.weight_global_scale", None)
     if factor is not None:
         # ModelOpt: value = e2m1 * weight_scale * weight_scale_2.
-        plan[f"{module}.global_scale"] = _scalar(factor).multiplied_by(NVFP4_LARGEST)
+        plan[f"{module}.global_scale"] = _scalar(factor).apply("multiply", NVFP4_LARGEST)
     elif divisor is not None:
         # compressed-tensors: value = e2m1 * weight_scale / weight_global_scale.
-        plan[f"{module}.global_scale"] = _scalar(divisor).dividing(NVFP4_LARGEST)
+        plan[f"{module}.global_scale"] = _scalar(divisor).apply("divide", NVFP4_LARGEST)
 
 
 def _scalar(tensor: Tensor) -> Tensor:

@@ -52,8 +52,8 @@ def test_killed_at_any_moment_it_goes_on_to_the_same_bytes(
 ) -> None:
     rng = random.Random(fresh_seed)
     source = tiny("published_float")
-    begin = time.monotonic()
     process = start(source, tmp_path / "whole")
+    begin = time.monotonic()
     assert process.wait() == 0
     seconds, expected = time.monotonic() - begin, digest(tmp_path / "whole")
     assert sum(name.endswith(".safetensors") for name in expected) > 10
