@@ -34,7 +34,7 @@ class ExpertsOnDisk(nn.Module):
         self._next: Any = None
 
     def read_ahead(self, guess: Guess, slots: Slots) -> None:
-        """Read what ``guess`` says into the ``slots`` of the next layer when all that this one needs is read."""
+        """Read what ``guess`` says into the next layer's ``slots`` when all that this one needs is read."""
         self._guess, self._next = guess, slots
 
     def __call__(self, x: mx.array, indices: mx.array) -> mx.array:
