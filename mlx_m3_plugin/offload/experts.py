@@ -1,6 +1,6 @@
 """The expert layer whose experts are on the disk."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from typing import Any
 
 import mlx.core as mx
@@ -9,7 +9,8 @@ import numpy as np
 
 from .slots import Ids, Slots
 
-# Hidden states ``[N, D]`` for a layer's experts -> ids ``[N, k]`` that the next layer will likely choose.
+# Hidden states ``[N, D]`` for a layer's experts -> ids ``[N, k]`` that the next layer will likely choose, the
+# likeliest first.
 Guess = Callable[[mx.array], mx.array]
 
 # Both hosts' ``SwitchGLU`` sorts tokens by expert from so many rows on.
@@ -33,7 +34,7 @@ class ExpertsOnDisk(nn.Module):
         self._next: Any = None
 
     def read_ahead(self, guess: Guess, slots: Slots) -> None:
-        """Read what ``guess`` says into the ``slots`` of the next layer while this one computes."""
+        """Read what ``guess`` says into the next layer's ``slots`` when all that this one needs is read."""
         self._guess, self._next = guess, slots
 
     def __call__(self, x: mx.array, indices: mx.array) -> mx.array:
@@ -54,21 +55,25 @@ class ExpertsOnDisk(nn.Module):
         chosen = np.array(indices)
         wanted = np.unique(chosen)
         slots.count_usage(chosen)
+        is_prompt = chosen.size >= _SORTED_FROM
         if len(wanted) <= slots.count:
             slots.start(wanted)
-        if guesses:
-            following.guess(np.unique(np.array(guesses[0])))
-        if chosen.size >= _SORTED_FROM or not slots.are_here(wanted):
-            return slots.computing(self._in_groups(x, chosen, wanted))
-        slots.wait(wanted)
-        of_choice = mx.array(slots.of_expert[chosen], mx.uint32)
-        return slots.computing(self._multiply(mx.expand_dims(x, (-2, -3)), of_choice, chosen.size))
+        if is_prompt or not slots.are_here(wanted):
+            output = self._in_groups(x, chosen, slots.in_groups(wanted, one_by_one=not is_prompt))
+        else:
+            slots.wait(wanted)
+            of_choice = mx.array(slots.of_expert[chosen], mx.uint32)
+            output = self._multiply(mx.expand_dims(x, (-2, -3)), of_choice, chosen.size)
+        for guess in guesses:
+            # The disk has nothing to do until the next layer has chosen.
+            following.guess(np.array(guess).T.ravel())
+        return slots.computing(output)
 
-    def _in_groups(self, x: mx.array, chosen: Ids, wanted: Ids) -> mx.array:
+    def _in_groups(self, x: mx.array, chosen: Ids, groups: Iterable[Ids]) -> mx.array:
         """Some experts at a time, with the rows that go to them, sorted as the host's layer sorts all."""
         fewest = max(_FEWEST_ROWS, _FEWEST_PER_EXPERT * self.slots.count)
         outputs, places = [], []
-        for group in self.slots.in_groups(wanted):
+        for group in groups:
             place = np.flatnonzero(np.isin(chosen, group))
             place = place[np.argsort(self.slots.of_expert[chosen.ravel()[place]], kind="stable")]
             places.append(place)

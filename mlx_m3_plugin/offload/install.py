@@ -107,6 +107,7 @@ def _guess(layer: DecoderLayer, following: DecoderLayer) -> Guess:
         scale = layer.post_attention_layernorm(mx.ones(x.shape[-1:], mx.float32))
         # A norm may switch a channel off.
         unscaled = mx.where(scale == 0, 0, x / scale)
-        return following.block_sparse_moe.route(following.post_attention_layernorm(unscaled))[0]
+        experts, weights = following.block_sparse_moe.route(following.post_attention_layernorm(unscaled))
+        return mx.take_along_axis(experts, mx.argsort(-weights, axis=-1), axis=-1)
 
     return guess

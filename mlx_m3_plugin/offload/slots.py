@@ -23,6 +23,7 @@ Check = Callable[[memoryview, str], None]
 THREADS, THREADS_FOR_GUESSES = 8, 2
 # Of an expert's usage, at each call of its layer: the last 50 calls count most.
 DECAY = 0.98
+FEWEST_RIGHT_GUESSES = 0.5
 
 
 class ExpertFiles:
@@ -99,9 +100,16 @@ class Slots:
         self._computed = mx.array(0)
         self._checked: set[int] = set()
         self.hits, self.misses, self.seconds_waited = 0, 0, 0.0
+        # Of those that had to be read.
+        self.share_of_right_guesses = 1.0
+        self._guessed = np.empty(0, int)
 
     def count_usage(self, chosen: Ids) -> None:
         """Expert ids ``[N, k]`` that a call has chosen."""
+        if len(self._guessed):
+            right = np.isin(self._guessed, chosen).mean()
+            self.share_of_right_guesses += (1 - DECAY) * (right - self.share_of_right_guesses)
+            self._guessed = self._guessed[:0]
         times = np.bincount(chosen.ravel(), minlength=len(self._usage))
         self._usage = DECAY * self._usage + times / len(chosen)
         wanted = times > 0
@@ -122,8 +130,12 @@ class Slots:
             self._start(wanted, wanted)
 
     def guess(self, likely: Ids) -> None:
-        """As :meth:`start`, for experts that the next call will likely want."""
-        if (self.of_expert[likely] < 0).any():
+        """As :meth:`start`, for experts that the next call will likely want, the likeliest first.
+
+        Not where too many guesses were wrong: what they read takes the place of other experts.
+        """
+        self._guessed = likely[self.of_expert[likely] < 0]
+        if len(self._guessed) and self.share_of_right_guesses > FEWEST_RIGHT_GUESSES:
             mx.eval(self._computed)
             self._start(likely, likely, is_guess=True)
 
@@ -156,24 +168,28 @@ class Slots:
             self._checked.add(expert)
         self.seconds_waited += perf_counter() - began
 
-    def in_groups(self, wanted: Ids) -> Iterator[Ids]:
+    def in_groups(self, wanted: Ids, one_by_one: bool) -> Iterator[Ids]:
         """All of these experts, some at a time.  Each group is here while the caller computes with it.
 
         The next ones are read at the same time, where there are slots for them.
+
+        Args:
+            one_by_one: computes with each expert as soon as it is read.
 
         Raises:
             OSError: see :meth:`wait`.
         """
         self._cancel_guesses_but(wanted)
         mx.eval(self._computed)
-        size = max(1, self.count // 4)
+        size = 1 if one_by_one else max(1, self.count // 4)
         missing = wanted[self.of_expert[wanted] < 0]
         late = wanted[[self._is_being_read(slot) for slot in self.of_expert[wanted].tolist()]]
         here = np.setdiff1d(wanted, np.concatenate([missing, late]))
         # The least used first: their slots are then read into.
         here = here[np.argsort(self._usage[here], kind="stable")]
         split = 2 * size if len(missing) else len(here)
-        groups = [group for group in (here[:split], here[split:], late) if len(group)]
+        groups = [group for group in (here[:split], here[split:]) if len(group)]
+        groups += [late[i : i + size] for i in range(0, len(late), size)]
         started, finished = len(groups), 0
         groups += [missing[i : i + size] for i in range(0, len(missing), size)]
         outputs: list[mx.array] = []
