@@ -2,7 +2,7 @@
 
 import json
 import shutil
-from collections import defaultdict
+from collections import Counter, defaultdict
 from pathlib import Path
 from typing import Any
 
@@ -193,8 +193,8 @@ def _opens(plan: ConversionPlan) -> str:
 
 def components(plan: ConversionPlan) -> list[tuple[str, int, int, str]]:
     """Parts of the new model: name, parameters, bytes and quantizations, the one of most parameters first."""
-    counts: dict[str, dict[str, int]] = defaultdict(lambda: defaultdict(int))
-    sizes: dict[str, int] = defaultdict(int)
+    stored: dict[str, Counter[str]] = defaultdict(Counter)
+    sizes: Counter[str] = Counter()
     for module in plan.modules:
         spec = str(module.spec)
         if module.spec.bits is None:
@@ -202,14 +202,9 @@ def components(plan: ConversionPlan) -> list[tuple[str, int, int, str]]:
         for matrix in module.matrices:
             # Of the matrix: a packed shared expert is in a module of routed experts.
             name = component_of(f"{matrix.module}.weight" if matrix.module in plan.specs else matrix.module)
-            counts[name][spec] += matrix.size
+            stored[name][spec] += matrix.size
             sizes[name] += module.nbytes * matrix.size // module.parameters
     return [
-        (
-            name,
-            sum(specs.values()),
-            sizes[name],
-            ", ".join(sorted(specs, key=specs.__getitem__, reverse=True)),
-        )
-        for name, specs in counts.items()
+        (name, specs.total(), sizes[name], ", ".join(spec for spec, _ in specs.most_common()))
+        for name, specs in stored.items()
     ]

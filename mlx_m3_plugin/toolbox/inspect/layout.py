@@ -2,7 +2,7 @@
 
 import math
 import re
-from collections import defaultdict
+from collections import Counter, defaultdict
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 
@@ -171,7 +171,7 @@ def measure(
     """Count parameters and bytes, by component and by precision."""
     sizes = bytes_of_components(headers, plan)
     components = {name: Component(name, bytes=size) for name, size in sizes.items()}
-    by_component: dict[str, dict[str, int]] = defaultdict(lambda: defaultdict(int))
+    by_component: dict[str, Counter[str]] = defaultdict(Counter)
     precisions: dict[str, Precision] = {}
     for name, tensor in plan.items():
         component = components[component_of(name)]
@@ -189,7 +189,7 @@ def measure(
         component.parameters += parameters
         by_component[component.name][str(precision)] += parameters
     for name, stored_as in by_component.items():
-        components[name].stored_as = sorted(stored_as, key=lambda spec: -stored_as[spec])
+        components[name].stored_as = [spec for spec, _ in stored_as.most_common()]
     components[OTHER].parameters += sum(
         math.prod(t.shape) for n, t in headers.tensors.items() if is_unused(n)
     )
