@@ -15,7 +15,7 @@ from .checkpoint import open_checkpoint
 from .common import Answer
 from .convert.plan import plan_conversion
 from .convert.recipe import parse_recipe
-from .convert.run import convert
+from .convert.run import write
 from .new_directory import new_directory
 
 NANO = Path(__file__).with_name("nano")
@@ -63,7 +63,8 @@ def _convert(directory: Path, bits: int) -> None:
         source.text_config,
     )
     made = directory / "made"
-    convert(plan_conversion(source, recipe), made, memory=_MEMORY, progress=lambda *_: None)
+    with new_directory(made, "demo", resumable=True) as unfinished:
+        write(plan_conversion(source, recipe), unfinished, memory=_MEMORY, progress=lambda *_: None)
     for file in made.iterdir():
         file.rename(directory / file.name)
     made.rmdir()

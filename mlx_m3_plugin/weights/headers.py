@@ -114,6 +114,10 @@ class Headers:
     unlisted: list[str] = field(default_factory=list)
     problems: list[str] = field(default_factory=list)
 
+    @property
+    def nbytes(self) -> int:
+        return sum(tensor.nbytes for tensor in self.tensors.values())
+
     def add(self, file: str, tensors: dict[str, StoredTensor]) -> None:
         self.files.append(file)
         twice: dict[str, list[str]] = {}

@@ -8,11 +8,12 @@ from typing import Any
 
 from ... import __version__
 from ...chat.prompt import CHAT_TEMPLATE, takes_effort
+from ...startup.report import version_of
 from ...weights import with_quantization
 from ...weights.dtypes import name_of
 from ..checkpoint import CHAT_TEMPLATE_FILES, M3, model_name
 from ..checksums import SUMS
-from ..common import read_json_object, read_text, size_in_words, version_of
+from ..common import read_json_object, read_text, size_in_words
 from ..new_directory import LOCK, STATE
 from ..parameters import component_of
 from ..stock import DEFAULT_EFFORT, WHY_EFFORT, WHY_SAMPLING, stock_commands, wrong_past_the_budget
