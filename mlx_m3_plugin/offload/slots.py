@@ -1,8 +1,9 @@
 """A layer's slots: memory for some of its experts, inside the arrays that the expert layer multiplies by."""
 
 from collections.abc import Callable, Iterable, Iterator, Mapping
-from concurrent.futures import Future, ThreadPoolExecutor, wait
+from concurrent.futures import CancelledError, Future, ThreadPoolExecutor, wait
 from pathlib import Path
+from threading import Event
 from time import perf_counter
 from typing import Any, NamedTuple
 
@@ -23,6 +24,8 @@ Check = Callable[[memoryview, str], None]
 THREADS, THREADS_FOR_GUESSES = 8, 2
 # Of an expert's usage, at each call of its layer: the last 50 calls count most.
 DECAY = 0.98
+# Bytes after which the disk is free for what is needed.
+PIECE_OF_A_GUESS = 1 << 20
 FEWEST_RIGHT_GUESSES = 0.5
 
 
@@ -37,18 +40,34 @@ class ExpertFiles:
         self._guessed = ThreadPoolExecutor(THREADS_FOR_GUESSES, "m3-guesses")
 
     def start(
-        self, spans: Iterable[Span], memory: memoryview, check: Check | None, is_guess: bool
+        self, spans: Iterable[Span], memory: memoryview, check: Check | None, guess: Event | None
     ) -> Iterator["Future[None]"]:
-        """Begin to fill ``memory`` with the bytes of ``spans`` and to ``check`` them."""
-        threads = self._guessed if is_guess else self._needed
+        """Begin to fill ``memory`` with the bytes of ``spans`` and to ``check`` them.
+
+        Args:
+            guess: ends the reading of what was guessed wrongly.
+        """
         done = 0
         for span in spans:
             end = done + size_in_bytes(span.shape, self._tensors[span.name].dtype)
-            yield threads.submit(self._read, span, memory[done:end], check)
+            if guess is None:
+                yield self._needed.submit(self._read, span, memory[done:end], check)
+            else:
+                yield self._guessed.submit(self._read_guess, span, memory[done:end], check, guess)
             done = end
 
     def _read(self, span: Span, memory: memoryview, check: Check | None) -> None:
         self.reader.read_into(memory, span)
+        if check is not None:
+            check(memory, span.name)
+
+    def _read_guess(self, span: Span, memory: memoryview, check: Check | None, is_wrong: Event) -> None:
+        size = self._tensors[span.name].dtype.size
+        for start in range(0, len(memory), PIECE_OF_A_GUESS):
+            if is_wrong.is_set():
+                raise CancelledError
+            piece = memory[start : start + PIECE_OF_A_GUESS]
+            self.reader.read_into(piece, Span(span.name, span.first + start // size, (len(piece) // size,)))
         if check is not None:
             check(memory, span.name)
 
@@ -96,6 +115,8 @@ class Slots:
         self._usage = np.zeros(total)
         # Slot -> reads into it that nobody has waited for yet.
         self._reads: dict[int, list[Future[None]]] = {}
+        # Slot -> what ends the reading of a guess.
+        self._guesses: dict[int, Event | None] = {}
         # Complete when all outputs are that were computed with the slots.
         self._computed = mx.array(0)
         self._checked: set[int] = set()
@@ -134,10 +155,12 @@ class Slots:
 
         Not where too many guesses were wrong: what they read takes the place of other experts.
         """
-        self._guessed = likely[self.of_expert[likely] < 0]
-        if len(self._guessed) and self.share_of_right_guesses > FEWEST_RIGHT_GUESSES:
+        missing = likely[self.of_expert[likely] < 0]
+        # The likeliest: each takes the place of another expert, whether it is read in time or not.
+        self._guessed = missing[: (len(missing) + 3) // 4]
+        if len(missing) and self.share_of_right_guesses > FEWEST_RIGHT_GUESSES:
             mx.eval(self._computed)
-            self._start(likely, likely, is_guess=True)
+            self._start(self._guessed, likely, is_guess=True)
 
     def are_here(self, wanted: Ids) -> bool:
         """Whether nobody has to wait for any of these experts."""
@@ -214,19 +237,22 @@ class Slots:
         for expert in wanted[self.of_expert[wanted] < 0].tolist():
             slot = self._free_slot(kept)
             reads = self._reads[slot] = []
+            guess = self._guesses[slot] = Event() if is_guess else None
             for part in self._parts:
                 spans, memory = part.of_expert[expert][1] or (), memoryview(part.memory[slot])
                 check = None if expert in self._checked else part.check
-                reads += self._files.start(spans, memory, check, is_guess)
+                reads += self._files.start(spans, memory, check, guess)
             self.of_expert[expert], self._holds[slot] = slot, expert
 
     def _cancel_guesses_but(self, wanted: Ids) -> None:
-        """Do not begin to read what was guessed wrongly."""
-        for slot, reads in self._reads.items():
-            if self._holds[slot] not in wanted:
-                cancelled = [read.cancel() for read in reads]
-                if any(cancelled):
-                    self._forget(slot)
+        """Do not read on what was guessed wrongly."""
+        for slot, is_wrong in self._guesses.items():
+            if is_wrong and self._holds[slot] not in wanted and self._is_being_read(slot):
+                is_wrong.set()
+                for read in self._reads[slot]:
+                    read.cancel()
+                self._forget(slot)
+        self._guesses.clear()
 
     def _make_computed_parts(self, expert: int) -> None:
         for part in self._parts:
