@@ -33,14 +33,19 @@ def is_m3(directory: object) -> bool:
 
 def model_type_of(directory: object) -> str | None:
     """The ``model_type`` of ``config.json`` in ``directory``; None where there is none to read."""
+    model_type = config_of(directory).get("model_type")
+    return model_type if isinstance(model_type, str) else None
+
+
+def config_of(directory: object) -> dict[str, Any]:
+    """``config.json`` in ``directory``; empty where it cannot be read."""
     if not isinstance(directory, (str, PathLike)):
-        return None
+        return {}
     try:
         config = json.loads((Path(directory) / "config.json").read_text(encoding="utf-8"))
-        model_type = config.get("model_type")
-    except (OSError, ValueError, AttributeError, RecursionError, TypeError):
-        return None
-    return model_type if isinstance(model_type, str) else None
+    except (OSError, ValueError, RecursionError, TypeError):
+        return {}
+    return config if isinstance(config, dict) else {}
 
 
 def check_files(directory: str | Path) -> None:

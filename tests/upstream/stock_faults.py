@@ -145,6 +145,13 @@ def vlm_think_marker(model: str) -> list[str | None]:
     return list(_split_thinking(reply, get_server_thinking_start_token(), get_server_thinking_end_token()))
 
 
+def vlm_module_of_draft_head(model: str) -> str:
+    from mlx_vlm.utils import get_model_and_args
+
+    config = {"architectures": ["DSparkMiniMaxDraftModel"], "model_type": "minimax_m3_vl"}
+    return get_model_and_args(config)[0].__name__
+
+
 def vlm_cannot_be_shared(model: str) -> str:
     from mlx_vlm.utils import sharded_load
 
