@@ -12,7 +12,6 @@ pytest.importorskip("mlx_vlm.speculative.drafters.dspark", reason="this mlx-vlm 
 
 from tests.drafts import checkpoint as drafts
 from tests.drafts.reference import Reference
-from tests.vlm.conftest import checkpoint, model  # noqa: F401
 
 TOLERANCE = 5e-5
 

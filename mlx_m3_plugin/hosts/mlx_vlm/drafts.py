@@ -27,6 +27,19 @@ def _is_in(directory: object) -> bool:
     return _is_draft_head(config_of(directory))
 
 
+def _is_m3_cache(caches: object) -> bool:
+    names = (type(entry).__name__ for entry in caches) if isinstance(caches, list) else ()
+    return any("MiniMaxM3KVCache" in name for name in names)
+
+
+@where(lambda given: _is_m3_cache(given["kv_cache"]))
+def remember(update: Any, given: Arguments) -> None:
+    """Only the tokens that the cache holds: after a round of drafts it lacks the last one."""
+    held = max(entry.offset for entry in given.arguments["kv_cache"])
+    given.arguments["token_ids"] = given.arguments["token_ids"][:held]
+    call(update, given)
+
+
 @where(lambda given: _is_draft_head(given["config"]))
 def model_type(get: Any, given: Arguments) -> str:
     """By the architecture: what the ``model_type`` in these configs says is the target's."""

@@ -112,6 +112,13 @@ PATCHES = [
         until="never: it is a folder in the checkpoint",
     ),
     Patch(
+        "mlx_vlm.generate.common:PromptCacheState.update(token_ids, kv_cache)",
+        "conversations with drafts go on from what their cache holds",
+        drafts.remember,
+        until="mlx-vlm counts the token that a round of drafts leaves out of the cache",
+        fault="test_mlx_vlm_takes_a_token_for_cached_that_is_not",
+    ),
+    Patch(
         "mlx_vlm.utils:sharded_load",
         "sharded_load is strict about M3 checkpoints",
         lambda module, original: strictly(original),
