@@ -5,12 +5,11 @@ from pathlib import Path
 from typing import Any
 
 from ..weights import shorten
-from ..weights.headers import Headers, read_headers, weight_files
+from ..weights.headers import DRAFT_HEAD, Headers, read_headers, weight_files
 from .common import read_json_object
 
-# The folder of MiniMax-M3.1-Flash's, and what its config calls it.
+# The folder of MiniMax-M3.1-Flash's.
 FOLDER = "dspark"
-ARCHITECTURE = "DSparkMiniMaxDraftModel"
 # What stands before its tensors' names.
 PREFIX = "language_model.model.dspark."
 _NUMBERS = (
@@ -73,10 +72,10 @@ def open_draft_head(directory: Path) -> DraftHead:
         ValueError: it holds no DSpark draft head, or a damaged one; says what is wrong.
     """
     whole = read_json_object(directory / "config.json")
-    if ARCHITECTURE not in (whole.get("architectures") or ()):
+    if DRAFT_HEAD not in (whole.get("architectures") or ()):
         raise ValueError(
             f"{directory} is not a draft head of MiniMax-M3.1: the architectures in its config.json are "
-            f"{whole.get('architectures')}, not {ARCHITECTURE}"
+            f"{whole.get('architectures')}, not {DRAFT_HEAD}"
         )
     config = whole.get("text_config") or whole
     wrong = [name for name in _NUMBERS if not isinstance(config.get(name), int) or config[name] < 1]
