@@ -2,18 +2,24 @@
 
 import json
 import random
-from collections.abc import Callable
+import threading
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from functools import partial
+from itertools import product
 from pathlib import Path
 from typing import Any
 
 import mlx.core as mx
 import pytest
+from mlx_lm import server
 from mlx_lm.generate import generate_step, speculative_generate_step, stream_generate
 from mlx_lm.models.cache import make_prompt_cache
 from mlx_lm.sample_utils import make_logits_processors
 from mlx_lm.utils import load, load_model
 
 from mlx_m3_plugin.toolbox.demo import NANO
+from tests.end_to_end.chat_server import ChatServer
 from tests.hosts.native_mlx_lm import our_model, tokens
 
 STEPS = 12
@@ -45,13 +51,7 @@ def test_drafts_closed_at_any_token_leave_whole_caches(
     prompt = tokens(60)[0]
     said = [int(token) for token, _ in generate_step(prompt, model, max_tokens=STEPS)]
     rng, accepted = random.Random(fresh_seed), set()
-    cases = [
-        (d, n, at, ends)
-        for d in (model, poor)
-        for n in range(9)
-        for at in range(1, STEPS + 1)
-        for ends in (0, 1)
-    ]
+    cases = list(product((model, poor), range(9), range(1, STEPS + 1), (True, False)))
     for draft, n_drafted, closed_at, ends in rng.sample(cases, count(12, len(cases))):
         cache = make_prompt_cache(model) + make_prompt_cache(draft)
         generated = speculative_generate_step(
@@ -127,6 +127,45 @@ def test_no_limit_is_no_limit() -> None:
     ]
     assert texts[0] == texts[1]
     assert texts[0].endswith("43")
+
+
+@contextmanager
+def serving(*options: str) -> Iterator[ChatServer]:
+    """mlx-lm's server with M3-nano, in this process."""
+    providers: list[Any] = []
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("sys.argv", ["mlx_lm.server", "--model", str(NANO), *options])
+        patch.setattr(server, "run", lambda name, port, provider: providers.append(provider))
+        server.main()
+        generator = server.ResponseGenerator(providers[0], server.LRUPromptCache(10))
+        httpd = server.ThreadingHTTPServer(("127.0.0.1", 0), partial(server.APIHandler, generator))
+        thread = threading.Thread(target=httpd.serve_forever)
+        thread.start()
+        try:
+            yield ChatServer(f"http://127.0.0.1:{httpd.server_port}", NANO, "default_model")
+        finally:
+            httpd.shutdown()
+            httpd.server_close()
+            generator.stop_and_join()
+            thread.join()
+
+
+def test_the_server_goes_on_from_drafts(fresh_seed: int) -> None:
+    """Conversations whose turns draft any number of tokens or none, and stop anywhere."""
+    rng = random.Random(fresh_seed)
+    world = "Anna lives in Rome. The nurse is Ben. Ben likes rice. The dog belongs to Anna. "
+    questions = ("Whose is the dog?", "Where does Anna live?", "Who is the nurse?", "What does Ben like?")
+    with serving("--draft-model", str(NANO)) as drafting, serving("--prompt-cache-size", "0") as plain:
+        for conversation in range(3):
+            messages: list[Any] = [{"role": "user", "content": world + rng.choice(questions)}]
+            for turn in range(3):
+                limit = {"max_tokens": rng.randrange(3, 9), "logprobs": True}
+                expected = plain.ask(messages, **limit)
+                answer = drafting.ask(messages, **limit, extra_body={"num_draft_tokens": rng.randrange(5)})
+                assert answer.said == expected.said
+                assert answer.logprobs == pytest.approx(expected.logprobs, abs=1e-4)
+                assert (answer.cached > 0) == (conversation + turn > 0)
+                messages += [answer.message, {"role": "user", "content": rng.choice(questions)}]
 
 
 @pytest.mark.parametrize("model_type", [None, "minimax_m3_vl", "dspark"])
