@@ -35,23 +35,25 @@ def is_m3(directory: object) -> bool:
 
 def model_type_of(directory: object) -> str | None:
     """The ``model_type`` of ``config.json`` in ``directory``; None where there is none to read."""
-    model_type = _in_config(directory, "model_type")
+    model_type = config_of(directory).get("model_type")
     return model_type if isinstance(model_type, str) else None
 
 
 def is_draft_head(directory: object) -> bool:
     """Whether ``config.json`` in ``directory`` is a DSpark draft head's; False where it cannot be read."""
-    architectures = _in_config(directory, "architectures")
+    architectures = config_of(directory).get("architectures")
     return isinstance(architectures, list) and DRAFT_HEAD in architectures
 
 
-def _in_config(directory: object, key: str) -> object:
+def config_of(directory: object) -> dict[str, Any]:
+    """``config.json`` in ``directory``; empty where it cannot be read."""
     if not isinstance(directory, (str, PathLike)):
-        return None
+        return {}
     try:
-        return json.loads((Path(directory) / "config.json").read_text(encoding="utf-8")).get(key)
-    except (OSError, ValueError, AttributeError, RecursionError, TypeError):
-        return None
+        config = json.loads((Path(directory) / "config.json").read_text(encoding="utf-8"))
+    except (OSError, ValueError, RecursionError, TypeError):
+        return {}
+    return config if isinstance(config, dict) else {}
 
 
 def check_files(directory: str | Path) -> None:

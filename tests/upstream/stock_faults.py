@@ -145,6 +145,25 @@ def vlm_think_marker(model: str) -> list[str | None]:
     return list(_split_thinking(reply, get_server_thinking_start_token(), get_server_thinking_end_token()))
 
 
+def vlm_module_of_draft_head(model: str) -> str:
+    from mlx_vlm.utils import get_model_and_args
+
+    config = {"architectures": ["DSparkMiniMaxDraftModel"], "model_type": "minimax_m3_vl"}
+    return get_model_and_args(config)[0].__name__
+
+
+def vlm_tokens_of_cache(model: str) -> int:
+    """Of the tokens of a cache that has four of five, as a round of drafts leaves it."""
+    from mlx_vlm.generate.common import PromptCacheState
+
+    target = vlm(model)
+    cache = target.make_cache()
+    target(mx.array([PROMPT[:4]]), cache=cache)
+    state = PromptCacheState()
+    state.update(PROMPT[:5], cache)
+    return state.find_prefix_length(PROMPT)
+
+
 def vlm_cannot_be_shared(model: str) -> str:
     from mlx_vlm.utils import sharded_load
 

@@ -93,6 +93,14 @@ def test_neither_knows_the_markers_of_reasoning(model: Path) -> None:
     assert "<mm:think>" in content
 
 
+def test_mlx_vlm_has_no_draft_head_of_m31(model: Path) -> None:
+    assert stock("vlm_module_of_draft_head", model) == "mlx_vlm.models.minimax_m3_vl"
+
+
+def test_mlx_vlm_takes_a_token_for_cached_that_is_not(model: Path) -> None:
+    assert stock("vlm_tokens_of_cache", model) == 5
+
+
 def test_mlx_lm_sends_the_role_with_every_delta(model: Path) -> None:
     assert stock("lm_roles_of_deltas", model) == ["assistant", "assistant"]
 

@@ -64,6 +64,17 @@ def use_utils(module: ModuleType, directory: Path) -> Any:
     return logits, type(processor).__name__, forced, files, reads(tokenizer, weights)
 
 
+def use_drafters(module: ModuleType, directory: Path) -> Any:
+    drafter, kind = get(module, "load_drafter")(str(directory))
+    return type(drafter).__name__, kind
+
+
+def use_generate_common(module: ModuleType, directory: Path) -> Any:
+    state, cache = get(module, "PromptCacheState")(), Recorder(offset=2)
+    get(state, "update")([1, 2, 3], [cache])
+    return state.token_ids, state.find_prefix_length([1, 2, 3, 4]), reads(cache)
+
+
 def use_quant_utils(module: ModuleType, directory: Path) -> Any:
     model = nn.Sequential(nn.Linear(64, 8))
     nn.quantize(model)
@@ -176,6 +187,8 @@ def use_extractor(module: ModuleType, directory: Path) -> Any:
 
 USES: dict[str, Use] = {
     "mlx_vlm.utils": use_utils,
+    "mlx_vlm.speculative.drafters": use_drafters,
+    "mlx_vlm.generate.common": use_generate_common,
     "mlx_vlm.quant_utils": use_quant_utils,
     "mlx_vlm.moe_offload": use_moe_offload,
     "mlx_vlm.prompt_utils": use_prompt_utils,

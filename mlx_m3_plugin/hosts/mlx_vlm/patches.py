@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from mlx_m3_plugin.chat.markers import THINK_END, THINK_START
-from mlx_m3_plugin.hosts.mlx_vlm import histories, prompts, replies, requests
+from mlx_m3_plugin.hosts.mlx_vlm import drafts, histories, prompts, replies, requests
 from mlx_m3_plugin.hosts.patching import (
     Arguments,
     Patch,
@@ -15,7 +15,6 @@ from mlx_m3_plugin.hosts.patching import (
     dequantize_model,
     strictly,
     where,
-    with_checks,
 )
 
 
@@ -95,8 +94,29 @@ PATCHES = [
     Patch(
         "mlx_vlm.utils:load_model(model_path, lazy, kwargs)",
         "load_model checks the files of M3 checkpoints",
-        lambda module, original: with_checks(original),
+        drafts.load_model,
         until="never: MLX opens files that are cut off, and lets the second tensor of one name win",
+    ),
+    Patch(
+        "mlx_vlm.utils:get_model_type(config)",
+        "M3.1's draft head",
+        drafts.model_type,
+        until="mlx-vlm has M3.1's draft head",
+        fault="test_mlx_vlm_has_no_draft_head_of_m31",
+        since="0.7.10",
+    ),
+    Patch(
+        "mlx_vlm.speculative.drafters:load_drafter(path_or_repo)",
+        "the draft head of a checkpoint, by the checkpoint's name",
+        drafts.load_drafter,
+        until="never: it is a folder in the checkpoint",
+    ),
+    Patch(
+        "mlx_vlm.generate.common:PromptCacheState.update(token_ids, kv_cache)",
+        "conversations with drafts go on from what their cache holds",
+        drafts.remember,
+        until="mlx-vlm counts the token that a round of drafts leaves out of the cache",
+        fault="test_mlx_vlm_takes_a_token_for_cached_that_is_not",
     ),
     Patch(
         "mlx_vlm.utils:sharded_load",

@@ -1,0 +1,88 @@
+"""How mlx-vlm finds M3.1's draft head: in its own folder, or in ``dspark/`` of the checkpoint."""
+
+from collections.abc import Callable, Mapping
+from contextvars import ContextVar
+from functools import wraps
+from importlib.util import find_spec
+from pathlib import Path
+from typing import Any
+
+from mlx_m3_plugin.hosts.patching import Arguments, call, for_m3, is_m3_checkpoint, where, with_checks
+
+# Under which mlx-vlm looks up :mod:`.drafter`.
+MODEL_TYPE = "minimax_m3_dspark"
+FOLDER = "dspark"
+_ARCHITECTURE = "DSparkMiniMaxDraftModel"
+
+_LOADS_DRAFTER: ContextVar[bool] = ContextVar("loads_drafter", default=False)
+
+
+def _is_draft_head(config: object) -> bool:
+    return isinstance(config, Mapping) and _ARCHITECTURE in (config.get("architectures") or ())
+
+
+def _is_in(directory: object) -> bool:
+    from mlx_m3_plugin.weights.headers import config_of
+
+    return _is_draft_head(config_of(directory))
+
+
+def _is_m3_cache(caches: object) -> bool:
+    names = (type(entry).__name__ for entry in caches) if isinstance(caches, list) else ()
+    return any("MiniMaxM3KVCache" in name for name in names)
+
+
+@where(lambda given: _is_m3_cache(given["kv_cache"]))
+def remember(update: Any, given: Arguments) -> None:
+    """Only the tokens that the cache holds: after a round of drafts it lacks the last one."""
+    held = max(entry.offset for entry in given.arguments["kv_cache"])
+    given.arguments["token_ids"] = given.arguments["token_ids"][:held]
+    call(update, given)
+
+
+@where(lambda given: _is_draft_head(given["config"]))
+def model_type(get: Any, given: Arguments) -> str:
+    """By the architecture: what the ``model_type`` in these configs says is the target's."""
+    return MODEL_TYPE
+
+
+def load_drafter(module: Any, original: Callable[..., Any]) -> Callable[..., Any]:
+    @wraps(original)
+    def load(*args: Any, **kwargs: Any) -> Any:
+        token = _LOADS_DRAFTER.set(True)
+        try:
+            return original(*args, **kwargs)
+        finally:
+            _LOADS_DRAFTER.reset(token)
+
+    return load
+
+
+def load_model(module: Any, original: Callable[..., Any]) -> Callable[..., Any]:
+    """``load_model`` with checks of M3's checkpoints and draft heads; see :func:`.with_checks`.
+
+    Where a drafter is asked for and an M3 checkpoint is given, it loads that checkpoint's draft head.
+    """
+    checked = with_checks(original, lambda directory: is_m3_checkpoint(directory) or _is_in(directory))
+
+    def load(given: Arguments) -> Any:
+        directory = Path(given.arguments["model_path"])
+        if not _is_in(directory):
+            if not _is_in(directory / FOLDER):
+                raise ValueError(
+                    f"{directory} is a MiniMax-M3 checkpoint without a draft head in {FOLDER}/: leave "
+                    "--draft-model out, or name a draft head"
+                )
+            given.arguments["model_path"] = directory / FOLDER
+        if find_spec("mlx_vlm.speculative.drafters.dspark") is None:
+            raise ValueError(
+                "this mlx-vlm does not know DSpark draft heads: install mlx-vlm 0.7.10 or newer, or leave "
+                "--draft-model out"
+            )
+        return call(checked, given)
+
+    def is_asked(given: Mapping[str, Any]) -> bool:
+        directory = given.get("model_path")
+        return _is_in(directory) or (_LOADS_DRAFTER.get() and is_m3_checkpoint(directory))
+
+    return for_m3(checked, is_asked, load)

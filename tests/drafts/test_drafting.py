@@ -1,0 +1,102 @@
+"""Greedy answers with drafts are those without, token by token, and leave the caches as these do."""
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+
+pytest.importorskip("mlx_vlm.speculative.drafters.dspark", reason="this mlx-vlm has no DSpark")
+
+from tests.drafts.runs import assert_same_tokens, drafted, drafted_together, make_knowing, random_drafter
+from tests.vlm.vlm_runs import BUDGET, Prompt, Request, alone, streamed, text, with_images
+
+Count = Callable[[int, int], int]
+
+
+class Random:
+    def __init__(self, seed: int):
+        self.rng = np.random.default_rng(seed)
+
+    def below(self, high: int, low: int = 0) -> int:
+        return int(self.rng.integers(low, high))
+
+    def seed(self) -> int:
+        return self.below(2**31)
+
+    def prompt(self, longest: int) -> Prompt:
+        make = with_images if self.below(4) == 0 else text
+        return make(self.below(longest, 12), seed=self.seed())
+
+
+def test_one_request(model: Any, tmp_path: Path, fresh_seed: int, count: Count) -> None:
+    """Around the block budget of 32 tokens, and up to 16 times as many; K and V quantized, too."""
+    random = Random(fresh_seed)
+    rates = []
+    for case in range(count(8, 200)):
+        drafter = random_drafter(tmp_path / str(case), random.seed())
+        prompt = random.prompt((BUDGET, 4 * BUDGET, 16 * BUDGET)[case % 3])
+        options: dict[str, Any] = {"prefill_step_size": 48}
+        if case % 4 == 3:
+            options |= {"kv_bits": 8, "kv_group_size": 32, "quantized_kv_start": 0}
+            expected = streamed(model, prompt, 24, **options)
+        else:
+            expected = alone(model, prompt, 24)
+        if case % 2:
+            make_knowing(drafter, [expected], fresh_seed, (0.5, 0.8, 1.0)[random.below(3)])
+        options["draft_block_size"] = random.below(9, 2)
+        assert_same_tokens(drafted(model, prompt, 24, drafter, **options), expected)
+        rates.append(sum(drafter.accept_lens) / sum(drafter.draft_lens))
+    assert min(rates) < 0.1
+    assert max(rates) > 0.4
+
+
+def test_batches_with_joins_and_leaves(model: Any, tmp_path: Path, fresh_seed: int, count: Count) -> None:
+    """Rows accept different numbers of drafts, end at different steps, and wait for a batch to end."""
+    random = Random(fresh_seed)
+    drafter = random_drafter(tmp_path, fresh_seed)
+    rates = []
+    for case in range(count(3, 60)):
+        requests = [
+            Request(random.prompt(8 * BUDGET), random.below(16, 3), joins_at=random.below(8) * (case % 2))
+            for _ in range((2, 4)[case % 2])
+        ]
+        expected = [alone(model, request.prompt, request.n_tokens) for request in requests]
+        if len({answer.tokens[0] for answer in expected}) < len(expected):
+            # Their answers could not be told apart.
+            continue
+        make_knowing(drafter, expected, fresh_seed, 0.8)
+        options = {"draft_block_size": random.below(9, 3), "prefill_step_size": 64}
+        said = drafted_together(model, requests, drafter, **options)
+        for tokens, answer in zip(said, expected, strict=True):
+            assert_same_tokens(tokens, answer)
+        rates.append(sum(drafter.accept_lens) / sum(drafter.draft_lens))
+    assert max(rates) > 0.2
+
+
+@pytest.mark.parametrize("kept_in", ["conversation", "prefix cache"])
+def test_later_requests(kept_in: str, model: Any, tmp_path: Path, fresh_seed: int, count: Count) -> None:
+    """As a chat goes on: some replies are cut, and some are not drafted."""
+    from mlx_vlm import apc
+    from mlx_vlm.generate import PromptCacheState
+
+    random = Random(fresh_seed)
+    drafter = random_drafter(tmp_path, fresh_seed)
+    for _ in range(count(4, 250)):
+        manager = apc.APCManager(num_blocks=64, block_size=16)
+        kept = {"prompt_cache_state": PromptCacheState()}
+        if kept_in == "prefix cache":
+            kept = {"apc_manager": manager}
+        tokens = text(random.below(80, 5), random.seed()).tokens
+        for _ in range(3):
+            expected = alone(model, Prompt(tokens), random.below(12, 2))
+            make_knowing(drafter, [expected], fresh_seed, random.below(11) / 10)
+            options = kept | {"draft_block_size": random.below(9, 2)}
+            if random.below(5) == 0:
+                options["draft_model"] = None
+            said = drafted(model, Prompt(tokens), len(expected.tokens), drafter, **options)
+            assert_same_tokens(said, expected)
+            n_kept = len(said) if random.below(3) else random.below(len(said))
+            tokens = tokens + said[:n_kept] + text(random.below(30, 1), random.seed()).tokens
+        manager.close()
