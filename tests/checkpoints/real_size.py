@@ -353,6 +353,7 @@ DSPARK_CONFIG: Config = {
         "dspark_block_size": 7,
         "dspark_target_layer_ids": [3, 17, 31, 45, 59],
         "dspark_markov_rank": MARKOV_RANK,
+        "enable_confidence_head": True,
     },
     "quantization_config": {"quant_method": "mxfp8", "weight_block_size": [1, 32]},
 }

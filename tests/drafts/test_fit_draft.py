@@ -9,6 +9,7 @@ from pathlib import Path
 import pytest
 
 from mlx_m3_plugin.cli import main
+from mlx_m3_plugin.toolbox.demo import NANO
 from mlx_m3_plugin.toolbox.fit import AUTO, Drafting, Fit, fit
 from tests.checkpoints import real_size
 from tests.checkpoints.edits import edit_json
@@ -112,8 +113,8 @@ def described(**wrong: object) -> Callable[[Path], None]:
         (described(architectures=["Other"]), "is not a draft head of MiniMax-M3.1: the architectures"),
         (described(text_config={"hidden_size": "wide"}), "hidden_size must be a positive integer"),
         (
-            described(text_config=real_size.DSPARK_CONFIG["text_config"] | {"vocab_size": 9}),
-            "is 9, the checkp",
+            described(text_config=TEXT | {"vocab_size": 9}),
+            r"markov_w1.weight is float.200064, 256., not float",
         ),
         (without_shards, "is not a whole draft head"),
     ],
@@ -128,6 +129,11 @@ def test_a_head_that_cannot_be_counted(
     damage(head)
     with pytest.raises((OSError, ValueError), match=message):
         fit(m31, 512 * GIB, draft=head)
+
+
+def test_a_head_of_another_model(m31: Path) -> None:
+    with pytest.raises(ValueError, match="for another model: its hidden_size is 6144, the checkpoint's 128"):
+        fit(NANO, 64 * GIB, draft=m31 / "dspark")
 
 
 def test_a_checkpoint_without_a_head(tmp_path: Path) -> None:

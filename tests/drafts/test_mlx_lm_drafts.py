@@ -129,6 +129,14 @@ def test_no_limit_is_no_limit() -> None:
     assert texts[0].endswith("43")
 
 
+class Stored(server.LRUPromptCache):
+    """Sees that a cache holds the tokens that it is stored for."""
+
+    def insert_cache(self, model: Any, tokens: list[int], prompt_cache: list[Any], **more: Any) -> None:
+        assert lengths(prompt_cache) == {len(tokens)}
+        super().insert_cache(model, tokens, prompt_cache, **more)
+
+
 @contextmanager
 def serving(*options: str) -> Iterator[ChatServer]:
     """mlx-lm's server with M3-nano, in this process."""
@@ -137,7 +145,7 @@ def serving(*options: str) -> Iterator[ChatServer]:
         patch.setattr("sys.argv", ["mlx_lm.server", "--model", str(NANO), *options])
         patch.setattr(server, "run", lambda name, port, provider: providers.append(provider))
         server.main()
-        generator = server.ResponseGenerator(providers[0], server.LRUPromptCache(10))
+        generator = server.ResponseGenerator(providers[0], Stored(10))
         httpd = server.ThreadingHTTPServer(("127.0.0.1", 0), partial(server.APIHandler, generator))
         thread = threading.Thread(target=httpd.serve_forever)
         thread.start()
