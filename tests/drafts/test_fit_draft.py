@@ -114,7 +114,7 @@ def described(**wrong: object) -> Callable[[Path], None]:
         (described(text_config={"hidden_size": "wide"}), "hidden_size must be a positive integer"),
         (
             described(text_config=TEXT | {"vocab_size": 9}),
-            r"markov_w1.weight is float.200064, 256., not float",
+            r"markov_w1.weight is float.200064, 256., not",
         ),
         (without_shards, "is not a whole draft head"),
     ],
