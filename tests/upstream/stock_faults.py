@@ -227,6 +227,20 @@ def lm_dequantizes_without_tensor_scales(model: str) -> bool:
     return bool(mx.array_equal(*values))
 
 
+def lm_drafts_leave_out_the_last_token(model: str) -> bool:
+    """Whether a cache has fewer tokens after a request with a draft model than after one without."""
+    from mlx_lm.generate import generate_step, speculative_generate_step
+    from mlx_lm.models.cache import make_prompt_cache
+
+    target, prompt, lengths = lm(model), mx.array(PROMPT[:9]), []
+    for step, *draft in ((generate_step, target), (speculative_generate_step, target, target)):
+        cache = [entry for each in draft for entry in make_prompt_cache(each)]
+        # With a draft model, two drafted tokens and one that is not.
+        assert len(list(step(prompt, *draft, max_tokens=3, prompt_cache=cache))) == 3
+        lengths.append(cache[0].caches[0].offset)
+    return lengths[1] < lengths[0]
+
+
 if __name__ == "__main__":
     assert os.environ["MLX_M3_PLUGIN"] == "off"
     fault, model, out = sys.argv[1:]

@@ -126,6 +126,10 @@ def test_dequantizing_loses_tensor_scales(model: Path) -> None:
     assert stock("lm_dequantizes_without_tensor_scales", model) is True
 
 
+def test_drafts_leave_the_last_token_out_of_the_cache(model: Path) -> None:
+    assert stock("lm_drafts_leave_out_the_last_token", model) is True
+
+
 def test_mlx_vlm_trains_without_tools(model: Path) -> None:
     assert stock("vlm_trains_without_tools", model) is True
 
