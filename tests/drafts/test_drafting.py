@@ -10,6 +10,7 @@ import pytest
 
 pytest.importorskip("mlx_vlm.speculative.drafters.dspark", reason="this mlx-vlm has no DSpark")
 
+from mlx_m3_plugin.model.draft_cost import DraftCost
 from tests.drafts.runs import assert_same_tokens, drafted, drafted_together, make_knowing, random_drafter
 from tests.vlm.vlm_runs import BUDGET, Prompt, Request, alone, streamed, text, with_images
 
@@ -128,3 +129,30 @@ def test_a_long_prompt_keeps_a_window_of_hidden_states(model: Any, tmp_path: Pat
     for found, all_of_them in zip(output.hidden_states, expected, strict=True):
         assert 23 <= found.shape[1] <= 34
         assert mx.abs(found - all_of_them[:, -found.shape[1] :]).max().item() < 1e-4
+
+
+def test_lengths_by_cost(model: Any, tmp_path: Path, fresh_seed: int, caplog: Any) -> None:
+    """Where every draft is accepted blocks grow; where none is, drafting is off from the next answer on."""
+    from mlx_vlm.speculative.drafters import validate_drafter_compatibility
+
+    drafter, prompt = random_drafter(tmp_path, fresh_seed), text(40, fresh_seed)
+    validate_drafter_compatibility(model, drafter, "dflash")
+    counted, expected = drafter.cost, alone(model, prompt, 40)
+    assert counted.experts == 4
+    # A pass reads 10, and half as much again for each expert that further tokens choose; a draft reads 2.
+    drafter.validate_target_compatibility = lambda target: None
+    drafter.cost = DraftCost(5, 0, 10, 8, 4, 2, 0.1)
+    assert_same_tokens(drafted(model, prompt, 40, drafter), expected)
+    assert set(drafter.draft_lens[10:-1]) == {1}
+    assert drafter.best_length() == 0
+    for _ in range(2):
+        assert_same_tokens(drafted(model, prompt, 40, drafter), expected)
+        (tokens,) = drafted_together(model, [Request(prompt, 40)], drafter)
+        assert_same_tokens(tokens, expected)
+    assert caplog.text.count("drafting is off") == 1
+    # A length that is asked for is drafted nevertheless.
+    make_knowing(drafter, [expected], 1, 1.0)
+    assert_same_tokens(drafted(model, prompt, 40, drafter, draft_block_size=5), expected)
+    assert set(drafter.draft_lens[:-1]) == {4}
+    assert_same_tokens(drafted(model, prompt, 40, drafter), expected)
+    assert drafter.draft_lens[-2] > 4

@@ -82,7 +82,42 @@ def generate_step(generate: Any, given: Arguments) -> Any:
     elif options["draft_block_size"] == 1:
         # A block is the newest token and its drafts; mlx-vlm would end the answer.
         given.arguments["draft_model"] = None
+    else:
+        _leave_out_if_dear(given)
     return call(generate, given)
+
+
+# Only our class has the method.
+@where(lambda given: hasattr(type(given["draft_model"]), "best_length"))
+def batch_generator(init: Any, given: Arguments) -> None:
+    _leave_out_if_dear(given)
+    call(init, given)
+
+
+def _leave_out_if_dear(given: Arguments) -> None:
+    """Plain decoding where no number of drafts would pay, and the user asks for none."""
+    drafter = given.arguments["draft_model"]
+    if not hasattr(type(drafter), "best_length") or given.arguments["draft_block_size"] is not None:
+        return
+    if drafter.best_length() == 0:
+        given.arguments["draft_model"] = None
+        if not _said_so:
+            _said_so.append(True)
+            accepted = ", ".join(f"{p:.2f}" for p in drafter.acceptance()[:3])
+            log.warning(
+                "mlx-m3-plugin: drafting is off, because too few drafts are accepted here to pay for their "
+                "verification (expected of the first three: %s); --draft-block-size drafts nevertheless",
+                accepted,
+            )
+
+
+_said_so: list[bool] = []
+
+
+@where(lambda given: hasattr(type(given["draft_model"]), "next_block_size"))
+def next_block_size(choose: Any, given: Arguments) -> int:
+    most = min(given.arguments["requested_block_total"], given.arguments["remaining_budget"])
+    return int(given.arguments["draft_model"].next_block_size(most)) if most > 1 else most
 
 
 @where(lambda given: _is_draft_head(given["config"]))

@@ -128,6 +128,21 @@ PATCHES = [
         fault="test_mlx_vlm_ignores_penalties_with_drafts",
     ),
     Patch(
+        "mlx_vlm.generate.ar:BatchGenerator.__init__(draft_model, draft_block_size)",
+        "no drafts in batches where they do not pay",
+        drafts.batch_generator,
+        until="never: what drafts of M3 cost depends on its experts",
+        since="0.7.10",
+    ),
+    Patch(
+        "mlx_vlm.speculative.dflash:_dflash_next_block_size(draft_model, requested_block_total,"
+        " remaining_budget)",
+        "as many drafts as pay",
+        drafts.next_block_size,
+        until="never: what drafts of M3 cost depends on its experts",
+        since="0.7.10",
+    ),
+    Patch(
         "mlx_vlm.generate.common:PromptCacheState.update(token_ids, kv_cache)",
         "conversations with drafts go on from what their cache holds",
         drafts.remember,
