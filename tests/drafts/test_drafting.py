@@ -1,5 +1,6 @@
 """Greedy answers with drafts are those without, token by token, and leave the caches as these do."""
 
+from collections import Counter
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -156,3 +157,44 @@ def test_lengths_by_cost(model: Any, tmp_path: Path, fresh_seed: int, caplog: An
     assert set(drafter.draft_lens[:-1]) == {4}
     assert_same_tokens(drafted(model, prompt, 40, drafter), expected)
     assert drafter.draft_lens[-2] > 4
+
+
+def test_sampled_answers_have_the_same_distribution(
+    model: Any, tmp_path: Path, fresh_seed: int, count: Count
+) -> None:
+    """Of three tokens with two choices each, the last two of which are drafted; with seeds and without."""
+    prompt, lm = text(9, 8), model.language_model
+    drafter = random_drafter(tmp_path, 1)
+    expected: dict[tuple[int, ...], float] = {(): 1.0}
+    for _ in range(3):
+        longer: dict[tuple[int, ...], float] = {}
+        for said, share in expected.items():
+            logits = lm(mx.array([[*prompt.tokens, *said]])).logits[0, -1]
+            best = mx.argsort(-logits)[:2]
+            chances = mx.softmax(logits[best]).tolist()
+            longer |= {(*said, t): share * p for t, p in zip(best.tolist(), chances, strict=True)}
+        expected = longer
+    likely = max(expected, key=lambda said: expected[said])
+
+    def draft_block(last_bonus, hidden, cache, block_size, sampler, token_dtype=mx.int32):  # type: ignore[no-untyped-def]
+        # A draft that depends on what the sampler drew, as the head's own do, and one that does not.
+        own = type(drafter).draft_block(drafter, last_bonus, hidden, cache, block_size, sampler, token_dtype)
+        return mx.concatenate([mx.array([[likely[1]]], dtype=own.dtype), own[:, 1:]], axis=1)
+
+    drafter.draft_block = draft_block
+    n = count(120, 20_000)
+    seen: Counter[tuple[int, ...]] = Counter()
+    options: dict[str, Any] = {"temperature": 1.0, "top_k": 2, "top_p": 1.0, "draft_block_size": 3}
+    mx.random.seed(fresh_seed)
+    for draw in range(n):
+        own_seed = {"seed": fresh_seed % 10_000 + draw} if draw % 2 else {}
+        seen[tuple(drafted(model, prompt, 3, drafter, **options, **own_seed))] += 1
+    assert seen.keys() <= expected.keys()
+    # Rare answers count as one.
+    common = [said for said, p in expected.items() if n * p >= 5]
+    found = [*(seen[said] for said in common), n - sum(seen[said] for said in common)]
+    wanted = [*(n * expected[said] for said in common), n * (1 - sum(expected[said] for said in common))]
+    chi_square = sum((a - b) ** 2 / b for a, b in zip(found, wanted, strict=True) if b > 1)
+    # Of 7 degrees of freedom, exceeded in one of 100,000 runs.
+    assert chi_square < 34.7, (seen, expected)
+    assert drafter.speculative_total_accepted > 0
