@@ -163,7 +163,7 @@ def test_sampled_answers_have_the_same_distribution(
     model: Any, tmp_path: Path, fresh_seed: int, count: Count
 ) -> None:
     """Of three tokens with two choices each, the last two of which are drafted; with seeds and without."""
-    prompt, lm = text(9, 8), model.language_model
+    prompt, lm = text(9, 9), model.language_model
     drafter = random_drafter(tmp_path, 1)
     expected: dict[tuple[int, ...], float] = {(): 1.0}
     for _ in range(3):
@@ -171,7 +171,7 @@ def test_sampled_answers_have_the_same_distribution(
         for said, share in expected.items():
             logits = lm(mx.array([[*prompt.tokens, *said]])).logits[0, -1]
             best = mx.argsort(-logits)[:2]
-            chances = mx.softmax(logits[best]).tolist()
+            chances = mx.softmax(logits[best] / 0.3).tolist()
             longer |= {(*said, t): share * p for t, p in zip(best.tolist(), chances, strict=True)}
         expected = longer
     likely = max(expected, key=lambda said: expected[said])
@@ -184,7 +184,7 @@ def test_sampled_answers_have_the_same_distribution(
     drafter.draft_block = draft_block
     n = count(120, 20_000)
     seen: Counter[tuple[int, ...]] = Counter()
-    options: dict[str, Any] = {"temperature": 1.0, "top_k": 2, "top_p": 1.0, "draft_block_size": 3}
+    options: dict[str, Any] = {"temperature": 0.3, "top_k": 2, "top_p": 1.0, "draft_block_size": 3}
     mx.random.seed(fresh_seed)
     for draw in range(n):
         own_seed = {"seed": fresh_seed % 10_000 + draw} if draw % 2 else {}
