@@ -50,6 +50,12 @@ def is_draft(name: str) -> bool:
     return _DRAFT.match(name) is not None
 
 
+def draft_parameter(name: str) -> str:
+    """A stored name in a DSpark draft head, as that model has it: ``layers.0.self_attn.q_proj.weight``."""
+    name = name.removeprefix(match[0]) if (match := _DRAFT.match(name)) else name
+    return name.replace(".decoder_layer.", ".").replace("final_norm.", "norm.")
+
+
 def unused_in_words(names: Iterable[str]) -> list[str]:
     """One line for each kind of unused tensor among stored names."""
     unused = [name for name in names if is_unused(name)]
