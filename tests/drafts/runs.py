@@ -52,7 +52,7 @@ def make_knowing(drafter: Any, answers: Sequence[Answer], seed: int, rate: float
         tokens = known + own[0].tolist()[len(known) :]
         return mx.array([tokens], dtype=token_dtype)
 
-    drafter.draft_block = draft_block
+    drafter.draft_block = drafter.draft_block_greedy = draft_block
     return drafter
 
 

@@ -4,6 +4,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import mlx.core as mx
 import numpy as np
 import pytest
 
@@ -100,3 +101,30 @@ def test_later_requests(kept_in: str, model: Any, tmp_path: Path, fresh_seed: in
             n_kept = len(said) if random.below(3) else random.below(len(said))
             tokens = tokens + said[:n_kept] + text(random.below(30, 1), random.seed()).tokens
         manager.close()
+
+
+def test_what_rounds_leave_out(model: Any, tmp_path: Path, fresh_seed: int, caplog: Any) -> None:
+    """Penalties and processors, which mlx-vlm does not use in rounds; and a block without a draft."""
+    drafter = random_drafter(tmp_path, fresh_seed)
+    prompt = text(60, fresh_seed)
+    for options in ({"repetition_penalty": 1.3}, {"logit_bias": {5: 20.0}}, {"draft_block_size": 1}):
+        said, expected = (drafted(model, prompt, 12, d, **options) for d in (drafter, None))
+        assert said == expected
+        assert len(said) == 12
+    assert caplog.text.count("no drafts, because mlx-vlm ignores") == 2
+
+
+def test_a_long_prompt_keeps_a_window_of_hidden_states(model: Any, tmp_path: Path) -> None:
+    from mlx_vlm.speculative.utils import SpeculativePrefill
+
+    kept = SpeculativePrefill("dflash", random_drafter(tmp_path, 1))
+    tokens = mx.array([text(101).tokens])
+    cache = model.make_cache()
+    for start in range(0, 100, 10):
+        kept.append(model.language_model(tokens[:, start : start + 10], cache=cache, **kept.kwargs))
+        assert len(kept.chunks) <= 4
+    output = kept.finish(model.language_model(tokens[:, 100:], cache=cache, **kept.kwargs))
+    expected = model.language_model(tokens, **kept.kwargs).hidden_states
+    for found, all_of_them in zip(output.hidden_states, expected, strict=True):
+        assert 23 <= found.shape[1] <= 34
+        assert mx.abs(found - all_of_them[:, -found.shape[1] :]).max().item() < 1e-4

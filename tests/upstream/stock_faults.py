@@ -164,6 +164,26 @@ def vlm_tokens_of_cache(model: str) -> int:
     return state.find_prefix_length(PROMPT)
 
 
+def vlm_processed_with_drafts(model: str) -> int:
+    """How many of eight drafted tokens a logits processor sees."""
+    from mlx_vlm.generate import generate_step
+    from mlx_vlm.speculative.drafters.qwen3_dflash import Model, ModelConfig
+    from mlx_vlm.utils import load_model
+
+    target, seen = load_model(Path(model)), []
+    text = target.language_model.args
+    sizes = {"hidden_size": text.hidden_size, "intermediate_size": 64, "vocab_size": text.vocab_size}
+    heads = {"num_attention_heads": 4, "num_key_value_heads": 2, "head_dim": 32}
+    reads = {"target_layer_ids": [0, 2], "num_target_layers": text.num_hidden_layers}
+    drafter = Model(ModelConfig(**sizes, **heads, **reads, num_hidden_layers=1, mask_token_id=1))
+    options = {"temperature": 0, "max_tokens": 8, "draft_model": drafter, "draft_kind": "dflash"}
+    processor = lambda tokens, logits: seen.append(1) or logits  # type: ignore[func-returns-value]
+    ids = mx.array([PROMPT[:20]])
+    said = list(generate_step(ids, target, None, None, logits_processors=[processor], **options))
+    assert len(said) == 8
+    return len(seen)
+
+
 def vlm_cannot_be_shared(model: str) -> str:
     from mlx_vlm.utils import sharded_load
 

@@ -101,6 +101,10 @@ def test_mlx_vlm_takes_a_token_for_cached_that_is_not(model: Path) -> None:
     assert stock("vlm_tokens_of_cache", model) == 5
 
 
+def test_mlx_vlm_ignores_penalties_with_drafts(model: Path) -> None:
+    assert stock("vlm_processed_with_drafts", model) < 8
+
+
 def test_mlx_lm_sends_the_role_with_every_delta(model: Path) -> None:
     assert stock("lm_roles_of_deltas", model) == ["assistant", "assistant"]
 

@@ -75,6 +75,23 @@ def use_generate_common(module: ModuleType, directory: Path) -> Any:
     return state.token_ids, state.find_prefix_length([1, 2, 3, 4]), reads(cache)
 
 
+def use_speculation(module: ModuleType, directory: Path) -> Any:
+    drafter = Recorder(config=SimpleNamespace(target_layer_ids=[0]))
+    kept = get(module, "SpeculativePrefill")("dflash", drafter)
+    for number in range(3):
+        get(kept, "append")(SimpleNamespace(hidden_states=[mx.full((1, 2, 4), number)]))
+    output = get(kept, "finish")(SimpleNamespace(hidden_states=[mx.ones((1, 1, 4))]))
+    return output.hidden_states[0].tolist(), reads(drafter)
+
+
+def use_generate_ar(module: ModuleType, directory: Path) -> Any:
+    model = import_module("mlx_vlm.utils").load_model(directory)
+    steps = get(module, "generate_step")(
+        mx.array([[1, 2]]), model, None, None, max_tokens=3, temperature=0.0, repetition_penalty=1.5
+    )
+    return [int(token) for token, _ in steps]
+
+
 def use_quant_utils(module: ModuleType, directory: Path) -> Any:
     model = nn.Sequential(nn.Linear(64, 8))
     nn.quantize(model)
@@ -189,6 +206,8 @@ USES: dict[str, Use] = {
     "mlx_vlm.utils": use_utils,
     "mlx_vlm.speculative.drafters": use_drafters,
     "mlx_vlm.generate.common": use_generate_common,
+    "mlx_vlm.speculative.utils": use_speculation,
+    "mlx_vlm.generate.ar": use_generate_ar,
     "mlx_vlm.quant_utils": use_quant_utils,
     "mlx_vlm.moe_offload": use_moe_offload,
     "mlx_vlm.prompt_utils": use_prompt_utils,

@@ -158,10 +158,10 @@ class Context:
         offset: context tokens so far, which is the position of the first row of a block.
     """
 
-    def __init__(self, window: int):
+    def __init__(self, longest: int):
         self.layers: list[tuple[mx.array, mx.array]] = []
         self.offset = 0
-        self._longest = window - 1
+        self._longest = longest
 
     @property
     def length(self) -> int:
@@ -266,10 +266,21 @@ class Model(DSparkDraftModel):  # type: ignore[misc]
 
     # --- a round ---
 
+    @property
+    def longest_context(self) -> int:
+        """Tokens before a block that its first row sees."""
+        return self.config.sliding_window - 1
+
     def make_cache(self) -> Context:  # type: ignore[override]
-        return Context(self.config.sliding_window)
+        return Context(self.longest_context)
 
     def choose_block_ceiling(self, context_length: int, requested_block_size: int) -> int:
+        """Raises: ValueError: less than one draft is asked for."""
+        if requested_block_size < 2:
+            raise ValueError(
+                f"--draft-block-size {requested_block_size}: a block is the newest token and its drafts, so "
+                "it has at least 2; leave --draft-model out to draft nothing"
+            )
         return min(requested_block_size, self.config.block_size)
 
     def draft_block(
@@ -320,7 +331,7 @@ class Model(DSparkDraftModel):  # type: ignore[misc]
         """Add K and V of the tokens with these hidden states ``[B, S, layers * hidden_size]``."""
         n_tokens = target_hidden.shape[1]
         # Older ones are out of every row's window.
-        seen = target_hidden[:, max(0, n_tokens - self.config.sliding_window + 1) :]
+        seen = target_hidden[:, max(0, n_tokens - self.longest_context) :]
         context = self.hidden_norm(self.fc(seen))
         offset = cache.offset + n_tokens - seen.shape[1]
         cache.append([layer.self_attn.project(context, offset) for layer in self.layers], n_tokens)

@@ -1,5 +1,6 @@
-"""How mlx-vlm finds M3.1's draft head: in its own folder, or in ``dspark/`` of the checkpoint."""
+"""Patches for drafts: how mlx-vlm finds M3.1's draft head, and what it would get wrong with drafts."""
 
+import logging
 from collections.abc import Callable, Mapping
 from contextvars import ContextVar
 from functools import wraps
@@ -8,6 +9,8 @@ from pathlib import Path
 from typing import Any
 
 from mlx_m3_plugin.hosts.patching import Arguments, call, for_m3, is_m3_checkpoint, where, with_checks
+
+log = logging.getLogger("mlx_m3_plugin")
 
 # Under which mlx-vlm looks up :mod:`.drafter`.
 MODEL_TYPE = "minimax_m3_dspark"
@@ -38,6 +41,48 @@ def remember(update: Any, given: Arguments) -> None:
     held = max(entry.offset for entry in given.arguments["kv_cache"])
     given.arguments["token_ids"] = given.arguments["token_ids"][:held]
     call(update, given)
+
+
+class _Newest(list[list[Any]]):
+    """Hidden states of a prompt, layer by layer in pieces: the newest that have ``n_tokens``."""
+
+    def __init__(self, n_tokens: int):
+        super().__init__()
+        self._n_tokens = n_tokens
+
+    def append(self, piece: list[Any]) -> None:
+        super().append(piece)
+        while sum(layers[0].shape[1] for layers in self[1:]) >= self._n_tokens:
+            del self[0]
+
+
+# Only our class has the attribute.
+@where(lambda given: hasattr(type(given["drafter"]), "longest_context"))
+def hidden_states(init: Any, given: Arguments) -> None:
+    """No more of them than the head sees: of a whole prompt they are 61 KB per token."""
+    call(init, given)
+    given.arguments["self"].chunks = _Newest(given.arguments["drafter"].longest_context)
+
+
+# What a round of drafts would leave out.
+_NOT_IN_ROUNDS = (
+    *("logits_processors", "logit_bias", "repetition_penalty", "presence_penalty", "frequency_penalty"),
+    "thinking_budget_criteria",
+)
+
+
+# Only our classes have the method.
+@where(lambda given: given["draft_model"] is not None and hasattr(type(given["model"]), "as_stored"))
+def generate_step(generate: Any, given: Arguments) -> Any:
+    """Without drafts where these would change the answer."""
+    options = {**given.arguments.get("kwargs", {}), **given.arguments}
+    if asked := [name for name in _NOT_IN_ROUNDS if options.get(name)]:
+        log.warning("mlx-m3-plugin: no drafts, because mlx-vlm ignores %s with them", ", ".join(asked))
+        given.arguments["draft_model"] = None
+    elif options["draft_block_size"] == 1:
+        # A block is the newest token and its drafts; mlx-vlm would end the answer.
+        given.arguments["draft_model"] = None
+    return call(generate, given)
 
 
 @where(lambda given: _is_draft_head(given["config"]))

@@ -211,8 +211,8 @@ class LanguageModel(decoder.LanguageModel):
     def shard(self, group: mx.distributed.Group | None = None) -> None:
         shard_layers(self.layers, group or mx.distributed.init())
 
-    def logits_from_hidden(self, hidden: mx.array) -> mx.array:
-        return self.logits(hidden)
+    # No ``logits_from_hidden``: with it, mlx-vlm verifies drafts of EAGLE-3 heads that know a part of the
+    # vocabulary by the embedding, as if that were the head.
 
     def speculative_logits_from_hidden(self, hidden: mx.array) -> mx.array:
         """From what ``hidden_sink`` gets: hidden states before the final norm."""

@@ -112,6 +112,22 @@ PATCHES = [
         until="never: it is a folder in the checkpoint",
     ),
     Patch(
+        "mlx_vlm.speculative.utils:SpeculativePrefill.__init__(draft_kind, drafter): chunks",
+        "long prompts with drafts in bounded memory",
+        drafts.hidden_states,
+        ("SpeculativePrefill.append(output): chunks", "SpeculativePrefill.finish(output): chunks"),
+        until="never: mlx-vlm keeps hidden states of a whole prompt for every drafter",
+        since="0.7.10",
+    ),
+    Patch(
+        "mlx_vlm.generate.ar:generate_step(model, draft_model, draft_block_size, logits_processors,"
+        " logit_bias, repetition_penalty, presence_penalty, frequency_penalty)",
+        "penalties and thinking budgets where drafts are asked for",
+        drafts.generate_step,
+        until="mlx-vlm obeys them with drafts",
+        fault="test_mlx_vlm_ignores_penalties_with_drafts",
+    ),
+    Patch(
         "mlx_vlm.generate.common:PromptCacheState.update(token_ids, kv_cache)",
         "conversations with drafts go on from what their cache holds",
         drafts.remember,
