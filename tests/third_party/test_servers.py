@@ -5,7 +5,7 @@ from pathlib import Path
 
 import pytest
 
-from tests.third_party.servers import HOSTS, environment_of, measure, write_nano
+from tests.third_party.servers import HOSTS, ON_REGISTRY, environment_of, measure, write_nano
 
 
 @pytest.fixture(scope="module")
@@ -15,7 +15,7 @@ def nano(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return directory
 
 
-@pytest.mark.parametrize("name", HOSTS)
+@pytest.mark.parametrize("name", ON_REGISTRY)
 def test_all_is_right_with_the_plugin_and_not_without(
     name: str, nano: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
