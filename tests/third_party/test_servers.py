@@ -24,6 +24,9 @@ def test_all_is_right_with_the_plugin_and_not_without(
         print("", *rows, sep="\n")
     right = [set(row.split(" | ")[1:]) <= {"yes", "– |", "yes |"} for row in rows]
     assert right == [True, False]
+    python = environment_of(HOSTS[name]) / "bin" / "python"
+    doctor = subprocess.run([python, "-m", "mlx_m3_plugin", "doctor"], capture_output=True, text=True)
+    assert doctor.returncode == 0, doctor.stdout
 
 
 def test_rapid_mlx_copies_lists_of_caches_whole() -> None:
