@@ -26,7 +26,7 @@ try:
     model = importlib.import_module(sys.argv[1]).Model
     answer["path"] = sys.modules[model.__module__].__file__
     hook = sys.modules.get("mlx_m3_plugin.startup.hook")
-    answer["is_ours"] = True
+    answer["is_ours"] = hook is not None and model.__module__ in hook.status["ours"]
 except Exception as error:
     answer["why"] = f"{type(error).__name__}: {error}"
 print("\\n" + json.dumps(answer))
