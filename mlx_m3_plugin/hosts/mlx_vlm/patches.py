@@ -232,7 +232,7 @@ PATCHES = [
         )
         for name, whose, since in (
             ("extract_text_from_content", "other roles'", ""),
-            ("normalize_image_content", "users'", "0.7"),
+            ("normalize_image_content", "users'", "0.7.4"),
         )
     ),
     *(
