@@ -94,6 +94,21 @@ def batch_generator(init: Any, given: Arguments) -> None:
     call(init, given)
 
 
+def _ignores_processors(given: Mapping[str, Any]) -> bool:
+    generator = given["self"]
+    is_asked = any(given["logits_processors"] or ()) and generator.draft_model is not None
+    return is_asked and type(generator.model).__module__.startswith("mlx_m3_plugin.")
+
+
+@where(_ignores_processors)
+def insert(add: Any, given: Arguments) -> Any:
+    """Raises: ValueError: what changes logits is asked for, which mlx-vlm would not do with drafts."""
+    raise ValueError(
+        "penalties, logit_bias and grammars are not supported with drafts: leave them out, or start the "
+        "server without --draft-model"
+    )
+
+
 def _leave_out_if_dear(given: Arguments) -> None:
     """Plain decoding where no number of drafts would pay, and the user asks for none."""
     drafter = given.arguments["draft_model"]

@@ -135,6 +135,14 @@ PATCHES = [
         since="0.7.10",
     ),
     Patch(
+        "mlx_vlm.generate.ar:BatchGenerator.insert(logits_processors)",
+        "no penalty that drafts would ignore",
+        drafts.insert,
+        ("BatchGenerator.__init__: draft_model, model",),
+        until="mlx-vlm obeys them with drafts",
+        fault="test_mlx_vlm_ignores_penalties_with_drafts",
+    ),
+    Patch(
         "mlx_vlm.speculative.dflash:_dflash_next_block_size(draft_model, requested_block_total,"
         " remaining_budget)",
         "as many drafts as pay",
