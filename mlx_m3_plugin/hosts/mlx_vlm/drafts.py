@@ -4,16 +4,16 @@ import logging
 from collections.abc import Callable, Mapping
 from contextvars import ContextVar
 from functools import wraps
+from importlib import import_module
 from importlib.util import find_spec
 from pathlib import Path
+from types import ModuleType
 from typing import Any
 
 from mlx_m3_plugin.hosts.patching import Arguments, call, for_m3, is_m3_checkpoint, where, with_checks
 
 log = logging.getLogger("mlx_m3_plugin")
 
-# Under which mlx-vlm looks up :mod:`.drafter`.
-MODEL_TYPE = "minimax_m3_dspark"
 FOLDER = "dspark"
 _ARCHITECTURE = "DSparkMiniMaxDraftModel"
 
@@ -136,9 +136,9 @@ def next_block_size(choose: Any, given: Arguments) -> int:
 
 
 @where(lambda given: _is_draft_head(given["config"]))
-def model_type(get: Any, given: Arguments) -> str:
-    """By the architecture: what the ``model_type`` in these configs says is the target's."""
-    return MODEL_TYPE
+def model_class(get: Any, given: Arguments) -> tuple[ModuleType, str]:
+    """By the architecture: what these configs have as ``model_type`` may be the target's."""
+    return import_module("mlx_m3_plugin.hosts.mlx_vlm.drafter"), "dspark"
 
 
 def load_drafter(module: Any, original: Callable[..., Any]) -> Callable[..., Any]:

@@ -98,12 +98,11 @@ PATCHES = [
         until="never: MLX opens files that are cut off, and lets the second tensor of one name win",
     ),
     Patch(
-        "mlx_vlm.utils:get_model_type(config)",
+        "mlx_vlm.utils:get_model_and_args(config)",
         "M3.1's draft head",
-        drafts.model_type,
+        drafts.model_class,
         until="mlx-vlm has M3.1's draft head",
         fault="test_mlx_vlm_has_no_draft_head_of_m31",
-        since="0.7.10",
     ),
     Patch(
         "mlx_vlm.speculative.drafters:load_drafter(path_or_repo)",
