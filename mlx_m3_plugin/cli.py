@@ -175,8 +175,9 @@ def _parser() -> tuple[_Parser, Mapping[str, argparse.ArgumentParser]]:
     add(
         "--keep-draft",
         action="store_true",
-        help="also write the draft head, bit for bit, in its own folder",
+        help="write draft heads of any kind, bit for bit (default: quantize that in dspark/ by the recipe)",
     )
+    add("--no-draft", action="store_true", help="leave the draft head out")
     add("--dry-run", action="store_true", help="show what would be written; reads only headers")
     add("--sensitivity", metavar="MAP", help=_SENSITIVITY)
     add("--text", metavar="FILE", help="calibration text for the map (default: a built-in sample)")

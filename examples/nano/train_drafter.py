@@ -1,6 +1,6 @@
 """Train M3-nano's draft head: a DSpark head, as MiniMax-M3.1-Flash has one.
 
-    python examples/nano/train_drafter.py build/draft [--model DIR] [--tokens 300000] [--steps 2000]
+    python examples/nano/train_drafter.py build/draft [--tokens 300000] [--steps 2000] [--package]
 
 It learns what M3-nano itself says.  First M3-nano reads conversations, and its hidden states are kept; then
 the head is trained on them.  After Ctrl-C the same command uses what was read.
@@ -11,6 +11,7 @@ import json
 import math
 import random
 import shutil
+import tempfile
 import time
 from collections.abc import Iterator
 from pathlib import Path
@@ -28,16 +29,17 @@ from muon import Muon
 from torch.nn.utils import clip_grad_norm_
 from transformers import AutoTokenizer, MiniMaxM3SparseForConditionalGeneration
 
+from mlx_m3_plugin.cli import main as mlx_m3
 from mlx_m3_plugin.model.config import text_config_of
 from mlx_m3_plugin.toolbox.checkpoint import open_checkpoint
 from mlx_m3_plugin.toolbox.convert.plan import plan_conversion
 from mlx_m3_plugin.toolbox.convert.recipe import parse_recipe
 from mlx_m3_plugin.toolbox.convert.run import convert
 from mlx_m3_plugin.toolbox.demo import NANO
+from mlx_m3_plugin.toolbox.draft_head import FOLDER
 from mlx_m3_plugin.weights.headers import INDEX
-from mlx_m3_plugin.weights.names import EXPERT_PROJECTIONS
+from mlx_m3_plugin.weights.names import DRAFT_PREFIX, EXPERT_PROJECTIONS
 
-PREFIX = "language_model.model.dspark."
 LAYERS = [0, 1, 2, 3]
 # Of the texts, from the first to the last, so many are easier than all the others.
 LEARNER = 0.3
@@ -254,7 +256,7 @@ def save(head: DraftHead, config: dict[str, Any], directory: Path) -> None:
     shutil.rmtree(directory, ignore_errors=True)
     directory.mkdir(parents=True)
     tensors = {
-        PREFIX + name: mx.array(parameter.numpy()).astype(mx.bfloat16)
+        DRAFT_PREFIX + name: mx.array(parameter.numpy()).astype(mx.bfloat16)
         for name, parameter in head.state_dict().items()
     }
     mx.save_safetensors(str(directory / "model.safetensors"), tensors, metadata={"format": "pt"})
@@ -268,6 +270,7 @@ def main() -> None:
     parser.add_argument("--tokens", type=int, default=300_000, help="of the texts")
     parser.add_argument("--steps", type=int, default=2000)
     parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--package", action="store_true", help="put it, in 8 bits, beside the packaged model")
     arguments = parser.parse_args()
     arguments.directory.mkdir(parents=True, exist_ok=True)
     target, texts = Target(arguments.model, arguments.directory), Texts(arguments.directory)
@@ -278,7 +281,21 @@ def main() -> None:
     head = DraftHead(made["text_config"])
     print(f"{sum(parameter.numel() for parameter in head.parameters()):,} parameters")
     train(head, texts, target.matrices(), arguments.steps, arguments.seed)
-    save(head, made, arguments.directory / "dspark")
+    save(head, made, arguments.directory / FOLDER)
+    if arguments.package:
+        package(arguments.directory / FOLDER)
+
+
+def package(head: Path) -> None:
+    """As ``mlx-m3 convert --recipe 8bit`` makes it of a model with this head."""
+    with tempfile.TemporaryDirectory() as work:
+        source, made = Path(work) / "source", Path(work) / "made"
+        shutil.copytree(NANO, source, ignore=shutil.ignore_patterns(FOLDER))
+        shutil.copytree(head, source / FOLDER)
+        if mlx_m3(["convert", str(source), str(made), "--recipe", "8bit"]):
+            raise SystemExit(1)
+        shutil.rmtree(NANO / FOLDER, ignore_errors=True)
+        shutil.copytree(made / FOLDER, NANO / FOLDER)
 
 
 if __name__ == "__main__":

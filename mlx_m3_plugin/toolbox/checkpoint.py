@@ -176,6 +176,7 @@ class Source:
         config: ``config.json``.
         tokenizer_config: ``tokenizer_config.json``, None if there is none.
         chat_template: its text, from any of the files that may contain it.
+        directory: None where it is on the Hub alone.
         draft_folders: those in which a draft head lies, beside the model.
         problems: settings that cannot be read, one line each.
     """
@@ -186,6 +187,7 @@ class Source:
     config: dict[str, Any]
     tokenizer_config: dict[str, Any] | None = None
     chat_template: str | None = None
+    directory: Path | None = None
     draft_folders: list[str] = field(default_factory=list)
     problems: list[str] = field(default_factory=list)
 
@@ -205,7 +207,8 @@ def open_source(path_or_repository: str | Path) -> Source:
     # The config first: if it is another model's, there is nothing more to say.
     config = _read_config(place.name, read_file)
     model = place.name if place.revision is None else str(directory)
-    return _with_settings(Source(place.name, model, read_headers(directory), config), read_file)
+    source = Source(place.name, model, read_headers(directory), config, directory=directory)
+    return _with_settings(source, read_file)
 
 
 def _from_hub(place: Place) -> Source:

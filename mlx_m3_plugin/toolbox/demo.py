@@ -13,6 +13,7 @@ from pathlib import Path
 from ..weights.quantization import AFFINE_BITS
 from .checkpoint import open_checkpoint
 from .common import Answer
+from .convert.draft import plan_draft_head
 from .convert.plan import plan_conversion
 from .convert.recipe import parse_recipe
 from .convert.run import convert
@@ -63,7 +64,8 @@ def _convert(directory: Path, bits: int) -> None:
         source.text_config,
     )
     made = directory / "made"
-    convert(plan_conversion(source, recipe), made, memory=_MEMORY, progress=lambda *_: None)
+    plan = plan_conversion(source, recipe, draft=plan_draft_head(source, recipe))
+    convert(plan, made, memory=_MEMORY, progress=lambda *_: None)
     for file in made.iterdir():
         file.rename(directory / file.name)
     made.rmdir()

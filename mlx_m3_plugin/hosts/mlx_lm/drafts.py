@@ -35,7 +35,9 @@ def speculative_generate_step(module: Any, original: Any) -> Any:
         readers = [_Reader(model, cache) for model, cache in _pairs(options) if _is_ours(model)]
 
         def read_the_rest() -> None:
-            with mx.stream(options.get("stream", module.generation_stream)):
+            # A parameter from 0.32 on.
+            stream: Any = options.get("stream") or getattr(module, "generation_stream", mx.default_device())
+            with mx.stream(stream):
                 for reader in readers:
                     reader.read(tokens, options["prefill_step_size"])
 

@@ -154,7 +154,6 @@ PATCHES = [
         "prompt_cache, max_tokens, prefill_step_size)",
         "drafts leave whole caches",
         drafts.speculative_generate_step,
-        ("generation_stream",),
         until="mlx-lm's drafts leave their last token in the cache",
         fault="test_drafts_leave_the_last_token_out_of_the_cache",
     ),
