@@ -61,14 +61,20 @@ class Drafts:
         }
         return list(said.values()), 1 + (len(self.head.accept_lens) if drafted else len(said) - 1)
 
-    def count(self, cases: Sequence[Case], drafted: int) -> Count:
-        """Raises: AssertionError: an answer is not that without a draft."""
-        total = Count()
+    def count(self, cases: Sequence[Case], drafted: Sequence[int]) -> list[Count]:
+        """For each of these numbers of drafted tokens.
+
+        Raises:
+            AssertionError: an answer is not that without a draft.
+        """
+        totals = [Count() for _ in drafted]
         for case in cases:
-            tokens, passes = self.answer(case, drafted)
-            assert tokens == self.answer(case)[0], case
-            total += Count(1, len(tokens), passes)
-        return total
+            expected, _ = self.answer(case)
+            for number, each in enumerate(drafted):
+                tokens, passes = self.answer(case, each)
+                assert tokens == expected, case
+                totals[number] += Count(1, len(tokens), passes)
+        return totals
 
 
 def main() -> None:
@@ -90,7 +96,7 @@ def main() -> None:
     for task, cases in held_out(
         arguments.cases, arguments.seed, needles.token_counter(arguments.model)
     ).items():
-        counts = [drafts.count(cases, n) for n in arguments.drafted]
+        counts = drafts.count(cases, arguments.drafted)
         lines.append(_line(task, counts))
         print(lines[-1], flush=True)
         total = [before + count for before, count in zip(total, counts, strict=True)]

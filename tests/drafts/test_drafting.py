@@ -13,7 +13,7 @@ pytest.importorskip("mlx_vlm.speculative.drafters.dspark", reason="this mlx-vlm 
 
 from mlx_m3_plugin.model.draft_cost import DraftCost
 from tests.drafts.runs import assert_same_tokens, drafted, drafted_together, make_knowing, random_drafter
-from tests.vlm.vlm_runs import BUDGET, Prompt, Request, alone, streamed, text, with_images
+from tests.vlm.vlm_runs import BUDGET, Processor, Prompt, Request, alone, streamed, text, with_images
 
 Count = Callable[[int, int], int]
 
@@ -107,6 +107,8 @@ def test_later_requests(kept_in: str, model: Any, tmp_path: Path, fresh_seed: in
 
 def test_what_rounds_leave_out(model: Any, tmp_path: Path, fresh_seed: int, caplog: Any) -> None:
     """Penalties and processors, which mlx-vlm does not use in rounds; and a block without a draft."""
+    from mlx_vlm.generate import BatchGenerator
+
     drafter = random_drafter(tmp_path, fresh_seed)
     prompt = text(60, fresh_seed)
     for options in ({"repetition_penalty": 1.3}, {"logit_bias": {5: 20.0}}, {"draft_block_size": 1}):
@@ -114,6 +116,10 @@ def test_what_rounds_leave_out(model: Any, tmp_path: Path, fresh_seed: int, capl
         assert said == expected
         assert len(said) == 12
     assert caplog.text.count("no drafts, because mlx-vlm ignores") == 2
+    generator = BatchGenerator(model.language_model, Processor(), stop_tokens=set(), draft_model=drafter)
+    with pytest.raises(ValueError, match="penalties, logit_bias and grammars"):
+        generator.insert([[1, 2]], logits_processors=[[lambda tokens, logits: logits]])
+    assert len(generator.insert([[1, 2]], logits_processors=[[]])) == 1
 
 
 def test_a_long_prompt_keeps_a_window_of_hidden_states(model: Any, tmp_path: Path) -> None:

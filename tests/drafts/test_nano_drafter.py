@@ -28,10 +28,12 @@ def drafts() -> Drafts:
 def test_it_halves_the_forward_passes_and_changes_no_answer(
     drafts: Drafts, count: Callable[[int, int], int], fresh_seed: int
 ) -> None:
-    """Of held-out exercises of each kind; :meth:`Drafts.count` compares the answers."""
+    """Of held-out exercises; :meth:`Drafts.count` compares the answers."""
     drawn = held_out(count(1, 20), fresh_seed, needles.token_counter(NANO))
-    counts = [drafts.count(cases, drafted) for cases in drawn.values() for drafted in (2, 7)]
-    by_twos, by_sevens = sum(counts[::2], Count()), sum(counts[1::2], Count())
+    # All prompts are past the block budget of 64 tokens; longer ones and long answers are slow.
+    tasks = ("facts", "sums", "no call", "result", "picture", *drawn)[: count(5, 5 + len(drawn))]
+    counts = [drafts.count(drawn[task], (2, 7)) for task in dict.fromkeys(tasks)]
+    by_twos, by_sevens = (sum(each, Count()) for each in zip(*counts, strict=True))
     assert by_twos.tokens_per_pass >= 1.8
     assert by_sevens.tokens_per_pass > by_twos.tokens_per_pass
 
@@ -99,10 +101,10 @@ def test_real_routing_chooses_fewer_experts_than_an_even_one(
         return made
 
     monkeypatch.setattr(SparseMoeBlock, "route", recorded)
-    for cases in held_out(1, fresh_seed, needles.token_counter(NANO)).values():
-        if not cases[0].pictures:
-            prompt = prompt_of(drafts.processor.tokenizer, cases[0])
-            drafts.model(mx.array([drafts.processor.tokenizer.encode(prompt)]))
+    drawn = held_out(1, fresh_seed, needles.token_counter(NANO), ())
+    for task in ("facts", "sums", "result"):
+        prompt = prompt_of(drafts.processor.tokenizer, drawn[task][0])
+        drafts.model(mx.array([drafts.processor.tokenizer.encode(prompt)]))
     for tokens in (2, 3, 4, 8):
         counted = np.mean([counted_experts(choices, tokens) for choices in seen])
         assert 2 < counted < distinct_experts(8, 2, tokens)

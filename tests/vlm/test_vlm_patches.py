@@ -90,7 +90,9 @@ def use_generate_ar(module: ModuleType, directory: Path) -> Any:
         mx.array([[1, 2]]), model, None, None, max_tokens=3, temperature=0.0, repetition_penalty=1.5
     )
     generator = get(module, "BatchGenerator")(model.language_model, vlm_runs.Processor())
-    return [int(token) for token, _ in steps], type(generator).__name__
+    processor = lambda tokens, logits: logits
+    uids = get(generator, "insert")([[1, 2]], 1, None, [[processor]])
+    return [int(token) for token, _ in steps], type(generator).__name__, len(uids)
 
 
 def use_dflash(module: ModuleType, directory: Path) -> Any:

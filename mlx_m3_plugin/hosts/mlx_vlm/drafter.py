@@ -1,8 +1,7 @@
-"""``mlx_vlm.speculative.drafters.minimax_m3_dspark``: the DSpark draft head of MiniMax-M3.1.
+"""The DSpark draft head of MiniMax-M3.1 as a drafter of mlx-vlm.
 
 A few dense layers read the target's hidden states after some of its layers, and propose a block of
-tokens in one forward pass.  Proposals, the Markov and the confidence head, rounds and rollback are
-mlx-vlm's own DSpark.  mlx-vlm executes this file under its own module name, so every import is absolute.
+tokens in one forward pass.  Rounds, rollback, the Markov and the confidence head are mlx-vlm's own DSpark.
 """
 
 from collections.abc import Callable, Mapping
@@ -15,7 +14,6 @@ from mlx.utils import tree_flatten
 from mlx_vlm.speculative.drafters.dspark import DSparkDraftModel, VanillaMarkov
 from mlx_vlm.speculative.drafters.dspark.config import DSparkConfig
 
-from mlx_m3_plugin.hosts.mlx_vlm.language import TextConfig
 from mlx_m3_plugin.model.attention import Attention
 from mlx_m3_plugin.model.config import text_part
 from mlx_m3_plugin.model.decoder import DecoderLayer
@@ -30,6 +28,8 @@ from mlx_m3_plugin.weights import (
     shorten,
     with_quantization,
 )
+
+from .language import TextConfig
 
 __all__ = ["Model", "ModelConfig"]
 

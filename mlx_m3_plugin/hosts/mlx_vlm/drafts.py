@@ -4,16 +4,16 @@ import logging
 from collections.abc import Callable, Mapping
 from contextvars import ContextVar
 from functools import wraps
+from importlib import import_module
 from importlib.util import find_spec
 from pathlib import Path
+from types import ModuleType
 from typing import Any
 
 from mlx_m3_plugin.hosts.patching import Arguments, call, for_m3, is_m3_checkpoint, where, with_checks
 
 log = logging.getLogger("mlx_m3_plugin")
 
-# Under which mlx-vlm looks up :mod:`.drafter`.
-MODEL_TYPE = "minimax_m3_dspark"
 FOLDER = "dspark"
 _ARCHITECTURE = "DSparkMiniMaxDraftModel"
 
@@ -94,6 +94,21 @@ def batch_generator(init: Any, given: Arguments) -> None:
     call(init, given)
 
 
+def _ignores_processors(given: Mapping[str, Any]) -> bool:
+    generator = given["self"]
+    is_asked = any(given["logits_processors"] or ()) and generator.draft_model is not None
+    return is_asked and type(generator.model).__module__.startswith("mlx_m3_plugin.")
+
+
+@where(_ignores_processors)
+def insert(add: Any, given: Arguments) -> Any:
+    """Raises: ValueError: what changes logits is asked for, which mlx-vlm would not do with drafts."""
+    raise ValueError(
+        "penalties, logit_bias and grammars are not supported with drafts: leave them out, or start the "
+        "server without --draft-model"
+    )
+
+
 def _leave_out_if_dear(given: Arguments) -> None:
     """Plain decoding where no number of drafts would pay, and the user asks for none."""
     drafter = given.arguments["draft_model"]
@@ -121,9 +136,9 @@ def next_block_size(choose: Any, given: Arguments) -> int:
 
 
 @where(lambda given: _is_draft_head(given["config"]))
-def model_type(get: Any, given: Arguments) -> str:
-    """By the architecture: what the ``model_type`` in these configs says is the target's."""
-    return MODEL_TYPE
+def model_class(get: Any, given: Arguments) -> tuple[ModuleType, str]:
+    """By the architecture: what these configs have as ``model_type`` may be the target's."""
+    return import_module("mlx_m3_plugin.hosts.mlx_vlm.drafter"), "dspark"
 
 
 def load_drafter(module: Any, original: Callable[..., Any]) -> Callable[..., Any]:
