@@ -13,7 +13,7 @@ from importlib import import_module
 from typing import Any, NoReturn
 
 from . import __version__
-from .toolbox.common import Answer, did_you_mean, parse_count, parse_memories, parse_memory
+from .toolbox.common import Answer, did_you_mean, parse_acceptance, parse_count, parse_memories, parse_memory
 
 _ON_DISK = "a directory, or a repository (name or URL) in the Hugging Face cache"
 _ANYWHERE = "a directory, or a repository (name or URL) in the Hugging Face cache or on the Hub"
@@ -23,6 +23,8 @@ _SENSITIVITY = (
 )
 _WORKING_MEMORY = "how much memory to use, such as 8GB (default: a quarter of the machine's)"
 _MACHINES = "memory of the machine, such as 256GB (default: this one's); for a pipeline, one size per rank"
+_DRAFT = "also count decoding with a DSpark draft head (default: the one in the checkpoint's dspark/)"
+_ACCEPTANCE = "how often a drafted token is accepted, or each of a block (default: 0.7)"
 _PREFILL_STEP = "prompt tokens computed at a time (default: 2048)"
 _EXIT_CODES = """exit codes:
   0    done, and the answer is yes
@@ -173,8 +175,9 @@ def _parser() -> tuple[_Parser, Mapping[str, argparse.ArgumentParser]]:
     add(
         "--keep-draft",
         action="store_true",
-        help="also write the draft head, bit for bit, in its own folder",
+        help="write draft heads of any kind, bit for bit (default: quantize that in dspark/ by the recipe)",
     )
+    add("--no-draft", action="store_true", help="leave the draft head out")
     add("--dry-run", action="store_true", help="show what would be written; reads only headers")
     add("--sensitivity", metavar="MAP", help=_SENSITIVITY)
     add("--text", metavar="FILE", help="calibration text for the map (default: a built-in sample)")
@@ -197,6 +200,8 @@ def _parser() -> tuple[_Parser, Mapping[str, argparse.ArgumentParser]]:
     add("--kv-bits", type=int, metavar="B", help="4 or 8, as in mlx_lm.generate")
     add("--prefill-step", type=parse_count, default=2048, metavar="N", help=_PREFILL_STEP)
     add("--bandwidth", type=float, metavar="GB/S", help="memory bandwidth of the machine")
+    add("--draft", nargs="?", const="auto", metavar="DIR", help=_DRAFT)
+    add("--acceptance", type=parse_acceptance, metavar="A[,A...]", help=_ACCEPTANCE)
 
     for command in commands.choices.values():
         command.add_argument("--json", action="store_true", help="print the result or the error as JSON")

@@ -41,6 +41,7 @@ def main() -> None:
     if mlx_m3(["convert", str(whole), str(made), "--recipe", arguments.recipe]):
         raise SystemExit(1)
     if arguments.package:
+        # With the draft head, which is for these weights and no others.
         shutil.rmtree(NANO, ignore_errors=True)
         shutil.copytree(made, NANO)
         shutil.copyfile(CARD, NANO / "README.md")

@@ -243,9 +243,11 @@ def is_m3_checkpoint(directory: object) -> bool:
     return is_m3(directory)
 
 
-def with_checks(load_model: Callable[..., Any]) -> Callable[..., Any]:
+def with_checks(
+    load_model: Callable[..., Any], is_ours: Callable[[object], bool] = is_m3_checkpoint
+) -> Callable[..., Any]:
     """A ``load_model(model_path, lazy=False, ...)`` that checks an M3 checkpoint's files before it
-    loads them, and the values after.
+    loads them, and the values after.  ``is_ours`` decides by the directory.
 
     MLX opens shards that are cut off or absent, and lets the second of two tensors of one name win.
     """
@@ -272,7 +274,7 @@ def with_checks(load_model: Callable[..., Any]) -> Callable[..., Any]:
             model.check_values()
         return loaded
 
-    return for_m3(load_model, lambda given: is_m3_checkpoint(given.get("model_path")), checked)
+    return for_m3(load_model, lambda given: is_ours(given.get("model_path")), checked)
 
 
 def strictly(load: Callable[..., Any]) -> Callable[..., Any]:

@@ -1,6 +1,6 @@
 """The expert layer whose experts are on the disk."""
 
-from collections.abc import Callable, Iterable
+from collections.abc import Iterable
 from typing import Any
 
 import mlx.core as mx
@@ -8,10 +8,6 @@ import mlx.nn as nn
 import numpy as np
 
 from .slots import Ids, Slots
-
-# Hidden states ``[N, D]`` for a layer's experts -> ids ``[N, k]`` that the next layer will likely choose, the
-# likeliest first.
-Guess = Callable[[mx.array], mx.array]
 
 # Both hosts' ``SwitchGLU`` sorts tokens by expert from so many rows on.
 _SORTED_FROM = 64
@@ -30,12 +26,6 @@ class ExpertsOnDisk(nn.Module):
     def __init__(self, slots: Slots):
         super().__init__()
         self.slots = slots
-        self._guess: Any = None
-        self._next: Any = None
-
-    def read_ahead(self, guess: Guess, slots: Slots) -> None:
-        """Read what ``guess`` says into the next layer's ``slots`` when all that this one needs is read."""
-        self._guess, self._next = guess, slots
 
     def __call__(self, x: mx.array, indices: mx.array) -> mx.array:
         """
@@ -45,28 +35,19 @@ class ExpertsOnDisk(nn.Module):
         """
         if self.training:
             raise NotImplementedError("experts on disk cannot be trained: unset MLX_M3_PLUGIN_EXPERT_MEMORY")
-        slots, following = self.slots, self._next
-        # A wrong guess costs what it reads; more of them than half of the slots would evict each other.
-        guesses = (
-            [self._guess(x)] if self._guess and following and 2 * indices.size <= following.count else []
-        )
         # The only wait of the host in this layer.
-        mx.eval(indices, *guesses)
+        mx.eval(indices)
+        slots = self.slots
         chosen = np.array(indices)
         wanted = np.unique(chosen)
         slots.count_usage(chosen)
         is_prompt = chosen.size >= _SORTED_FROM
-        if len(wanted) <= slots.count:
-            slots.start(wanted)
         if is_prompt or not slots.are_here(wanted):
             output = self._in_groups(x, chosen, slots.in_groups(wanted, one_by_one=not is_prompt))
         else:
             slots.wait(wanted)
             of_choice = mx.array(slots.of_expert[chosen], mx.uint32)
             output = self._multiply(mx.expand_dims(x, (-2, -3)), of_choice, chosen.size)
-        for guess in guesses:
-            # The disk has nothing to do until the next layer has chosen.
-            following.guess(np.array(guess).T.ravel())
         return slots.computing(output)
 
     def _in_groups(self, x: mx.array, chosen: Ids, groups: Iterable[Ids]) -> mx.array:

@@ -1,9 +1,8 @@
 """A layer's slots: memory for some of its experts, inside the arrays that the expert layer multiplies by."""
 
 from collections.abc import Callable, Iterable, Iterator, Mapping
-from concurrent.futures import CancelledError, Future, ThreadPoolExecutor, wait
+from concurrent.futures import Future, ThreadPoolExecutor, wait
 from pathlib import Path
-from threading import Event
 from time import perf_counter
 from typing import Any, NamedTuple
 
@@ -20,13 +19,10 @@ from ..weights.tensor import Tensor, TensorPlan
 Ids = np.ndarray[Any, Any]
 # Of bytes, and what they are called.
 Check = Callable[[memoryview, str], None]
-# Several reads at once are needed for an SSD's full speed.  Guesses leave room for what is needed now.
-THREADS, THREADS_FOR_GUESSES = 8, 2
+# Several reads at once are needed for an SSD's full speed.
+THREADS = 8
 # Of an expert's usage, at each call of its layer: the last 50 calls count most.
 DECAY = 0.98
-# Bytes after which the disk is free for what is needed.
-PIECE_OF_A_GUESS = 1 << 20
-FEWEST_RIGHT_GUESSES = 0.5
 
 
 class ExpertFiles:
@@ -36,38 +32,20 @@ class ExpertFiles:
         self._tensors = tensors
         self.reader = TensorReader(directory, tensors)
         self.reader.open_uncached({name for tensor in plan.values() for name in tensor.stored_names()})
-        self._needed = ThreadPoolExecutor(THREADS, "m3-experts")
-        self._guessed = ThreadPoolExecutor(THREADS_FOR_GUESSES, "m3-guesses")
+        self._threads = ThreadPoolExecutor(THREADS, "m3-experts")
 
     def start(
-        self, spans: Iterable[Span], memory: memoryview, check: Check | None, guess: Event | None
+        self, spans: Iterable[Span], memory: memoryview, check: Check | None
     ) -> Iterator["Future[None]"]:
-        """Begin to fill ``memory`` with the bytes of ``spans`` and to ``check`` them.
-
-        Args:
-            guess: ends the reading of what was guessed wrongly.
-        """
+        """Begin to fill ``memory`` with the bytes of ``spans`` and to ``check`` them."""
         done = 0
         for span in spans:
             end = done + size_in_bytes(span.shape, self._tensors[span.name].dtype)
-            if guess is None:
-                yield self._needed.submit(self._read, span, memory[done:end], check)
-            else:
-                yield self._guessed.submit(self._read_guess, span, memory[done:end], check, guess)
+            yield self._threads.submit(self._read, span, memory[done:end], check)
             done = end
 
     def _read(self, span: Span, memory: memoryview, check: Check | None) -> None:
         self.reader.read_into(memory, span)
-        if check is not None:
-            check(memory, span.name)
-
-    def _read_guess(self, span: Span, memory: memoryview, check: Check | None, is_wrong: Event) -> None:
-        size = self._tensors[span.name].dtype.size
-        for start in range(0, len(memory), PIECE_OF_A_GUESS):
-            if is_wrong.is_set():
-                raise CancelledError
-            piece = memory[start : start + PIECE_OF_A_GUESS]
-            self.reader.read_into(piece, Span(span.name, span.first + start // size, (len(piece) // size,)))
         if check is not None:
             check(memory, span.name)
 
@@ -115,22 +93,13 @@ class Slots:
         self._usage = np.zeros(total)
         # Slot -> reads into it that nobody has waited for yet.
         self._reads: dict[int, list[Future[None]]] = {}
-        # Slot -> what ends the reading of a guess.
-        self._guesses: dict[int, Event | None] = {}
         # Complete when all outputs are that were computed with the slots.
         self._computed = mx.array(0)
         self._checked: set[int] = set()
         self.hits, self.misses, self.seconds_waited = 0, 0, 0.0
-        # Of those that had to be read.
-        self.share_of_right_guesses = 1.0
-        self._guessed = np.empty(0, int)
 
     def count_usage(self, chosen: Ids) -> None:
         """Expert ids ``[N, k]`` that a call has chosen."""
-        if len(self._guessed):
-            right = np.isin(self._guessed, chosen).mean()
-            self.share_of_right_guesses += (1 - DECAY) * (right - self.share_of_right_guesses)
-            self._guessed = self._guessed[:0]
         times = np.bincount(chosen.ravel(), minlength=len(self._usage))
         self._usage = DECAY * self._usage + times / len(chosen)
         wanted = times > 0
@@ -143,31 +112,12 @@ class Slots:
         output, self._computed = mx.depends([output, self._computed], [output])
         return output
 
-    def start(self, wanted: Ids) -> None:
-        """Begin to read those of these experts that are not here; at most as many as there are slots."""
-        self._cancel_guesses_but(wanted)
-        if (self.of_expert[wanted] < 0).any():
-            mx.eval(self._computed)
-            self._start(wanted, wanted)
-
-    def guess(self, likely: Ids) -> None:
-        """As :meth:`start`, for experts that the next call will likely want, the likeliest first.
-
-        Not where too many guesses were wrong: what they read takes the place of other experts.
-        """
-        missing = likely[self.of_expert[likely] < 0]
-        # The likeliest: each takes the place of another expert, whether it is read in time or not.
-        self._guessed = missing[: (len(missing) + 3) // 4]
-        if len(missing) and self.share_of_right_guesses > FEWEST_RIGHT_GUESSES:
-            mx.eval(self._computed)
-            self._start(self._guessed, likely, is_guess=True)
-
     def are_here(self, wanted: Ids) -> bool:
         """Whether nobody has to wait for any of these experts."""
         return not any(slot < 0 or self._is_being_read(slot) for slot in self.of_expert[wanted].tolist())
 
     def wait(self, wanted: Ids) -> None:
-        """Until these experts, all of which have been started, are here.
+        """Until these experts, which are here or being read, are here.
 
         Raises:
             OSError: one of them cannot be read; names the file and the tensor.
@@ -202,17 +152,14 @@ class Slots:
         Raises:
             OSError: see :meth:`wait`.
         """
-        self._cancel_guesses_but(wanted)
         mx.eval(self._computed)
         size = 1 if one_by_one else max(1, self.count // 4)
-        missing = wanted[self.of_expert[wanted] < 0]
-        late = wanted[[self._is_being_read(slot) for slot in self.of_expert[wanted].tolist()]]
-        here = np.setdiff1d(wanted, np.concatenate([missing, late]))
+        here = np.array([self.are_here(wanted[n : n + 1]) for n in range(len(wanted))], bool)
+        here, missing = wanted[here], wanted[~here]
         # The least used first: their slots are then read into.
         here = here[np.argsort(self._usage[here], kind="stable")]
         split = 2 * size if len(missing) else len(here)
         groups = [group for group in (here[:split], here[split:]) if len(group)]
-        groups += [late[i : i + size] for i in range(0, len(late), size)]
         started, finished = len(groups), 0
         groups += [missing[i : i + size] for i in range(0, len(missing), size)]
         outputs: list[mx.array] = []
@@ -233,26 +180,16 @@ class Slots:
             outputs.append(self._computed)
             mx.async_eval(self._computed)
 
-    def _start(self, wanted: Ids, kept: Ids, is_guess: bool = False) -> None:
+    def _start(self, wanted: Ids, kept: Ids) -> None:
+        """Begin to read those of ``wanted`` that are not here, in place of others than ``kept``."""
         for expert in wanted[self.of_expert[wanted] < 0].tolist():
             slot = self._free_slot(kept)
             reads = self._reads[slot] = []
-            guess = self._guesses[slot] = Event() if is_guess else None
             for part in self._parts:
                 spans, memory = part.of_expert[expert][1] or (), memoryview(part.memory[slot])
                 check = None if expert in self._checked else part.check
-                reads += self._files.start(spans, memory, check, guess)
+                reads += self._files.start(spans, memory, check)
             self.of_expert[expert], self._holds[slot] = slot, expert
-
-    def _cancel_guesses_but(self, wanted: Ids) -> None:
-        """Do not read on what was guessed wrongly."""
-        for slot, is_wrong in self._guesses.items():
-            if is_wrong and self._holds[slot] not in wanted and self._is_being_read(slot):
-                is_wrong.set()
-                for read in self._reads[slot]:
-                    read.cancel()
-                self._forget(slot)
-        self._guesses.clear()
 
     def _make_computed_parts(self, expert: int) -> None:
         for part in self._parts:

@@ -36,7 +36,7 @@ _SIZE = re.compile(r"\s*([0-9]+(?:\.[0-9]*)?|\.[0-9]+)\s*([A-Za-z]*)\s*\Z")
 
 
 class InvalidSize(ArgumentTypeError, ValueError):
-    """Not a size; argparse prints the message."""
+    """Not a size or a rate; argparse prints the message."""
 
 
 def parse_memory(text: str) -> int:
@@ -62,6 +62,18 @@ def parse_count(text: str) -> int:
     if not count:
         raise InvalidSize(f"invalid number of tokens {text!r}: use 131072 or 128K")
     return count
+
+
+def parse_acceptance(text: str) -> list[float]:
+    """``0.8``, or one number for each token of a block: ``0.9,0.8,0.7``."""
+    try:
+        rates = [float(part) for part in text.split(",")]
+    except ValueError:
+        rates = []
+    # NaN fails the comparison as well.
+    if not rates or not all(0 <= rate <= 1 for rate in rates):
+        raise InvalidSize(f"invalid acceptance {text!r}: use numbers from 0 to 1, as in 0.8 or 0.9,0.8,0.7")
+    return rates
 
 
 def _parse(text: str, units: Mapping[str, int]) -> int | None:

@@ -13,6 +13,7 @@ from pathlib import Path
 from ..weights.quantization import AFFINE_BITS
 from .checkpoint import open_checkpoint
 from .common import Answer
+from .convert.draft import plan_draft_head
 from .convert.plan import plan_conversion
 from .convert.recipe import parse_recipe
 from .convert.run import write
@@ -63,8 +64,9 @@ def _convert(directory: Path, bits: int) -> None:
         source.text_config,
     )
     made = directory / "made"
+    plan = plan_conversion(source, recipe, draft=plan_draft_head(source, recipe))
     with new_directory(made, "demo", resumable=True) as unfinished:
-        write(plan_conversion(source, recipe), unfinished, memory=_MEMORY, progress=lambda *_: None)
+        write(plan, unfinished, memory=_MEMORY, progress=lambda *_: None)
     for file in made.iterdir():
         file.rename(directory / file.name)
     made.rmdir()

@@ -9,6 +9,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 
 from ..model.config import TextConfig
+from ..model.draft_cost import DraftCost, best_length, tokens_per_pass
 from ..model.memory import (
     CONTEXT_BESIDE_EXPERTS,
     PREFILL_STEP,
@@ -28,8 +29,9 @@ from ..startup.settings import EXPERT_MEMORY, PIPELINE_SPLIT
 from ..weights import shorten
 from ..weights.dtypes import size_in_bytes
 from ..weights.names import is_vision, layer_of
-from .checkpoint import Checkpoint, model_name, open_source, read_checkpoint, read_text_config
+from .checkpoint import Checkpoint, locate, model_name, open_source, read_checkpoint, read_text_config
 from .common import Answer, size_in_words, tokens_in_words
+from .draft_head import FOLDER, DraftHead, open_draft_head
 from .parameters import NOT_IN_THE_TEXT_MODEL, OTHER, bytes_of_components
 
 # Components that a token does not read, or (embeddings, routed experts) reads only a part of.
@@ -39,6 +41,10 @@ BANDWIDTHS = {"M2 Ultra": 800, "M3 Ultra": 819, "M4 Max": 546, "M5 Max": 614}
 # GB/s of the SSD in these Macs.
 DISK = 7
 _LEAST_BANDWIDTH, _MOST_BANDWIDTH = 1, 100_000
+# A value of --draft: the head in the checkpoint's own folder.
+AUTO = "auto"
+# With which a block of 7 gives 3.1 tokens per pass; MiniMax reports 2.3 to 3.8.
+DEFAULT_ACCEPTANCE = (0.7,)
 
 
 @dataclass(frozen=True)
@@ -63,6 +69,46 @@ class OnDisk:
 
 
 @dataclass(frozen=True)
+class DraftLength:
+    """Drafting ``drafted`` tokens in each round, and verifying them.
+
+    Attributes:
+        tokens_per_pass: of the target.  read: bytes in a round.
+        speedup: how many times as fast as without a draft.
+    """
+
+    drafted: int
+    tokens_per_pass: float
+    read: int
+    speedup: float
+
+
+@dataclass(frozen=True)
+class Drafting:
+    """What a draft head would give, if a router chooses all experts equally often.
+
+    Attributes:
+        acceptance: of each token of a block, how often it is accepted if all before it were.
+        weights: bytes of the head.  cache: of its K and V, for a full window.
+        lengths: from 1 token to all of ``acceptance``.
+        best: the fastest of them; None where each is slower than decoding without a draft.
+        ceilings: as in :class:`Fit`, with the best length.
+    """
+
+    path: str
+    acceptance: list[float]
+    weights: int
+    cache: int
+    lengths: list[DraftLength]
+    best: DraftLength | None
+    ceilings: dict[str, float]
+
+    @property
+    def pays(self) -> bool:
+        return self.best is not None
+
+
+@dataclass(frozen=True)
 class Fit:
     """What fits one machine, in bytes and tokens.
 
@@ -82,6 +128,7 @@ class Fit:
         ceilings: machine or bandwidth -> tokens per second that reading these bytes allows.
         wired_limit_mb: the value that ``iogpu.wired_limit_mb`` needs on a Mac, if its default is too low.
         on_disk: what experts on disk would give; None where all fit, or not one of each layer does.
+        drafting: with a draft head, which only mlx-vlm runs; its memory and vision are then in ``total``.
     """
 
     name: str
@@ -106,6 +153,7 @@ class Fit:
     ceilings: dict[str, float]
     wired_limit_mb: int | None
     on_disk: OnDisk | None
+    drafting: Drafting | None = None
 
 
 def command(args: Namespace) -> Answer:
@@ -113,14 +161,18 @@ def command(args: Namespace) -> Answer:
     if memories == [None]:
         raise ValueError("the memory of this machine is unknown: give it, as in --memory 256GB")
     options = {"context": args.context, "kv_bits": args.kv_bits, "prefill_step": args.prefill_step}
+    if args.acceptance is not None and args.draft is None:
+        raise ValueError("--acceptance is for --draft, which is missing")
     if len(memories) > 1:
-        if args.bandwidth is not None:
-            raise ValueError("--bandwidth is for one machine, but --memory names several")
+        for option in ("bandwidth", "draft"):
+            if getattr(args, option) is not None:
+                raise ValueError(f"--{option} is for one machine, but --memory names several")
         split = fit_pipeline(args.checkpoint, memories, **options)
         return Answer(
             {**asdict(split), "fits": split.fits, "split": split.split}, pipeline_lines(split), split.fits
         )
-    found = fit(args.checkpoint, memories[0], bandwidth=args.bandwidth, **options)
+    draft = {"draft": args.draft, "acceptance": args.acceptance or DEFAULT_ACCEPTANCE}
+    found = fit(args.checkpoint, memories[0], bandwidth=args.bandwidth, **draft, **options)
     return Answer(asdict(found), fit_lines(found), found.fits)
 
 
@@ -132,6 +184,8 @@ def fit(
     kv_bits: int | None = None,
     prefill_step: int = PREFILL_STEP,
     bandwidth: float | None = None,
+    draft: str | Path | None = None,
+    acceptance: Sequence[float] = DEFAULT_ACCEPTANCE,
 ) -> Fit:
     """Calculate whether a checkpoint fits into ``memory`` bytes.
 
@@ -139,9 +193,11 @@ def fit(
         context: tokens to plan for; None for the most that fit.
         kv_bits: None keeps K and V in 16 bits.
         bandwidth: of the memory, in GB/s; None for those of some Macs.
+        draft: directory of a DSpark draft head, or ``AUTO`` for the checkpoint's own.
+        acceptance: of its tokens, see :class:`Drafting`; one number holds for the whole block.
 
     Raises:
-        OSError: there is no checkpoint.
+        OSError: there is no checkpoint, or no draft head.
         ValueError: not a MiniMax-M3 checkpoint, a format is unknown, or an option has an invalid value.
     """
     # NaN fails the comparison as well.
@@ -156,21 +212,24 @@ def fit(
     sparse = len(contents.with_indexer)
     per_token = bytes_per_token(config, sparse, kv_bits)
     reserve = reserve_of(memory)
-    largest = context_that_fits(config, per_token, memory - reserve - weights, prefill_step)
+    # Not with draft heads in the shards, which neither loads.
+    vision = sum(parts.values()) - weights - parts[OTHER]
+    head = None if draft is None else _open_draft(path_or_repository, draft, config)
+    held = weights if head is None else weights + vision + head.nbytes + head.cache_bytes()
+    largest = context_that_fits(config, per_token, memory - reserve - held, prefill_step)
     asked = (largest or 1) if context is None else context
     planned = min(asked, config.max_position_embeddings)
     cache, transient = per_token * planned, transient_bytes(config, prefill_step, planned)
-    total = weights + cache + transient
+    total = held + cache + transient
     missing = max(0, total - (memory - reserve))
-    touched = _touched(config, parts, sparse, planned, per_token)
+    cost = _cost(config, parts, sparse, planned, per_token, head)
     return Fit(
         name=contents.name,
         model=model_name(config),
         memory=memory,
         reserve=reserve,
         weights=weights,
-        # Not with draft heads, which neither loads.
-        vision=sum(parts.values()) - weights - parts[OTHER],
+        vision=vision,
         per_token=per_token,
         kv_bits=kv_bits,
         context=planned,
@@ -183,10 +242,11 @@ def fit(
         fits=not missing and planned == asked,
         missing=missing,
         largest_context=largest,
-        touched=touched,
-        ceilings=_ceilings(touched, bandwidth),
+        touched=int(cost.round(0)),
+        ceilings=_ceilings(cost.round(0), bandwidth),
         wired_limit_mb=wired_limit(memory, total),
         on_disk=_on_disk(config, memory - reserve, parts, per_token, context) if missing else None,
+        drafting=None if head is None else _drafting(head, cost, acceptance, planned, bandwidth),
     )
 
 
@@ -215,21 +275,37 @@ def _open_whole(path_or_repository: str | Path, kv_bits: int | None) -> Checkpoi
 # --- how fast ---
 
 
-def _touched(config: TextConfig, parts: dict[str, int], sparse: int, context: int, per_token: int) -> int:
-    """Bytes that one token reads: all weights except the embedding and the experts it is not routed to."""
-    routed = parts.get("routed experts", 0)
-    weights = sum(size for name, size in parts.items() if name not in _NOT_READ_WHOLE)
-    weights += routed * config.num_experts_per_tok // config.num_local_experts
+def _cost(
+    config: TextConfig,
+    parts: dict[str, int],
+    sparse: int,
+    context: int,
+    per_token: int,
+    head: DraftHead | None,
+) -> DraftCost:
+    """Bytes that decoding reads: all weights except the embedding and the experts that no token is routed to,
+    all K and V of dense layers and index keys, and for each token the K and V of the blocks that it selects.
+    """
     index = 2 * config.index_head_dim
     dense = config.num_hidden_layers - sparse
     keys_values = (per_token - sparse * index) // config.num_hidden_layers
-    read = dense * context + sparse * min(context, config.budget)
-    return weights + keys_values * read + sparse * index * context
+    weights = sum(size for name, size in parts.items() if name not in _NOT_READ_WHOLE)
+    lm_head = parts.get("embeddings", 0) if config.tie_word_embeddings else parts.get("lm_head", 0)
+    return DraftCost(
+        shared=weights + (dense * keys_values + sparse * index) * context,
+        per_token=keys_values * sparse * min(context, config.budget),
+        routed=parts.get("routed experts", 0),
+        experts=config.num_local_experts,
+        experts_per_token=config.num_experts_per_tok,
+        draft=0 if head is None else head.bytes_per_round + head.cache_bytes(context) + lm_head,
+        per_drafted=0 if head is None else head.bytes_per_drafted,
+    )
 
 
-def _ceilings(touched: int, bandwidth: float | None) -> dict[str, float]:
+def _ceilings(read: float, bandwidth: float | None, tokens: float = 1) -> dict[str, float]:
+    """Tokens per second, if ``tokens`` tokens read so many bytes."""
     rates = BANDWIDTHS if bandwidth is None else {f"{_plain(bandwidth)} GB/s": bandwidth}
-    each = {name: rate * 1e9 / touched for name, rate in rates.items()}
+    each = {name: rate * 1e9 * tokens / read for name, rate in rates.items()}
     return {name: round(rate, 2 if rate < 1 else 1) for name, rate in each.items()}
 
 
@@ -249,14 +325,69 @@ def _on_disk(
     return OnDisk(in_memory, experts, memory, context, round(hit_rate, 3), read, ceiling)
 
 
+# --- with a draft head ---
+
+
+def _open_draft(path_or_repository: str | Path, draft: str | Path, config: TextConfig) -> DraftHead:
+    directory = Path(draft).expanduser()
+    if draft == AUTO:
+        place = locate(path_or_repository)
+        if place.directory is None or not (place.directory / FOLDER / "config.json").is_file():
+            raise FileNotFoundError(
+                f"--draft: {place.name} has no draft head in {FOLDER}/ on disk; name its directory, as in "
+                "--draft DIR"
+            )
+        directory = place.directory / FOLDER
+    head = open_draft_head(directory)
+    for name in ("hidden_size", "vocab_size"):
+        if head.config[name] != getattr(config, name):
+            raise ValueError(
+                f"--draft: {directory} is for another model: its {name} is {head.config[name]}, the "
+                f"checkpoint's {getattr(config, name)}"
+            )
+    return head
+
+
+def _drafting(
+    head: DraftHead, cost: DraftCost, acceptance: Sequence[float], context: int, bandwidth: float | None
+) -> Drafting:
+    if len(acceptance) > head.block:
+        raise ValueError(
+            f"--acceptance has {len(acceptance)} values, but {head.directory} drafts {head.block} tokens"
+        )
+    each = list(acceptance) * head.block if len(acceptance) == 1 else list(acceptance)
+    lengths = [
+        DraftLength(
+            n, round(tokens_per_pass(each[:n]), 3), int(cost.round(n)), round(cost.speedup(each[:n]), 3)
+        )
+        for n in range(1, len(each) + 1)
+    ]
+    length = best_length(cost, each)
+    best = lengths[length - 1] if length else None
+    return Drafting(
+        path=str(head.directory),
+        acceptance=each,
+        weights=head.nbytes,
+        cache=head.cache_bytes(),
+        lengths=lengths,
+        best=best,
+        ceilings={} if best is None else _ceilings(best.read, bandwidth, best.tokens_per_pass),
+    )
+
+
 # --- one machine as text ---
 
 
 def fit_lines(found: Fit) -> list[str]:
     bits = "" if found.kv_bits is None else f" with --kv-bits {found.kv_bits}"
     vision = f"; {size_in_words(found.vision)} more in mlx-vlm" if found.vision else ""
-    rows = [
-        ("weights", found.weights, f"in mlx-lm{vision}"),
+    rows = [("weights", found.weights, f"in mlx-lm{vision}")]
+    if (drafting := found.drafting) is not None:
+        rows = [
+            ("weights", found.weights + found.vision, "in mlx-vlm"),
+            ("draft head", drafting.weights + drafting.cache, f"{drafting.path}, and its K and V"),
+        ]
+    rows += [
         ("context", found.cache, f"{tokens_in_words(found.context)} of {found.per_token:,} bytes each{bits}"),
         ("a chunk of a prompt", found.transient, f"{found.prefill_step:,} tokens at a time (estimate)"),
         ("total", found.total, _verdict(found)),
@@ -271,6 +402,8 @@ def fit_lines(found: Fit) -> list[str]:
         lines.append(f"Without the plugin, a chunk's index scores and masks in one layer take {stock}.")
     ceilings = ", ".join(f"{_plain(rate)} on {name}" for name, rate in found.ceilings.items())
     lines.append(f"A token reads {size_in_words(found.touched)}: at most {ceilings} tokens per second.")
+    if drafting is not None:
+        lines += _drafting_lines(drafting)
     if found.on_disk is not None:
         lines += _on_disk_lines(found.on_disk)
     if found.wired_limit_mb is not None:
@@ -288,6 +421,23 @@ def _on_disk_lines(found: OnDisk) -> list[str]:
         f"experts of each layer in memory, beside {tokens_in_words(found.context)} of context.",
         f"If experts are chosen evenly, a token then reads {size_in_words(found.read)} from the disk: "
         f"at most {found.ceiling} tokens per second at {DISK} GB/s.",
+    ]
+
+
+def _drafting_lines(found: Drafting) -> list[str]:
+    fastest = max(found.lengths, key=lambda length: length.speedup)
+    percent = ", ".join(f"{100 * each:.3g}" for each in dict.fromkeys(found.acceptance))
+    drafts = f"Drafting {tokens_in_words(fastest.drafted)} with {percent} % accepted"
+    gives = (
+        f"gives {fastest.tokens_per_pass:.2f} tokens per forward pass, and reads "
+        f"{size_in_words(fastest.read)} for it"
+    )
+    if not found.pays:
+        return [f"{drafts} {gives}: {fastest.speedup:.2f} times as fast. Drafting does NOT pay."]
+    ceilings = ", ".join(f"{_plain(rate)} on {name}" for name, rate in found.ceilings.items())
+    return [
+        f"{drafts} {gives}: {fastest.speedup:.2f} times as fast, at most {ceilings} tokens per second.",
+        f"To draft so many, in mlx-vlm: --draft-model {found.path} --draft-block-size {fastest.drafted + 1}",
     ]
 
 

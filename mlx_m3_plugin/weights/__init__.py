@@ -6,7 +6,7 @@ tensors it is made, and by which operations.  Applying a plan to lazy arrays rea
 
 from .check import check_values, check_weights, group_names, shorten
 from .headers import Headers, StoredTensor, read_headers
-from .layouts import fuse_experts, lacks_indexers, plan_layout
+from .layouts import fuse_experts, lacks_indexers, plan_draft, plan_layout
 from .names import unused_in_words
 from .quantization import infer_quantization, quantization_entry, quantized_in, with_quantization
 
@@ -19,6 +19,7 @@ __all__ = [
     "group_names",
     "infer_quantization",
     "lacks_indexers",
+    "plan_draft",
     "plan_layout",
     "quantization_entry",
     "quantized_in",

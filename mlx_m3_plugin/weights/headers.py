@@ -19,6 +19,8 @@ from .dtypes import EXPONENTS, MLX_DTYPES, mlx_reads, size_in_bytes
 
 TEXT_ONLY = "minimax_m3"
 MODEL_TYPES = ("minimax_m3_vl", TEXT_ONLY)
+# What the config of M3.1's draft head says, which is a checkpoint in a folder of its own.
+DRAFT_HEAD = "DSparkMiniMaxDraftModel"
 INDEX = "model.safetensors.index.json"
 
 # The safetensors format's own limit.
@@ -33,14 +35,25 @@ def is_m3(directory: object) -> bool:
 
 def model_type_of(directory: object) -> str | None:
     """The ``model_type`` of ``config.json`` in ``directory``; None where there is none to read."""
+    model_type = config_of(directory).get("model_type")
+    return model_type if isinstance(model_type, str) else None
+
+
+def is_draft_head(directory: object) -> bool:
+    """Whether ``config.json`` in ``directory`` is a DSpark draft head's; False where it cannot be read."""
+    architectures = config_of(directory).get("architectures")
+    return isinstance(architectures, list) and DRAFT_HEAD in architectures
+
+
+def config_of(directory: object) -> dict[str, Any]:
+    """``config.json`` in ``directory``; empty where it cannot be read."""
     if not isinstance(directory, (str, PathLike)):
-        return None
+        return {}
     try:
         config = json.loads((Path(directory) / "config.json").read_text(encoding="utf-8"))
-        model_type = config.get("model_type")
-    except (OSError, ValueError, AttributeError, RecursionError, TypeError):
-        return None
-    return model_type if isinstance(model_type, str) else None
+    except (OSError, ValueError, RecursionError, TypeError):
+        return {}
+    return config if isinstance(config, dict) else {}
 
 
 def check_files(directory: str | Path) -> None:

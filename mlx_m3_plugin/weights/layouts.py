@@ -11,6 +11,7 @@ from .formats import read_formats
 from .names import (
     EXPERT_PROJECTIONS,
     TEXT_PREFIX,
+    draft_parameter,
     is_text,
     is_unused,
     is_vision,
@@ -79,6 +80,24 @@ def plan_layout(
     # A name that is not the text model's is left as it is stored.
     text = {prefix + name if is_text(name) else name: tensor for name, tensor in plan.items()}
     return {**text, **in_vision} if vision else text
+
+
+def plan_draft(weights: Mapping[str, HasShape], config: TextConfig) -> TensorPlan:
+    """Plan how the parameters of a DSpark draft head are made from its stored tensors.
+
+    Args:
+        config: that of the head's own layers.
+
+    Raises:
+        ValueError: as :func:`plan_layout`.
+    """
+    plan: TensorPlan = {}
+    for name, tensor in weights.items():
+        new = draft_parameter(name)
+        _check_not_twice(plan, new, name)
+        plan[new] = Tensor.stored(name, tensor)
+    read_formats(plan, config)
+    return plan
 
 
 def lacks_indexers(plan: Mapping[str, object], config: TextConfig) -> bool:

@@ -27,6 +27,7 @@ _LAYER = re.compile(r"^model\.layers\.(\d+)\.")
 
 # Heads that draft several tokens; M3.1's DSpark head is published in a folder of its own.
 _DRAFT = re.compile(_PREFIXES + r"(?:mtp|dspark)\.")
+DRAFT_PREFIX = "language_model.model.dspark."
 # What other engines store and nothing needs: the config gives rotary frequencies, and the KV cache here
 # has scales of its own.
 _EXTRA = re.compile(
@@ -48,6 +49,18 @@ def is_unused(name: str) -> bool:
 
 def is_draft(name: str) -> bool:
     return _DRAFT.match(name) is not None
+
+
+def draft_parameter(name: str) -> str:
+    """A stored name in a DSpark draft head, as that model has it: ``layers.0.self_attn.q_proj.weight``."""
+    name = name.removeprefix(match[0]) if (match := _DRAFT.match(name)) else name
+    return name.replace(".decoder_layer.", ".").replace("final_norm.", "norm.")
+
+
+def published_draft_name(parameter: str) -> str:
+    """What :func:`draft_parameter` reads as ``parameter``, as MiniMax spells it."""
+    name = f"final_{parameter}" if parameter.startswith("norm.") else parameter
+    return DRAFT_PREFIX + re.sub(r"^(layers\.\d+\.)", r"\1decoder_layer.", name)
 
 
 def unused_in_words(names: Iterable[str]) -> list[str]:

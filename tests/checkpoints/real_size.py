@@ -24,6 +24,7 @@ N_VISION_LAYERS, VISION_HIDDEN, VISION_WIDTH = 32, 1280, 5120
 
 TEXT = "language_model."
 GROUP, MXFP8_GROUP, NVFP4_GROUP = 64, 32, 16
+MARKOV_RANK = 256
 # What mlx-lm and mlx-vlm cut conversions into.
 MLX_SHARD_BYTES = 5 << 30
 
@@ -338,6 +339,24 @@ M31_CONFIG: Config = {
     "quantization_config": MXFP8_CONFIG["quantization_config"]
     | {"moe_quant_algo": "NVFP4", "moe_quant_format": "nvfp4-pack-quantized"},
 }
+DSPARK_CONFIG: Config = {
+    "architectures": ["DSparkMiniMaxDraftModel"],
+    "text_config": {
+        "num_hidden_layers": 5,
+        "hidden_size": HIDDEN,
+        "vocab_size": VOCAB,
+        "num_attention_heads": 64,
+        "num_key_value_heads": 4,
+        "head_dim": HEAD,
+        "dense_intermediate_size": DENSE_WIDTH,
+        "sliding_window": 4096,
+        "dspark_block_size": 7,
+        "dspark_target_layer_ids": [3, 17, 31, 45, 59],
+        "dspark_markov_rank": MARKOV_RANK,
+        "enable_confidence_head": True,
+    },
+    "quantization_config": {"quant_method": "mxfp8", "weight_block_size": [1, 32]},
+}
 # Flat, and sparse layers still announced, though the extraction left their indexers out.
 TEXT_ONLY_CONFIG: Config = {**TEXT_CONFIG, "model_type": "minimax_m3"}
 
@@ -401,6 +420,31 @@ def write_mxfp8(path: Path) -> RealCheckpoint:
 def write_m31(path: Path) -> RealCheckpoint:
     parameters = text_model(experts_one_by_one, first_indexed=0) + vision_model("F32")
     return write_sparse(path, parameters, list(in_nvfp4_and_mxfp8(parameters)), M31_CONFIG, n_shards=48)
+
+
+def write_dspark(path: Path) -> RealCheckpoint:
+    """The draft head of M3.1, in the folder ``path``."""
+    prefix = "language_model.model.dspark"
+    tensors = [
+        Tensor(f"{prefix}.fc.weight", (HIDDEN, 5 * HIDDEN)),
+        Tensor(f"{prefix}.hidden_norm.weight", (HIDDEN,)),
+        Tensor(f"{prefix}.final_norm.weight", (HIDDEN,)),
+        *(Tensor(f"{prefix}.markov_head.markov_w{n}.weight", (VOCAB, MARKOV_RANK)) for n in (1, 2)),
+        Tensor(f"{prefix}.confidence_head.proj.weight", (1, HIDDEN + MARKOV_RANK)),
+        Tensor(f"{prefix}.confidence_head.proj.bias", (1,)),
+    ]
+    for layer in range(5):
+        base = f"{prefix}.layers.{layer}.decoder_layer"
+        for norm in ("input_layernorm", "post_attention_layernorm"):
+            tensors.append(Tensor(f"{base}.{norm}.weight", (HIDDEN,)))
+        for tensor in _attention(f"{base}.self_attn") + _gated_mlp(f"{base}.mlp", DENSE_WIDTH):
+            if len(tensor.shape) == 1:
+                tensors.append(tensor)
+                continue
+            rows, inputs = tensor.shape
+            tensors.append(tensor._replace(dtype="F8_E4M3"))
+            tensors.append(Tensor(f"{tensor.name}_scale_inv", (rows, inputs // MXFP8_GROUP), "U8"))
+    return write_sparse(path, [], tensors, DSPARK_CONFIG, n_shards=1)
 
 
 def _mlx_writer(

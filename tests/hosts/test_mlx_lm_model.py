@@ -6,7 +6,6 @@ Before, the same things are asked of ours alone.
 """
 
 import inspect
-import random
 
 import mlx.core as mx
 import mlx.nn as nn
@@ -386,38 +385,6 @@ def test_a_saved_prompt_cache_continues_in_the_other_class(saver, prefix, tmp_pa
 
 
 # --- drafts ---
-
-
-def test_drafts_closed_at_any_token_leave_caches_to_go_on_from(count, fresh_seed):
-    """``--draft-model --num-draft-tokens``, past the block budget of 24 tokens."""
-    from mlx_lm.generate import generate_step, speculative_generate_step
-
-    model, poor = our_model(), our_model()
-    noise = mx.random.normal(poor.language_model.lm_head.weight.shape, key=mx.random.key(fresh_seed))
-    poor.language_model.lm_head.weight += 0.1 * noise
-    prompt = tokens(60)[0]
-    steps = 12
-    # One more, so that something is left to read for every cache.
-    said = [int(token) for token, _ in generate_step(prompt, model, max_tokens=steps + 1)]
-    whole = mx.concatenate([prompt, mx.array(said, prompt.dtype)])[None]
-    expected = {id(either): either(whole)[0] for either in (model, poor)}
-    cases = [(d, n, at) for d in (model, poor) for n in range(1, 9) for at in range(1, steps + 1)]
-    accepted = set()
-    for draft, n_drafted, closed_at in random.Random(fresh_seed).sample(cases, count(10, len(cases))):
-        cache = make_prompt_cache(model) + make_prompt_cache(draft)
-        generated = speculative_generate_step(
-            prompt, model, draft, num_draft_tokens=n_drafted, max_tokens=steps, prompt_cache=cache
-        )
-        found = [next(generated) for _ in range(closed_at)]
-        generated.close()
-        assert [int(token) for token, _, _ in found] == said[:closed_at]
-        accepted |= {(draft is model, from_draft) for _, _, from_draft in found}
-        for either, its_cache in ((model, cache[:4]), (draft, cache[4:])):
-            (length,) = {part.offset for entry in its_cache for part in entry.caches}
-            assert len(prompt) + closed_at - 2 <= length <= len(prompt) + closed_at
-            rest = either(whole[:, length:], its_cache)[0]
-            assert close(rest, expected[id(either)][length:]), (n_drafted, closed_at)
-    assert accepted >= {(True, True), (False, True), (False, False)}
 
 
 def test_trimming_by_a_negative_number_brings_nothing_back():

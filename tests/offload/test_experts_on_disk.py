@@ -73,36 +73,6 @@ def test_an_output_that_nobody_has_asked_for_yet(checkpoint: Path, resident: Any
         assert bool(mx.array_equal(output, whole(row, chosen)))
 
 
-@pytest.mark.parametrize("is_right", [True, False])
-def test_guesses_end_where_they_are_wrong(
-    is_right: bool, checkpoint: Path, resident: Any, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    on_disk = load_on_disk("mlx_lm", checkpoint, memory_for(resident, 8))
-    first, second = experts_of(on_disk)[:2]
-    guessed: list[bool] = []
-    start = second.slots._start
-
-    def counted(wanted: Any, kept: Any, is_guess: bool = False) -> None:
-        guessed.append(is_guess)
-        start(wanted, kept, is_guess)
-
-    monkeypatch.setattr(second.slots, "_start", counted)
-    x = mx.random.normal((200, 1, 128))
-    ids = np.array([np.random.default_rng(n).permutation(16)[:8] for n in range(200)], np.uint32)
-    of_step: list[int] = []
-    for row, chosen in zip(x, ids, strict=True):
-        right, wrong = mx.array(chosen[None, :4]), mx.array(chosen[None, 4:])
-        first.read_ahead(lambda _, right=right, wrong=wrong: right if is_right else wrong, second.slots)
-        guessed.clear()
-        outputs = first(row, right), second(row, right)
-        of_step.append(sum(guessed))
-        mx.eval(outputs)
-        whole = experts_of(resident)[1](row, right)
-        assert bool(mx.array_equal(outputs[1], whole))
-    assert sum(of_step[:10]) > 0
-    assert (sum(of_step[-100:]) > 0) == is_right
-
-
 def test_what_a_checkpoint_lacks_is_named(checkpoint: Path, tmp_path: Path) -> None:
     """As without experts on disk."""
     LAYOUTS["mlx_unfused_4bit"].write(tmp_path)

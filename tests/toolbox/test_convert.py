@@ -316,7 +316,7 @@ def test_a_draft_head_is_kept_where_asked(
     expected = stored_bytes(source if kept == "draft/" else source / "dspark")
     expected = {name: tensor for name, tensor in expected.items() if is_draft(name)}
     arguments = ["convert", str(source), "--recipe", "4bit"]
-    assert main([*arguments, str(tmp_path / "without")]) == 0
+    assert main([*arguments, str(tmp_path / "without"), "--no-draft"]) == 0
     assert f"draft head ({where}): left out; --keep-draft keeps it\n" in capsys.readouterr().out
     assert inspect(tmp_path / "without").draft is None
 

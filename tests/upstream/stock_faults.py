@@ -145,6 +145,45 @@ def vlm_think_marker(model: str) -> list[str | None]:
     return list(_split_thinking(reply, get_server_thinking_start_token(), get_server_thinking_end_token()))
 
 
+def vlm_module_of_draft_head(model: str) -> str:
+    from mlx_vlm.utils import get_model_and_args
+
+    config = {"architectures": ["DSparkMiniMaxDraftModel"], "model_type": "minimax_m3_vl"}
+    return get_model_and_args(config)[0].__name__
+
+
+def vlm_tokens_of_cache(model: str) -> int:
+    """Of the tokens of a cache that has four of five, as a round of drafts leaves it."""
+    from mlx_vlm.generate.common import PromptCacheState
+
+    target = vlm(model)
+    cache = target.make_cache()
+    target(mx.array([PROMPT[:4]]), cache=cache)
+    state = PromptCacheState()
+    state.update(PROMPT[:5], cache)
+    return state.find_prefix_length(PROMPT)
+
+
+def vlm_processed_with_drafts(model: str) -> int:
+    """How many of eight drafted tokens a logits processor sees."""
+    from mlx_vlm.generate import generate_step
+    from mlx_vlm.speculative.drafters.qwen3_dflash import Model, ModelConfig
+    from mlx_vlm.utils import load_model
+
+    target, seen = load_model(Path(model)), []
+    text = target.language_model.args
+    sizes = {"hidden_size": text.hidden_size, "intermediate_size": 64, "vocab_size": text.vocab_size}
+    heads = {"num_attention_heads": 4, "num_key_value_heads": 2, "head_dim": 32}
+    reads = {"target_layer_ids": [0, 2], "num_target_layers": text.num_hidden_layers}
+    drafter = Model(ModelConfig(**sizes, **heads, **reads, num_hidden_layers=1, mask_token_id=1))
+    options = {"temperature": 0, "max_tokens": 8, "draft_model": drafter, "draft_kind": "dflash"}
+    processor = lambda tokens, logits: seen.append(1) or logits  # type: ignore[func-returns-value]
+    ids = mx.array([PROMPT[:20]])
+    said = list(generate_step(ids, target, None, None, logits_processors=[processor], **options))
+    assert len(said) == 8
+    return len(seen)
+
+
 def vlm_cannot_be_shared(model: str) -> str:
     from mlx_vlm.utils import sharded_load
 
@@ -186,6 +225,20 @@ def lm_dequantizes_without_tensor_scales(model: str) -> bool:
         layer.global_scale = factor * layer.global_scale
         values.append(dequantize_model(holder).experts.weight)
     return bool(mx.array_equal(*values))
+
+
+def lm_drafts_leave_out_the_last_token(model: str) -> bool:
+    """Whether a cache has fewer tokens after a request with a draft model than after one without."""
+    from mlx_lm.generate import generate_step, speculative_generate_step
+    from mlx_lm.models.cache import make_prompt_cache
+
+    target, prompt, lengths = lm(model), mx.array(PROMPT[:9]), []
+    for step, *draft in ((generate_step, target), (speculative_generate_step, target, target)):
+        cache = [entry for each in draft for entry in make_prompt_cache(each)]
+        # With a draft model, two drafted tokens and one that is not.
+        assert len(list(step(prompt, *draft, max_tokens=3, prompt_cache=cache))) == 3
+        lengths.append(cache[0].caches[0].offset)
+    return lengths[1] < lengths[0]
 
 
 if __name__ == "__main__":

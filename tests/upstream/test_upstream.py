@@ -93,6 +93,18 @@ def test_neither_knows_the_markers_of_reasoning(model: Path) -> None:
     assert "<mm:think>" in content
 
 
+def test_mlx_vlm_has_no_draft_head_of_m31(model: Path) -> None:
+    assert stock("vlm_module_of_draft_head", model) == "mlx_vlm.models.minimax_m3_vl"
+
+
+def test_mlx_vlm_takes_a_token_for_cached_that_is_not(model: Path) -> None:
+    assert stock("vlm_tokens_of_cache", model) == 5
+
+
+def test_mlx_vlm_ignores_penalties_with_drafts(model: Path) -> None:
+    assert stock("vlm_processed_with_drafts", model) < 8
+
+
 def test_mlx_lm_sends_the_role_with_every_delta(model: Path) -> None:
     assert stock("lm_roles_of_deltas", model) == ["assistant", "assistant"]
 
@@ -112,6 +124,10 @@ def test_mlx_vlm_cannot_share_it(model: Path) -> None:
 
 def test_dequantizing_loses_tensor_scales(model: Path) -> None:
     assert stock("lm_dequantizes_without_tensor_scales", model) is True
+
+
+def test_drafts_leave_the_last_token_out_of_the_cache(model: Path) -> None:
+    assert stock("lm_drafts_leave_out_the_last_token", model) is True
 
 
 def test_mlx_vlm_trains_without_tools(model: Path) -> None:

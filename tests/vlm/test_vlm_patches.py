@@ -25,7 +25,7 @@ from tests.hosts.upstream_copies import (
     reads,
     write_checkpoint,
 )
-from tests.vlm import vlm_runs  # noqa: F401
+from tests.vlm import vlm_runs
 
 QWEN2 = {
     "model_type": "qwen2",
@@ -62,6 +62,43 @@ def use_utils(module: ModuleType, directory: Path) -> Any:
     get(module, "save_config")({"model_type": "qwen2", "b": 1}, saved / "config.json")
     files = sorted(file.name for file in saved.iterdir()), (saved / "config.json").read_text()
     return logits, type(processor).__name__, forced, files, reads(tokenizer, weights)
+
+
+def use_drafters(module: ModuleType, directory: Path) -> Any:
+    drafter, kind = get(module, "load_drafter")(str(directory))
+    return type(drafter).__name__, kind
+
+
+def use_generate_common(module: ModuleType, directory: Path) -> Any:
+    state, cache = get(module, "PromptCacheState")(), Recorder(offset=2)
+    get(state, "update")([1, 2, 3], [cache])
+    return state.token_ids, state.find_prefix_length([1, 2, 3, 4]), reads(cache)
+
+
+def use_speculation(module: ModuleType, directory: Path) -> Any:
+    drafter = Recorder(config=SimpleNamespace(target_layer_ids=[0]))
+    kept = get(module, "SpeculativePrefill")("dflash", drafter)
+    for number in range(3):
+        get(kept, "append")(SimpleNamespace(hidden_states=[mx.full((1, 2, 4), number)]))
+    output = get(kept, "finish")(SimpleNamespace(hidden_states=[mx.ones((1, 1, 4))]))
+    return output.hidden_states[0].tolist(), reads(drafter)
+
+
+def use_generate_ar(module: ModuleType, directory: Path) -> Any:
+    model = import_module("mlx_vlm.utils").load_model(directory)
+    steps = get(module, "generate_step")(
+        mx.array([[1, 2]]), model, None, None, max_tokens=3, temperature=0.0, repetition_penalty=1.5
+    )
+    generator = get(module, "BatchGenerator")(model.language_model, vlm_runs.Processor())
+    processor = lambda tokens, logits: logits
+    uids = get(generator, "insert")([[1, 2]], 1, None, [[processor]])
+    return [int(token) for token, _ in steps], type(generator).__name__, len(uids)
+
+
+def use_dflash(module: ModuleType, directory: Path) -> Any:
+    drafter = Recorder(accept_lens=[2, 0, 1], draft_lens=[3, 3, 3])
+    sizes = [get(module, "_dflash_next_block_size")(drafter, n, 9) for n in (1, 4, 8)]
+    return sizes, reads(drafter)
 
 
 def use_quant_utils(module: ModuleType, directory: Path) -> Any:
@@ -176,6 +213,11 @@ def use_extractor(module: ModuleType, directory: Path) -> Any:
 
 USES: dict[str, Use] = {
     "mlx_vlm.utils": use_utils,
+    "mlx_vlm.speculative.drafters": use_drafters,
+    "mlx_vlm.generate.common": use_generate_common,
+    "mlx_vlm.speculative.utils": use_speculation,
+    "mlx_vlm.generate.ar": use_generate_ar,
+    "mlx_vlm.speculative.dflash": use_dflash,
     "mlx_vlm.quant_utils": use_quant_utils,
     "mlx_vlm.moe_offload": use_moe_offload,
     "mlx_vlm.prompt_utils": use_prompt_utils,

@@ -43,12 +43,11 @@ def test_the_last_hidden_state(model: Any, tokens: mx.array) -> None:
 
 
 def test_the_text_model_called_directly(model: Any, tokens: mx.array) -> None:
-    """As EAGLE-3 verifies its drafts."""
     lm, sink = model.language_model, []
     cache = lm.make_cache()
     final = lm.model(tokens, cache=cache, capture_layer_ids=[0, 1], hidden_sink=sink)
     assert len(sink) == 2
-    assert mx.array_equal(lm.logits_from_hidden(final), lm(tokens).logits)
+    assert mx.array_equal(lm.logits(final), lm(tokens).logits)
     assert [entry.offset for entry in cache] == [140] * 3
 
 

@@ -3,7 +3,7 @@
 from functools import partial
 from typing import Any
 
-from mlx_m3_plugin.hosts.mlx_lm import chat
+from mlx_m3_plugin.hosts.mlx_lm import chat, drafts
 from mlx_m3_plugin.hosts.patching import (
     Arguments,
     Patch,
@@ -14,10 +14,11 @@ from mlx_m3_plugin.hosts.patching import (
     where,
     with_checks,
 )
+from mlx_m3_plugin.weights.headers import is_draft_head
 
 
 def load_model(module: Any, original: Any) -> Any:
-    """Checks the files of M3 checkpoints, and finds shards of any name."""
+    """Checks the files of M3 checkpoints, finds shards of any name, and refuses draft heads."""
 
     def load(given: Arguments) -> Any:
         from mlx_m3_plugin.hosts.mlx_lm.sharded import with_shards_named_as_expected
@@ -28,7 +29,8 @@ def load_model(module: Any, original: Any) -> Any:
             given.arguments["model_path"] = path
             return call(original, given)
 
-    return with_checks(for_m3(original, lambda given: is_m3_checkpoint(given["model_path"]), load))
+    ours = with_checks(for_m3(original, lambda given: is_m3_checkpoint(given["model_path"]), load))
+    return for_m3(ours, lambda given: is_draft_head(given["model_path"]), drafts.refuse)
 
 
 def sharded_load(module: Any, original: Any) -> Any:
@@ -146,6 +148,14 @@ PATCHES = [
         "replies are read as text",
         chat.sequence_init,
         until="mlx-lm 0.32",
+    ),
+    Patch(
+        "mlx_lm.generate:speculative_generate_step(prompt, model, draft_model, logits_processors, "
+        "prompt_cache, max_tokens, prefill_step_size)",
+        "drafts leave whole caches",
+        drafts.speculative_generate_step,
+        until="mlx-lm's drafts leave their last token in the cache",
+        fault="test_drafts_leave_the_last_token_out_of_the_cache",
     ),
     Patch(
         "mlx_lm.utils:load_model(model_path, lazy, strict)",

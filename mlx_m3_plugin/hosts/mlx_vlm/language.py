@@ -81,8 +81,9 @@ class TextModel(decoder.TextModel):
             mask: ``[B, L]``, 1 for tokens and 0 for padding.  Without a ``cache`` padding may be on
                 both sides.  With one it is on the left, and an empty ``cache`` becomes that of a
                 padded batch, in place; see :func:`.cache.add_padding`.
-            capture_layer_ids: layers whose output goes into ``hidden_sink``; without them it
-                gets the last hidden states before the final norm.
+            capture_layer_ids: layers whose output goes into ``hidden_sink``, in their order; -1 for the
+                embeddings, and the number of layers for the hidden states after the final norm.
+                Without them it gets the last hidden states before that norm.
             position_ids: ignored; positions follow from the cache, in content.
 
         Raises:
@@ -100,10 +101,13 @@ class TextModel(decoder.TextModel):
             if layer in captured and hidden_sink is not None:
                 hidden_sink.append(output)
 
+        capture(-1, h)
         h = self.run_layers(h, cache, capture)
         if hidden_sink is not None and not captured:
             hidden_sink.append(h)
-        return self.norm(h)
+        normed = self.norm(h)
+        capture(self.config.num_hidden_layers, normed)
+        return normed
 
     def make_cache(self) -> list[Any]:
         return [caches.make_layer_cache(layer.self_attn.is_sparse_attn) for layer in self.pipeline_layers]
@@ -178,6 +182,16 @@ class LanguageModel(decoder.LanguageModel):
             shared_kv_states={} if return_shared_kv else None,
         )
 
+    @staticmethod
+    def chunked_prefill_policy(draft_model: Any = None, draft_kind: str | None = None, **_: Any) -> bool:
+        """Whether mlx-vlm may give a prompt in pieces.
+
+        With a drafter it may where it keeps the hidden states that the drafter reads of all pieces.
+        """
+        if draft_model is None:
+            return True
+        return draft_kind in ("dflash", "eagle3") and parts.keeps_hidden_states()
+
     @property
     def layers(self) -> list[decoder.DecoderLayer]:
         """The layers that this process runs."""
@@ -197,8 +211,8 @@ class LanguageModel(decoder.LanguageModel):
     def shard(self, group: mx.distributed.Group | None = None) -> None:
         shard_layers(self.layers, group or mx.distributed.init())
 
-    def logits_from_hidden(self, hidden: mx.array) -> mx.array:
-        return self.logits(hidden)
+    # No ``logits_from_hidden``: with it, mlx-vlm verifies drafts of EAGLE-3 heads that know a part of the
+    # vocabulary by the embedding, as if that were the head.
 
     def speculative_logits_from_hidden(self, hidden: mx.array) -> mx.array:
         """From what ``hidden_sink`` gets: hidden states before the final norm."""

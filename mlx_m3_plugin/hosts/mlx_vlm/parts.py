@@ -93,6 +93,11 @@ def rope_and_experts() -> tuple[Any, Any]:
     return initialize_rope, _checked(switch_layers.__name__, "SwitchGLU").SwitchGLU
 
 
+def keeps_hidden_states() -> bool:
+    """Whether the hidden states that drafters read survive when a prompt is given in pieces."""
+    return hasattr(import_module("mlx_vlm.speculative.utils"), "SpeculativePrefill")
+
+
 def check_parts() -> None:
     """Look for all of upstream's parts.
 

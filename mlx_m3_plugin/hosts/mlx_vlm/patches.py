@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from mlx_m3_plugin.chat.markers import THINK_END, THINK_START
-from mlx_m3_plugin.hosts.mlx_vlm import histories, prompts, replies, requests
+from mlx_m3_plugin.hosts.mlx_vlm import drafts, histories, prompts, replies, requests
 from mlx_m3_plugin.hosts.patching import (
     Arguments,
     Patch,
@@ -15,7 +15,6 @@ from mlx_m3_plugin.hosts.patching import (
     dequantize_model,
     strictly,
     where,
-    with_checks,
 )
 
 
@@ -95,8 +94,67 @@ PATCHES = [
     Patch(
         "mlx_vlm.utils:load_model(model_path, lazy, kwargs)",
         "load_model checks the files of M3 checkpoints",
-        lambda module, original: with_checks(original),
+        drafts.load_model,
         until="never: MLX opens files that are cut off, and lets the second tensor of one name win",
+    ),
+    Patch(
+        "mlx_vlm.utils:get_model_and_args(config)",
+        "M3.1's draft head",
+        drafts.model_class,
+        until="mlx-vlm has M3.1's draft head",
+        fault="test_mlx_vlm_has_no_draft_head_of_m31",
+    ),
+    Patch(
+        "mlx_vlm.speculative.drafters:load_drafter(path_or_repo)",
+        "the draft head of a checkpoint, by the checkpoint's name",
+        drafts.load_drafter,
+        until="never: it is a folder in the checkpoint",
+    ),
+    Patch(
+        "mlx_vlm.speculative.utils:SpeculativePrefill.__init__(draft_kind, drafter): chunks",
+        "long prompts with drafts in bounded memory",
+        drafts.hidden_states,
+        ("SpeculativePrefill.append(output): chunks", "SpeculativePrefill.finish(output): chunks"),
+        until="never: mlx-vlm keeps hidden states of a whole prompt for every drafter",
+        since="0.7.10",
+    ),
+    Patch(
+        "mlx_vlm.generate.ar:generate_step(model, draft_model, draft_block_size, logits_processors,"
+        " logit_bias, repetition_penalty, presence_penalty, frequency_penalty)",
+        "penalties and thinking budgets where drafts are asked for",
+        drafts.generate_step,
+        until="mlx-vlm obeys them with drafts",
+        fault="test_mlx_vlm_ignores_penalties_with_drafts",
+    ),
+    Patch(
+        "mlx_vlm.generate.ar:BatchGenerator.__init__(draft_model, draft_block_size)",
+        "no drafts in batches where they do not pay",
+        drafts.batch_generator,
+        until="never: what drafts of M3 cost depends on its experts",
+        since="0.7.10",
+    ),
+    Patch(
+        "mlx_vlm.generate.ar:BatchGenerator.insert(logits_processors)",
+        "no penalty that drafts would ignore",
+        drafts.insert,
+        ("BatchGenerator.__init__: draft_model, model",),
+        until="mlx-vlm obeys them with drafts",
+        fault="test_mlx_vlm_ignores_penalties_with_drafts",
+    ),
+    Patch(
+        "mlx_vlm.speculative.dflash:_dflash_next_block_size(draft_model, requested_block_total,"
+        " remaining_budget)",
+        "as many drafts as pay",
+        drafts.next_block_size,
+        until="never: what drafts of M3 cost depends on its experts",
+        since="0.7.10",
+    ),
+    Patch(
+        "mlx_vlm.generate.common:PromptCacheState.update(token_ids, kv_cache)",
+        "conversations with drafts go on from what their cache holds",
+        drafts.remember,
+        until="mlx-vlm counts the token that a round of drafts leaves out of the cache",
+        fault="test_mlx_vlm_takes_a_token_for_cached_that_is_not",
     ),
     Patch(
         "mlx_vlm.utils:sharded_load",
@@ -181,7 +239,7 @@ PATCHES = [
         )
         for name, whose, since in (
             ("extract_text_from_content", "other roles'", ""),
-            ("normalize_image_content", "users'", "0.7"),
+            ("normalize_image_content", "users'", "0.7.4"),
         )
     ),
     *(

@@ -10,12 +10,13 @@ from ...model.config import TextConfig
 from ...model.memory import default_memory
 from ..checkpoint import Checkpoint, draft_in_words, open_checkpoint
 from ..common import Answer, bytes_bar, component_table, layers_bar, size_in_words
+from ..draft_head import FOLDER
 from ..forward_pass import Texts, default_cache, read_texts, text_of
 from ..new_directory import STATE, new_directory, unfinished_of
 from ..precision import Quantization
 from .allocation import Scores, allocate_bits, measure_sensitivity, read_scores, scores_by_position
 from .config_and_card import components
-from .draft import check_draft
+from .draft import plan_draft_head
 from .plan import ConversionPlan, plan_conversion
 from .recipe import Recipe, load_recipe, recipe_names
 from .run import check_unfinished, space_for, write
@@ -75,10 +76,11 @@ def _prepare(
     Without ``unfinished``, which is for a dry run, nothing is measured.
     """
     checkpoint = open_checkpoint(args.source)
-    if args.keep_draft:
-        check_draft(checkpoint)
     recipe = load_recipe(args.recipe, checkpoint.text_config)
-    plan_it = partial(plan_conversion, checkpoint, recipe, keeps_draft=args.keep_draft)
+    if args.keep_draft and args.no_draft:
+        raise ValueError("--keep-draft and --no-draft exclude each other")
+    head = None if args.no_draft else plan_draft_head(checkpoint, recipe, keep=args.keep_draft)
+    plan_it = partial(plan_conversion, checkpoint, recipe, draft=head)
     if not recipe.bit_targets:
         if args.sensitivity is not None:
             raise ValueError(
@@ -152,5 +154,9 @@ def _draft(plan: ConversionPlan) -> list[str]:
     words = draft_in_words(plan.source.draft_folders, plan.source.headers.tensors)
     if words is None:
         return []
-    what = "kept bit for bit" if plan.keeps_draft else "left out; --keep-draft keeps it"
-    return [f"draft head ({words}): {what}"]
+    if plan.draft is None:
+        return [f"draft head ({words}): left out; --keep-draft keeps it"]
+    if plan.draft.head is None:
+        return [f"draft head ({words}): kept bit for bit"]
+    size = size_in_words(plan.draft.nbytes)
+    return [f"draft head ({FOLDER}/): quantized by the recipe, {size}; --keep-draft keeps it bit for bit"]

@@ -66,6 +66,22 @@ class NewModule:
 
 
 @dataclass(frozen=True)
+class DraftPlan:
+    """How a draft head is written.
+
+    Attributes:
+        head: to be quantized by the recipe, as ``modules`` of one file; None to be kept bit for bit.
+    """
+
+    head: Checkpoint | None = None
+    modules: tuple[NewModule, ...] = ()
+
+    @property
+    def nbytes(self) -> int:
+        return sum(module.nbytes for module in self.modules)
+
+
+@dataclass(frozen=True)
 class ConversionPlan:
     """A whole conversion.
 
@@ -73,7 +89,7 @@ class ConversionPlan:
         packed: gate and up are fused, and the shared expert is one more of the experts.
         shards: modules by file.
         specs: module path without a prefix -> how it will be stored.
-        keeps_draft: whether the source's draft head is written too.
+        draft: what is written of the source's draft head; None for nothing.
     """
 
     source: Checkpoint
@@ -81,7 +97,7 @@ class ConversionPlan:
     packed: bool
     shards: list[list[NewModule]]
     specs: Mapping[str, Quantization]
-    keeps_draft: bool = False
+    draft: DraftPlan | None = None
 
     @property
     def modules(self) -> Iterator[NewModule]:
@@ -124,7 +140,7 @@ def plan_conversion(
     recipe: Recipe,
     specs: Mapping[str, Quantization] | None = None,
     *,
-    keeps_draft: bool = False,
+    draft: DraftPlan | None = None,
 ) -> ConversionPlan:
     """Lay out what ``recipe`` makes of ``source``.
 
@@ -139,8 +155,8 @@ def plan_conversion(
     packed = _can_pack(source, chosen)
     modules = list(_text_modules(source, matrices, chosen, packed))
     vision = next((rule.spec for rule in reversed(recipe.rules) if VISION in rule.parts), Quantization())
-    modules += [_copied(source, name, name, vision) for name in source.vision]
-    return ConversionPlan(source, recipe, packed, _cut(modules), chosen, keeps_draft)
+    modules += [copied_module(source, name, name, vision) for name in source.vision]
+    return ConversionPlan(source, recipe, packed, _cut(modules), chosen, draft)
 
 
 def _check_kept(source: Checkpoint, recipe: Recipe, specs: Mapping[str, Quantization]) -> None:
@@ -190,12 +206,12 @@ def _text_modules(
         path, _, part = name.rpartition(".")
         matrix = matrices.get(path)
         if matrix is None or part != "weight":
-            yield _copied(source, name, TEXT_PREFIX + name, Quantization())
+            yield copied_module(source, name, TEXT_PREFIX + name, Quantization())
         elif packed and matrix.part in ("experts", "shared_expert"):
             if matrix.part == "experts" and matrix.projection != "up_proj":
                 yield _packed(source, matrices, specs, matrix)
         else:
-            yield _module(source, TEXT_PREFIX + path, specs[path], list(_source_matrices(source, matrix)))
+            yield new_module(source, TEXT_PREFIX + path, specs[path], list(source_matrices(source, matrix)))
 
 
 def _packed(
@@ -207,14 +223,14 @@ def _packed(
     each = []
     for name in names:
         routed, shared = matrices[f"{moe}.switch_mlp.{name}"], matrices[f"{moe}.shared_experts.{name}"]
-        each.append([*_source_matrices(source, routed), *_source_matrices(source, shared)])
+        each.append([*source_matrices(source, routed), *source_matrices(source, shared)])
     together = [matrix for of_an_expert in zip(*each, strict=True) for matrix in of_an_expert]
     fused = "gate_up_proj" if len(names) == 2 else projection
     path = f"{TEXT_PREFIX}{moe}.switch_mlp.{fused}"
-    return _module(source, path, specs[matrix.module], together, experts=len(each[0]))
+    return new_module(source, path, specs[matrix.module], together, experts=len(each[0]))
 
 
-def _source_matrices(source: Checkpoint, matrix: Matrix) -> Iterator[SourceMatrix]:
+def source_matrices(source: Checkpoint, matrix: Matrix) -> Iterator[SourceMatrix]:
     parts, spec = source.parts(matrix.module), source.spec(matrix.module)
     if not matrix.experts:
         yield SourceMatrix(matrix.module, spec, parts, matrix.outputs, matrix.inputs)
@@ -223,7 +239,7 @@ def _source_matrices(source: Checkpoint, matrix: Matrix) -> Iterator[SourceMatri
         yield SourceMatrix(matrix.module, spec, one, matrix.outputs, matrix.inputs)
 
 
-def _module(
+def new_module(
     source: Checkpoint, path: str, spec: Quantization, matrices: list[SourceMatrix], experts: int = 0
 ) -> NewModule:
     first = matrices[0]
@@ -235,7 +251,7 @@ def _module(
     return NewModule(path, spec, tuple(matrices), tensors)
 
 
-def _copied(source: Checkpoint, name: str, new_name: str, spec: Quantization) -> NewModule:
+def copied_module(source: Checkpoint, name: str, new_name: str, spec: Quantization) -> NewModule:
     """A norm, a bias, or a weight of the vision tower."""
     tensor = source.plan[name]
     inputs = tensor.shape[-1]

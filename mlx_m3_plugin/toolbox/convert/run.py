@@ -17,15 +17,18 @@ import mlx.core as mx
 from ... import __version__
 from ...weights.byte_ranges import TensorReader
 from ...weights.headers import INDEX, weight_files
+from ...weights.quantization import quantization_entry, with_quantization
+from ..checkpoint import Checkpoint
 from ..checksums import read_sums, sha256_of, write_sums
 from ..common import Progress, read_json_object
+from ..draft_head import FOLDER
 from ..new_directory import STATE, contents, replace_text
 from ..precision import Quantization, converted
 from ..shards import ShardWriter
 from .allocation import Scores, write_scores
 from .config_and_card import write_config_and_card
 from .draft import draft_bytes, write_draft
-from .plan import ConversionPlan, NewModule, SourceMatrix
+from .plan import ConversionPlan, DraftPlan, NewModule, SourceMatrix
 
 SENSITIVITY = "mlx-m3-sensitivity.json"
 _METADATA = {"format": "mlx"}
@@ -68,8 +71,9 @@ def write(
             if name not in sums:
                 sums[name] = sha256_of(unfinished / name)
                 write_sums(unfinished, sums)
-    if plan.keeps_draft:
-        sums |= {name: sha256_of(unfinished / name) for name in write_draft(plan.source, unfinished)}
+    if plan.draft is not None:
+        files = _write_draft(plan.source, plan.draft, unfinished, memory)
+        sums |= {name: sha256_of(unfinished / name) for name in files}
         write_sums(unfinished, sums)
     _write_index(unfinished, plan)
     write_config_and_card(unfinished, plan)
@@ -114,7 +118,7 @@ def fingerprint(plan: ConversionPlan) -> dict[str, Any]:
         "recipe": plan.recipe.name,
         "precisions": hashlib.sha256(json.dumps(specs).encode()).hexdigest(),
         "bytes": plan.nbytes,
-        "draft": plan.keeps_draft,
+        "draft": None if plan.draft is None else plan.draft.nbytes,
     }
 
 
@@ -136,7 +140,7 @@ def space_for(plan: ConversionPlan, unfinished: Path) -> Space:
     """On the disk where ``unfinished`` is or will be."""
     finished = sum(file.stat().st_size for file in unfinished.glob("*.safetensors"))
     there = next(parent for parent in (unfinished, *unfinished.parents) if parent.exists())
-    draft = draft_bytes(plan.source) if plan.keeps_draft else 0
+    draft = 0 if plan.draft is None else plan.draft.nbytes or draft_bytes(plan.source)
     return Space(plan.nbytes + draft + _SMALL_FILES - finished, shutil.disk_usage(there).free)
 
 
@@ -158,6 +162,22 @@ def _write_shard(
                 writer.write(module.tensors[part].name, row, array)
             progress(module, module.nbytes)
         writer.finish()
+
+
+def _write_draft(source: Checkpoint, draft: DraftPlan, unfinished: Path, memory: int) -> list[str]:
+    """Returns the names of all files."""
+    if draft.head is None:
+        return write_draft(source, unfinished)
+    folder, names = unfinished / FOLDER, [f"{FOLDER}/model.safetensors", f"{FOLDER}/config.json"]
+    folder.mkdir(exist_ok=True)
+    # Of another run, perhaps of another source.
+    (unfinished / names[0]).unlink(missing_ok=True)
+    with draft.head.reader() as reader:
+        _write_shard(unfinished / names[0], list(draft.modules), reader, memory, lambda *_: None)
+    specs = {module.path: module.spec.in_config() for module in draft.modules if module.spec.bits is not None}
+    config = with_quantization(draft.head.config, quantization_entry(specs))
+    (unfinished / names[1]).write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
+    return names
 
 
 def _converted_rows(

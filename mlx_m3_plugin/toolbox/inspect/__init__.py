@@ -30,7 +30,8 @@ from ..checkpoint import (
     read_text_config,
 )
 from ..checksums import Verification, verify
-from ..common import Answer, bytes_bar, component_table, size_in_words
+from ..common import Answer, bytes_bar, component_table, size_in_words, tokens_in_words
+from ..draft_head import FOLDER, open_draft_head
 from ..parameters import NOT_IN_THE_TEXT_MODEL
 from ..stock import (
     DEFAULT_EFFORT,
@@ -71,6 +72,19 @@ class AttentionSummary:
     yarn: dict[str, Any] | None
 
 
+@dataclass(frozen=True)
+class Drafter:
+    """A DSpark draft head.
+
+    Attributes:
+        block: the most tokens that it drafts in a round.  target_layers: whose output it reads.
+    """
+
+    bytes: int
+    block: int
+    target_layers: list[int]
+
+
 @dataclass
 class Inspection:
     """The result of ``mlx-m3 inspect``.
@@ -78,7 +92,8 @@ class Inspection:
     Attributes:
         model: which of MiniMax's models it is, None if the config is not understood.
         efforts: what the chat template takes as reasoning effort, empty if it takes none.
-        draft: where a draft head is, which is not used; None if there is none.
+        draft: where a draft head is; None if there is none.
+        drafter: what the one in ``dspark/`` is, which mlx-vlm runs; None where it is not on disk.
         components: None if the config or a format is not understood; then ``parameters``,
             ``attention`` and ``memory`` are None as well.
         opens: ``mlx-lm`` and ``mlx-vlm`` -> whether it opens there with this plugin.
@@ -101,6 +116,7 @@ class Inspection:
     model: str | None = None
     efforts: list[str] = field(default_factory=list)
     draft: str | None = None
+    drafter: Drafter | None = None
     parameters: int | None = None
     components: list[Component] | None = None
     precisions: list[Precision] = field(default_factory=list)
@@ -161,6 +177,7 @@ def inspect(path_or_repository: str | Path) -> Inspection:
         problems=[*problems],
     )
     found.notes += _notes(source)
+    _inspect_drafter(found, source)
     if config is not None:
         try:
             checkpoint = read_checkpoint(source, config)
@@ -185,9 +202,21 @@ def inspect(path_or_repository: str | Path) -> Inspection:
     return found
 
 
+def _inspect_drafter(found: Inspection, source: Source) -> None:
+    if source.folder is None or FOLDER not in source.draft_folders:
+        return
+    try:
+        head = open_draft_head(source.folder / FOLDER)
+    except (OSError, ValueError) as error:
+        found.problems.append(str(error))
+    else:
+        found.drafter = Drafter(head.nbytes, head.block, head.target_layers)
+
+
 def _notes(source: Source) -> list[str]:
     headers, notes = source.headers, unused_in_words(source.headers.tensors)
-    notes += [f"{folder}/ holds a draft head, which is not used" for folder in source.draft_folders]
+    others = (folder for folder in source.draft_folders if folder != FOLDER)
+    notes += [f"{folder}/ holds a draft head, which is not used" for folder in others]
     if headers.unlisted:
         files = ", ".join(shorten(headers.unlisted, 3))
         notes.append(f"{INDEX} does not list {files}: mlx-lm loads what is in there, mlx-vlm does not")
@@ -301,8 +330,15 @@ def _what_it_is(found: Inspection) -> list[str]:
         facts |= _attention(found.attention)
     if found.efforts:
         facts["effort"] = f"{', '.join(found.efforts)} (reasoning_effort of the chat template)"
-    if found.draft is not None:
-        facts["draft head"] = f"{found.draft}, not used"
+    if (drafter := found.drafter) is not None:
+        layers = ", ".join(map(str, drafter.target_layers))
+        facts["draft head"] = (
+            f"{FOLDER}/, for mlx-vlm's --draft-model: {size_in_words(drafter.bytes)}, up to "
+            f"{tokens_in_words(drafter.block)} a round, after layers {layers}"
+        )
+    elif found.draft is not None:
+        is_used = f"{FOLDER}/" in found.draft
+        facts["draft head"] = f"{found.draft}, " + ("for mlx-vlm's --draft-model" if is_used else "not used")
     return [
         line
         for label, fact in facts.items()

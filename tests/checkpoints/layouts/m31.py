@@ -5,6 +5,8 @@ from functools import partial
 
 import mlx.core as mx
 
+from tests.drafts import checkpoint as drafts
+
 from .arrange import STACK, as_they_are, nested
 from .experts import nvfp4_compressed_tensors, other_experts
 from .formats import MXFP8, NVFP4, Arrange, Checkpoint, Policy, Rename, Spelling, affine, as_converted, mlx
@@ -52,12 +54,21 @@ def published_text_only(config: Spelling, *, source: Source) -> Checkpoint:
 
 
 def draft() -> Checkpoint:
-    """Some of the tensors of a draft head, in their names."""
-    config = {"architectures": ["DSparkMiniMaxDraftModel"], "text_config": {"num_hidden_layers": 5}}
-    return Checkpoint(draft_tensors("language_model.model.dspark."), config, {})
+    """A random draft head, stored as the published one."""
+    config = drafts.config(dspark_markov_rank=64)
+    tensors: Weights = {}
+    for name, array in drafts.values(config["text_config"], 31).items():
+        if drafts.is_matrix_of_layer(name):
+            packed, scales = mx.quantize(array, **drafts.MXFP8)
+            tensors |= {name: packed.view(mx.uint8), f"{name}_scale_inv": scales}
+        else:
+            tensors[name] = array.astype(mx.bfloat16)
+    config["quantization_config"] = {"quant_method": "mxfp8", "weight_block_size": [1, 32]}
+    return Checkpoint(tensors, config, {}, [name for name in tensors if f"{name}_scale_inv" in tensors])
 
 
 def draft_tensors(prefix: str) -> Weights:
+    """Some of the tensors of a draft head."""
     attention = "layers.0.decoder_layer.self_attn"
     tensors = {
         "fc.weight": mx.ones((128, 640)),

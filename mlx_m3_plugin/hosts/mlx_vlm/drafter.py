@@ -1,0 +1,457 @@
+"""The DSpark draft head of MiniMax-M3.1 as a drafter of mlx-vlm.
+
+A few dense layers read the target's hidden states after some of its layers, and propose a block of
+tokens in one forward pass.  Rounds, rollback, the Markov and the confidence head are mlx-vlm's own DSpark.
+"""
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+import mlx.core as mx
+import mlx.nn as nn
+from mlx.utils import tree_flatten
+from mlx_vlm.speculative.drafters.dspark import DSparkDraftModel, VanillaMarkov
+from mlx_vlm.speculative.drafters.dspark.config import DSparkConfig
+
+from mlx_m3_plugin.model.attention import Attention
+from mlx_m3_plugin.model.config import text_part
+from mlx_m3_plugin.model.decoder import DecoderLayer
+from mlx_m3_plugin.model.draft_cost import DraftCost, best_length
+from mlx_m3_plugin.model.norm import make_norm
+from mlx_m3_plugin.weights import (
+    check_values,
+    check_weights,
+    group_names,
+    infer_quantization,
+    plan_draft,
+    shorten,
+    with_quantization,
+)
+
+from .language import TextConfig
+
+__all__ = ["Model", "ModelConfig"]
+
+_REQUIRED = (
+    "num_hidden_layers",
+    "sliding_window",
+    "dspark_block_size",
+    "dspark_noise_token_id",
+    "dspark_target_layer_ids",
+    "dspark_markov_rank",
+)
+# Options of other heads, with the value that is computed here.
+_ONLY_KNOWN_VALUE = {"dspark_use_dense_ffn": True, "dspark_hybrid_context_fusion": False, "use_qk_norm": True}
+# Where the target's hidden states are taken: after the listed layers; the same, but after the final norm
+# for the last layer, which hidden states of transformers are; or before the listed layers.
+FEATURES = ("output", "normed_output", "input")
+# What mlx-vlm asks for where the user asks for no length: each round then drafts as many tokens as pay.
+_BY_COST = 1 << 20
+# The probability that a draft is accepted, before any was: two drafts are 2.2 tokens per pass, and MiniMax
+# published 2.3 to 3.8 with seven.  It counts as so many drafts, and each position expects what the one before
+# it has.
+_EXPECTED, _EXPECTED_COUNTS_AS = 0.7, 4
+_RECENT_ROUNDS = 32
+
+
+@dataclass
+class ModelConfig(DSparkConfig):
+    """``config.json`` of a draft head, as MiniMax published it.
+
+    Raises:
+        ValueError: a key is missing, or has a value that this head does not compute.
+
+    Attributes:
+        text: the head's own layers; no mixture of experts, no indexer.
+        features: one of ``FEATURES``; ``dspark_features`` in the config.
+        is_causal: whether rows of a block see only rows before them; ``dspark_causal`` in the config.
+        target_layer_ids: what the target is asked for, by the numbers of its ``capture_layer_ids``.
+        block_size: tokens that are verified at most: the newest token and ``proposal_length`` drafts.
+        loader_config: the dict that mlx-vlm's loader read, and reads again after ``sanitize``.
+    """
+
+    text: Any = None
+    features: str = FEATURES[0]
+    loader_config: dict[str, Any] = field(default_factory=dict, repr=False)
+
+    @classmethod
+    def from_dict(cls, params: dict[str, Any]) -> "ModelConfig":  # type: ignore[override]
+        given = {**(params.get("dspark_config") or {}), **text_part(params)}
+        text = _read_text_config(given)
+        drafts, window = given["dspark_block_size"], given["sliding_window"]
+        _expect(isinstance(window, int) and window > 0, "sliding_window", "a positive integer", window)
+        _expect(isinstance(drafts, int) and drafts > 0, "dspark_block_size", "a positive integer", drafts)
+        features = given.get("dspark_features", FEATURES[0])
+        _expect(features in FEATURES, "dspark_features", f"one of {', '.join(FEATURES)}", features)
+        ids = given["dspark_target_layer_ids"]
+        is_ascending = isinstance(ids, list) and ids == sorted(set(ids)) and min(ids, default=-1) >= 0
+        _expect(is_ascending, "dspark_target_layer_ids", "ascending numbers of layers", ids)
+        made = cls(
+            backbone_model_type="minimax_m3",
+            architectures=list(params.get("architectures") or ()),
+            hidden_size=text.hidden_size,
+            intermediate_size=text.dense_intermediate_size,
+            num_hidden_layers=text.num_hidden_layers,
+            num_attention_heads=text.num_attention_heads,
+            num_key_value_heads=text.num_key_value_heads,
+            head_dim=text.head_dim,
+            rms_norm_eps=text.rms_norm_eps,
+            vocab_size=text.vocab_size,
+            layer_types=["sliding_attention"] * text.num_hidden_layers,
+            sliding_window=window,
+            is_causal=bool(given.get("dspark_causal", False)),
+            block_size=drafts + 1,
+            proposal_length=drafts,
+            mask_token_id=given["dspark_noise_token_id"],
+            target_layer_ids=ids,
+            num_target_layers=ids[-1] + 1,
+            markov_rank=given["dspark_markov_rank"],
+            markov_head_type=given.get("dspark_markov_head_type", "vanilla"),
+            enable_confidence_head=bool(given.get("enable_confidence_head", False)),
+            confidence_head_with_markov=bool(given.get("confidence_head_with_markov", True)),
+            text=text,
+            features=features,
+            loader_config=params,
+        )
+        made.target_layer_ids = _captured(ids, features)
+        params.pop("quantization_config", None)
+        return made
+
+
+def _read_text_config(given: Mapping[str, Any]) -> TextConfig:
+    for key in _REQUIRED:
+        if given.get(key) is None:
+            raise ValueError(f"draft head: its config.json lacks {key}")
+    for key, known in _ONLY_KNOWN_VALUE.items():
+        _expect(given.get(key, known) == known, key, repr(known), given.get(key))
+    n_layers = given["num_hidden_layers"]
+    kinds = given.get("layer_types") or ["sliding_attention"]
+    _expect(set(kinds) == {"sliding_attention"}, "layer_types", "'sliding_attention' for each layer", kinds)
+    width = given.get("dspark_ffn_hidden_size") or given.get("dense_intermediate_size")
+    _expect(
+        given.get("dense_intermediate_size", width) == width,
+        "dspark_ffn_hidden_size",
+        f"dense_intermediate_size ({given.get('dense_intermediate_size')})",
+        width,
+    )
+    sparse = given.get("sparse_attention_config")
+    _expect(not sparse, "sparse_attention_config", "null", sparse)
+    freq = given.get("moe_layer_freq") or [0] * n_layers
+    _expect(not any(freq), "moe_layer_freq", "0 for each layer", freq)
+    own = {"layer_types": None, "moe_layer_freq": freq, "dense_intermediate_size": width}
+    return TextConfig(**{**given, **own})
+
+
+def _captured(ids: list[int], features: str) -> list[int]:
+    """``dspark_target_layer_ids`` as ``capture_layer_ids`` of :class:`.language.TextModel`."""
+    if features == "input":
+        return [number - 1 for number in ids]
+    return [*ids[:-1], ids[-1] + 1] if features == "normed_output" else list(ids)
+
+
+def _expect(holds: bool, key: str, what: str, value: Any) -> None:
+    if not holds:
+        raise ValueError(f"draft head: {key} in its config.json must be {what}, not {value!r}")
+
+
+class Context:
+    """K and V of the newest context tokens, as many as a block can see, in order.
+
+    Attributes:
+        layers: K and V ``[B, G, S, D]`` of each layer.
+        offset: context tokens so far, which is the position of the first row of a block.
+    """
+
+    def __init__(self, longest: int):
+        self.layers: list[tuple[mx.array, mx.array]] = []
+        self.offset = 0
+        self._longest = longest
+
+    @property
+    def length(self) -> int:
+        return self.layers[0][0].shape[2] if self.layers else 0
+
+    def append(self, new: list[tuple[mx.array, mx.array]], n_tokens: int) -> None:
+        """The last ones of ``n_tokens`` more tokens, or all."""
+        if self.layers:
+            pairs = zip(self.layers, new, strict=True)
+            new = [(self._joined(k, more_k), self._joined(v, more_v)) for (k, v), (more_k, more_v) in pairs]
+        self.layers = new
+        self.offset += n_tokens
+
+    def _joined(self, held: mx.array, new: mx.array) -> mx.array:
+        # Copies at most a window, which is little beside the weights that a round reads.
+        joined = mx.concatenate([held, new], axis=2)
+        return joined[:, :, max(0, joined.shape[2] - self._longest) :]
+
+
+class DraftAttention(Attention):
+    """Attention of the rows of a block to the context before it, and to each other."""
+
+    def project(self, x: mx.array, offset: int) -> tuple[mx.array, mx.array]:
+        """K and V ``[B, G, L, D]`` of tokens ``[B, L, hidden]`` at ``offset`` and on."""
+        values = mx.unflatten(self.v_proj(x), -1, (self.num_key_value_heads, -1)).swapaxes(1, 2)
+        return self._rotated(self.k_proj(x), self.num_key_value_heads, self.k_norm, offset), values
+
+    def __call__(  # type: ignore[override]
+        self, x: mx.array, context: tuple[mx.array, mx.array], offset: int, mask: mx.array | None
+    ) -> mx.array:
+        batch, length, _ = x.shape
+        queries = self._rotated(self.q_proj(x), self.num_attention_heads, self.q_norm, offset)
+        own_keys, own_values = self.project(x, offset)
+        keys = mx.concatenate([context[0], own_keys], axis=2)
+        values = mx.concatenate([context[1], own_values], axis=2)
+        out = mx.fast.scaled_dot_product_attention(queries, keys, values, scale=self.scale, mask=mask)
+        return self.o_proj(out.transpose(0, 2, 1, 3).reshape(batch, length, -1))
+
+    def _rotated(self, projected: mx.array, n_heads: int, norm: Any, offset: int) -> mx.array:
+        # In float32 from the norm through the rotation, as the head was trained.
+        heads = mx.unflatten(projected.astype(mx.float32), -1, (n_heads, -1))
+        return self.rope(norm(heads).swapaxes(1, 2), offset=offset).astype(projected.dtype)
+
+
+class DraftLayer(DecoderLayer):
+    self_attn: DraftAttention
+
+    def __init__(self, config: ModelConfig, layer: int):
+        super().__init__(config.text, layer)
+        self.self_attn = DraftAttention(config.text, layer)
+
+    def __call__(  # type: ignore[override]
+        self, x: mx.array, context: tuple[mx.array, mx.array], offset: int, mask: mx.array | None
+    ) -> mx.array:
+        x = x + self.self_attn(self.input_layernorm(x), context, offset, mask)
+        return x + self.mlp(self.post_attention_layernorm(x))
+
+
+class MarkovHead(VanillaMarkov):  # type: ignore[misc]
+    def apply_step_logits(self, logits: mx.array, token_ids: mx.array) -> mx.array:
+        # In the dtype of the logits, which may be wider than that of the tables.
+        return logits + self.markov_w2(self.markov_w1(token_ids).astype(logits.dtype))
+
+
+def cost_of_rounds(target: Any, drafter: nn.Module) -> DraftCost | None:
+    """Counted from the weights in memory, with the K and V of the blocks that a token selects.
+
+    None where experts are on disk.  Whatever else a context costs is read once for all tokens of a pass,
+    so that leaving it out makes drafts look dearer than they are.
+    """
+    text, sizes = target.args, _sizes(target)
+    routed = sum(size for name, size in sizes.items() if ".switch_mlp." in name)
+    embedding = sum(size for name, size in sizes.items() if ".embed_tokens." in name)
+    head = sum(size for name, size in sizes.items() if name.startswith("lm_head.")) or embedding
+    if not routed and "sparse" in text.mlp_layer_types:
+        return None
+    of_head = _sizes(drafter)
+    markov = sum(size for name, size in of_head.items() if ".markov_w2." in name)
+    parts = ("fc.", "hidden_norm.", "layers.", "norm.")
+    selected = sum(map(text.is_sparse_attention, range(text.num_hidden_layers))) * text.budget
+    return DraftCost(
+        shared=sum(sizes.values()) - routed - (0 if text.tie_word_embeddings else embedding),
+        per_token=selected * 2 * text.num_key_value_heads * text.head_dim * 2,
+        routed=routed,
+        experts=text.num_local_experts,
+        experts_per_token=text.num_experts_per_tok,
+        draft=sum(size for name, size in of_head.items() if name.startswith(parts)) + head,
+        per_drafted=markov,
+    )
+
+
+def _sizes(module: nn.Module) -> dict[str, int]:
+    arrays: dict[str, mx.array] = dict(tree_flatten(module.parameters()))
+    return {name: array.nbytes for name, array in arrays.items()}
+
+
+class Model(DSparkDraftModel):  # type: ignore[misc]
+    """Proposes tokens from the newest one and the target's hidden states before it.
+
+    It has no embedding and no language-model head of its own: :meth:`bind` takes the target's.
+    """
+
+    layer_class = DraftLayer
+    default_runtime_block_size = _BY_COST
+
+    def __init__(self, config: ModelConfig):
+        super().__init__(config)
+        self.cost: DraftCost | None = None
+        self._is_by_cost = False
+        self._earlier: list[tuple[float, int]] = []
+        self.hidden_norm = make_norm(config.text, config.hidden_size)
+        self.norm = make_norm(config.text, config.hidden_size)
+        self.markov_head = MarkovHead(config.vocab_size, config.markov_rank)
+        # Each layer has its own.
+        self.rope = None
+
+    # --- the target ---
+
+    def validate_target_compatibility(self, target: Any) -> None:
+        """Raises: ValueError: the target has other widths, another vocabulary, or too few layers."""
+        language_model = getattr(target, "language_model", target)
+        text = getattr(language_model, "args", None)
+        if not isinstance(text, TextConfig):
+            raise ValueError("this draft head is for MiniMax-M3.1, which the model is not")
+        for key in ("hidden_size", "vocab_size"):
+            own, its = getattr(self.config, key), getattr(text, key)
+            if own != its:
+                raise ValueError(f"this draft head is for a model with {key} {own}, not {its}")
+        last, n_layers = self.config.num_target_layers - 1, text.num_hidden_layers
+        if last >= n_layers:
+            raise ValueError(f"this draft head reads layer {last} of a model that has {n_layers} layers")
+        if self.config.features == "normed_output" and last != n_layers - 1:
+            raise ValueError(
+                f"dspark_features is 'normed_output', but layer {last} is not the last of {n_layers}"
+            )
+        self.cost = cost_of_rounds(language_model, self)
+
+    def bind(self, target: Any) -> "Model":
+        self.embed_tokens = None
+        super().bind(target)
+        return self
+
+    # --- how many tokens to draft ---
+
+    def reset(self, target: Any) -> "Context":  # type: ignore[override]
+        self._earlier = self._rounds()
+        return super().reset(target)  # type: ignore[no-any-return]
+
+    def choose_block_ceiling(self, context_length: int, requested_block_size: int) -> int:
+        """Raises: ValueError: less than one draft is asked for."""
+        if requested_block_size < 2:
+            raise ValueError(
+                f"--draft-block-size {requested_block_size}: a block is the newest token and its drafts, so "
+                "it has at least 2; leave --draft-model out to draft nothing"
+            )
+        self._is_by_cost = requested_block_size == _BY_COST
+        return min(requested_block_size, self.config.block_size)
+
+    def next_block_size(self, most: int) -> int:
+        """Tokens that the next round verifies, the newest one included; at least one draft."""
+        return min(most, 1 + max(1, self.best_length())) if self._is_by_cost else most
+
+    def best_length(self) -> int:
+        """How many tokens to draft by cost and acceptance; 0 where no length pays."""
+        return 1 if self.cost is None else best_length(self.cost, self.acceptance())
+
+    def acceptance(self) -> list[float]:
+        """Of each draft of a block, the probability that it is accepted if all before it were."""
+        found, expected = [], _EXPECTED
+        for position in range(self.config.proposal_length):
+            tried = sum(n > position and accepted >= position for accepted, n in self._rounds())
+            accepted = sum(accepted > position for accepted, _ in self._rounds())
+            weight = tried + _EXPECTED_COUNTS_AS
+            expected = (accepted + _EXPECTED_COUNTS_AS * expected) / weight
+            found.append(expected)
+        return found
+
+    def _rounds(self) -> list[tuple[float, int]]:
+        """Accepted and drafted tokens of the newest rounds, those of earlier answers included."""
+        newest = zip(self.accept_lens, self.draft_lens, strict=True)
+        return [*self._earlier, *newest][-_RECENT_ROUNDS:]
+
+    # --- a round ---
+
+    @property
+    def longest_context(self) -> int:
+        """Tokens before a block that its first row sees."""
+        return self.config.sliding_window - 1
+
+    def make_cache(self) -> Context:  # type: ignore[override]
+        return Context(self.longest_context)
+
+    def draft_block(
+        self,
+        last_bonus: int | mx.array,
+        hidden: mx.array,
+        cache: Context,
+        block_size: int,
+        sampler: Callable[[mx.array], mx.array],
+        token_dtype: mx.Dtype = mx.int32,
+    ) -> mx.array:
+        """Propose the ``block_size - 1`` tokens after ``last_bonus``, ``[B, block_size - 1]``.
+
+        Args:
+            last_bonus: the newest token, ``[B]`` or one for ``B == 1``.
+            hidden: the target's hidden states ``[B, S, layers * hidden_size]`` of the ``S >= 1`` tokens
+                before it that ``cache`` does not have yet.
+            sampler: logits ``[B, vocab_size]`` to tokens ``[B]``.
+        """
+        anchor = mx.array(last_bonus, dtype=token_dtype).reshape(-1)
+        n_drafts = block_size - 1
+        if n_drafts <= 0:
+            return mx.zeros((len(anchor), 0), dtype=token_dtype)
+        normed = self.block_hidden(anchor, hidden, cache)[:, :n_drafts]
+        drafts = self.markov_head.sample_block(
+            self._logits(normed), first_prev_tokens=anchor, sampler=sampler
+        )
+        return drafts.astype(token_dtype)
+
+    def block_hidden(self, anchor: mx.array, hidden: mx.array, cache: Context) -> mx.array:
+        """Normed hidden states ``[B, proposal_length, hidden_size]`` of a block after ``anchor`` ``[B]``.
+
+        All rows that the head was trained with, also where fewer tokens are drafted: rows see each other.
+        """
+        noise = mx.full((len(anchor), self.config.proposal_length - 1), self.config.mask_token_id)
+        block = mx.concatenate([anchor[:, None], noise.astype(anchor.dtype)], axis=1)
+        return self._hidden(block, hidden, cache)
+
+    def _hidden(self, inputs: mx.array, target_hidden: mx.array, cache: Context) -> mx.array:
+        self.append_context(target_hidden, cache)
+        mask = self.mask(inputs.shape[1], cache)
+        h = self._embed_input_tokens(inputs)
+        for layer, context in zip(self.layers, cache.layers, strict=True):
+            h = layer(h, context, cache.offset, mask)
+        return self.norm(h)
+
+    def append_context(self, target_hidden: mx.array, cache: Context) -> None:
+        """Add K and V of the tokens with these hidden states ``[B, S, layers * hidden_size]``."""
+        n_tokens = target_hidden.shape[1]
+        # Older ones are out of every row's window.
+        seen = target_hidden[:, max(0, n_tokens - self.longest_context) :]
+        context = self.hidden_norm(self.fc(seen))
+        offset = cache.offset + n_tokens - seen.shape[1]
+        cache.append([layer.self_attn.project(context, offset) for layer in self.layers], n_tokens)
+
+    def mask(self, n_rows: int, cache: Context) -> mx.array | None:
+        """Which of the context's tokens and of a block's rows each row sees; None where it is all.
+
+        The window counts from each row's own position.
+        """
+        oldest = cache.offset + n_rows - self.config.sliding_window
+        first = cache.offset - cache.length
+        if first >= oldest and not self.config.is_causal:
+            return None
+        rows = mx.arange(cache.offset, cache.offset + n_rows)[:, None]
+        keys = mx.arange(first, cache.offset + n_rows)
+        last = rows if self.config.is_causal else cache.offset + n_rows
+        return (keys > rows - self.config.sliding_window) & (keys <= last)
+
+    # --- loading ---
+
+    def sanitize(self, weights: Mapping[str, mx.array]) -> dict[str, mx.array]:
+        """Map the tensors of a published or converted head to this model's parameter names.
+
+        Raises:
+            ValueError: a tensor is missing, is there twice, or is in a format that MLX cannot compute with.
+        """
+        plan = plan_draft(weights, self.config.text)
+        parameters = dict(tree_flatten(self.parameters()))
+        # mlx-vlm would go on without a module that has no weights.
+        if missing := parameters.keys() - plan.keys():
+            raise ValueError(f"this draft head lacks {', '.join(shorten(group_names(missing)))}")
+        config = self.config.loader_config
+        described = with_quantization(config, infer_quantization(plan, parameters))
+        config.clear()
+        config.update(described)
+        return {name: tensor.make(weights) for name, tensor in plan.items()}
+
+    def load_weights(self, weights: list[tuple[str, mx.array]], strict: bool = True) -> Any:
+        """Raises: ValueError: when ``strict``, tensors are left over, or of the wrong shape or dtype."""
+        if strict:
+            check_weights(dict(weights), dict(tree_flatten(self.parameters())))
+        super().load_weights(weights, strict=strict)
+        return self
+
+    def check_values(self) -> None:
+        """See :func:`~mlx_m3_plugin.weights.check_values`."""
+        check_values(self)

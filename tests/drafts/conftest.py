@@ -1,0 +1,3 @@
+from tests.vlm.conftest import checkpoint, model
+
+__all__ = ["checkpoint", "model"]
