@@ -1,5 +1,6 @@
 """M3-nano's draft head, as it is packaged: a real one, trained on what M3-nano says."""
 
+import shutil
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -17,6 +18,7 @@ from mlx_m3_plugin.model.draft_cost import counted_experts, distinct_experts
 from mlx_m3_plugin.model.moe import SparseMoeBlock
 from mlx_m3_plugin.toolbox.demo import NANO
 from mlx_m3_plugin.toolbox.draft_head import FOLDER, open_draft_head
+from mlx_m3_plugin.toolbox.stock import why_not_opened
 from mlx_m3_plugin.weights.names import draft_parameter
 
 
@@ -110,3 +112,10 @@ def test_real_routing_chooses_fewer_experts_than_an_even_one(
         assert 2 < counted < distinct_experts(8, 2, tokens)
     for choices in seen:
         assert counted_experts(choices, 1) == 2
+
+
+def test_libraries_without_us_do_not_see_it(tmp_path: Path) -> None:
+    without = shutil.copytree(NANO, tmp_path / "without", ignore=shutil.ignore_patterns(FOLDER))
+    for library in ("mlx-lm", "mlx-vlm"):
+        with_it, without_it = why_not_opened(library, NANO, without)
+        assert with_it == without_it
