@@ -4,6 +4,7 @@ import json
 import os
 import subprocess
 import sys
+from importlib.metadata import version
 from importlib.util import find_spec
 from pathlib import Path
 
@@ -69,6 +70,9 @@ def modules() -> list[str]:
     parts = (file.relative_to(PACKAGE.parent).with_suffix("").parts for file in PACKAGE.rglob("*.py"))
     found = sorted({".".join(part for part in path if part != "__init__") for path in parts})
     missing = [name for name in ("mlx_lm", "mlx_vlm") if find_spec(name) is None]
+    if "mlx_vlm" not in missing and version("mlx-vlm").startswith("0.6."):
+        # Before 0.7 mlx-vlm has no DSpark to build on.
+        missing.append("mlx_vlm.drafter")
     return [name for name in found if not any(f".hosts.{library}" in name for library in missing)]
 
 

@@ -32,7 +32,6 @@ NAMESPACES = {
     "mlx_lm.models": "mlx_lm.models",
     "mlx_lm.tool_parsers": "mlx_lm.tool_parsers",
     "mlx_vlm.models": "mlx_vlm.models",
-    "mlx_vlm.speculative.drafters": "mlx_vlm.speculative.drafters",
     "mlx_vlm.tool_parsers": "mlx_vlm.tool_parsers",  # until: mlx-vlm 0.7.1
     "mlx_vlm.tools.parsers": "mlx_vlm.tool_parsers",
 }

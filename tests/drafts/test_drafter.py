@@ -187,3 +187,12 @@ def test_where_hidden_states_are_taken(features: str, model: Any, tmp_path: Path
         expected = outputs[0], lm.model.norm(outputs[2]) if features == "normed_output" else outputs[2]
     assert mx.array_equal(first, expected[0])
     assert mx.array_equal(last, expected[1])
+
+
+def test_older_hosts_say_that_they_know_no_dspark(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    from mlx_m3_plugin.hosts.mlx_vlm import drafts as patches
+
+    drafts.write(tmp_path, drafts.config(), drafts.values(drafts.config()["text_config"], 1))
+    monkeypatch.setattr(patches, "find_spec", lambda name: None)
+    with pytest.raises(ValueError, match="this mlx-vlm does not know DSpark draft heads"):
+        load(tmp_path)

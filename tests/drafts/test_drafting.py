@@ -1,5 +1,6 @@
 """Greedy answers with drafts are those without, token by token, and leave the caches as these do."""
 
+from collections import Counter
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -10,8 +11,9 @@ import pytest
 
 pytest.importorskip("mlx_vlm.speculative.drafters.dspark", reason="this mlx-vlm has no DSpark")
 
+from mlx_m3_plugin.model.draft_cost import DraftCost
 from tests.drafts.runs import assert_same_tokens, drafted, drafted_together, make_knowing, random_drafter
-from tests.vlm.vlm_runs import BUDGET, Prompt, Request, alone, streamed, text, with_images
+from tests.vlm.vlm_runs import BUDGET, Processor, Prompt, Request, alone, streamed, text, with_images
 
 Count = Callable[[int, int], int]
 
@@ -105,6 +107,8 @@ def test_later_requests(kept_in: str, model: Any, tmp_path: Path, fresh_seed: in
 
 def test_what_rounds_leave_out(model: Any, tmp_path: Path, fresh_seed: int, caplog: Any) -> None:
     """Penalties and processors, which mlx-vlm does not use in rounds; and a block without a draft."""
+    from mlx_vlm.generate import BatchGenerator
+
     drafter = random_drafter(tmp_path, fresh_seed)
     prompt = text(60, fresh_seed)
     for options in ({"repetition_penalty": 1.3}, {"logit_bias": {5: 20.0}}, {"draft_block_size": 1}):
@@ -112,6 +116,10 @@ def test_what_rounds_leave_out(model: Any, tmp_path: Path, fresh_seed: int, capl
         assert said == expected
         assert len(said) == 12
     assert caplog.text.count("no drafts, because mlx-vlm ignores") == 2
+    generator = BatchGenerator(model.language_model, Processor(), stop_tokens=set(), draft_model=drafter)
+    with pytest.raises(ValueError, match="penalties, logit_bias and grammars"):
+        generator.insert([[1, 2]], logits_processors=[[lambda tokens, logits: logits]])
+    assert len(generator.insert([[1, 2]], logits_processors=[[]])) == 1
 
 
 def test_a_long_prompt_keeps_a_window_of_hidden_states(model: Any, tmp_path: Path) -> None:
@@ -128,3 +136,82 @@ def test_a_long_prompt_keeps_a_window_of_hidden_states(model: Any, tmp_path: Pat
     for found, all_of_them in zip(output.hidden_states, expected, strict=True):
         assert 23 <= found.shape[1] <= 34
         assert mx.abs(found - all_of_them[:, -found.shape[1] :]).max().item() < 1e-4
+
+
+def test_lengths_by_cost(model: Any, tmp_path: Path, fresh_seed: int, caplog: Any) -> None:
+    """Where every draft is accepted blocks grow; where none is, drafting is off from the next answer on."""
+    from mlx_vlm.speculative.drafters import validate_drafter_compatibility
+
+    drafter, prompt = random_drafter(tmp_path, fresh_seed), text(40, fresh_seed)
+    validate_drafter_compatibility(model, drafter, "dflash")
+    counted, expected = drafter.cost, alone(model, prompt, 40)
+    assert counted.experts == 4
+    # A pass reads 10, and half as much again for each expert that further tokens choose; a draft reads 2.
+    drafter.validate_target_compatibility = lambda target: None
+    drafter.cost = DraftCost(5, 0, 10, 8, 4, 2, 0.1)
+    assert_same_tokens(drafted(model, prompt, 40, drafter), expected)
+    assert set(drafter.draft_lens[10:-1]) == {1}
+    assert drafter.best_length() == 0
+    for _ in range(2):
+        assert_same_tokens(drafted(model, prompt, 40, drafter), expected)
+        (tokens,) = drafted_together(model, [Request(prompt, 40)], drafter)
+        assert_same_tokens(tokens, expected)
+    assert caplog.text.count("drafting is off") == 1
+    # A length that is asked for is drafted nevertheless.
+    make_knowing(drafter, [expected], 1, 1.0)
+    assert_same_tokens(drafted(model, prompt, 40, drafter, draft_block_size=5), expected)
+    assert set(drafter.draft_lens[:-1]) == {4}
+    assert_same_tokens(drafted(model, prompt, 40, drafter), expected)
+    assert drafter.draft_lens[-2] > 4
+    # In a batch each row pays for its drafts.
+    best, counted_rows = type(drafter).best_length, []
+
+    def best_length(rows: int = 1) -> int:
+        counted_rows.append(rows)
+        return best(drafter, rows)
+
+    drafter.best_length = best_length
+    drafted_together(model, [Request(prompt, 8), Request(prompt, 8)], drafter)
+    assert counted_rows[0] == 1
+    assert set(counted_rows[1:]) == {2}
+
+
+def test_sampled_answers_have_the_same_distribution(
+    model: Any, tmp_path: Path, fresh_seed: int, count: Count
+) -> None:
+    """Of three tokens with two choices each, the last two of which are drafted; with seeds and without."""
+    prompt, lm = text(9, 9), model.language_model
+    drafter = random_drafter(tmp_path, 1)
+    expected: dict[tuple[int, ...], float] = {(): 1.0}
+    for _ in range(3):
+        longer: dict[tuple[int, ...], float] = {}
+        for said, share in expected.items():
+            logits = lm(mx.array([[*prompt.tokens, *said]])).logits[0, -1]
+            best = mx.argsort(-logits)[:2]
+            chances = mx.softmax(logits[best] / 0.3).tolist()
+            longer |= {(*said, t): share * p for t, p in zip(best.tolist(), chances, strict=True)}
+        expected = longer
+    likely = max(expected, key=lambda said: expected[said])
+
+    def draft_block(last_bonus, hidden, cache, block_size, sampler, token_dtype=mx.int32):  # type: ignore[no-untyped-def]
+        # A draft that depends on what the sampler drew, as the head's own do, and one that does not.
+        own = type(drafter).draft_block(drafter, last_bonus, hidden, cache, block_size, sampler, token_dtype)
+        return mx.concatenate([mx.array([[likely[1]]], dtype=own.dtype), own[:, 1:]], axis=1)
+
+    drafter.draft_block = draft_block
+    n = count(120, 20_000)
+    seen: Counter[tuple[int, ...]] = Counter()
+    options: dict[str, Any] = {"temperature": 0.3, "top_k": 2, "top_p": 1.0, "draft_block_size": 3}
+    mx.random.seed(fresh_seed)
+    for draw in range(n):
+        own_seed = {"seed": fresh_seed % 10_000 + draw} if draw % 2 else {}
+        seen[tuple(drafted(model, prompt, 3, drafter, **options, **own_seed))] += 1
+    assert seen.keys() <= expected.keys()
+    # Rare answers count as one.
+    common = [said for said, p in expected.items() if n * p >= 5]
+    found = [*(seen[said] for said in common), n - sum(seen[said] for said in common)]
+    wanted = [*(n * expected[said] for said in common), n * (1 - sum(expected[said] for said in common))]
+    chi_square = sum((a - b) ** 2 / b for a, b in zip(found, wanted, strict=True) if b > 1)
+    # Of 7 degrees of freedom, exceeded in one of 100,000 runs.
+    assert chi_square < 34.7, (seen, expected)
+    assert drafter.speculative_total_accepted > 0

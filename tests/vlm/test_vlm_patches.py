@@ -25,7 +25,7 @@ from tests.hosts.upstream_copies import (
     reads,
     write_checkpoint,
 )
-from tests.vlm import vlm_runs  # noqa: F401
+from tests.vlm import vlm_runs
 
 QWEN2 = {
     "model_type": "qwen2",
@@ -89,7 +89,16 @@ def use_generate_ar(module: ModuleType, directory: Path) -> Any:
     steps = get(module, "generate_step")(
         mx.array([[1, 2]]), model, None, None, max_tokens=3, temperature=0.0, repetition_penalty=1.5
     )
-    return [int(token) for token, _ in steps]
+    generator = get(module, "BatchGenerator")(model.language_model, vlm_runs.Processor())
+    processor = lambda tokens, logits: logits
+    uids = get(generator, "insert")([[1, 2]], 1, None, [[processor]])
+    return [int(token) for token, _ in steps], type(generator).__name__, len(uids)
+
+
+def use_dflash(module: ModuleType, directory: Path) -> Any:
+    drafter = Recorder(accept_lens=[2, 0, 1], draft_lens=[3, 3, 3])
+    sizes = [get(module, "_dflash_next_block_size")(drafter, n, 9) for n in (1, 4, 8)]
+    return sizes, reads(drafter)
 
 
 def use_quant_utils(module: ModuleType, directory: Path) -> Any:
@@ -208,6 +217,7 @@ USES: dict[str, Use] = {
     "mlx_vlm.generate.common": use_generate_common,
     "mlx_vlm.speculative.utils": use_speculation,
     "mlx_vlm.generate.ar": use_generate_ar,
+    "mlx_vlm.speculative.dflash": use_dflash,
     "mlx_vlm.quant_utils": use_quant_utils,
     "mlx_vlm.moe_offload": use_moe_offload,
     "mlx_vlm.prompt_utils": use_prompt_utils,

@@ -1,8 +1,7 @@
-"""``mlx_vlm.speculative.drafters.minimax_m3_dspark``: the DSpark draft head of MiniMax-M3.1.
+"""The DSpark draft head of MiniMax-M3.1 as a drafter of mlx-vlm.
 
 A few dense layers read the target's hidden states after some of its layers, and propose a block of
-tokens in one forward pass.  Proposals, the Markov and the confidence head, rounds and rollback are
-mlx-vlm's own DSpark.  mlx-vlm executes this file under its own module name, so every import is absolute.
+tokens in one forward pass.  Rounds, rollback, the Markov and the confidence head are mlx-vlm's own DSpark.
 """
 
 from collections.abc import Callable, Mapping
@@ -10,14 +9,15 @@ from dataclasses import dataclass, field
 from typing import Any
 
 import mlx.core as mx
+import mlx.nn as nn
 from mlx.utils import tree_flatten
 from mlx_vlm.speculative.drafters.dspark import DSparkDraftModel, VanillaMarkov
 from mlx_vlm.speculative.drafters.dspark.config import DSparkConfig
 
-from mlx_m3_plugin.hosts.mlx_vlm.language import TextConfig
 from mlx_m3_plugin.model.attention import Attention
 from mlx_m3_plugin.model.config import text_part
 from mlx_m3_plugin.model.decoder import DecoderLayer
+from mlx_m3_plugin.model.draft_cost import DraftCost, best_length
 from mlx_m3_plugin.model.norm import make_norm
 from mlx_m3_plugin.weights import (
     check_values,
@@ -28,6 +28,8 @@ from mlx_m3_plugin.weights import (
     shorten,
     with_quantization,
 )
+
+from .language import TextConfig
 
 __all__ = ["Model", "ModelConfig"]
 
@@ -44,9 +46,13 @@ _ONLY_KNOWN_VALUE = {"dspark_use_dense_ffn": True, "dspark_hybrid_context_fusion
 # Where the target's hidden states are taken: after the listed layers; the same, but after the final norm
 # for the last layer, which hidden states of transformers are; or before the listed layers.
 FEATURES = ("output", "normed_output", "input")
-# Tokens that a round verifies, the newest one included: more of them read more experts of the target than
-# their acceptance saves.  See docs/drafts.md.
-_BLOCK_SIZE = 3
+# What mlx-vlm asks for where the user asks for no length: each round then drafts as many tokens as pay.
+_BY_COST = 1 << 20
+# The probability that a draft is accepted, before any was: two drafts are 2.2 tokens per pass, and MiniMax
+# published 2.3 to 3.8 with seven.  It counts as so many drafts, and each position expects what the one before
+# it has.
+_EXPECTED, _EXPECTED_COUNTS_AS = 0.7, 4
+_RECENT_ROUNDS = 32
 
 
 @dataclass
@@ -97,7 +103,6 @@ class ModelConfig(DSparkConfig):
             is_causal=bool(given.get("dspark_causal", False)),
             block_size=drafts + 1,
             proposal_length=drafts,
-            runtime_block_size=min(_BLOCK_SIZE, drafts + 1),
             mask_token_id=given["dspark_noise_token_id"],
             target_layer_ids=ids,
             num_target_layers=ids[-1] + 1,
@@ -226,6 +231,38 @@ class MarkovHead(VanillaMarkov):  # type: ignore[misc]
         return logits + self.markov_w2(self.markov_w1(token_ids).astype(logits.dtype))
 
 
+def cost_of_rounds(target: Any, drafter: nn.Module) -> DraftCost | None:
+    """Counted from the weights in memory, with the K and V of the blocks that a token selects.
+
+    None where experts are on disk.  Whatever else a context costs is read once for all tokens of a pass,
+    so that leaving it out makes drafts look dearer than they are.
+    """
+    text, sizes = target.args, _sizes(target)
+    routed = sum(size for name, size in sizes.items() if ".switch_mlp." in name)
+    embedding = sum(size for name, size in sizes.items() if ".embed_tokens." in name)
+    head = sum(size for name, size in sizes.items() if name.startswith("lm_head.")) or embedding
+    if not routed and "sparse" in text.mlp_layer_types:
+        return None
+    of_head = _sizes(drafter)
+    markov = sum(size for name, size in of_head.items() if ".markov_w2." in name)
+    parts = ("fc.", "hidden_norm.", "layers.", "norm.")
+    selected = sum(map(text.is_sparse_attention, range(text.num_hidden_layers))) * text.budget
+    return DraftCost(
+        shared=sum(sizes.values()) - routed - (0 if text.tie_word_embeddings else embedding),
+        per_token=selected * 2 * text.num_key_value_heads * text.head_dim * 2,
+        routed=routed,
+        experts=text.num_local_experts,
+        experts_per_token=text.num_experts_per_tok,
+        draft=sum(size for name, size in of_head.items() if name.startswith(parts)) + head,
+        per_drafted=markov,
+    )
+
+
+def _sizes(module: nn.Module) -> dict[str, int]:
+    arrays: dict[str, mx.array] = dict(tree_flatten(module.parameters()))
+    return {name: array.nbytes for name, array in arrays.items()}
+
+
 class Model(DSparkDraftModel):  # type: ignore[misc]
     """Proposes tokens from the newest one and the target's hidden states before it.
 
@@ -233,9 +270,14 @@ class Model(DSparkDraftModel):  # type: ignore[misc]
     """
 
     layer_class = DraftLayer
+    default_runtime_block_size = _BY_COST
 
     def __init__(self, config: ModelConfig):
         super().__init__(config)
+        self.cost: DraftCost | None = None
+        self._is_by_cost = False
+        self._n_rows = 0
+        self._earlier: list[tuple[float, int]] = []
         self.hidden_norm = make_norm(config.text, config.hidden_size)
         self.norm = make_norm(config.text, config.hidden_size)
         self.markov_head = MarkovHead(config.vocab_size, config.markov_rank)
@@ -246,7 +288,10 @@ class Model(DSparkDraftModel):  # type: ignore[misc]
 
     def validate_target_compatibility(self, target: Any) -> None:
         """Raises: ValueError: the target has other widths, another vocabulary, or too few layers."""
-        text = getattr(target, "language_model", target).args
+        language_model = getattr(target, "language_model", target)
+        text = getattr(language_model, "args", None)
+        if not isinstance(text, TextConfig):
+            raise ValueError("this draft head is for MiniMax-M3.1, which the model is not")
         for key in ("hidden_size", "vocab_size"):
             own, its = getattr(self.config, key), getattr(text, key)
             if own != its:
@@ -258,11 +303,55 @@ class Model(DSparkDraftModel):  # type: ignore[misc]
             raise ValueError(
                 f"dspark_features is 'normed_output', but layer {last} is not the last of {n_layers}"
             )
+        self.cost = cost_of_rounds(language_model, self)
 
     def bind(self, target: Any) -> "Model":
         self.embed_tokens = None
         super().bind(target)
         return self
+
+    # --- how many tokens to draft ---
+
+    def reset(self, target: Any) -> "Context":  # type: ignore[override]
+        self._earlier = self._rounds()
+        cache = super().reset(target)
+        # For a batch mlx-vlm then makes one for each row.
+        self._n_rows = 0
+        return cache  # type: ignore[no-any-return]
+
+    def choose_block_ceiling(self, context_length: int, requested_block_size: int) -> int:
+        """Raises: ValueError: less than one draft is asked for."""
+        if requested_block_size < 2:
+            raise ValueError(
+                f"--draft-block-size {requested_block_size}: a block is the newest token and its drafts, so "
+                "it has at least 2; leave --draft-model out to draft nothing"
+            )
+        self._is_by_cost = requested_block_size == _BY_COST
+        return min(requested_block_size, self.config.block_size)
+
+    def next_block_size(self, most: int) -> int:
+        """Tokens that the next round verifies, the newest one included; at least one draft."""
+        return min(most, 1 + max(1, self.best_length(max(1, self._n_rows)))) if self._is_by_cost else most
+
+    def best_length(self, rows: int = 1) -> int:
+        """How many tokens to draft by cost and acceptance, for each of ``rows``; 0 where no length pays."""
+        return 1 if self.cost is None else best_length(self.cost, self.acceptance(), rows)
+
+    def acceptance(self) -> list[float]:
+        """Of each draft of a block, the probability that it is accepted if all before it were."""
+        found, expected = [], _EXPECTED
+        for position in range(self.config.proposal_length):
+            tried = sum(n > position and accepted >= position for accepted, n in self._rounds())
+            accepted = sum(accepted > position for accepted, _ in self._rounds())
+            weight = tried + _EXPECTED_COUNTS_AS
+            expected = (accepted + _EXPECTED_COUNTS_AS * expected) / weight
+            found.append(expected)
+        return found
+
+    def _rounds(self) -> list[tuple[float, int]]:
+        """Accepted and drafted tokens of the newest rounds, those of earlier answers included."""
+        newest = zip(self.accept_lens, self.draft_lens, strict=True)
+        return [*self._earlier, *newest][-_RECENT_ROUNDS:]
 
     # --- a round ---
 
@@ -272,16 +361,8 @@ class Model(DSparkDraftModel):  # type: ignore[misc]
         return self.config.sliding_window - 1
 
     def make_cache(self) -> Context:  # type: ignore[override]
+        self._n_rows += 1
         return Context(self.longest_context)
-
-    def choose_block_ceiling(self, context_length: int, requested_block_size: int) -> int:
-        """Raises: ValueError: less than one draft is asked for."""
-        if requested_block_size < 2:
-            raise ValueError(
-                f"--draft-block-size {requested_block_size}: a block is the newest token and its drafts, so "
-                "it has at least 2; leave --draft-model out to draft nothing"
-            )
-        return min(requested_block_size, self.config.block_size)
 
     def draft_block(
         self,

@@ -4,16 +4,16 @@ import logging
 from collections.abc import Callable, Mapping
 from contextvars import ContextVar
 from functools import wraps
+from importlib import import_module
 from importlib.util import find_spec
 from pathlib import Path
+from types import ModuleType
 from typing import Any
 
 from mlx_m3_plugin.hosts.patching import Arguments, call, for_m3, is_m3_checkpoint, where, with_checks
 
 log = logging.getLogger("mlx_m3_plugin")
 
-# Under which mlx-vlm looks up :mod:`.drafter`.
-MODEL_TYPE = "minimax_m3_dspark"
 FOLDER = "dspark"
 _ARCHITECTURE = "DSparkMiniMaxDraftModel"
 
@@ -82,13 +82,63 @@ def generate_step(generate: Any, given: Arguments) -> Any:
     elif options["draft_block_size"] == 1:
         # A block is the newest token and its drafts; mlx-vlm would end the answer.
         given.arguments["draft_model"] = None
+    else:
+        _leave_out_if_dear(given)
     return call(generate, given)
 
 
+# Only our class has the method.
+@where(lambda given: hasattr(type(given["draft_model"]), "best_length"))
+def batch_generator(init: Any, given: Arguments) -> None:
+    _leave_out_if_dear(given)
+    call(init, given)
+
+
+def _ignores_processors(given: Mapping[str, Any]) -> bool:
+    generator = given["self"]
+    is_asked = any(given["logits_processors"] or ()) and generator.draft_model is not None
+    return is_asked and type(generator.model).__module__.startswith("mlx_m3_plugin.")
+
+
+@where(_ignores_processors)
+def insert(add: Any, given: Arguments) -> Any:
+    """Raises: ValueError: what changes logits is asked for, which mlx-vlm would not do with drafts."""
+    raise ValueError(
+        "penalties, logit_bias and grammars are not supported with drafts: leave them out, or start the "
+        "server without --draft-model"
+    )
+
+
+def _leave_out_if_dear(given: Arguments) -> None:
+    """Plain decoding where no number of drafts would pay, and the user asks for none."""
+    drafter = given.arguments["draft_model"]
+    if not hasattr(type(drafter), "best_length") or given.arguments["draft_block_size"] is not None:
+        return
+    if drafter.best_length() == 0:
+        given.arguments["draft_model"] = None
+        if not _said_so:
+            _said_so.append(True)
+            accepted = ", ".join(f"{p:.2f}" for p in drafter.acceptance()[:3])
+            log.warning(
+                "mlx-m3-plugin: drafting is off, because too few drafts are accepted here to pay for their "
+                "verification (expected of the first three: %s); --draft-block-size drafts nevertheless",
+                accepted,
+            )
+
+
+_said_so: list[bool] = []
+
+
+@where(lambda given: hasattr(type(given["draft_model"]), "next_block_size"))
+def next_block_size(choose: Any, given: Arguments) -> int:
+    most = min(given.arguments["requested_block_total"], given.arguments["remaining_budget"])
+    return int(given.arguments["draft_model"].next_block_size(most)) if most > 1 else most
+
+
 @where(lambda given: _is_draft_head(given["config"]))
-def model_type(get: Any, given: Arguments) -> str:
-    """By the architecture: what the ``model_type`` in these configs says is the target's."""
-    return MODEL_TYPE
+def model_class(get: Any, given: Arguments) -> tuple[ModuleType, str]:
+    """By the architecture: what these configs have as ``model_type`` may be the target's."""
+    return import_module("mlx_m3_plugin.hosts.mlx_vlm.drafter"), "dspark"
 
 
 def load_drafter(module: Any, original: Callable[..., Any]) -> Callable[..., Any]:

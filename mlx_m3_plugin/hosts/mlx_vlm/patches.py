@@ -98,12 +98,11 @@ PATCHES = [
         until="never: MLX opens files that are cut off, and lets the second tensor of one name win",
     ),
     Patch(
-        "mlx_vlm.utils:get_model_type(config)",
+        "mlx_vlm.utils:get_model_and_args(config)",
         "M3.1's draft head",
-        drafts.model_type,
+        drafts.model_class,
         until="mlx-vlm has M3.1's draft head",
         fault="test_mlx_vlm_has_no_draft_head_of_m31",
-        since="0.7.10",
     ),
     Patch(
         "mlx_vlm.speculative.drafters:load_drafter(path_or_repo)",
@@ -126,6 +125,29 @@ PATCHES = [
         drafts.generate_step,
         until="mlx-vlm obeys them with drafts",
         fault="test_mlx_vlm_ignores_penalties_with_drafts",
+    ),
+    Patch(
+        "mlx_vlm.generate.ar:BatchGenerator.__init__(draft_model, draft_block_size)",
+        "no drafts in batches where they do not pay",
+        drafts.batch_generator,
+        until="never: what drafts of M3 cost depends on its experts",
+        since="0.7.10",
+    ),
+    Patch(
+        "mlx_vlm.generate.ar:BatchGenerator.insert(logits_processors)",
+        "no penalty that drafts would ignore",
+        drafts.insert,
+        ("BatchGenerator.__init__: draft_model, model",),
+        until="mlx-vlm obeys them with drafts",
+        fault="test_mlx_vlm_ignores_penalties_with_drafts",
+    ),
+    Patch(
+        "mlx_vlm.speculative.dflash:_dflash_next_block_size(draft_model, requested_block_total,"
+        " remaining_budget)",
+        "as many drafts as pay",
+        drafts.next_block_size,
+        until="never: what drafts of M3 cost depends on its experts",
+        since="0.7.10",
     ),
     Patch(
         "mlx_vlm.generate.common:PromptCacheState.update(token_ids, kv_cache)",
