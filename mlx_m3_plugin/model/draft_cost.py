@@ -66,16 +66,17 @@ class DraftCost:
         chosen = distinct_experts(self.experts, self.experts_per_token, tokens) if self.experts else 0.0
         return self.shared + self.per_token * tokens + self.routed * chosen / max(1, self.experts)
 
-    def round(self, drafted: int) -> float:
-        """Of drafting ``drafted`` tokens and verifying them; of plain decoding for 0."""
+    def round(self, drafted: int, rows: int = 1) -> float:
+        """Of drafting ``drafted`` tokens for each of ``rows`` sequences, which mlx-vlm does one by one, and
+        verifying all of them in one pass; of plain decoding for 0."""
         draft = self.draft + self.per_drafted * drafted if drafted else 0.0
-        return draft + self.verification(drafted + 1)
+        return rows * draft + self.verification(rows * (drafted + 1))
 
-    def speedup(self, acceptance: Sequence[float]) -> float:
+    def speedup(self, acceptance: Sequence[float], rows: int = 1) -> float:
         """How many times as fast as plain decoding it is to draft as many tokens as ``acceptance`` has."""
-        return tokens_per_pass(acceptance) * self.round(0) / self.round(len(acceptance))
+        return tokens_per_pass(acceptance) * self.round(0, rows) / self.round(len(acceptance), rows)
 
 
-def best_length(cost: DraftCost, acceptance: Sequence[float]) -> int:
+def best_length(cost: DraftCost, acceptance: Sequence[float], rows: int = 1) -> int:
     """How many tokens to draft, at most as many as ``acceptance`` has; 0 where no length pays."""
-    return max(range(len(acceptance) + 1), key=lambda length: cost.speedup(acceptance[:length]))
+    return max(range(len(acceptance) + 1), key=lambda length: cost.speedup(acceptance[:length], rows))

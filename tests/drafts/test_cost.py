@@ -60,6 +60,8 @@ def test_a_pass_reads_the_experts_of_all_its_tokens() -> None:
     assert cost.round(0) == cost.verification(1) == 100 + 3 + 20
     assert cost.round(1) == cost.verification(2) + 8
     assert cost.speedup([0.5]) == pytest.approx(1.5 * 123 / cost.round(1))
+    assert cost.round(1, rows=3) == cost.verification(6) + 3 * 8
+    assert cost.speedup([0.5], rows=3) == pytest.approx(1.5 * cost.verification(3) / cost.round(1, rows=3))
 
 
 def test_a_dense_model_has_no_experts() -> None:

@@ -163,6 +163,17 @@ def test_lengths_by_cost(model: Any, tmp_path: Path, fresh_seed: int, caplog: An
     assert set(drafter.draft_lens[:-1]) == {4}
     assert_same_tokens(drafted(model, prompt, 40, drafter), expected)
     assert drafter.draft_lens[-2] > 4
+    # In a batch each row pays for its drafts.
+    best, counted_rows = type(drafter).best_length, []
+
+    def best_length(rows: int = 1) -> int:
+        counted_rows.append(rows)
+        return best(drafter, rows)
+
+    drafter.best_length = best_length
+    drafted_together(model, [Request(prompt, 8), Request(prompt, 8)], drafter)
+    assert counted_rows[0] == 1
+    assert set(counted_rows[1:]) == {2}
 
 
 def test_sampled_answers_have_the_same_distribution(

@@ -276,6 +276,7 @@ class Model(DSparkDraftModel):  # type: ignore[misc]
         super().__init__(config)
         self.cost: DraftCost | None = None
         self._is_by_cost = False
+        self._n_rows = 0
         self._earlier: list[tuple[float, int]] = []
         self.hidden_norm = make_norm(config.text, config.hidden_size)
         self.norm = make_norm(config.text, config.hidden_size)
@@ -313,7 +314,10 @@ class Model(DSparkDraftModel):  # type: ignore[misc]
 
     def reset(self, target: Any) -> "Context":  # type: ignore[override]
         self._earlier = self._rounds()
-        return super().reset(target)  # type: ignore[no-any-return]
+        cache = super().reset(target)
+        # For a batch mlx-vlm then makes one for each row.
+        self._n_rows = 0
+        return cache  # type: ignore[no-any-return]
 
     def choose_block_ceiling(self, context_length: int, requested_block_size: int) -> int:
         """Raises: ValueError: less than one draft is asked for."""
@@ -327,11 +331,11 @@ class Model(DSparkDraftModel):  # type: ignore[misc]
 
     def next_block_size(self, most: int) -> int:
         """Tokens that the next round verifies, the newest one included; at least one draft."""
-        return min(most, 1 + max(1, self.best_length())) if self._is_by_cost else most
+        return min(most, 1 + max(1, self.best_length(max(1, self._n_rows)))) if self._is_by_cost else most
 
-    def best_length(self) -> int:
-        """How many tokens to draft by cost and acceptance; 0 where no length pays."""
-        return 1 if self.cost is None else best_length(self.cost, self.acceptance())
+    def best_length(self, rows: int = 1) -> int:
+        """How many tokens to draft by cost and acceptance, for each of ``rows``; 0 where no length pays."""
+        return 1 if self.cost is None else best_length(self.cost, self.acceptance(), rows)
 
     def acceptance(self) -> list[float]:
         """Of each draft of a block, the probability that it is accepted if all before it were."""
@@ -357,6 +361,7 @@ class Model(DSparkDraftModel):  # type: ignore[misc]
         return self.config.sliding_window - 1
 
     def make_cache(self) -> Context:  # type: ignore[override]
+        self._n_rows += 1
         return Context(self.longest_context)
 
     def draft_block(
