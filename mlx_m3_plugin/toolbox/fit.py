@@ -335,8 +335,8 @@ def _open_draft(path_or_repository: str | Path, draft: str | Path, config: TextC
         place = locate(path_or_repository)
         if place.directory is None or not (place.directory / DRAFT_FOLDER / "config.json").is_file():
             raise FileNotFoundError(
-                f"--draft: {place.name} has no draft head in {DRAFT_FOLDER}/ on disk; name its directory, as in "
-                "--draft DIR"
+                f"--draft: {place.name} has no draft head in {DRAFT_FOLDER}/ on disk; name its directory, as "
+                "in --draft DIR"
             )
         directory = place.directory / DRAFT_FOLDER
     head = open_draft_head(directory)
