@@ -159,6 +159,4 @@ def _draft(plan: ConversionPlan) -> list[str]:
     if plan.draft.head is None:
         return [f"draft head ({words}): kept bit for bit"]
     size = size_in_words(plan.draft.nbytes)
-    return [
-        f"draft head ({DRAFT_FOLDER}/): quantized by the recipe, {size}; --keep-draft keeps it bit for bit"
-    ]
+    return [f"draft head ({DRAFT_FOLDER}/): quantized by the recipe, {size}; --keep-draft copies it"]

@@ -167,11 +167,8 @@ def _write_draft(source: Checkpoint, draft: DraftPlan, unfinished: Path, memory:
     """Returns the names of all files."""
     if draft.head is None:
         return write_draft(source, unfinished)
-    folder, names = (
-        unfinished / DRAFT_FOLDER,
-        [f"{DRAFT_FOLDER}/model.safetensors", f"{DRAFT_FOLDER}/config.json"],
-    )
-    folder.mkdir(exist_ok=True)
+    names = [f"{DRAFT_FOLDER}/model.safetensors", f"{DRAFT_FOLDER}/config.json"]
+    (unfinished / DRAFT_FOLDER).mkdir(exist_ok=True)
     # Of another run, perhaps of another source.
     (unfinished / names[0]).unlink(missing_ok=True)
     with draft.head.reader() as reader:
