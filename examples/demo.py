@@ -55,7 +55,7 @@ def main(directory: Path) -> None:
     show(run("mlx_vlm.generate", "--model", model, *VLM, *picture))
     heading("The same answer in fewer forward passes, with M3-nano's draft head")
     # Without --no-verbose, for what it counts.
-    drafts = ("--draft-model", str(directory / "dspark"), *VLM[:-1], *picture)
+    drafts = ("--draft-model", str(directory / "dspark"), "--draft-block-size", "8", *VLM[:-1], *picture)
     printed = run("mlx_vlm.generate", "--model", model, *drafts).splitlines()
     show(next(line for line in printed if line.startswith("Speculative decoding")))
     heading(f"A needle in {TIMES} times the {BUDGET} tokens that a query may attend to")

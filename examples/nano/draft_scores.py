@@ -20,6 +20,15 @@ from score import held_out
 
 from mlx_m3_plugin.toolbox.demo import NANO
 
+PAGE = """# Forward passes with M3-nano's draft head
+
+`python examples/nano/draft_scores.py`: {cases} held-out exercises of each task in stock mlx-vlm with the
+plugin, greedily. Every answer is the one without a draft. Tokens and passes are means of an answer; the pass
+that reads the prompt counts, so without a draft there are as many passes as tokens.
+
+{table}
+"""
+
 
 @dataclass
 class Count:
@@ -87,9 +96,9 @@ def main() -> None:
     parser.add_argument("--output", type=Path)
     arguments = parser.parse_args()
     drafts = Drafts(arguments.model, arguments.draft or arguments.model / "dspark")
-    each = [f"passes with {n} | tokens per pass" for n in arguments.drafted]
+    each = [f"passes, {n} drafted | tokens per pass" for n in arguments.drafted]
     lines = [
-        f"| task | tokens and passes | {' | '.join(each)} |",
+        f"| task | tokens | {' | '.join(each)} |",
         "|---|--:|" + "--:|" * 2 * len(arguments.drafted),
     ]
     total = [Count() for _ in arguments.drafted]
@@ -102,7 +111,7 @@ def main() -> None:
         total = [before + count for before, count in zip(total, counts, strict=True)]
     lines.append(_line("all", total))
     if arguments.output:
-        arguments.output.write_text("\n".join(lines) + "\n")
+        arguments.output.write_text(PAGE.format(cases=arguments.cases, table="\n".join(lines)))
     print("", *lines, sep="\n")
 
 

@@ -36,8 +36,7 @@ from mlx_m3_plugin.toolbox.convert.plan import plan_conversion
 from mlx_m3_plugin.toolbox.convert.recipe import parse_recipe
 from mlx_m3_plugin.toolbox.convert.run import convert
 from mlx_m3_plugin.toolbox.demo import NANO
-from mlx_m3_plugin.toolbox.draft_head import FOLDER
-from mlx_m3_plugin.weights.headers import INDEX
+from mlx_m3_plugin.weights.headers import DRAFT_FOLDER, INDEX
 from mlx_m3_plugin.weights.names import DRAFT_PREFIX, EXPERT_PROJECTIONS
 
 LAYERS = [0, 1, 2, 3]
@@ -281,21 +280,21 @@ def main() -> None:
     head = DraftHead(made["text_config"])
     print(f"{sum(parameter.numel() for parameter in head.parameters()):,} parameters")
     train(head, texts, target.matrices(), arguments.steps, arguments.seed)
-    save(head, made, arguments.directory / FOLDER)
+    save(head, made, arguments.directory / DRAFT_FOLDER)
     if arguments.package:
-        package(arguments.directory / FOLDER)
+        package(arguments.directory / DRAFT_FOLDER)
 
 
 def package(head: Path) -> None:
     """As ``mlx-m3 convert --recipe 8bit`` makes it of a model with this head."""
     with tempfile.TemporaryDirectory() as work:
         source, made = Path(work) / "source", Path(work) / "made"
-        shutil.copytree(NANO, source, ignore=shutil.ignore_patterns(FOLDER))
-        shutil.copytree(head, source / FOLDER)
+        shutil.copytree(NANO, source, ignore=shutil.ignore_patterns(DRAFT_FOLDER))
+        shutil.copytree(head, source / DRAFT_FOLDER)
         if mlx_m3(["convert", str(source), str(made), "--recipe", "8bit"]):
             raise SystemExit(1)
-        shutil.rmtree(NANO / FOLDER, ignore_errors=True)
-        shutil.copytree(made / FOLDER, NANO / FOLDER)
+        shutil.rmtree(NANO / DRAFT_FOLDER, ignore_errors=True)
+        shutil.copytree(made / DRAFT_FOLDER, NANO / DRAFT_FOLDER)
 
 
 if __name__ == "__main__":

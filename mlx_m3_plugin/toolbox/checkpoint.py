@@ -17,7 +17,7 @@ from ..model.config import TextConfig, text_config_of
 from ..weights import Headers, StoredTensor, lacks_indexers, plan_layout, read_headers, shorten
 from ..weights.byte_ranges import TensorReader
 from ..weights.dtypes import MLX_DTYPES
-from ..weights.headers import INDEX, MODEL_TYPES, TEXT_ONLY
+from ..weights.headers import DRAFT_FOLDER, INDEX, MODEL_TYPES, TEXT_ONLY
 from ..weights.names import TEXT_PREFIX, is_draft, is_vision
 from ..weights.quantization import PARTS
 from ..weights.tensor import Tensor
@@ -30,7 +30,7 @@ M3, M31 = "MiniMax-M3", "MiniMax-M3.1-Flash"
 # Folders of draft heads, which are checkpoints of their own: M3.1's, and that of draft tensors which a
 # conversion has taken out of the shards.
 DRAFT_TENSORS = "draft"
-DRAFT_FOLDERS = ("dspark", DRAFT_TENSORS)
+DRAFT_FOLDERS = (DRAFT_FOLDER, DRAFT_TENSORS)
 CHAT_TEMPLATE_FILES = ("chat_template.jinja", "chat_template.json")
 _REPOSITORY = re.compile(r"^[\w-][\w.-]*/[\w.-]+$")
 _HUB_HOSTS = ("huggingface.co", "www.huggingface.co", "hf.co")

@@ -13,8 +13,6 @@ from .common import read_json_object
 from .parameters import Shapes, differences, quantized_modules
 from .precision import Quantization
 
-# The folder of MiniMax-M3.1-Flash's.
-FOLDER = "dspark"
 _NUMBERS = (
     *("hidden_size", "vocab_size", "num_hidden_layers", "num_attention_heads", "num_key_value_heads"),
     *("head_dim", "dense_intermediate_size", "sliding_window", "dspark_block_size", "dspark_markov_rank"),

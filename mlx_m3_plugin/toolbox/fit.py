@@ -28,10 +28,11 @@ from ..model.memory import (
 from ..startup.settings import EXPERT_MEMORY, PIPELINE_SPLIT
 from ..weights import shorten
 from ..weights.dtypes import size_in_bytes
+from ..weights.headers import DRAFT_FOLDER
 from ..weights.names import is_vision, layer_of
 from .checkpoint import Contents, Source, locate, model_name, open_source, read_contents, read_text_config
 from .common import Answer, size_in_words, tokens_in_words
-from .draft_head import FOLDER, DraftHead, open_draft_head
+from .draft_head import DraftHead, open_draft_head
 from .parameters import NOT_IN_THE_TEXT_MODEL, OTHER, bytes_of_components
 
 # Components that a token does not read, or (embeddings, routed experts) reads only a part of.
@@ -332,12 +333,12 @@ def _open_draft(path_or_repository: str | Path, draft: str | Path, config: TextC
     directory = Path(draft).expanduser()
     if draft == AUTO:
         place = locate(path_or_repository)
-        if place.directory is None or not (place.directory / FOLDER / "config.json").is_file():
+        if place.directory is None or not (place.directory / DRAFT_FOLDER / "config.json").is_file():
             raise FileNotFoundError(
-                f"--draft: {place.name} has no draft head in {FOLDER}/ on disk; name its directory, as in "
-                "--draft DIR"
+                f"--draft: {place.name} has no draft head in {DRAFT_FOLDER}/ on disk; name its directory, as "
+                "in --draft DIR"
             )
-        directory = place.directory / FOLDER
+        directory = place.directory / DRAFT_FOLDER
     head = open_draft_head(directory)
     for name in ("hidden_size", "vocab_size"):
         if head.config[name] != getattr(config, name):

@@ -21,6 +21,7 @@ TEXT_ONLY = "minimax_m3"
 MODEL_TYPES = ("minimax_m3_vl", TEXT_ONLY)
 # What the config of M3.1's draft head says, which is a checkpoint in a folder of its own.
 DRAFT_HEAD = "DSparkMiniMaxDraftModel"
+DRAFT_FOLDER = "dspark"
 INDEX = "model.safetensors.index.json"
 
 # The safetensors format's own limit.

@@ -1,5 +1,6 @@
 """M3-nano's draft head, as it is packaged: a real one, trained on what M3-nano says."""
 
+import shutil
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -16,13 +17,15 @@ from mlx_m3_plugin.cli import main
 from mlx_m3_plugin.model.draft_cost import counted_experts, distinct_experts
 from mlx_m3_plugin.model.moe import SparseMoeBlock
 from mlx_m3_plugin.toolbox.demo import NANO
-from mlx_m3_plugin.toolbox.draft_head import FOLDER, open_draft_head
+from mlx_m3_plugin.toolbox.draft_head import open_draft_head
+from mlx_m3_plugin.toolbox.stock import why_not_opened
+from mlx_m3_plugin.weights.headers import DRAFT_FOLDER
 from mlx_m3_plugin.weights.names import draft_parameter
 
 
 @pytest.fixture(scope="module")
 def drafts() -> Drafts:
-    return Drafts(NANO, NANO / FOLDER)
+    return Drafts(NANO, NANO / DRAFT_FOLDER)
 
 
 def test_it_halves_the_forward_passes_and_changes_no_answer(
@@ -39,7 +42,7 @@ def test_it_halves_the_forward_passes_and_changes_no_answer(
 
 
 def test_it_is_small_and_described(capsys: pytest.CaptureFixture[str]) -> None:
-    head = open_draft_head(NANO / FOLDER)
+    head = open_draft_head(NANO / DRAFT_FOLDER)
     assert head.nbytes < 1_000_000
     assert (head.block, head.target_layers) == (7, [0, 1, 2, 3])
     assert main(["inspect", str(NANO)]) == 0
@@ -51,7 +54,7 @@ def test_it_is_small_and_described(capsys: pytest.CaptureFixture[str]) -> None:
 @pytest.mark.parametrize("bits", ["8", "4"])
 def test_the_demo_writes_it(bits: str, tmp_path: Path) -> None:
     assert main(["demo", str(tmp_path / "nano"), "--bits", bits]) == 0
-    head = open_draft_head(tmp_path / "nano" / FOLDER)
+    head = open_draft_head(tmp_path / "nano" / DRAFT_FOLDER)
     assert {spec.bits for spec in head.quantized.values()} == {int(bits)}
 
 
@@ -62,7 +65,7 @@ def test_training_and_drafting_compute_the_same(drafts: Drafts, fresh_seed: int)
 
     head, random = drafts.head, np.random.default_rng(fresh_seed)
     head.bind(drafts.model)
-    config = open_draft_head(NANO / FOLDER).config
+    config = open_draft_head(NANO / DRAFT_FOLDER).config
     modules, net = dict(head.named_modules()), DraftHead(config)
     for name, parameter in net.named_parameters():
         path, _, part = draft_parameter(name).rpartition(".")
@@ -110,3 +113,10 @@ def test_real_routing_chooses_fewer_experts_than_an_even_one(
         assert 2 < counted < distinct_experts(8, 2, tokens)
     for choices in seen:
         assert counted_experts(choices, 1) == 2
+
+
+def test_libraries_without_us_do_not_see_it(tmp_path: Path) -> None:
+    without = shutil.copytree(NANO, tmp_path / "without", ignore=shutil.ignore_patterns(DRAFT_FOLDER))
+    for library in ("mlx-lm", "mlx-vlm"):
+        with_it, without_it = why_not_opened(library, NANO, without)
+        assert with_it == without_it

@@ -8,9 +8,9 @@ from pathlib import Path
 
 from ...model.config import TextConfig
 from ...model.memory import default_memory
+from ...weights.headers import DRAFT_FOLDER
 from ..checkpoint import Checkpoint, draft_in_words, open_checkpoint
 from ..common import Answer, bytes_bar, component_table, layers_bar, size_in_words
-from ..draft_head import FOLDER
 from ..forward_pass import Texts, default_cache, read_texts, text_of
 from ..new_directory import STATE, new_directory, unfinished_of
 from ..precision import Quantization
@@ -159,4 +159,4 @@ def _draft(plan: ConversionPlan) -> list[str]:
     if plan.draft.head is None:
         return [f"draft head ({words}): kept bit for bit"]
     size = size_in_words(plan.draft.nbytes)
-    return [f"draft head ({FOLDER}/): quantized by the recipe, {size}; --keep-draft keeps it bit for bit"]
+    return [f"draft head ({DRAFT_FOLDER}/): quantized by the recipe, {size}; --keep-draft copies it"]

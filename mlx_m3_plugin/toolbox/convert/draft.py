@@ -8,9 +8,10 @@ import shutil
 from pathlib import Path
 
 from ...model.config import TextConfig
+from ...weights.headers import DRAFT_FOLDER
 from ...weights.names import published_draft_name
 from ..checkpoint import DRAFT_TENSORS, Checkpoint, draft_in_words
-from ..draft_head import FOLDER, DraftHead, draft_shapes, open_draft_head
+from ..draft_head import DraftHead, draft_shapes, open_draft_head
 from ..precision import Quantization
 from .plan import DraftPlan, NewModule, copied_module, new_module, source_matrices
 from .recipe import Matrix, Recipe
@@ -31,11 +32,11 @@ def plan_draft_head(source: Checkpoint, recipe: Recipe, *, keep: bool = False) -
     """
     if keep:
         _check_kept(source)
-    elif FOLDER not in source.draft_folders:
+    elif DRAFT_FOLDER not in source.draft_folders:
         return None
     if keep or recipe.bit_targets:
         return DraftPlan()
-    head = open_draft_head(source.directory / FOLDER)
+    head = open_draft_head(source.directory / DRAFT_FOLDER)
     checkpoint = _as_checkpoint(head)
     shapes = draft_shapes(head.config)
     return DraftPlan(checkpoint, tuple(_new_module(checkpoint, recipe, *item) for item in shapes.items()))

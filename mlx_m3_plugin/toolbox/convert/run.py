@@ -16,12 +16,11 @@ import mlx.core as mx
 
 from ... import __version__
 from ...weights.byte_ranges import TensorReader
-from ...weights.headers import INDEX, weight_files
+from ...weights.headers import DRAFT_FOLDER, INDEX, weight_files
 from ...weights.quantization import quantization_entry, with_quantization
 from ..checkpoint import Checkpoint
 from ..checksums import read_sums, sha256_of, write_sums
 from ..common import Progress, read_json_object
-from ..draft_head import FOLDER
 from ..new_directory import STATE, contents, new_directory, replace_text
 from ..precision import Quantization, converted
 from ..shards import ShardWriter
@@ -187,8 +186,8 @@ def _write_draft(source: Checkpoint, draft: DraftPlan, unfinished: Path, memory:
     """Returns the names of all files."""
     if draft.head is None:
         return write_draft(source, unfinished)
-    folder, names = unfinished / FOLDER, [f"{FOLDER}/model.safetensors", f"{FOLDER}/config.json"]
-    folder.mkdir(exist_ok=True)
+    names = [f"{DRAFT_FOLDER}/model.safetensors", f"{DRAFT_FOLDER}/config.json"]
+    (unfinished / DRAFT_FOLDER).mkdir(exist_ok=True)
     # Of another run, perhaps of another source.
     (unfinished / names[0]).unlink(missing_ok=True)
     with draft.head.reader() as reader:

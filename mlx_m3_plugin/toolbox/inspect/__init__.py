@@ -15,7 +15,7 @@ from ...model.config import uncut_lists
 from ...model.memory import Memory, is_mac, machine_memory, memory_for
 from ...startup.settings import EFFORTS, EXPERT_MEMORY, expert_memory
 from ...weights import Headers, shorten, unused_in_words
-from ...weights.headers import INDEX, dtypes_not_read
+from ...weights.headers import DRAFT_FOLDER, INDEX, dtypes_not_read
 from ..checkpoint import (
     CHAT_TEMPLATE_FILES,
     M3,
@@ -30,7 +30,7 @@ from ..checkpoint import (
 )
 from ..checksums import Verification, verify
 from ..common import Answer, bytes_bar, component_table, size_in_words, tokens_in_words
-from ..draft_head import FOLDER, open_draft_head
+from ..draft_head import open_draft_head
 from ..parameters import NOT_IN_THE_TEXT_MODEL
 from ..stock import (
     DEFAULT_EFFORT,
@@ -213,10 +213,10 @@ def ask_stock(found: Inspection, path_or_repository: str | Path) -> None:
 
 
 def _inspect_drafter(found: Inspection, source: Source) -> None:
-    if source.directory is None or FOLDER not in source.draft_folders:
+    if source.directory is None or DRAFT_FOLDER not in source.draft_folders:
         return
     try:
-        head = open_draft_head(source.directory / FOLDER)
+        head = open_draft_head(source.directory / DRAFT_FOLDER)
     except (OSError, ValueError) as error:
         found.problems.append(str(error))
     else:
@@ -225,7 +225,7 @@ def _inspect_drafter(found: Inspection, source: Source) -> None:
 
 def _notes(source: Source) -> list[str]:
     headers, notes = source.headers, unused_in_words(source.headers.tensors)
-    others = (folder for folder in source.draft_folders if folder != FOLDER)
+    others = (folder for folder in source.draft_folders if folder != DRAFT_FOLDER)
     notes += [f"{folder}/ holds a draft head, which is not used" for folder in others]
     if headers.unlisted:
         files = ", ".join(shorten(headers.unlisted, 3))
@@ -343,11 +343,11 @@ def _what_it_is(found: Inspection) -> list[str]:
     if (drafter := found.drafter) is not None:
         layers = ", ".join(map(str, drafter.target_layers))
         facts["draft head"] = (
-            f"{FOLDER}/, for mlx-vlm's --draft-model: {size_in_words(drafter.bytes)}, up to "
+            f"{DRAFT_FOLDER}/, for mlx-vlm's --draft-model: {size_in_words(drafter.bytes)}, up to "
             f"{tokens_in_words(drafter.block)} a round, after layers {layers}"
         )
     elif found.draft is not None:
-        is_used = f"{FOLDER}/" in found.draft
+        is_used = f"{DRAFT_FOLDER}/" in found.draft
         facts["draft head"] = f"{found.draft}, " + ("for mlx-vlm's --draft-model" if is_used else "not used")
     return [
         line
