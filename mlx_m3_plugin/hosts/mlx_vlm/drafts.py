@@ -14,7 +14,6 @@ from mlx_m3_plugin.hosts.patching import Arguments, call, for_m3, is_m3_checkpoi
 
 log = logging.getLogger("mlx_m3_plugin")
 
-FOLDER = "dspark"
 _ARCHITECTURE = "DSparkMiniMaxDraftModel"
 
 _LOADS_DRAFTER: ContextVar[bool] = ContextVar("loads_drafter", default=False)
@@ -161,14 +160,16 @@ def load_model(module: Any, original: Callable[..., Any]) -> Callable[..., Any]:
     checked = with_checks(original, lambda directory: is_m3_checkpoint(directory) or _is_in(directory))
 
     def load(given: Arguments) -> Any:
+        from mlx_m3_plugin.weights.headers import DRAFT_FOLDER
+
         directory = Path(given.arguments["model_path"])
         if not _is_in(directory):
-            if not _is_in(directory / FOLDER):
+            if not _is_in(directory / DRAFT_FOLDER):
                 raise ValueError(
-                    f"{directory} is a MiniMax-M3 checkpoint without a draft head in {FOLDER}/: leave "
+                    f"{directory} is a MiniMax-M3 checkpoint without a draft head in {DRAFT_FOLDER}/: leave "
                     "--draft-model out, or name a draft head"
                 )
-            given.arguments["model_path"] = directory / FOLDER
+            given.arguments["model_path"] = directory / DRAFT_FOLDER
         if find_spec("mlx_vlm.speculative.drafters.dspark") is None:
             raise ValueError(
                 "this mlx-vlm does not know DSpark draft heads: install mlx-vlm 0.7.10 or newer, or leave "
