@@ -16,7 +16,7 @@ from msa_layers import BLOCK, GROUPS, HEAD_DIM, HEADS, TOPK
 
 from mlx_m3_plugin.msa import attend
 from mlx_m3_plugin.msa.attend import CPU, FORMS, Work, choose_form, rates_here
-from mlx_m3_plugin.msa.common import default_tile_bytes, on_gpu
+from mlx_m3_plugin.msa.common import Chosen, default_tile_bytes, on_gpu
 
 QUERIES = (1, 4, 8, 16, 32, 64, 256, 2048)
 
@@ -59,7 +59,7 @@ def all_forms(dtype: mx.Dtype, queries: int, context: int) -> tuple[list[Callabl
     mx.eval(keys, values, q, blocks)
     options = {"block_size": BLOCK, "scale": HEAD_DIM**-0.5}
     forms = [partial(attend, q, keys, values, blocks, offset, form=form, **options) for form in FORMS]
-    work = Work.of(q, keys, values, blocks, BLOCK)
+    work = Work.of(q, Chosen(keys, values, blocks, offset, None, BLOCK, HEAD_DIM**-0.5))
     return forms, choose_form(work, default_tile_bytes(), rates_here() if on_gpu() else CPU)
 
 

@@ -6,8 +6,7 @@ A random model with M3's expert widths in 4 bits, on mlx-vlm.  Every read of an 
 throttle, for both forms of offload, so the page cache plays no part: a read takes as long as its bytes
 take at a rate at which the misses of a token take ``ratio`` times the arithmetic of a token.  mlx-vlm's
 reads happen inside MLX, and are charged where it asks for the experts.  Some experts are more popular than
-others (a random bias of the router), and a layer changes the hidden state only a little, so that the next
-router's choice can be guessed: ``hits`` are experts that were in memory, or on their way.
+others (a random bias of the router).
 
 ``of what is possible`` is max(time of the disk, time of the arithmetic) / time.
 """
@@ -69,11 +68,10 @@ def main() -> None:
 
 def compare(source: Path, store: Path, pool: float, ratio: float, resident: "Run", args: Any) -> None:
     """A line for each form of offload, at the rate where our misses take ``ratio`` times the arithmetic."""
-    free = measured(Ours(source, pool, read_ahead=False), args)
+    free = measured(Ours(source, pool), args)
     rate = free.bytes_read / args.tokens / (ratio * resident.decoding / args.tokens)
     forms: dict[str, Form] = {
-        "ours": Ours(source, pool, read_ahead=True),
-        "ours, no read-ahead": Ours(source, pool, read_ahead=False),
+        "ours": Ours(source, pool),
         "mlx-vlm": MlxVlm(store, pool * expert_bytes(args)),
     }
     for name, form in forms.items():
@@ -158,16 +156,11 @@ class Resident(Form):
 @dataclass
 class Ours(Form):
     pool: float
-    read_ahead: bool
 
     def load(self) -> Any:
         headers = json.loads((self.directory / "config.json").read_text())["text_config"]
         total = headers["num_hidden_layers"] * headers["num_local_experts"] * one_expert()
-        model = load_on_disk("mlx_vlm", self.directory, int(total * self.pool))
-        if not self.read_ahead:
-            for layer in experts_of(model):
-                layer._next = None
-        return model
+        return load_on_disk("mlx_vlm", self.directory, int(total * self.pool))
 
     def counts(self, model: Any) -> tuple[int, int, float]:
         slots = [layer.slots for layer in experts_of(model)]

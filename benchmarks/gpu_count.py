@@ -273,8 +273,8 @@ def parts_of(
     if "attend" not in calls:
         return parts, {}
     plain = sys.modules["mlx_m3_plugin.msa.attend"]
-    for of_the_engine in ("setup", "is_training"):
-        calls["attend"][1].pop(of_the_engine)
+    options = calls["attend"][1]
+    calls["attend"] = (calls["attend"][0], options["setup"].attention)
     return parts, {form: alone(plain.attend, "attend", form=form) for form in plain.FORMS}
 
 

@@ -34,8 +34,9 @@ from mlx_m3_plugin.model.config import text_config_of
 from mlx_m3_plugin.toolbox.checkpoint import open_checkpoint
 from mlx_m3_plugin.toolbox.convert.plan import plan_conversion
 from mlx_m3_plugin.toolbox.convert.recipe import parse_recipe
-from mlx_m3_plugin.toolbox.convert.run import convert
+from mlx_m3_plugin.toolbox.convert.run import write
 from mlx_m3_plugin.toolbox.demo import NANO
+from mlx_m3_plugin.toolbox.new_directory import new_directory
 from mlx_m3_plugin.weights.headers import DRAFT_FOLDER, INDEX
 from mlx_m3_plugin.weights.names import DRAFT_PREFIX, EXPERT_PROJECTIONS
 
@@ -125,7 +126,8 @@ def write_float(source: Path, directory: Path) -> None:
     """The same weights in float32, under the published names, which transformers reads."""
     checkpoint = open_checkpoint(source)
     recipe = parse_recipe("float", '[default]\ndtype = "float32"', checkpoint.text_config)
-    convert(plan_conversion(checkpoint, recipe), directory, memory=1 << 28, progress=lambda *_: None)
+    with new_directory(directory, "convert", resumable=True) as unfinished:
+        write(plan_conversion(checkpoint, recipe), unfinished, memory=1 << 28, progress=lambda *_: None)
     (shard,) = directory.glob("*.safetensors")
     tensors = {}
     for name, array in mx.load(str(shard)).items():

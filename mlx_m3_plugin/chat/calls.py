@@ -11,6 +11,7 @@
 import re
 from collections.abc import Mapping
 from dataclasses import dataclass, field
+from itertools import chain
 from typing import Any
 
 from mlx_m3_plugin.chat.values import (
@@ -75,11 +76,10 @@ class _OpenElement:
     shape: Shape
     begin: int
     closing: str = ""
-    texts: list[str] = field(default_factory=list)
     children: list[Element] = field(default_factory=list)
-    # Where the texts are that have children after them.
-    before: list[tuple[int, int]] = field(default_factory=list)
-    # Where a token stood alone: children and texts before it.
+    # The texts before each child, and those after the last one.
+    texts: list[list[str]] = field(default_factory=lambda: [[]])
+    # Where a token stood alone: the children before it, and the texts since the last of them.
     alone: tuple[int, int] | None = None
     # Names of children that may belong around it, if its end is not written.
     doubts: list[str] = field(default_factory=list)
@@ -93,31 +93,23 @@ class _OpenElement:
     @property
     def is_leaf(self) -> bool:
         """Whether there is a text in it, and no tags: by its shape, or an array or object as JSON."""
-        text = "".join(self.texts).lstrip()
+        text = self.text().lstrip()
         has_value = self.shape.is_leaf or text[:1] in ("[", "{") or (self.shape.is_array and text)
         return bool(has_value) and not self.children and not self.alone
 
     def add(self, child: Element) -> None:
-        if self.texts:
-            self.before.append((len(self.children), len(self.texts)))
         self.children.append(child)
+        self.texts.append([])
 
-    @property
-    def texts_before_last_child(self) -> int:
-        return self.before[-1][1] if self.before else 0
+    def text(self) -> str:
+        return "".join(chain(*self.texts))
 
     def last_text(self) -> str:
         """After the last child."""
-        return "".join(self.texts[self.texts_before_last_child :])
+        return "".join(self.texts[-1])
 
     def between(self) -> list[tuple[int, str]]:
-        found, begin = [], 0
-        for count, end in [*self.before, (len(self.children), len(self.texts))]:
-            text = "".join(self.texts[begin:end])
-            if text.strip():
-                found.append((count, text))
-            begin = end
-        return found
+        return [(index, text) for index, run in enumerate(self.texts) if (text := "".join(run)).strip()]
 
 
 class CallBuilder:
@@ -165,34 +157,24 @@ class CallBuilder:
 
     # --- what is read ---
 
-    def text(self, text: str) -> None:
-        self._take("text", "", text)
+    def take(self, kind: str, written: str, name: str = "") -> None:
+        """The next piece.
 
-    def open(self, name: str, written: str) -> None:
-        self._take("open", name, written)
-
-    def close(self, name: str, written: str) -> None:
-        self._take("close", name, written)
-
-    def token(self, written: str) -> None:
-        """The namespace token alone."""
-        self._take("token", "", written)
-
-    def quote(self, name: str, written: str) -> None:
-        """A tag that opens no element of a value: the value quotes it."""
-        self._take("quote", name, written)
-
-    def _take(self, kind: str, name: str, written: str) -> None:
-        self._given.append((kind, name, written))
+        Args:
+            kind: ``text``; a tag that would ``open`` or ``close`` an element; ``token``, the namespace token
+                alone; or ``quote``, a tag that opens no element of a value: the value quotes it.
+            name: of the tag.
+        """
+        self._given.append((kind, written, name))
         if self.broken:
             return
         if self._strict:
             try:
-                self._do(kind, name, written)
+                self._do(kind, written, name)
             except _UnbalancedError:
                 self.repair()
         else:
-            self._do(kind, name, written)
+            self._do(kind, written, name)
 
     def repair(self) -> None:
         """Read all again, by the schema."""
@@ -202,9 +184,9 @@ class CallBuilder:
                 if not self.broken:
                     self._do(*given)
 
-    def _do(self, kind: str, name: str, written: str) -> None:
+    def _do(self, kind: str, written: str, name: str) -> None:
         if kind == "text":
-            self._open[-1].texts.append(written)
+            self._open[-1].texts[-1].append(written)
         elif kind == "open":
             self._read_opening(name)
         elif kind == "quote":
@@ -224,13 +206,13 @@ class CallBuilder:
         top = self._open[-1]
         if top.shape.is_leaf and self.has_open_value:
             if top.is_text or top.shape.is_open:
-                top.texts.append(written)
+                top.texts[-1].append(written)
             else:
                 self._note("token alone")
             return
         self._take_elements_without_token()
-        top.alone = len(top.children), len(top.texts)
-        top.texts.append(written)
+        top.alone = len(top.children), len(top.texts[-1])
+        top.texts[-1].append(written)
 
     def _read_opening(self, name: str) -> None:
         closings = self._closings()
@@ -334,7 +316,7 @@ class CallBuilder:
         elif any(self._lacks(element, name) for element in self._open):
             self._restore_opening(name)
         elif any(element.is_text for element in self._open[1:-1]):
-            top.texts.append(written)
+            top.texts[-1].append(written)
         elif len(self._open) > 1 and top.is_leaf:
             self._note("wrong closing tag")
             parent = self._open[-2]
@@ -346,7 +328,7 @@ class CallBuilder:
             self._note("stray closing tag")
             # A text whose opening tag is lost belongs to it; white space is beside it.
             self.broken |= bool(top.last_text().strip())
-            del top.texts[top.texts_before_last_child :]
+            top.texts[-1].clear()
             self._wrong = None
             # An element that was ended early, and whose end comes now, was read wrongly.
             if name in self._ended:
@@ -363,12 +345,12 @@ class CallBuilder:
             return False
         if name == element.name:
             element.text += quoted + more
-            del top.texts[top.texts_before_last_child :]
+            top.texts[-1].clear()
             self._wrong = None
             return True
         if self.is_open(name) or any(self._lacks(each, name) for each in self._open):
             return False
-        top.texts.append(written)
+        top.texts[-1].append(written)
         return True
 
     def _restore_opening(self, name: str) -> None:
@@ -378,17 +360,18 @@ class CallBuilder:
             self.broken = True
             return
         self._note("opening tag missing")
-        children, texts = top.alone or (len(top.children), top.texts_before_last_child)
+        children, texts = top.alone or (len(top.children), 0)
         element = _OpenElement(name, top.shape.of_child(name, children), len(self._pieces), name)
         element.children, top.children = top.children[children:], top.children[:children]
         # Without the token itself.
-        element.texts, top.texts = top.texts[texts + bool(top.alone) :], top.texts[:texts]
-        text = "".join(element.texts)
+        element.texts = [top.texts[children][texts + bool(top.alone) :], *top.texts[children + 1 :]]
+        top.texts[children:] = [top.texts[children][:texts]]
+        text = element.text()
         if (not top.alone and (not text.strip() or name == "item")) or (element.children and text.strip()):
             self.broken = True
         if element.children and element.shape.is_leaf:
             self.broken = True
-        top.before, top.alone = [(c, t) for c, t in top.before if c < children], None
+        top.alone = None
         self._open.append(element)
         self._finish()
 
@@ -398,7 +381,7 @@ class CallBuilder:
         quoted = any(element.is_text for element in self._open[1:-1])
         if not quoted:
             self._note("closing tag missing")
-            mixed = bool(top.children) and not top.is_text and "".join(top.texts).strip() != ""
+            mixed = bool(top.children) and not top.is_text and top.text().strip() != ""
             is_foreign = not parent.shape.names(top.name) and not parent.shape.is_open
             # A second tag of a name is around it, so the first is not.
             doubts = top.doubts[top.doubts.index(before) + 1 :] if before in top.doubts else top.doubts
@@ -411,7 +394,7 @@ class CallBuilder:
     def _closings(self) -> list[tuple[str, int]]:
         """Closing tags without their token at the end of the text: names and places, the last first."""
         top = self._open[-1]
-        text = top.texts[-1] if len(top.texts) > top.texts_before_last_child else ""
+        text = top.texts[-1][-1] if top.texts[-1] else ""
         found: list[tuple[str, int]] = []
         end = len(text)
         while len(found) < len(self._open):
@@ -436,25 +419,25 @@ class CallBuilder:
         if count == 0:
             return
         innermost = self._open[-1]
-        text, begin = innermost.texts[-1], closings[count - 1][1]
-        innermost.texts[-1] = text[:begin]
+        texts, begin = innermost.texts[-1], closings[count - 1][1]
+        text, texts[-1] = texts[-1], texts[-1][:begin]
         self._note("token missing")
-        if f"</{innermost.closing}>" in innermost.texts[-1]:
+        if f"</{innermost.closing}>" in texts[-1]:
             self.broken = True
             return
         for _, begin in closings[count - 1 :: -1]:
             self._finish(cut=len(text) - begin)
-        self._open[-1].texts.append("")
+        self._open[-1].texts[-1].append("")
 
     def _take_elements_without_token(self) -> None:
         element = self._open[-1]
-        text = element.texts[-1] if element.texts else ""
+        text = element.texts[-1][-1] if element.texts[-1] else ""
         if "<" in text and (found := bare_elements(text, depth=len(self._open))):
             self._note("token missing")
             shape = element.shape
             if not self._strict and not shape.is_open and not all(shape.names(each.name) for each in found):
                 self.broken = True
-            element.texts.pop()
+            element.texts[-1].pop()
             for each in found:
                 element.add(each)
 
@@ -466,7 +449,7 @@ class CallBuilder:
         if top.children or top.shape.is_structure:
             self._take_elements_without_token()
         self._open.pop()
-        text = "".join(top.texts)
+        text = top.text()
         element = Element(top.name, text, top.children, depth=len(self._open))
         if top.children:
             source = "".join(self._pieces[top.begin :])
@@ -490,7 +473,7 @@ class CallBuilder:
         closings = self._closings()
         if self.broken or not closings or closings[0][0] != name:
             return False
-        texts = self._open[-1].texts
+        texts = self._open[-1].texts[-1]
         written, texts[-1] = texts[-1], texts[-1][: closings[0][1]]
         rest = self._closings()
         if len(self._open) - 1 not in [0, *self._closable(rest)]:
@@ -513,7 +496,7 @@ class CallBuilder:
             return None, ""
         self._take_elements_without_token()
         invoke = self._open[0]
-        text = "".join(invoke.texts)
+        text = invoke.text()
         text = text if text.strip() else ""
         if text and not self._strict:
             return None, ""

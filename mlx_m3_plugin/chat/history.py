@@ -35,9 +35,9 @@ def from_items(items: Iterable[Any], call_of: Callable[[Any], Message]) -> list[
         elif kind == "message" and role == "assistant":
             _add_message(messages, item)
         elif kind == "message" and role not in INSTRUCTIONS:
-            messages.append(
-                {**_without_nulls(item), "role": role, "content": content_of(item.get("content"))}
-            )
+            kept = ("tool_calls", "tool_call_id", "name")
+            others = {name: item[name] for name in kept if item.get(name) is not None}
+            messages.append({**others, "role": role, "content": content_of(item.get("content"))})
     return messages
 
 
@@ -116,11 +116,6 @@ def _output(output: Any) -> Any:
     if isinstance(output, list) and all(_is_mapping(part) and part.get("type") in known for part in output):
         return content_of(output)
     return json.dumps(output, ensure_ascii=False)
-
-
-def _without_nulls(item: Mapping[str, Any]) -> Message:
-    kept = ("tool_calls", "tool_call_id", "name")
-    return {name: item[name] for name in kept if item.get(name) is not None}
 
 
 def _as_parts(content: Any) -> list[Message]:

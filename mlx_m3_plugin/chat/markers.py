@@ -4,12 +4,15 @@
 ``<think>`` is in it too, but M3 does not use it.
 """
 
+import re
 from collections.abc import Callable, Sequence
 from typing import Any
 
 THINK_START, THINK_END = "<mm:think>", "</mm:think>"
 # Stands before every tag of a tool call.
 NAMESPACE = "]<]minimax[>["
+MARKERS = (THINK_START, THINK_END, NAMESPACE)
+ANY_MARKER = re.compile(f"({'|'.join(map(re.escape, MARKERS))})")
 TOOL_CALL_START, TOOL_CALL_END = f"{NAMESPACE}<tool_call>", f"{NAMESPACE}</tool_call>"
 
 
@@ -34,6 +37,6 @@ def has_m3_markers(tokenizer: Any) -> bool:
     """
     try:
         vocabulary = tokenizer.get_vocab()
-        return all(marker in vocabulary for marker in (THINK_START, THINK_END, NAMESPACE))
+        return all(marker in vocabulary for marker in MARKERS)
     except Exception:
         return False

@@ -11,13 +11,11 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from .calls import CallBuilder, OfferedTools, ToolCall
-from .markers import NAMESPACE, THINK_END, THINK_START
+from .markers import ANY_MARKER, MARKERS, NAMESPACE, THINK_END, THINK_START
 from .values import first_bare_elements
 
-_MARKERS = (THINK_START, THINK_END, NAMESPACE)
-_ANY_MARKER = re.compile("|".join(map(re.escape, _MARKERS)))
 _NAMESPACE = re.compile(re.escape(NAMESPACE))
-_LONGEST_MARKER = max(map(len, _MARKERS))
+_LONGEST_MARKER = max(map(len, MARKERS))
 _NOT_BLANK, _BRACKET, _QUOTE = map(re.compile, (r"\S", "[<>]", '"'))
 _ANYTHING = re.compile("")
 
@@ -31,7 +29,6 @@ _INVOKE = re.compile(rf"""{_BLANKS}<invoke\s+(?:name|to)\s*=\s*(?:"([^"]*)"|'([^
 _OPEN_NAME = re.compile(rf"""{_BLANKS}<invoke\s+(?:name|to)\s*=\s*(?:"[^"]*"?|'[^']*'?)\s*\Z""")
 _NAME_END = re.compile("[\"'>]")
 _SOME_INVOKE = re.compile(rf"{_BLANKS}<?invoke(?=[\s<>=\"'\]]|name)")
-_INVOKE_END = re.compile(rf"{_BLANKS}</invoke\s*>")
 _BARE_INVOKE_END = re.compile(r"\s*</invoke\s*>")
 _TAG = re.compile(rf"{_BLANKS}<(/?)([^<>/][^<>]*)>")
 _NO_TAG = re.compile(rf"{_BLANKS}(?:[^\s<]|</?[<>]|<//|<[^<>]*<)")
@@ -168,7 +165,7 @@ class ReplyParser:
 
     def _read(self) -> _Steps:
         while True:
-            marker = _ANY_MARKER.search(self._text, self._at)
+            marker = ANY_MARKER.search(self._text, self._at)
             if (
                 self._block
                 and self._fresh
@@ -197,7 +194,7 @@ class ReplyParser:
     def _held_back(self) -> int:
         """How much of the end may be the beginning of a marker."""
         for at in range(max(self._at, len(self._text) - _LONGEST_MARKER + 1), len(self._text)):
-            if self._text[at] in "<]" and any(m.startswith(self._text[at:]) for m in _MARKERS):
+            if self._text[at] in "<]" and any(m.startswith(self._text[at:]) for m in MARKERS):
                 return len(self._text) - at
         return 0
 
@@ -349,7 +346,7 @@ class ReplyParser:
             return (yield from self._read_json(begin - self._at))
         if first not in "<i]":
             return False
-        if not self._finished and self._may_be((*_MARKERS, *_TAG_BEGINS), begin):
+        if not self._finished and self._may_be((*MARKERS, *_TAG_BEGINS), begin):
             yield from self._more()
             return True
         if _SOME_INVOKE.match(self._text, begin):
@@ -477,7 +474,7 @@ class ReplyParser:
             return piece
 
         while True:
-            pattern = _NAMESPACE if builder.has_open_value or builder.broken else _ANY_MARKER
+            pattern = _NAMESPACE if builder.has_open_value or builder.broken else ANY_MARKER
             marker = pattern.search(self._text, self._at)
             if marker is None and not self._finished:
                 yield from self._more(pattern, in_two=True)
@@ -488,7 +485,7 @@ class ReplyParser:
                 return not builder.broken
             run = take(self._run_end(builder, marker.start() if marker else len(self._text)))
             if run:
-                builder.text(run)
+                builder.take("text", run)
             if not builder.has_open_value and _BARE_INVOKE_END.match(self._text, self._at):
                 continue
             if marker is None:
@@ -526,13 +523,13 @@ class ReplyParser:
                     return True
                 builder.close_at_end()
                 if builder.broken or builder.in_text:
-                    builder.quote("invoke", take(self._at + header[1]))
+                    builder.take("quote", take(self._at + header[1]), "invoke")
                     return None
                 builder.repairs["invoke not closed"] = None
                 return not builder.has_open_value
             tag = _TAG.match(self._text, self._at + len(NAMESPACE))
         if tag is None:
-            builder.token(take(self._at + len(NAMESPACE)))
+            builder.take("token", take(self._at + len(NAMESPACE)))
             return None
         name, length = tag[2], tag.end() - self._at
         if name.strip() == "tool_call":
@@ -546,15 +543,11 @@ class ReplyParser:
                     builder.end_all()
                 return not builder.broken
             if builder.in_text:
-                builder.text(text)
+                builder.take("text", text)
             else:
                 builder.broken = True
             return None
-        piece = take(self._at + length)
-        if tag[1]:
-            builder.close(name, piece)
-        else:
-            builder.open(name, piece)
+        builder.take("close" if tag[1] else "open", take(self._at + length), name)
         return None
 
     def _build_block_tag(
@@ -566,7 +559,7 @@ class ReplyParser:
         if builder.broken:
             return False
         if closing and builder.is_open("tool_call"):
-            builder.close("tool_call", take(self._at + length))
+            builder.take("close", take(self._at + length), "tool_call")
             return None
         if not builder.has_open_value:
             builder.repairs["invoke not closed"] = None
@@ -574,10 +567,10 @@ class ReplyParser:
         if not closing:
             if not builder.in_text:
                 return False
-            builder.quote("tool_call", take(self._at + length))
+            builder.take("quote", take(self._at + length), "tool_call")
             return None
         if (yield from self._closes_later(builder.open_tags(), length)):
-            builder.text(take(self._at + length))
+            builder.take("text", take(self._at + length))
             return None
         return False
 

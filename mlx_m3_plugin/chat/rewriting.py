@@ -3,13 +3,13 @@
 import re
 from typing import Any
 
-from .markers import NAMESPACE, THINK_END, THINK_START
+from .markers import MARKERS, NAMESPACE, THINK_END, THINK_START
 from .reply import Event, ReplyParser
 from .tool_calls import RepairLog, as_json, tool_call_end, tool_call_start
 
 # In markers that are text.  Unicode keeps this code for programs: it is no character.
 _NO_CHARACTER = "\ufdd0"
-_AS_TEXT = {marker: marker[0] + _NO_CHARACTER + marker[1:] for marker in (NAMESPACE, THINK_START, THINK_END)}
+_AS_TEXT = {marker: marker[0] + _NO_CHARACTER + marker[1:] for marker in MARKERS}
 _BLOCK = re.compile(f"{re.escape(tool_call_start)}(.*?){re.escape(tool_call_end)}", re.DOTALL)
 
 

@@ -9,7 +9,7 @@ from collections.abc import Iterable
 from typing import Any
 
 from mlx_m3_plugin.chat.calls import ToolCall
-from mlx_m3_plugin.chat.markers import NAMESPACE, THINK_END, THINK_START, TOOL_CALL_END, TOOL_CALL_START
+from mlx_m3_plugin.chat.markers import MARKERS, TOOL_CALL_END, TOOL_CALL_START
 from mlx_m3_plugin.chat.reply import Event, ReplyParser
 
 log = logging.getLogger("mlx_m3_plugin")
@@ -17,7 +17,7 @@ log = logging.getLogger("mlx_m3_plugin")
 tool_call_start, tool_call_end = TOOL_CALL_START, TOOL_CALL_END
 
 # Markers within strings of JSON, where a server must not find them.
-_IN_JSON = {marker: f"\\u{ord(marker[0]):04x}{marker[1:]}" for marker in (NAMESPACE, THINK_START, THINK_END)}
+_IN_JSON = {marker: f"\\u{ord(marker[0]):04x}{marker[1:]}" for marker in MARKERS}
 
 
 class ToolCallError(ValueError):

@@ -20,9 +20,7 @@ Schema = Mapping[str, Any]
 _BARE_TAG = re.compile(r"\s*<([^\s<>/][^<>]*)>")
 _M2_PARAMETER = re.compile(r"""parameter\s+name\s*=\s*(?:"([^"]*)"|'([^']*)'|["']?([^\s"']+))""")
 _INTEGER = re.compile(r"[+-]?[0-9]+\Z")
-_JSON_NUMBER = re.compile(r"-?(0|[1-9][0-9]*)(\.[0-9]+)?([eE][+-]?[0-9]+)?\Z")
 _NULLS = ("null", "NULL", "Null", "None", "none")
-_WORD = {"true": True, "false": False, "null": None}
 _NUMBER = re.compile(r"[+-]?([0-9]+(\.[0-9]*)?|\.[0-9]+)([eE][+-]?[0-9]+)?\Z")
 # JSON schema's names, and what tool authors write besides them: words of languages and of SQL.
 _WORDS = {
@@ -381,12 +379,10 @@ def _takes_null(branches: list[Schema], text: str) -> bool:
 
 
 def _any_json(text: str) -> Any:
+    """Any JSON but a string."""
     word = text.strip()
-    if word in ("true", "false", "null") or _JSON_NUMBER.match(word):
-        return (
-            _number(word) if word[-1].isdigit() and _number(word) is not _NO_VALUE else _WORD.get(word, text)
-        )
-    value = _json(word, list if word.startswith("[") else dict)
+    is_long_number = len(word) >= _MAX_DIGITS and word[0] not in "[{"
+    value = _NO_VALUE if word.startswith('"') or is_long_number else _parsed(word)
     return text if value is _NO_VALUE else value
 
 
@@ -437,8 +433,10 @@ def _finite(word: str) -> float:
 
 
 def _json(word: str, kind: type) -> Any:
-    if not word.startswith("[" if kind is list else "{"):
-        return _NO_VALUE
+    return _parsed(word) if word.startswith("[" if kind is list else "{") else _NO_VALUE
+
+
+def _parsed(word: str) -> Any:
     try:
         return json.loads(word, parse_constant=_finite, parse_float=_finite)
     except (ValueError, RecursionError):

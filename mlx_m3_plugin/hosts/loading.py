@@ -15,7 +15,7 @@ from ..model.decoder import DecoderLayer, LanguageModel
 from ..model.sharding import shard_layers
 from ..model.tensor_scales import dequantize_scaled_layers, expect_scales
 from ..msa import engine
-from ..startup.settings import EXPERT_MEMORY, engine_settings, expert_memory, model_settings
+from ..startup.settings import EXPERT_MEMORY, checked, engine_settings, model_settings
 from ..weights import (
     check_values,
     check_weights,
@@ -106,7 +106,7 @@ class CheckpointMixin(nn.Module):
         elif config.attention == "dense":
             warn_dense("dense attention is set", config)
         self._describe_to_loader(plan)
-        if memory := expert_memory():
+        if memory := checked("expert_memory"):
             plan = self._put_experts_on_disk(plan, memory)
         return {name: tensor.make(weights) for name, tensor in plan.items()}
 

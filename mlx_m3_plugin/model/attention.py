@@ -95,8 +95,6 @@ class Attention(nn.Module):
                 offset,
                 left_padding,
                 setup=setup,
-                block_size=self.index_block_size,
-                scale=self.scale,
                 is_training=self.training,
             )
         return self.o_proj(out.transpose(0, 2, 1, 3).reshape(batch, length, -1))
@@ -145,17 +143,7 @@ class Attention(nn.Module):
         setup: engine.Setup,
     ) -> mx.array:
         """Block ids ``[B, G, L, k]`` from all index keys ``[B, 1, S, D]``."""
-        return engine.select_blocks(
-            index_queries,
-            index_keys,
-            offset,
-            left_padding,
-            setup=setup,
-            block_size=self.index_block_size,
-            topk_blocks=self.index_topk_blocks,
-            local_blocks=self.index_local_blocks,
-            init_blocks=self.index_init_blocks,
-        )
+        return engine.select_blocks(index_queries, index_keys, offset, left_padding, setup=setup)
 
     def drop_indexer(self) -> None:
         """Become a dense layer, for a checkpoint that has no weights for the indexer."""
@@ -179,6 +167,8 @@ def setup_for(
         index_channels=sizes.index_head_dim,
         block_size=sizes.index_block_size,
         k=sizes.index_topk_blocks,
+        local_blocks=sizes.index_local_blocks,
+        init_blocks=sizes.index_init_blocks,
     )
 
 

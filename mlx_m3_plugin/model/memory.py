@@ -10,6 +10,7 @@ import sys
 from collections.abc import Callable
 from dataclasses import dataclass
 
+from ..msa.common import GPU_TILE_BYTES
 from ..msa.engine import PARTIAL_BYTES
 from .config import TextConfig
 
@@ -165,7 +166,7 @@ def bisect(high: int, fits: Callable[[int], bool], step: int = 1) -> tuple[int, 
 def transient_bytes(config: TextConfig, step: int, context: int) -> int:
     """Memory of computing a chunk in 16 bits on a GPU: that of attention or of experts, the larger one."""
     step = min(step, context)
-    attention = attention_transient(config, step, context, itemsize=2, tile=512 << 20, copies_keys=False)
+    attention = attention_transient(config, step, context, itemsize=2, tile=GPU_TILE_BYTES, copies_keys=False)
     attention = max(attention, kernel_transient(config, step, context))
     # Tokens sorted by expert, gate, up and their product, then the output, sorted back and weighted.
     wide, hidden = config.intermediate_size, config.hidden_size

@@ -8,18 +8,17 @@ matmuls.  Nothing of K or V is gathered, and quantized K and V go the same way t
 import mlx.core as mx
 
 from .common import (
+    Chosen,
     KeysValues,
-    Offset,
-    Padding,
     Quantized,
     arange,
-    attend_row_by_row,
     fused,
     in_sequence,
     joined,
     map_arrays,
     on_gpu,
     over_queries,
+    over_rows,
     transposed,
 )
 
@@ -30,29 +29,14 @@ NOTHING = -1e30
 _ARRAYS = 5
 
 
-def attend_by_pairs(
-    queries: mx.array,
-    keys: KeysValues,
-    values: KeysValues,
-    block_ids: mx.array,
-    offset: Offset,
-    left_padding: Padding,
-    block_size: int,
-    scale: float,
-    tile_bytes: int,
-) -> mx.array:
+def attend_by_pairs(queries: mx.array, chosen: Chosen, tile_bytes: int) -> mx.array:
     """As :func:`.attend.attend`.  Rows go together where that copies nothing in vain."""
-    batch = queries.shape[0]
-    n_numbers, itemsize, quantized = _sizes(keys, values, batch)
-    if left_padding is None:
-        # Without a cast, one group's blocks of several rows would have to be copied to stand together.
-        together = batch == 1 or (not quantized and itemsize < 4)
-        if together and pairs_fit(n_numbers, itemsize, quantized, False, tile_bytes, on_gpu()):
-            assert isinstance(offset, int)
-            return _attend(queries, keys, values, block_ids, offset, block_size, scale, tile_bytes)
-        left_padding = [0] * batch
-    settings = block_size, scale, tile_bytes
-    return attend_row_by_row(_attend, queries, keys, values, block_ids, offset, left_padding, *settings)
+    # Without a cast, one group's blocks of several rows would have to be copied to stand together.
+    is_cast = not isinstance(chosen.keys, Quantized) and chosen.keys.dtype.size < 4
+    together = chosen.left_padding is None and (len(queries) == 1 or is_cast)
+    if together and pairs_fit(*_sizes(chosen), False, tile_bytes, on_gpu()):
+        return _attend(queries, chosen, tile_bytes)
+    return over_rows(lambda row, tile: _attend(tile, chosen.of_row(row), tile_bytes), queries)
 
 
 def pairs_fit(
@@ -79,31 +63,25 @@ def _copied_bytes(n_numbers: int, itemsize: float, is_quantized: bool, is_padded
     return int(n_numbers * bytes_of_a_number)
 
 
-def _sizes(keys: KeysValues, values: KeysValues, batch: int) -> tuple[int, int, bool]:
-    """The numbers in one group's K and V of ``batch`` rows, bytes of each, and whether they are quantized."""
-    n_numbers = batch * keys.shape[2] * (keys.shape[3] + values.shape[3])
+def _sizes(chosen: Chosen) -> tuple[int, int, bool]:
+    """The numbers in one group's K and V of all rows, bytes of each, and whether they are quantized."""
+    keys = chosen.keys
+    n_numbers = keys.shape[0] * keys.shape[2] * (keys.shape[3] + chosen.values.shape[3])
     return (n_numbers, 0, True) if isinstance(keys, Quantized) else (n_numbers, keys.dtype.size, False)
 
 
-def _attend(
-    queries: mx.array,
-    keys: KeysValues,
-    values: KeysValues,
-    block_ids: mx.array,
-    offset: int,
-    block_size: int,
-    scale: float,
-    tile_bytes: int,
-) -> mx.array:
+def _attend(queries: mx.array, chosen: Chosen, tile_bytes: int) -> mx.array:
     """One KV group after the other, each in tiles of queries; for rows without padding."""
     batch, n_heads, length, _ = queries.shape
+    keys, values, block_ids, offset, _, block_size, scale = chosen
+    assert isinstance(offset, int)
     groups, k = block_ids.shape[1], block_ids.shape[3]
     heads = n_heads // groups
     n_blocks = blocks_of(offset + length, block_size)
     must_pad = n_blocks * block_size > keys.shape[2]
     arrays_bytes = tile_bytes
     if on_gpu():
-        arrays_bytes -= _copied_bytes(*_sizes(keys, values, batch), must_pad, gpu=True)
+        arrays_bytes -= _copied_bytes(*_sizes(chosen), must_pad, gpu=True)
     tile_length = max(1, arrays_bytes // (_ARRAYS * 4 * batch * heads * k * block_size))
     tile_length = min(tile_length, most_sortable(batch * n_blocks, batch * k))
     queries_per_block = batch * length * k * heads // n_blocks
@@ -111,28 +89,23 @@ def _attend(
         # Too much to copy the transposed keys.
         queries_per_block = 0
 
-    def attend_group(group: int, queries: mx.array) -> mx.array:
-        of_group = slice(group, group + 1)
+    def attend_group(group: int, of_group: mx.array) -> mx.array:
         # Each group's blocks are cast after the group before: the casts depend on its queries.
         key_blocks, value_blocks = (
-            _blocks(_after(queries, x), of_group, n_blocks, block_size) for x in (keys, values)
+            _blocks(x, group, n_blocks, block_size, after=of_group) for x in (keys, values)
         )
         if not isinstance(key_blocks, Quantized):
             key_blocks = transposed(key_blocks, queries_per_block).astype(mx.float32)
         if not isinstance(value_blocks, Quantized):
             value_blocks = value_blocks.astype(mx.float32)
-        ids = block_ids[:, group]
 
         def attend_tile(start: int, tile: mx.array) -> mx.array:
-            tile_ids = ids[:, start : start + tile_length]
+            ids = block_ids[:, group, start : start + tile_length]
             tile = mx.unflatten(tile, -1, (heads, -1)).flatten(0, 2)
-            return _attend_pairs(
-                tile, key_blocks, value_blocks, tile_ids, offset + start, block_size, queries_as_given
-            )
+            return _attend_pairs(tile, key_blocks, value_blocks, ids, offset + start, block_size, queries)
 
-        return over_queries(attend_tile, queries, tile_length)
+        return over_queries(attend_tile, of_group, tile_length)
 
-    queries_as_given = queries
     # Each group's heads beside one another: [B, G, L, heads * D].
     wide = scaled(mx.unflatten(queries, 1, (groups, heads)).swapaxes(2, 3), mx.array(scale)).flatten(3)
     queries_of_groups = [(group, wide[:, group : group + 1]) for group in range(groups)]
@@ -142,13 +115,6 @@ def _attend(
 @fused
 def scaled(queries: mx.array, scale: mx.array) -> mx.array:
     return queries.astype(mx.float32) * scale
-
-
-def _after(first: mx.array, x: KeysValues) -> KeysValues:
-    def order(a: mx.array) -> mx.array:
-        return mx.depends(a, first)
-
-    return map_arrays(order, x)
 
 
 def _attend_pairs(
@@ -176,18 +142,11 @@ def _attend_pairs(
     last_block = _block_of_row(block_ids[:, -1], every_query, *sizes)
 
     last = _grouped_matmul(queries, key_blocks, every_query, last_block, transpose=True)
-    last = _visible_only(
-        last,
-        block_ids[:, -1, None, None],
-        arange(block_size),
-        every_query[:, None, None],
-        mx.array(length),
-        mx.array(offset),
-        block_size,
-    )
+    ids, query = block_ids[:, -1, None, None], every_query[:, None, None]
+    last = visible_only(last, ids, arange(block_size), query, mx.array(length), mx.array(offset), block_size)
     largest = last.max(axis=-1, keepdims=True)
     if k == 1:
-        weights = _weights(last, mx.stop_gradient(_at_least(largest, largest)))
+        weights = exp_below(last, mx.stop_gradient(_at_least(largest, largest)))
         total = weights.sum(axis=-1, keepdims=True)
         out = _grouped_matmul(weights, value_blocks, every_query, last_block, transpose=False)
         return _by_row(_average(out, mx.zeros_like(out), total, mx.zeros_like(total), like), batch)
@@ -206,10 +165,10 @@ def _attend_pairs(
     # A softmax does not change with what is subtracted, so nothing is to be differentiated here.
     largest = mx.stop_gradient(_at_least(largest, largest_of_pairs.max(axis=1)))
 
-    weights = _weights(last, largest)
+    weights = exp_below(last, largest)
     total = weights.sum(axis=-1, keepdims=True)
     out = _grouped_matmul(weights, value_blocks, every_query, last_block, transpose=False)
-    weights = _weights(scores, _subtracted(largest[:, None], ids).flatten(0, 1)[order])
+    weights = exp_below(scores, _subtracted(largest[:, None], ids).flatten(0, 1)[order])
     total_of_pairs = by_query(weights.sum(axis=-1, keepdims=True)).sum(axis=1)
     out_of_pairs = _grouped_matmul(
         weights, value_blocks, arange(n_pairs), blocks, transpose=False, is_sorted=True
@@ -294,7 +253,7 @@ def _average(
 
 
 @fused
-def _visible_only(
+def visible_only(
     scores: mx.array,
     ids: mx.array,
     token: mx.array,
@@ -303,12 +262,13 @@ def _visible_only(
     offset: mx.array,
     block_size: int,
 ) -> mx.array:
+    """``length`` queries of one row after those of another, the first at ``offset``."""
     position = ids * block_size + token
     return mx.where((position >= 0) & (position <= offset + query % length), scores, -mx.inf)
 
 
 @fused
-def _weights(scores: mx.array, largest: mx.array) -> mx.array:
+def exp_below(scores: mx.array, largest: mx.array) -> mx.array:
     return mx.exp(scores - largest)
 
 
@@ -344,29 +304,21 @@ def _grouped_matmul(
     )
 
 
-def _blocks(x: KeysValues, group: slice, n_blocks: int, block_size: int) -> KeysValues:
-    """One group of ``[B, G, S, D]`` as ``[B, n_blocks, block_size, D]``."""
-
-    def cut(a: mx.array) -> mx.array:
-        return a[:, group]
+def _blocks(x: KeysValues, group: int, n_blocks: int, block_size: int, after: mx.array) -> KeysValues:
+    """One group of ``[B, G, S, D]`` as ``[B, n_blocks, block_size, D]``, once ``after`` is computed."""
 
     def split(a: mx.array) -> mx.array:
+        a = whole_blocks(mx.depends(a, after)[:, group : group + 1], n_blocks * block_size)
         return mx.unflatten(a.squeeze(1), 1, (n_blocks, block_size))
 
-    return map_arrays(split, whole_blocks(map_arrays(cut, x), n_blocks * block_size))
+    return map_arrays(split, x)
 
 
 def blocks_of(n_keys: int, block_size: int) -> int:
     return -(-max(1, n_keys) // block_size)
 
 
-def whole_blocks(x: KeysValues, wanted: int) -> KeysValues:
-    """The first ``wanted`` slots of ``x``, filled up with zeros, which nothing sees, if slots are missing."""
-    n_slots = x.shape[2]
-
-    def fit(a: mx.array) -> mx.array:
-        if n_slots >= wanted:
-            return a[:, :, :wanted]
-        return mx.pad(a, [(0, 0), (0, 0), (0, wanted - n_slots), (0, 0)])
-
-    return map_arrays(fit, x)
+def whole_blocks(a: mx.array, wanted: int) -> mx.array:
+    """The first ``wanted`` slots of ``a``, filled up with zeros, which nothing sees, if slots are missing."""
+    missing = max(0, wanted - a.shape[2])
+    return mx.pad(a, [(0, 0), (0, 0), (0, missing), (0, 0)]) if missing else a[:, :, :wanted]

@@ -8,6 +8,8 @@ import mlx.core as mx
 
 # The content position of the first query: one for all rows, or one for each.
 Offset: TypeAlias = int | list[int]
+# Bytes for the intermediate arrays of a tile on a GPU.
+GPU_TILE_BYTES = 512 << 20
 # The cache slots before each row's first token; None where there are none.
 Padding: TypeAlias = list[int] | None
 
@@ -47,14 +49,32 @@ def map_arrays(function: Callable[[mx.array], mx.array], x: KeysValues) -> KeysV
     return x._replace(weight=function(x.weight), scales=function(x.scales), biases=function(x.biases))
 
 
-def without_padding(x: KeysValues, row: slice, padding: int) -> KeysValues:
-    """One row of ``[B, G, S, D]`` from its first token on."""
+class Chosen(NamedTuple):
+    """K and V, and the blocks of them that each query attends to; see :func:`.attend.attend`."""
 
-    def cut(a: mx.array) -> mx.array:
-        # One slot of padding is left where the row has nothing else yet.
-        return a[row, :, min(padding, a.shape[2] - 1) :]
+    keys: KeysValues
+    values: KeysValues
+    block_ids: mx.array
+    offset: Offset
+    left_padding: Padding
+    block_size: int
+    scale: float
 
-    return map_arrays(cut, x)
+    def of_row(self, row: int) -> "Chosen":
+        """One row without its padding."""
+        padding = 0 if self.left_padding is None else self.left_padding[row]
+
+        def cut(a: mx.array) -> mx.array:
+            # One slot of padding is left where the row has nothing else yet.
+            return a[row : row + 1, :, min(padding, a.shape[2] - 1) :]
+
+        return self._replace(
+            keys=map_arrays(cut, self.keys),
+            values=map_arrays(cut, self.values),
+            block_ids=self.block_ids[row : row + 1],
+            offset=of_row(self.offset, row),
+            left_padding=None,
+        )
 
 
 def on_gpu() -> bool:
@@ -67,7 +87,7 @@ def default_tile_bytes() -> int:
     A CPU is fastest with tiles about the size of its caches, because memory that is new to the
     process costs it more than arithmetic.  A GPU needs enough work in each kernel to repay its start.
     """
-    return (512 if on_gpu() else 16) << 20
+    return GPU_TILE_BYTES if on_gpu() else 16 << 20
 
 
 def fused(function: Callable[..., Any]) -> Callable[..., Any]:
@@ -105,6 +125,10 @@ def query_positions(offset: Offset, length: int) -> mx.array:
     return first if length == 1 else first + arange(length)[:, None]
 
 
+def of_row(offset: Offset, row: int) -> int:
+    return offset if isinstance(offset, int) else offset[row]
+
+
 def later(offset: Offset, n: int) -> Offset:
     """The position of the query ``n`` after the first."""
     return offset + n if isinstance(offset, int) else [first + n for first in offset]
@@ -124,39 +148,10 @@ def in_sequence(
     return results
 
 
-def row_by_row(
-    compute: Callable[[slice, mx.array, int, int], mx.array],
-    queries: mx.array,
-    offset: Offset,
-    left_padding: list[int],
-) -> mx.array:
-    """``compute(slice of the batch axis, queries, offset, padding)`` of each row, put together."""
-    offsets = [offset] * len(left_padding) if isinstance(offset, int) else offset
-
-    def compute_row(row: int, queries: mx.array) -> mx.array:
-        return compute(slice(row, row + 1), queries, offsets[row], left_padding[row])
-
-    rows = [(row, queries[row : row + 1]) for row in range(len(left_padding))]
-    return joined(in_sequence(compute_row, rows), axis=0)
-
-
-def attend_row_by_row(
-    attend: Callable[..., mx.array],
-    queries: mx.array,
-    keys: KeysValues,
-    values: KeysValues,
-    block_ids: mx.array,
-    offset: Offset,
-    left_padding: list[int],
-    *settings: Any,
-) -> mx.array:
-    """``attend(queries, keys, values, block_ids, offset, *settings)`` of each row without its padding."""
-
-    def attend_row(row: slice, queries: mx.array, first: int, padding: int) -> mx.array:
-        k, v = without_padding(keys, row, padding), without_padding(values, row, padding)
-        return attend(queries, k, v, block_ids[row], first, *settings)
-
-    return row_by_row(attend_row, queries, offset, left_padding)
+def over_rows(compute: Callable[[int, mx.array], mx.array], queries: mx.array) -> mx.array:
+    """``compute(row, its queries)`` of each row, put together."""
+    rows = [(row, queries[row : row + 1]) for row in range(len(queries))]
+    return joined(in_sequence(compute, rows), axis=0)
 
 
 def over_queries(

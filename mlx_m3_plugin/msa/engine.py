@@ -28,7 +28,6 @@ from .common import KeysValues, Offset, Padding, Quantized, default_tile_bytes, 
 from .gradient import with_gradient
 from .select import select_blocks as plain_selection
 
-MODES = ("auto", "plain", "kernels")
 SELECTION, ATTENTION = "selection", "attention"
 # Up to so many queries a call is measured as one of few, with one query; others with many.
 FEW = 16
@@ -83,10 +82,23 @@ class Setup(NamedTuple):
     index_channels: int
     block_size: int
     k: int
+    local_blocks: int = 1
+    init_blocks: int = 0
 
     def __str__(self) -> str:
         name = str(self.dtype).rpartition(".")[2]
         return f"{name}, K and V in {self.kv_bits} bits" if self.kv_group_size else name
+
+    @property
+    def selection(self) -> dict[str, int]:
+        """Options of :func:`.select.select_blocks`."""
+        forced = {"local_blocks": self.local_blocks, "init_blocks": self.init_blocks}
+        return {"block_size": self.block_size, "topk_blocks": self.k, **forced}
+
+    @property
+    def attention(self) -> dict[str, Any]:
+        """Options of :func:`.attend.attend`."""
+        return {"block_size": self.block_size, "scale": self.channels**-0.5}
 
 
 @dataclass
@@ -123,20 +135,10 @@ def select_blocks(
     left_padding: Padding = None,
     *,
     setup: Setup,
-    block_size: int,
-    topk_blocks: int,
-    local_blocks: int = 1,
-    init_blocks: int = 0,
 ) -> mx.array:
     """As :func:`.select.select_blocks`."""
-    options = {
-        "block_size": block_size,
-        "topk_blocks": topk_blocks,
-        "local_blocks": local_blocks,
-        "init_blocks": init_blocks,
-    }
     serve = _select if _kernels_serve(SELECTION, setup, index_queries.shape[2]) else plain_selection
-    return serve(index_queries, index_keys, offset, left_padding, **options)
+    return serve(index_queries, index_keys, offset, left_padding, **setup.selection)
 
 
 def attend(
@@ -148,22 +150,19 @@ def attend(
     left_padding: Padding = None,
     *,
     setup: Setup,
-    block_size: int,
-    scale: float,
     is_training: bool = False,
 ) -> mx.array:
     """As :func:`.attend.attend`; for training with the gradient that keeps no tile, see ``gradient.py``."""
     arrays: Any = (queries, keys, values)
     where: Any = (block_ids, offset, left_padding)
-    options: Any = {"block_size": block_size, "scale": scale}
     by_kernels = _kernels_serve(ATTENTION, setup, queries.shape[2])
 
     def serve(*arrays: Any) -> mx.array:
-        return (_attend if by_kernels else plain_attention)(*arrays, *where, **options)
+        return (_attend if by_kernels else plain_attention)(*arrays, *where, **setup.attention)
 
     # A kernel has no gradient of its own.
     if (is_training or by_kernels) and not isinstance(keys, Quantized):
-        return with_gradient(serve, *where, **options)(*arrays)
+        return with_gradient(serve, *where, **setup.attention)(*arrays)
     return serve(*arrays)
 
 
@@ -189,12 +188,12 @@ def _select(
     *,
     block_size: int,
     topk_blocks: int,
-    local_blocks: int,
-    init_blocks: int,
+    **forced: int,
 ) -> mx.array:
     batch, groups, _, _ = index_queries.shape
     n_keys = index_keys.shape[2]
     n_blocks = -(-n_keys // block_size)
+    k = min(topk_blocks, n_blocks)
     # A choice has no derivative.
     index_queries, index_keys = mx.stop_gradient(index_queries), mx.stop_gradient(index_keys)
 
@@ -203,14 +202,7 @@ def _select(
         scores = kernels.block_scores(
             tile, index_keys, first, left_padding, n_keys=n_keys, block_size=block_size
         )
-        return kernels.choose_blocks(
-            scores,
-            first,
-            block_size=block_size,
-            k=min(topk_blocks, n_blocks),
-            local_blocks=local_blocks,
-            init_blocks=init_blocks,
-        )
+        return kernels.choose_blocks(scores, first, block_size=block_size, k=k, **forced)
 
     tile_length = max(1, default_tile_bytes() // (2 * 4 * batch * groups * n_blocks))
     return mx.stop_gradient(over_queries(select_tile, index_queries, tile_length))
@@ -223,19 +215,15 @@ def _attend(
     block_ids: mx.array,
     offset: Offset,
     left_padding: Padding,
-    *,
-    block_size: int,
-    scale: float,
+    **options: Any,
 ) -> mx.array:
     batch, n_heads, _, _ = queries.shape
-    options: Any = {"block_size": block_size, "scale": scale}
     bytes_per_query = 4 * batch * n_heads * block_ids.shape[3] * (values.shape[-1] + 1)
     tile_length = max(1, PARTIAL_BYTES // bytes_per_query)
 
     def attend_tile(start: int, tile: mx.array) -> mx.array:
         ids = block_ids[:, :, start : start + tile_length]
-        first = later(offset, start)
-        return kernels.attend_blocks(tile, keys, values, ids, first, left_padding, **options)
+        return kernels.attend_blocks(tile, keys, values, ids, later(offset, start), left_padding, **options)
 
     return over_queries(attend_tile, queries, tile_length)
 
@@ -306,23 +294,24 @@ class _Work:
     def limit(self) -> str | None:
         """Why the kernels do not take these arrays."""
         setup = self.setup
-        sizes = {"block_size": setup.block_size, "k": setup.k}
         return (
             kernels.supports_scores(self.index_queries, self.index_keys)
             or kernels.supports_choice(setup.k)
-            or kernels.supports_attention(self.queries, self.keys, self.values, **sizes)
+            or kernels.supports_attention(
+                self.queries, self.keys, self.values, block_size=setup.block_size, k=setup.k
+            )
         )
 
     def select(self, function: Callable[..., mx.array]) -> mx.array:
-        options = {"block_size": self.setup.block_size, "topk_blocks": self.setup.k}
-        # Of padded rows the first block is always in, as in M3.1.
-        options |= {"local_blocks": 1, "init_blocks": int(self.left_padding is not None and self.setup.k > 1)}
+        options = self.setup.selection
+        if self.left_padding is not None:
+            # Of padded rows the first block is always in, as in M3.1.
+            options["init_blocks"] = int(self.setup.k > 1)
         return function(self.index_queries, self.index_keys, self.offset, self.left_padding, **options)
 
     def attend(self, function: Callable[..., mx.array], block_ids: mx.array) -> mx.array:
-        options: Any = {"block_size": self.setup.block_size, "scale": self.setup.channels**-0.5}
         arrays = self.queries, self.keys, self.values, block_ids
-        return function(*arrays, self.offset, self.left_padding, **options)
+        return function(*arrays, self.offset, self.left_padding, **self.setup.attention)
 
 
 def _prove(setup: Setup) -> str | None:
@@ -349,7 +338,9 @@ def _prove(setup: Setup) -> str | None:
 def _measured(setup: Setup) -> dict[str, tuple[float, float]]:
     """Milliseconds of each part and size, from the store or measured and stored."""
     stored = _read_store()
-    key = json.dumps([_device_name(), version("mlx"), _digest_of_kernels(), *map(str, setup)])
+    key = json.dumps(
+        [mx.device_info().get("device_name", ""), version("mlx"), _digest_of_kernels(), *map(str, setup)]
+    )
     if key not in stored:
         stored[key] = _measure(setup)
         _write_store(stored)
@@ -384,11 +375,6 @@ def _best_of(function: Callable[[], mx.array]) -> float:
 
 
 # --- the file of measurements ---
-
-
-def _device_name() -> str:
-    device_info = getattr(mx, "device_info", None) or mx.metal.device_info
-    return str(device_info().get("device_name", ""))
 
 
 @cache

@@ -11,7 +11,7 @@ from typing import Any, TypeAlias
 
 import mlx.core as mx
 
-from .by_pairs import NOTHING, blocks_of, most_sortable, scaled, sorted_by_block
+from .by_pairs import NOTHING, blocks_of, exp_below, most_sortable, scaled, sorted_by_block, visible_only
 from .common import Offset, Padding, arange, default_tile_bytes, fused, joined, transposed
 
 # Of queries, keys and values.
@@ -132,7 +132,8 @@ def _of_tile(
     """Of scaled queries ``[l, heads, D]``, and of all blocks ``[n_blocks, block_size, D]``; in float32."""
     n_blocks, block_size, _ = key_blocks.shape
     k, heads = block_ids.shape[1], queries.shape[1]
-    order, query, block = sorted_by_block(block_ids, mx.array(len(block_ids)), mx.array(n_blocks))
+    length = mx.array(len(block_ids))
+    order, query, block = sorted_by_block(block_ids, length, mx.array(n_blocks))
     back = mx.argsort(order)
 
     def total(x: mx.array) -> mx.array:
@@ -150,29 +151,16 @@ def _of_tile(
     segments = mx.stack([starts[:-1], starts[1:]], axis=1)
 
     scores = product(queries, keys_across, query)
-    ids = block_ids.flatten()[order][:, None, None]
-    scores = _visible_only(scores, ids, arange(block_size), query[:, None, None], offset, block_size)
+    ids, queries_of = block_ids.flatten()[order][:, None, None], query[:, None, None]
+    scores = visible_only(scores, ids, arange(block_size), queries_of, length, offset, block_size)
     largest = mx.unflatten(scores.max(axis=-1, keepdims=True)[back], 0, (-1, k)).max(axis=1)
-    weights = _weights(scores, mx.maximum(largest, NOTHING)[query])
+    weights = exp_below(scores, mx.maximum(largest, NOTHING)[query])
     weights = _shares(weights, total(weights.sum(axis=-1, keepdims=True))[query])
     d_weights = product(cotangent, values_across, query)
     mean = total((weights * d_weights).sum(axis=-1, keepdims=True))[query]
     d_scores = _d_scores(weights, d_weights, mean)
     d_queries = total(product(d_scores, key_blocks, arange(query.size)))
     return d_queries, of_blocks(d_scores, queries), of_blocks(weights, cotangent)
-
-
-@fused
-def _visible_only(
-    scores: mx.array, ids: mx.array, token: mx.array, query: mx.array, offset: mx.array, block_size: int
-) -> mx.array:
-    position = ids * block_size + token
-    return mx.where((position >= 0) & (position <= offset + query), scores, -mx.inf)
-
-
-@fused
-def _weights(scores: mx.array, largest: mx.array) -> mx.array:
-    return mx.exp(scores - largest)
 
 
 @fused

@@ -18,10 +18,11 @@ from .common import (
     in_sequence,
     joined,
     later,
+    of_row,
     on_gpu,
     over_queries,
+    over_rows,
     query_positions,
-    row_by_row,
     transposed,
     transposed_is_copied,
 )
@@ -75,11 +76,11 @@ def select_blocks(
             choose, index_queries, index_keys, offset, left_padding, block_size, tile_bytes
         )
 
-    def choose_row(row: slice, queries: mx.array, first: int, padding: int) -> mx.array:
-        keys = index_keys[row, :, min(padding, n_keys - 1) :]
-        return _in_tiles(choose, queries, keys, first, block_size, tile_bytes)
+    def choose_row(row: int, queries: mx.array) -> mx.array:
+        keys = index_keys[row : row + 1, :, min(left_padding[row], n_keys - 1) :]
+        return _in_tiles(choose, queries, keys, of_row(offset, row), block_size, tile_bytes)
 
-    return row_by_row(choose_row, index_queries, offset, left_padding)
+    return over_rows(choose_row, index_queries)
 
 
 def _choose(

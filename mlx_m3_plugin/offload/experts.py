@@ -1,6 +1,6 @@
 """The expert layer whose experts are on the disk."""
 
-from collections.abc import Callable
+from collections.abc import Iterable
 from typing import Any
 
 import mlx.core as mx
@@ -8,9 +8,6 @@ import mlx.nn as nn
 import numpy as np
 
 from .slots import Ids, Slots
-
-# Hidden states ``[N, D]`` for a layer's experts -> ids ``[N, k]`` that the next layer will likely choose.
-Guess = Callable[[mx.array], mx.array]
 
 # Both hosts' ``SwitchGLU`` sorts tokens by expert from so many rows on.
 _SORTED_FROM = 64
@@ -29,12 +26,6 @@ class ExpertsOnDisk(nn.Module):
     def __init__(self, slots: Slots):
         super().__init__()
         self.slots = slots
-        self._guess: Any = None
-        self._next: Any = None
-
-    def read_ahead(self, guess: Guess, slots: Slots) -> None:
-        """Read what ``guess`` says into the ``slots`` of the next layer while this one computes."""
-        self._guess, self._next = guess, slots
 
     def __call__(self, x: mx.array, indices: mx.array) -> mx.array:
         """
@@ -44,31 +35,26 @@ class ExpertsOnDisk(nn.Module):
         """
         if self.training:
             raise NotImplementedError("experts on disk cannot be trained: unset MLX_M3_PLUGIN_EXPERT_MEMORY")
-        slots, following = self.slots, self._next
-        # A wrong guess costs what it reads; more of them than half of the slots would evict each other.
-        guesses = (
-            [self._guess(x)] if self._guess and following and 2 * indices.size <= following.count else []
-        )
         # The only wait of the host in this layer.
-        mx.eval(indices, *guesses)
+        mx.eval(indices)
+        slots = self.slots
         chosen = np.array(indices)
         wanted = np.unique(chosen)
         slots.count_usage(chosen)
-        if len(wanted) <= slots.count:
-            slots.start(wanted)
-        if guesses:
-            following.guess(np.unique(np.array(guesses[0])))
-        if chosen.size >= _SORTED_FROM or not slots.are_here(wanted):
-            return slots.computing(self._in_groups(x, chosen, wanted))
-        slots.wait(wanted)
-        of_choice = mx.array(slots.of_expert[chosen], mx.uint32)
-        return slots.computing(self._multiply(mx.expand_dims(x, (-2, -3)), of_choice, chosen.size))
+        is_prompt = chosen.size >= _SORTED_FROM
+        if is_prompt or not slots.are_here(wanted):
+            output = self._in_groups(x, chosen, slots.in_groups(wanted, one_by_one=not is_prompt))
+        else:
+            slots.wait(wanted)
+            of_choice = mx.array(slots.of_expert[chosen], mx.uint32)
+            output = self._multiply(mx.expand_dims(x, (-2, -3)), of_choice, chosen.size)
+        return slots.computing(output)
 
-    def _in_groups(self, x: mx.array, chosen: Ids, wanted: Ids) -> mx.array:
+    def _in_groups(self, x: mx.array, chosen: Ids, groups: Iterable[Ids]) -> mx.array:
         """Some experts at a time, with the rows that go to them, sorted as the host's layer sorts all."""
         fewest = max(_FEWEST_ROWS, _FEWEST_PER_EXPERT * self.slots.count)
         outputs, places = [], []
-        for group in self.slots.in_groups(wanted):
+        for group in groups:
             place = np.flatnonzero(np.isin(chosen, group))
             place = place[np.argsort(self.slots.of_expert[chosen.ravel()[place]], kind="stable")]
             places.append(place)

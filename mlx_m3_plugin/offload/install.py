@@ -1,7 +1,6 @@
 """Take the routed experts out of a model that is about to be loaded."""
 
 import logging
-from itertools import pairwise
 from pathlib import Path
 
 import mlx.core as mx
@@ -15,7 +14,7 @@ from ..weights.check import compare, shape_and_kind
 from ..weights.dtypes import size_in_bytes
 from ..weights.quantization import infer_module, quantized_in
 from ..weights.tensor import TensorPlan
-from .experts import ExpertsOnDisk, Guess
+from .experts import ExpertsOnDisk
 from .slots import ExpertFiles, Slots
 
 log = logging.getLogger("mlx_m3_plugin")
@@ -70,10 +69,6 @@ def put_experts_on_disk(
         block = blocks[base].block_sparse_moe
         block.switch_mlp.update_modules(quantized[base])
         block.switch_mlp = ExpertsOnDisk(Slots(block.switch_mlp, of_layer, count, files))
-    with_experts = list(blocks.values())
-    for layer, following in pairwise(with_experts):
-        guess, ahead = _guess(layer, following), following.block_sparse_moe.switch_mlp.slots
-        layer.block_sparse_moe.switch_mlp.read_ahead(guess, ahead)
     log.warning(
         "mlx-m3-plugin: %d of %d experts of each layer are in memory (%.1f of %.1f GiB), the others on disk",
         *(count, n_experts, count * total / n_experts / 2**30, total / 2**30),
@@ -98,15 +93,3 @@ def _quantized(layer: DecoderLayer, planned: TensorPlan) -> dict[str, nn.Module]
     parameters = dict(tree_flatten({name: linear.parameters() for name, linear in made.items()}))
     found = compare(planned, {name: shape_and_kind(array) for name, array in parameters.items()})
     return {} if found.missing or found.left_over or found.wrong else made
-
-
-def _guess(layer: DecoderLayer, following: DecoderLayer) -> Guess:
-    """The router of ``following`` for what ``layer`` gives to its own experts, which its norm has scaled."""
-
-    def guess(x: mx.array) -> mx.array:
-        scale = layer.post_attention_layernorm(mx.ones(x.shape[-1:], mx.float32))
-        # A norm may switch a channel off.
-        unscaled = mx.where(scale == 0, 0, x / scale)
-        return following.block_sparse_moe.route(following.post_attention_layernorm(unscaled))[0]
-
-    return guess

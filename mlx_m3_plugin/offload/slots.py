@@ -19,8 +19,8 @@ from ..weights.tensor import Tensor, TensorPlan
 Ids = np.ndarray[Any, Any]
 # Of bytes, and what they are called.
 Check = Callable[[memoryview, str], None]
-# Several reads at once are needed for an SSD's full speed.  Guesses leave room for what is needed now.
-THREADS, THREADS_FOR_GUESSES = 8, 2
+# Several reads at once are needed for an SSD's full speed.
+THREADS = 8
 # Of an expert's usage, at each call of its layer: the last 50 calls count most.
 DECAY = 0.98
 
@@ -32,18 +32,16 @@ class ExpertFiles:
         self._tensors = tensors
         self.reader = TensorReader(directory, tensors)
         self.reader.open_uncached({name for tensor in plan.values() for name in tensor.stored_names()})
-        self._needed = ThreadPoolExecutor(THREADS, "m3-experts")
-        self._guessed = ThreadPoolExecutor(THREADS_FOR_GUESSES, "m3-guesses")
+        self._threads = ThreadPoolExecutor(THREADS, "m3-experts")
 
     def start(
-        self, spans: Iterable[Span], memory: memoryview, check: Check | None, is_guess: bool
+        self, spans: Iterable[Span], memory: memoryview, check: Check | None
     ) -> Iterator["Future[None]"]:
         """Begin to fill ``memory`` with the bytes of ``spans`` and to ``check`` them."""
-        threads = self._guessed if is_guess else self._needed
         done = 0
         for span in spans:
             end = done + size_in_bytes(span.shape, self._tensors[span.name].dtype)
-            yield threads.submit(self._read, span, memory[done:end], check)
+            yield self._threads.submit(self._read, span, memory[done:end], check)
             done = end
 
     def _read(self, span: Span, memory: memoryview, check: Check | None) -> None:
@@ -114,25 +112,12 @@ class Slots:
         output, self._computed = mx.depends([output, self._computed], [output])
         return output
 
-    def start(self, wanted: Ids) -> None:
-        """Begin to read those of these experts that are not here; at most as many as there are slots."""
-        self._cancel_guesses_but(wanted)
-        if (self.of_expert[wanted] < 0).any():
-            mx.eval(self._computed)
-            self._start(wanted, wanted)
-
-    def guess(self, likely: Ids) -> None:
-        """As :meth:`start`, for experts that the next call will likely want."""
-        if (self.of_expert[likely] < 0).any():
-            mx.eval(self._computed)
-            self._start(likely, likely, is_guess=True)
-
     def are_here(self, wanted: Ids) -> bool:
         """Whether nobody has to wait for any of these experts."""
         return not any(slot < 0 or self._is_being_read(slot) for slot in self.of_expert[wanted].tolist())
 
     def wait(self, wanted: Ids) -> None:
-        """Until these experts, all of which have been started, are here.
+        """Until these experts, which are here or being read, are here.
 
         Raises:
             OSError: one of them cannot be read; names the file and the tensor.
@@ -156,24 +141,25 @@ class Slots:
             self._checked.add(expert)
         self.seconds_waited += perf_counter() - began
 
-    def in_groups(self, wanted: Ids) -> Iterator[Ids]:
+    def in_groups(self, wanted: Ids, one_by_one: bool) -> Iterator[Ids]:
         """All of these experts, some at a time.  Each group is here while the caller computes with it.
 
         The next ones are read at the same time, where there are slots for them.
 
+        Args:
+            one_by_one: computes with each expert as soon as it is read.
+
         Raises:
             OSError: see :meth:`wait`.
         """
-        self._cancel_guesses_but(wanted)
         mx.eval(self._computed)
-        size = max(1, self.count // 4)
-        missing = wanted[self.of_expert[wanted] < 0]
-        late = wanted[[self._is_being_read(slot) for slot in self.of_expert[wanted].tolist()]]
-        here = np.setdiff1d(wanted, np.concatenate([missing, late]))
+        size = 1 if one_by_one else max(1, self.count // 4)
+        here = np.array([self.are_here(wanted[n : n + 1]) for n in range(len(wanted))], bool)
+        here, missing = wanted[here], wanted[~here]
         # The least used first: their slots are then read into.
         here = here[np.argsort(self._usage[here], kind="stable")]
         split = 2 * size if len(missing) else len(here)
-        groups = [group for group in (here[:split], here[split:], late) if len(group)]
+        groups = [group for group in (here[:split], here[split:]) if len(group)]
         started, finished = len(groups), 0
         groups += [missing[i : i + size] for i in range(0, len(missing), size)]
         outputs: list[mx.array] = []
@@ -194,23 +180,16 @@ class Slots:
             outputs.append(self._computed)
             mx.async_eval(self._computed)
 
-    def _start(self, wanted: Ids, kept: Ids, is_guess: bool = False) -> None:
+    def _start(self, wanted: Ids, kept: Ids) -> None:
+        """Begin to read those of ``wanted`` that are not here, in place of others than ``kept``."""
         for expert in wanted[self.of_expert[wanted] < 0].tolist():
             slot = self._free_slot(kept)
             reads = self._reads[slot] = []
             for part in self._parts:
                 spans, memory = part.of_expert[expert][1] or (), memoryview(part.memory[slot])
                 check = None if expert in self._checked else part.check
-                reads += self._files.start(spans, memory, check, is_guess)
+                reads += self._files.start(spans, memory, check)
             self.of_expert[expert], self._holds[slot] = slot, expert
-
-    def _cancel_guesses_but(self, wanted: Ids) -> None:
-        """Do not begin to read what was guessed wrongly."""
-        for slot, reads in self._reads.items():
-            if self._holds[slot] not in wanted:
-                cancelled = [read.cancel() for read in reads]
-                if any(cancelled):
-                    self._forget(slot)
 
     def _make_computed_parts(self, expert: int) -> None:
         for part in self._parts:

@@ -100,8 +100,6 @@ class PluginFinder:
     ) -> importlib.machinery.ModuleSpec | None:
         if fullname in self._patches:
             return self._spec_with_patch(fullname, path, target)
-        if not fullname.startswith("mlx_"):
-            return None
         value = self._module_for(fullname)
         if value is None:
             return None
@@ -129,22 +127,19 @@ class PluginFinder:
                 delattr(sys.modules[parent], leaf)
 
     def decide(self, fullname: str) -> dict[str, str | None]:
-        """Which module answers to ``fullname``, and why.  Imports the parent packages only."""
+        """Which module answers to a name of our entry points, and why.  Imports the parent packages only."""
         parent = fullname.rpartition(".")[0]
         try:
             path = getattr(importlib.import_module(parent), "__path__", None)
             native = self._native_spec(fullname, path, None)
         except ImportError:
             native = None
-        value = self._module_for(fullname)
-        if value is None:
-            origin, source = (native.origin, "native") if native else (None, "none")
-            return {"name": fullname, "source": source, "path": origin, "why": "no entry point of ours"}
         if native is not None and self._settings.prefer_native:
             why = "MLX_M3_PLUGIN_PREFER=native"
             return {"name": fullname, "source": "native", "path": native.origin, "why": why}
         why = "ours wins over the native module" if native else "upstream has no such module"
-        return {"name": fullname, "source": "plugin", "path": _origin(value), "why": why}
+        origin = _origin(self._module_for(fullname) or "")
+        return {"name": fullname, "source": "plugin", "path": origin, "why": why}
 
     def _module_for(self, fullname: str) -> str | None:
         parent, _, leaf = fullname.rpartition(".")
@@ -193,8 +188,8 @@ class PluginFinder:
 def graft_spec(
     fullname: str,
     module_name: str,
-    native: importlib.machinery.ModuleSpec | None = None,
-    settings: Settings | None = None,
+    native: importlib.machinery.ModuleSpec | None,
+    settings: Settings,
 ) -> importlib.machinery.ModuleSpec:
     """A spec that executes the file of ``module_name`` as ``fullname``.
 
@@ -207,7 +202,7 @@ def graft_spec(
     origin = _origin(module_name)
     if origin is None:
         raise RuntimeError(f"mlx-m3-plugin: {module_name}, which should serve {fullname}, is not installed")
-    loader = _GraftLoader(fullname, origin, native, settings or read_settings())
+    loader = _GraftLoader(fullname, origin, native, settings)
     locations = native.submodule_search_locations if native else None
     spec = importlib.util.spec_from_file_location(
         fullname, origin, loader=loader, submodule_search_locations=locations
@@ -281,9 +276,6 @@ class _PatchingLoader:
 
     def __getattr__(self, name: str) -> Any:
         return getattr(self._loader, name)
-
-    def create_module(self, spec: importlib.machinery.ModuleSpec) -> ModuleType | None:
-        return self._loader.create_module(spec)
 
     def get_code(self, fullname: str) -> Any:
         """What ``python -m`` executes as ``__main__``: the module is imported under its own name, where

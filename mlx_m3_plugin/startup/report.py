@@ -1,6 +1,7 @@
 """Text for ``status()`` and ``mlx-m3 doctor``.  Apart from the hook, which may be what is broken."""
 
 from collections.abc import Mapping, Sequence
+from importlib.metadata import PackageNotFoundError, version
 from typing import Any
 
 
@@ -16,3 +17,11 @@ def patch_lines(patches: Mapping[str, Any]) -> list[str]:
     return [
         f"{name}: {', '.join(what) if isinstance(what, list) else what}" for name, what in patches.items()
     ]
+
+
+def version_of(package: str) -> str | None:
+    """The installed version."""
+    try:
+        return version(package)
+    except PackageNotFoundError:
+        return None

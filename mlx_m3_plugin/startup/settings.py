@@ -11,7 +11,6 @@ EFFORT = "MLX_M3_PLUGIN_REASONING_EFFORT"
 EXPERT_MEMORY = "MLX_M3_PLUGIN_EXPERT_MEMORY"
 _PREFIX = "MLX_M3_PLUGIN"
 
-
 _ON_OR_OFF = dict.fromkeys(("on", "1", "true", "yes"), True) | dict.fromkeys(
     ("off", "0", "false", "no"), False
 )
@@ -87,66 +86,45 @@ def read_settings(environ: Mapping[str, str] = os.environ) -> Settings:
     complaints = [*_misspelt(environ)]
     for name, (attribute, _, _) in _VARIABLES.items():
         try:
-            value = _read(name, environ)
+            if (value := _read(name, environ)) is not None:
+                read[attribute] = value
         except ValueError as error:
             complaints.append(str(error))
-        else:
-            if value is not None:
-                read[attribute] = value
     return Settings(**read, complaints=tuple(complaints))
 
 
-def model_settings(environ: Mapping[str, str] = os.environ) -> dict[str, Any]:
-    """``attention`` and ``pipeline_split``, those that are set: what changes how a model is made.
-
-    Raises:
-        ValueError: a value is not understood.  It names the variable.
-    """
-    read = {_VARIABLES[n][0]: _read(n, environ) for n in ("MLX_M3_PLUGIN_ATTENTION", PIPELINE_SPLIT)}
-    return {attribute: value for attribute, value in read.items() if value is not None}
-
-
-def effort_setting(environ: Mapping[str, str] = os.environ) -> str | None:
-    """The effort of reasoning for prompts that ask for none.
+def checked(attribute: str, environ: Mapping[str, str] = os.environ) -> Any:
+    """One attribute of :class:`Settings`, for code that cannot go on with a default.
 
     Raises:
         ValueError: the value is not understood.  It names the variable.
     """
-    effort: str | None = _read(EFFORT, environ)
-    return effort
+    name = next(name for name, (its_attribute, _, _) in _VARIABLES.items() if its_attribute == attribute)
+    value = _read(name, environ)
+    return getattr(Settings, attribute) if value is None else value
 
 
-def engine_settings(environ: Mapping[str, str] = os.environ) -> dict[str, Any]:
-    """How sparse attention is computed: ``mode``, ``strict`` and ``store``, the file of measurements.
-
-    Raises:
-        ValueError: a value is not understood.  It names the variable.
-    """
-    return {
-        "mode": _read("MLX_M3_PLUGIN_ENGINE", environ) or "auto",
-        "strict": bool(_read("MLX_M3_PLUGIN_STRICT", environ)),
-        "store": os.path.join(cache_directory(environ), "engine.json"),
-    }
+def model_settings(environ: Mapping[str, str] = os.environ) -> dict[str, Any]:
+    """``attention`` and ``pipeline_split``, those that are set: what changes how a model is made."""
+    settings = {attribute: checked(attribute, environ) for attribute in ("attention", "pipeline_split")}
+    return {attribute: value for attribute, value in settings.items() if value is not None}
 
 
-def expert_memory(environ: Mapping[str, str] = os.environ) -> int | str:
-    """See :attr:`Settings.expert_memory`.
-
-    Raises:
-        ValueError: the value is not understood.
-    """
-    return _read(EXPERT_MEMORY, environ) or 0
+def engine_settings() -> dict[str, Any]:
+    """How sparse attention is computed: ``mode``, ``strict`` and ``store``, the file of measurements."""
+    store = os.path.join(cache_directory(), "engine.json")
+    return {"mode": checked("engine"), "strict": checked("strict"), "store": store}
 
 
-def cache_directory(environ: Mapping[str, str] = os.environ) -> str:
+def cache_directory() -> str:
     """Where we keep what can be made again."""
-    base = environ.get("XDG_CACHE_HOME") or os.path.join(os.path.expanduser("~"), ".cache")
+    base = os.environ.get("XDG_CACHE_HOME") or os.path.join(os.path.expanduser("~"), ".cache")
     return os.path.join(base, "mlx-m3")
 
 
-def without_plugin(environ: Mapping[str, str] = os.environ) -> dict[str, str]:
+def without_plugin() -> dict[str, str]:
     """Variables for a process in which upstream is exactly as it is."""
-    return {**environ, "MLX_M3_PLUGIN": "off"}
+    return {**os.environ, "MLX_M3_PLUGIN": "off"}
 
 
 def lines_of(settings: Mapping[str, Any]) -> list[str]:

@@ -4,11 +4,10 @@ import gc
 import sys
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field
-from importlib.metadata import PackageNotFoundError, version
 from typing import Any
 
 from . import hook
-from .report import patch_lines, report
+from .report import patch_lines, report, version_of
 from .settings import lines_of, read_settings
 
 
@@ -91,7 +90,7 @@ def _is_looked_up_in(namespace: str) -> bool:
     library = namespace.partition(".")[0]
     if library in sys.modules:
         return namespace in sys.modules
-    return namespace == f"{library}.models" and _version(library.replace("_", "-")) is not None
+    return namespace == f"{library}.models" and version_of(library.replace("_", "-")) is not None
 
 
 def _module(name: str, parent: str, serves: bool, prefer_native: bool) -> dict[str, str | None]:
@@ -118,7 +117,7 @@ def _advice_on_settings(in_force: Mapping[str, Any], now: Mapping[str, Any]) -> 
 
 def _advice_on_restart(running_version: str) -> list[str]:
     advice = []
-    installed = _version(hook.DISTRIBUTION)
+    installed = version_of(hook.DISTRIBUTION)
     if installed is not None and installed != running_version:
         advice.append(f"version {installed} has been installed since: restart this process to use it")
     models = sum(_instances(module) for module in hook.replaced_modules)
@@ -141,10 +140,3 @@ def _instances(module: Any) -> int:
     """How many models of a class that is no longer served are in memory."""
     model = getattr(module, "Model", None)
     return 0 if model is None else sum(type(thing) is model for thing in gc.get_objects())
-
-
-def _version(distribution: str) -> str | None:
-    try:
-        return version(distribution)
-    except PackageNotFoundError:
-        return None

@@ -76,6 +76,16 @@ class Place:
         here = "neither a directory nor in the Hugging Face cache"
         return f"{self.name} is {here}: download it with {command}"
 
+    def on_disk(self) -> Path:
+        """The directory, where no file is missing.
+
+        Raises:
+            OSError: one is; says how to download it.
+        """
+        if self.directory is None or self.missing:
+            raise FileNotFoundError(self.absent)
+        return self.directory
+
 
 def locate(name: str | Path) -> Place:
     """Find a checkpoint by its directory, or by a repository's name or URL on the Hub.
@@ -99,18 +109,6 @@ def locate(name: str | Path) -> Place:
     cached = _cached(repository, revision)
     missing = () if cached is None else _missing_in(cached)
     return Place(repository, cached, repository, revision, missing)
-
-
-def locate_weights(name: str | Path) -> Place:
-    """:func:`locate` for a checkpoint whose weights are to be read: all its files are on disk.
-
-    Raises:
-        OSError: they are not; says how to download them.
-    """
-    place = locate(name)
-    if place.directory is None or place.missing:
-        raise FileNotFoundError(place.absent)
-    return place
 
 
 def _path_on_the_hub(name: str) -> tuple[str, str | None]:
@@ -172,22 +170,24 @@ class Source:
 
     Attributes:
         name: the path as given, or ``owner/name``.
+        title: the same without the path of a directory.
+        folder: the directory, with all files; None for a repository that is not whole in the cache.
         model: what ``--model`` of the stock commands takes; None for a revision that is not on disk.
         config: ``config.json``.
         tokenizer_config: ``tokenizer_config.json``, None if there is none.
         chat_template: its text, from any of the files that may contain it.
-        directory: None where it is on the Hub alone.
         draft_folders: those in which a draft head lies, beside the model.
         problems: settings that cannot be read, one line each.
     """
 
     name: str
+    title: str
+    folder: Path | None
     model: str | None
     headers: Headers
     config: dict[str, Any]
     tokenizer_config: dict[str, Any] | None = None
     chat_template: str | None = None
-    directory: Path | None = None
     draft_folders: list[str] = field(default_factory=list)
     problems: list[str] = field(default_factory=list)
 
@@ -203,12 +203,20 @@ def open_source(path_or_repository: str | Path) -> Source:
     directory = place.directory
     if directory is None or place.missing:
         return _from_hub(place)
-    read_file = _reader_of(directory)
+
+    def read_file(file: str) -> str | None:
+        try:
+            return read_text(directory / file)
+        except (FileNotFoundError, NotADirectoryError):
+            return None
+
     # The config first: if it is another model's, there is nothing more to say.
     config = _read_config(place.name, read_file)
+    title = place.repository or directory.name
     model = place.name if place.revision is None else str(directory)
-    source = Source(place.name, model, read_headers(directory), config, directory=directory)
-    return _with_settings(source, read_file)
+    return _with_settings(
+        Source(place.name, title, directory, model, read_headers(directory), config), read_file
+    )
 
 
 def _from_hub(place: Place) -> Source:
@@ -227,7 +235,9 @@ def _from_hub(place: Place) -> Source:
 
         config = _read_config(repository, read_file)
         metadata = huggingface_hub.get_safetensors_metadata(repository, revision=info.sha)
-        return _with_settings(Source(repository, model, _hub_headers(metadata), config), read_file)
+        return _with_settings(
+            Source(repository, repository, None, model, _hub_headers(metadata), config), read_file
+        )
     except UnreadableText:
         raise
     # The Hub's client, its HTTP library and proxies each have exceptions of their own.
@@ -293,16 +303,6 @@ def _with_settings(source: Source, read_file: ReadText) -> Source:
     return source
 
 
-def _reader_of(directory: Path) -> ReadText:
-    def read(file: str) -> str | None:
-        try:
-            return read_text(directory / file)
-        except (FileNotFoundError, NotADirectoryError):
-            return None
-
-    return read
-
-
 def draft_in_words(folders: Iterable[str], names: Iterable[str]) -> str | None:
     """Where a checkpoint with these folders and stored names has a draft head; None if it has none."""
     tensors = sum(map(is_draft, names))
@@ -313,8 +313,8 @@ def draft_in_words(folders: Iterable[str], names: Iterable[str]) -> str | None:
 # --- what of the model it holds ---
 
 
-@dataclass(frozen=True)
-class Contents:
+@dataclass
+class Checkpoint(Source):
     """What a checkpoint's tensors are.
 
     Attributes:
@@ -322,17 +322,17 @@ class Contents:
         plan: published parameter names, without a prefix -> how they are made from stored tensors.
         quantized: the modules that are quantized in one of MLX's modes.
         indexers: whether the checkpoint has weights for them.
-        problems: quantizations that MLX does not have, one line each.
+        of_quantization: quantizations that MLX does not have, one line each.
         of_text, of_vision: what differs from the model, one line each.
     """
 
-    text_config: TextConfig
-    plan: Mapping[str, Tensor]
-    quantized: Mapping[str, Quantization]
-    indexers: bool
-    problems: list[str]
-    of_text: list[str]
-    of_vision: list[str]
+    text_config: TextConfig = field(kw_only=True)
+    plan: Mapping[str, Tensor] = field(kw_only=True)
+    quantized: Mapping[str, Quantization] = field(kw_only=True)
+    indexers: bool = field(kw_only=True)
+    of_quantization: list[str] = field(kw_only=True)
+    of_text: list[str] = field(kw_only=True)
+    of_vision: list[str] = field(kw_only=True)
 
     @property
     def with_indexer(self) -> list[int]:
@@ -340,70 +340,15 @@ class Contents:
         layers = range(self.text_config.num_hidden_layers)
         return [layer for layer in layers if self.indexers and self.text_config.is_sparse_attention(layer)]
 
-
-def model_name(config: TextConfig) -> str:
-    """Which of MiniMax's models this is: M3.1 selects blocks on layers with dense MLPs too, and keeps an
-    initial block; M3 does neither."""
-    layers = range(config.num_hidden_layers)
-    with_dense_mlp = [layer for layer in layers if not config.is_moe(layer)]
-    on_all = bool(with_dense_mlp) and all(map(config.is_sparse_attention, layers))
-    return M31 if on_all or config.index_init_blocks else M3
-
-
-def read_text_config(config: dict[str, Any], name: str = "config.json") -> TextConfig:
-    """As the checkpoint says, without environment variables; errors call it ``name``."""
-    try:
-        return text_config_of(config)
-    except ValueError as error:
-        raise ValueError(f"{name}: {str(error).removeprefix('config: ')}") from None
-
-
-def read_contents(headers: Headers, config: dict[str, Any], text_config: TextConfig) -> Contents:
-    """Compare what is stored with the model that ``config.json`` describes.
-
-    Raises:
-        ValueError: a tensor has a format that MLX has no mode for, or a size is out of range.
-    """
-    plan = plan_layout(headers.tensors, text_config, "", vision=True)
-    indexers = not lacks_indexers(plan, text_config)
-    text, vision = text_shapes(text_config, indexers=indexers), {}
-    seen = {name: tensor for name, tensor in plan.items() if is_vision(name)}
-    of_vision = []
-    try:
-        vision = vision_shapes(config) if seen else {}
-    except ValueError as error:
-        of_vision.append(str(error))
-    quantized, problems = quantized_modules(plan, text | vision)
-    prefix = "" if config["model_type"] == TEXT_ONLY else TEXT_PREFIX
-    of_text = differences({n: t for n, t in plan.items() if n not in seen}, text, quantized, prefix)
-    of_vision += differences(seen, vision, quantized)
-    return Contents(text_config, plan, quantized, indexers, problems, of_text, of_vision)
-
-
-@dataclass(frozen=True)
-class Checkpoint(Contents):
-    """A whole checkpoint, to convert, evaluate or measure.
-
-    Attributes:
-        name: the directory as given, or ``owner/name`` of a repository in the cache.
-        title: the same without the path of a directory.
-        config: ``config.json``.
-    """
-
-    name: str
-    title: str
-    directory: Path
-    config: dict[str, Any]
-    headers: Headers
+    @property
+    def directory(self) -> Path:
+        assert self.folder is not None
+        return self.folder
 
     @property
     def vision(self) -> list[str]:
         """The names of the vision tower's parameters, and the projectors'."""
         return [name for name in self.plan if is_vision(name)]
-
-    @property
-    def draft_folders(self) -> list[str]:
-        return [folder for folder in DRAFT_FOLDERS if (self.directory / folder / "config.json").is_file()]
 
     @property
     def draft_tensors(self) -> dict[str, StoredTensor]:
@@ -429,6 +374,54 @@ class Checkpoint(Contents):
         return self.plan[f"{module}.scales"].dtype if spec.mode == "affine" else mx.bfloat16
 
 
+def model_name(config: TextConfig) -> str:
+    """Which of MiniMax's models this is: M3.1 selects blocks on layers with dense MLPs too, and keeps an
+    initial block; M3 does neither."""
+    layers = range(config.num_hidden_layers)
+    with_dense_mlp = [layer for layer in layers if not config.is_moe(layer)]
+    on_all = bool(with_dense_mlp) and all(map(config.is_sparse_attention, layers))
+    return M31 if on_all or config.index_init_blocks else M3
+
+
+def read_text_config(config: dict[str, Any], name: str = "config.json") -> TextConfig:
+    """As the checkpoint says, without environment variables; errors call it ``name``."""
+    try:
+        return text_config_of(config)
+    except ValueError as error:
+        raise ValueError(f"{name}: {str(error).removeprefix('config: ')}") from None
+
+
+def read_checkpoint(source: Source, text_config: TextConfig) -> Checkpoint:
+    """Compare what is stored with the model that ``config.json`` describes.
+
+    Raises:
+        ValueError: a tensor has a format that MLX has no mode for, or a size is out of range.
+    """
+    plan = plan_layout(source.headers.tensors, text_config, "", vision=True)
+    indexers = not lacks_indexers(plan, text_config)
+    text, vision = text_shapes(text_config, indexers=indexers), {}
+    seen = {name: tensor for name, tensor in plan.items() if is_vision(name)}
+    of_vision = []
+    try:
+        vision = vision_shapes(source.config) if seen else {}
+    except ValueError as error:
+        of_vision.append(str(error))
+    quantized, of_quantization = quantized_modules(plan, text | vision)
+    prefix = "" if source.config["model_type"] == TEXT_ONLY else TEXT_PREFIX
+    of_text = differences({n: t for n, t in plan.items() if n not in seen}, text, quantized, prefix)
+    of_vision += differences(seen, vision, quantized)
+    return Checkpoint(
+        **vars(source),
+        text_config=text_config,
+        plan=plan,
+        quantized=quantized,
+        indexers=indexers,
+        of_quantization=of_quantization,
+        of_text=of_text,
+        of_vision=of_vision,
+    )
+
+
 def open_checkpoint(path_or_repository: str | Path) -> Checkpoint:
     """Read headers and settings, and see that every weight of the model is there.
 
@@ -436,17 +429,13 @@ def open_checkpoint(path_or_repository: str | Path) -> Checkpoint:
         OSError: there is no checkpoint in the directory, or the repository is not in the cache.
         ValueError: it is not a whole MiniMax-M3; says what is missing or wrong.
     """
-    place = locate_weights(path_or_repository)
-    directory = place.directory
-    assert directory is not None
-    config = _read_config(str(directory), _reader_of(directory))
-    text_config = read_text_config(config, str(directory / "config.json"))
-    headers = read_headers(directory)
-    found = None if headers.problems else read_contents(headers, config, text_config)
-    problems = headers.problems if found is None else found.problems or found.of_text + found.of_vision
-    if found is None or problems:
+    directory = locate(path_or_repository).on_disk()
+    source = open_source(path_or_repository)
+    text_config = read_text_config(source.config, str(directory / "config.json"))
+    problems = source.headers.problems
+    if not problems:
+        found = read_checkpoint(source, text_config)
+        problems = found.of_quantization or found.of_text + found.of_vision
+    if problems:
         raise ValueError("\n  ".join([f"{directory} is not a whole MiniMax-M3:", *shorten(problems)]))
-    title = place.repository or directory.name
-    return Checkpoint(
-        **vars(found), name=place.name, title=title, directory=directory, config=config, headers=headers
-    )
+    return found

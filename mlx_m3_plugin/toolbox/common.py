@@ -6,7 +6,6 @@ import re
 import textwrap
 from argparse import ArgumentTypeError
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -147,14 +146,6 @@ def parse_json_object(text: str, name: str) -> dict[str, Any]:
 
 
 # --- hints and progress ---
-
-
-def version_of(package: str) -> str | None:
-    """The installed version."""
-    try:
-        return version(package)
-    except PackageNotFoundError:
-        return None
 
 
 def did_you_mean(word: str, known: Iterable[str]) -> str:

@@ -16,7 +16,7 @@ from .common import Answer
 from .convert.draft import plan_draft_head
 from .convert.plan import plan_conversion
 from .convert.recipe import parse_recipe
-from .convert.run import convert
+from .convert.run import write
 from .new_directory import new_directory
 
 NANO = Path(__file__).with_name("nano")
@@ -65,7 +65,8 @@ def _convert(directory: Path, bits: int) -> None:
     )
     made = directory / "made"
     plan = plan_conversion(source, recipe, draft=plan_draft_head(source, recipe))
-    convert(plan, made, memory=_MEMORY, progress=lambda *_: None)
+    with new_directory(made, "demo", resumable=True) as unfinished:
+        write(plan, unfinished, memory=_MEMORY, progress=lambda *_: None)
     for file in made.iterdir():
         file.rename(directory / file.name)
     made.rmdir()

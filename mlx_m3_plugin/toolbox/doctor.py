@@ -20,9 +20,9 @@ from importlib.metadata import PackageNotFoundError, distribution
 from pathlib import Path
 from typing import Any
 
-from ..startup.report import patch_lines, report
+from ..startup.report import patch_lines, report, version_of
 from ..startup.settings import read_settings
-from .common import Answer, version_of
+from .common import Answer
 from .installed_hosts import HostClass, classes_of_hosts, installed_hosts
 
 _PACKAGES = ("mlx-m3-plugin", "mlx", "mlx-lm", "mlx-vlm", "transformers")

@@ -164,7 +164,7 @@ def evaluate(
         len(texts.tokens),
         len(texts.windows),
         max(map(len, texts.windows)),
-        sum(tensor.nbytes for tensor in ours.headers.tensors.values()),
+        ours.headers.nbytes,
         perplexity(our_pass),
     )
     if theirs is not None:

@@ -30,7 +30,7 @@ from ..weights import shorten
 from ..weights.dtypes import size_in_bytes
 from ..weights.headers import DRAFT_FOLDER
 from ..weights.names import is_vision, layer_of
-from .checkpoint import Contents, Source, locate, model_name, open_source, read_contents, read_text_config
+from .checkpoint import Checkpoint, locate, model_name, open_source, read_checkpoint, read_text_config
 from .common import Answer, size_in_words, tokens_in_words
 from .draft_head import DraftHead, open_draft_head
 from .parameters import NOT_IN_THE_TEXT_MODEL, OTHER, bytes_of_components
@@ -206,9 +206,9 @@ def fit(
         raise ValueError(
             f"--bandwidth must be between {_LEAST_BANDWIDTH} and {_MOST_BANDWIDTH:,} GB/s, not {bandwidth}"
         )
-    source, contents = _open_whole(path_or_repository, kv_bits)
+    contents = _open_whole(path_or_repository, kv_bits)
     config = contents.text_config
-    parts = bytes_of_components(source.headers, contents.plan)
+    parts = bytes_of_components(contents.headers, contents.plan)
     weights = sum(size for name, size in parts.items() if name not in NOT_IN_THE_TEXT_MODEL)
     sparse = len(contents.with_indexer)
     per_token = bytes_per_token(config, sparse, kv_bits)
@@ -225,7 +225,7 @@ def fit(
     missing = max(0, total - (memory - reserve))
     cost = _cost(config, parts, sparse, planned, per_token, head)
     return Fit(
-        name=source.name,
+        name=contents.name,
         model=model_name(config),
         memory=memory,
         reserve=reserve,
@@ -251,7 +251,7 @@ def fit(
     )
 
 
-def _open_whole(path_or_repository: str | Path, kv_bits: int | None) -> tuple[Source, Contents]:
+def _open_whole(path_or_repository: str | Path, kv_bits: int | None) -> Checkpoint:
     """Open a checkpoint of which every part can be counted.
 
     Missing tensors and damaged shards would count as nothing and fit anywhere.
@@ -261,16 +261,16 @@ def _open_whole(path_or_repository: str | Path, kv_bits: int | None) -> tuple[So
     source = open_source(path_or_repository)
     contents, problems = None, source.headers.problems
     try:
-        contents = read_contents(source.headers, source.config, read_text_config(source.config))
+        contents = read_checkpoint(source, read_text_config(source.config))
     except ValueError as error:
         problems = [str(error), *problems]
     else:
-        missing = contents.problems + contents.of_text + contents.of_vision
+        missing = contents.of_quantization + contents.of_text + contents.of_vision
         # Tensors of damaged files would only be reported twice.
         problems = problems or missing
     if contents is None or problems:
         raise ValueError("\n  ".join([f"{source.name}: its size is unknown:", *shorten(problems)]))
-    return source, contents
+    return contents
 
 
 # --- how fast ---
@@ -538,18 +538,18 @@ def fit_pipeline(
 
     Like :func:`fit`; ``memories`` are bytes of each machine, by rank.
     """
-    source, contents = _open_whole(path_or_repository, kv_bits)
+    contents = _open_whole(path_or_repository, kv_bits)
     layers = _Layers(contents, memories, kv_bits, prefill_step)
     if len(memories) > len(layers.weights):
         raise ValueError(
-            f"{source.name} has {len(layers.weights)} layers, fewer than {len(memories)} machines"
+            f"{contents.name} has {len(layers.weights)} layers, fewer than {len(memories)} machines"
         )
     known = layers.config.max_position_embeddings
     largest = largest_context(layers.config, layers.fit)
     planned = min((largest or 1) if context is None else context, known)
     stages = layers.stages(planned)
     missing = 0 if stages else layers.missing(planned)
-    return PipelineFit(source.name, planned, context, known, largest, stages, missing)
+    return PipelineFit(contents.name, planned, context, known, largest, stages, missing)
 
 
 class _Layers:
@@ -559,7 +559,7 @@ class _Layers:
     ``shared`` weights.
     """
 
-    def __init__(self, contents: Contents, memories: Sequence[int], kv_bits: int | None, step: int):
+    def __init__(self, contents: Checkpoint, memories: Sequence[int], kv_bits: int | None, step: int):
         self.memories, self.step = memories, step
         self.config = config = contents.text_config
         self.shared, self.weights = 0, [0] * config.num_hidden_layers

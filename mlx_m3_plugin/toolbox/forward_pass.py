@@ -17,13 +17,12 @@ import numpy as np
 
 from .. import __version__
 from ..startup.settings import cache_directory
-from ..weights.byte_ranges import TensorReader, read_at
+from ..weights.byte_ranges import TensorReader
 from ..weights.dtypes import from_bytes, name_of, to_bytes
 from ..weights.headers import weight_files
 from .checkpoint import Checkpoint
 from .common import Progress, read_text
 from .new_directory import replace_text
-from .shards import write_at
 from .streaming import Choices, Embedding, StreamedLayer
 
 # Tokens whose hidden states are kept after every layer, to compare.
@@ -120,13 +119,14 @@ class HiddenStates:
     def write(self, first: int, hidden: mx.array) -> None:
         """``hidden`` ``[n, D]`` of the tokens from ``first`` on."""
         with self._path.open("r+b" if self._path.exists() else "wb") as file:
-            write_at(file.fileno(), first * self._bytes_per_token, to_bytes(hidden))
+            file.seek(first * self._bytes_per_token)
+            file.write(to_bytes(hidden))
 
     def read(self, first: int, last: int) -> mx.array:
         """``[last - first, D]``."""
-        start, size = first * self._bytes_per_token, (last - first) * self._bytes_per_token
         with self._path.open("rb") as file:
-            data = read_at(file.fileno(), start, size)
+            file.seek(first * self._bytes_per_token)
+            data = file.read((last - first) * self._bytes_per_token)
         return from_bytes(data, (last - first, self._width), self._dtype)
 
     def sync(self) -> None:

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from .common import version_of
+from ..startup.report import version_of
 
 # Runs in a new process.  Arguments: the module to load, and the host's functions that come before.
 _PROBE = """

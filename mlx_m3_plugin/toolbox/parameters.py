@@ -61,7 +61,7 @@ def bytes_of_components(headers: Headers, plan: Mapping[str, Tensor]) -> dict[st
     sizes = dict.fromkeys((*COMPONENTS, OTHER), 0)
     for name, tensor in plan.items():
         sizes[component_of(name)] += size_in_bytes(tensor.shape, tensor.dtype)
-    sizes[OTHER] += sum(tensor.nbytes for tensor in headers.tensors.values()) - sum(sizes.values())
+    sizes[OTHER] += headers.nbytes - sum(sizes.values())
     return sizes
 
 

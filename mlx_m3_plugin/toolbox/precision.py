@@ -74,14 +74,25 @@ def converted(
     return dict(zip(("weight", "scales", "biases"), made, strict=False))
 
 
-def dequantized(stored: Mapping[str, mx.array], source: Quantization) -> mx.array:
-    """The values of a matrix, or of a stack of them."""
+def dequantized(stored: Mapping[str, mx.array], source: Quantization, in_float32: bool = False) -> mx.array:
+    """The values of a matrix, or of a stack of them; ``in_float32`` without rounding them to 16 bits."""
+    if in_float32:
+        stored = {
+            part: array.astype(mx.float32) if mx.issubdtype(array.dtype, mx.floating) else array
+            for part, array in stored.items()
+        }
     if source.bits is None:
         return stored["weight"]
-    values = _unpacked(stored, source)
-    if "global_scale" in stored:
-        return (values * _scale_of_each(stored)).astype(mx.bfloat16)
-    return values
+    parts = stored["weight"], stored["scales"], stored.get("biases")
+    values = mx.dequantize(*parts, **source.as_quantization())
+    if in_float32:
+        # Without biases (MXFP8, MXFP4, NVFP4) they have few enough bits to be exact in bfloat16.
+        values = values.astype(mx.float32)
+    if "global_scale" not in stored:
+        return values
+    # One scale for all rows and columns of each matrix.
+    values = values * factor(stored["global_scale"])[..., None, None]
+    return values if in_float32 else values.astype(mx.bfloat16)
 
 
 def computes_in_float32() -> bool:
@@ -91,26 +102,3 @@ def computes_in_float32() -> bool:
     as much as its value.  For many tokens they are also slower than a product in float32.
     """
     return bool(mx.default_device() == mx.cpu)
-
-
-def float32_values(stored: Mapping[str, mx.array], source: Quantization) -> mx.array:
-    """:func:`dequantized` without rounding to 16 bits."""
-    if source.bits is None:
-        return stored["weight"].astype(mx.float32)
-    in_float32 = {
-        part: array.astype(mx.float32) if mx.issubdtype(array.dtype, mx.floating) else array
-        for part, array in stored.items()
-    }
-    # Without biases (MXFP8, MXFP4, NVFP4) values have few enough bits to be exact in bfloat16.
-    values = _unpacked(in_float32, source).astype(mx.float32)
-    return values * _scale_of_each(stored) if "global_scale" in stored else values
-
-
-def _unpacked(stored: Mapping[str, mx.array], source: Quantization) -> mx.array:
-    parts = (stored["weight"], stored["scales"], stored.get("biases"))
-    return mx.dequantize(*parts, **source.as_quantization())
-
-
-def _scale_of_each(stored: Mapping[str, mx.array]) -> mx.array:
-    """One scale for all rows and columns of each matrix."""
-    return factor(stored["global_scale"])[..., None, None]

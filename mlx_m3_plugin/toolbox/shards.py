@@ -17,17 +17,6 @@ from ..weights.byte_ranges import LARGEST_PIECE
 from ..weights.dtypes import STORED_NAMES, size_in_bytes, to_bytes
 
 
-def write_at(descriptor: int, start: int, data: bytes) -> None:
-    """Put all of ``data`` at ``start``.
-
-    Raises:
-        OSError: it cannot be written.
-    """
-    view, done = memoryview(data), 0
-    while done < len(data):
-        done += os.pwrite(descriptor, view[done : done + LARGEST_PIECE], start + done)
-
-
 @dataclass(frozen=True)
 class NewTensor:
     """A tensor to be written."""
@@ -58,7 +47,7 @@ class ShardWriter(ExitStack):
         self._file = self.enter_context(self._unfinished.open("xb", buffering=0))
         self._begin = len(header)
         self._missing = sum(tensor.nbytes for tensor in tensors)
-        write_at(self._file.fileno(), 0, header)
+        self._write(0, header)
 
     def write(self, name: str, row: int, piece: mx.array) -> None:
         """Write ``piece`` into the tensor ``name``, seen as rows as wide as the piece's, from ``row`` on."""
@@ -69,7 +58,7 @@ class ShardWriter(ExitStack):
         start = row * width * tensor.dtype.size
         if start + piece.nbytes > tensor.nbytes:
             raise ValueError(f"{name}: {piece.shape} from row {row} on does not fit into {tensor.shape}")
-        write_at(self._file.fileno(), self._begin + offset + start, to_bytes(piece))
+        self._write(self._begin + offset + start, to_bytes(piece))
         self._missing -= piece.nbytes
 
     def finish(self) -> None:
@@ -86,6 +75,12 @@ class ShardWriter(ExitStack):
             raise OSError(f"{self._unfinished}: another process is writing it, too")
         self._file.close()
         os.replace(self._unfinished, self._path)
+
+    def _write(self, start: int, data: bytes) -> None:
+        view, done = memoryview(data), 0
+        while done < len(data):
+            piece = view[done : done + LARGEST_PIECE]
+            done += os.pwrite(self._file.fileno(), piece, start + done)
 
 
 def _header(

@@ -7,9 +7,9 @@ import sys
 from pathlib import Path
 
 from ..model.config import TextConfig
+from ..startup.report import version_of
 from ..startup.settings import EFFORT, without_plugin
 from .checkpoint import M3
-from .common import version_of
 
 WHY_SAMPLING = (
     "(with the sampling that MiniMax uses: greedy decoding, the default of these commands, can make "

@@ -23,7 +23,7 @@ from ..model.tensor_scales import hold_scale
 from ..weights.byte_ranges import TensorReader
 from ..weights.tensor import Tensor
 from .checkpoint import Checkpoint
-from .precision import Quantization, computes_in_float32, converted, dequantized, float32_values
+from .precision import Quantization, computes_in_float32, converted, dequantized
 
 _EMBEDDING = "model.embed_tokens"
 _PROJECTIONS = ("gate_proj", "up_proj", "down_proj")
@@ -49,10 +49,9 @@ class Embedding:
 
     def __call__(self, tokens: Sequence[int]) -> mx.array:
         """``[N]`` -> ``[N, D]``."""
-        values = float32_values if computes_in_float32() else dequantized
         for token in set(tokens) - self._vectors.keys():
             stored = {p: self._reader.read(t.taken(token, token + 1)) for p, t in self._parts.items()}
-            self._vectors[token] = values(stored, self._spec)
+            self._vectors[token] = dequantized(stored, self._spec, computes_in_float32())
         return mx.concatenate([self._vectors[token] for token in tokens])
 
 
@@ -236,7 +235,7 @@ class _Float32Linear(nn.Module):
                 name: array[start : start + step] if array.ndim == 2 else array
                 for name, array in self._stored.items()
             }
-            y[:, start : start + step] = inputs @ np.asarray(float32_values(some, self._spec)).T
+            y[:, start : start + step] = inputs @ np.asarray(dequantized(some, self._spec, in_float32=True)).T
         return mx.array(y).reshape(*x.shape[:-1], outputs).astype(x.dtype)
 
 

@@ -23,17 +23,6 @@ LARGEST_PIECE = 1 << 26
 _NOT_READ = ("F64", "C64")
 
 
-def read_at(descriptor: int, start: int, size: int) -> bytearray:
-    """``size`` bytes from ``start`` on.
-
-    Raises:
-        OSError: they cannot be read, or the file ends before.
-    """
-    data = bytearray(size)
-    read_into(memoryview(data), descriptor, start)
-    return data
-
-
 def read_into(memory: memoryview, descriptor: int, start: int) -> None:
     """Fill ``memory`` with the bytes from ``start`` on.
 

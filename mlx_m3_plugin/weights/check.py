@@ -126,20 +126,24 @@ def group_names(names: Iterable[str]) -> list[str]:
         groups.setdefault(tuple(pieces[::2]), []).append(tuple(int(n) for n in pieces[1::2]))
     lines = []
     for texts, numbers in sorted(groups.items()):
-        ranges = [f".{_ranges(column)}" for column in zip(*numbers, strict=True)]
+        ranges = [f".{_in_braces(column)}" for column in zip(*numbers, strict=True)]
         line = "".join(text + range_ for text, range_ in zip_longest(texts, ranges, fillvalue=""))
         lines.append(line + (f" ({len(numbers)})" if len(numbers) > 1 else ""))
     return lines
 
 
-def _ranges(numbers: Iterable[int]) -> str:
+def _in_braces(numbers: Iterable[int]) -> str:
     """``{3-59}`` for consecutive numbers, ``{0-2,5}`` otherwise, a bare number for one."""
-    ordered = sorted(set(numbers))
+    text = ",".join(ranges_of(numbers))
+    return text if text.isdigit() else f"{{{text}}}"
+
+
+def ranges_of(numbers: Iterable[int]) -> list[str]:
+    """``["0-2", "5"]``."""
     runs: list[list[int]] = []
-    for n in ordered:
+    for n in sorted(set(numbers)):
         if runs and n == runs[-1][-1] + 1:
             runs[-1].append(n)
         else:
             runs.append([n])
-    text = ",".join(str(r[0]) if len(r) == 1 else f"{r[0]}-{r[-1]}" for r in runs)
-    return text if len(ordered) == 1 else f"{{{text}}}"
+    return [str(run[0]) if len(run) == 1 else f"{run[0]}-{run[-1]}" for run in runs]

@@ -35,13 +35,13 @@ _BYTES_PER_SCALE = {bits * group_size // 8: mode for mode, (bits, group_size) in
 _VALUES = ("weight", "weight_packed")
 _SCALES = ("weight_scale_inv", "weight_scale")
 # For quantizing activations; here only weights are read.
-_FOR_ACTIVATIONS = ("input_scale", "input_global_scale")
+FOR_ACTIVATIONS = ("input_scale", "input_global_scale")
 # Modules whose input is as wide as the hidden states.
 _TAKE_HIDDEN_STATES = (
     *("q_proj", "k_proj", "v_proj", "index_q_proj", "index_k_proj"),
     *("gate", "gate_proj", "up_proj", "gate_up_proj", "lm_head"),
 )
-_FOREIGN_PART = re.compile(
+FOREIGN_PART = re.compile(
     r"\.(weight_scale_inv|weight_scale|weight_scale_2|weight_global_scale|weight_packed|weight_shape"
     r"|weight_zero_point|input_scale|input_global_scale|qweight|qzeros|g_idx)$"
 )
@@ -55,19 +55,19 @@ def read_formats(plan: TensorPlan, config: TextConfig) -> None:
     """
     foreign: dict[str, set[str]] = defaultdict(set)
     for name in plan:
-        if part := _FOREIGN_PART.search(name):
+        if part := FOREIGN_PART.search(name):
             foreign[name.removesuffix(part[0])].add(part[1])
     for module, parts in foreign.items():
         _read_module(plan, module, parts, config)
 
 
 def _read_module(plan: TensorPlan, module: str, parts: set[str], config: TextConfig) -> None:
-    for part in _FOR_ACTIVATIONS:
+    for part in FOR_ACTIVATIONS:
         plan.pop(f"{module}.{part}", None)
     values = next((p for p in reversed(_VALUES) if f"{module}.{p}" in plan), None)
     scales = next((p for p in _SCALES if p in parts), None)
     if values is None or scales is None:
-        if parts <= {*_FOR_ACTIVATIONS}:
+        if parts <= {*FOR_ACTIVATIONS}:
             return
         if {"qweight", "qzeros", "g_idx", "weight_packed", "weight_zero_point"} & parts:
             _refuse(plan, module, parts)
@@ -128,9 +128,9 @@ def _read_integers(plan: TensorPlan, module: str, bits: int) -> None:
     plan[f"{module}.weight"] = plan.pop(f"{module}.weight_packed").view_as_uint32()
     plan[f"{module}.scales"] = scales
     if zero_points is None:
-        plan[f"{module}.biases"] = scales.multiplied_by(-float(2 ** (bits - 1)))
+        plan[f"{module}.biases"] = scales.apply("multiply", -float(2 ** (bits - 1)))
     else:
-        plan[f"{module}.biases"] = scales.minus_zero_points(zero_points, bits)
+        plan[f"{module}.biases"] = scales.apply("zero points", bits, zero_points)
 
 
 def _read_tensor_scale(plan: TensorPlan, module: str) -> None:
@@ -138,10 +138,10 @@ def _read_tensor_scale(plan: TensorPlan, module: str) -> None:
     divisor = plan.pop(f"{module}.weight_global_scale", None)
     if factor is not None:
         # ModelOpt: value = e2m1 * weight_scale * weight_scale_2.
-        plan[f"{module}.global_scale"] = _scalar(factor).multiplied_by(NVFP4_LARGEST)
+        plan[f"{module}.global_scale"] = _scalar(factor).apply("multiply", NVFP4_LARGEST)
     elif divisor is not None:
         # compressed-tensors: value = e2m1 * weight_scale / weight_global_scale.
-        plan[f"{module}.global_scale"] = _scalar(divisor).dividing(NVFP4_LARGEST)
+        plan[f"{module}.global_scale"] = _scalar(divisor).apply("divide", NVFP4_LARGEST)
 
 
 def _scalar(tensor: Tensor) -> Tensor:

@@ -128,6 +128,10 @@ class Headers:
     unlisted: list[str] = field(default_factory=list)
     problems: list[str] = field(default_factory=list)
 
+    @property
+    def nbytes(self) -> int:
+        return sum(tensor.nbytes for tensor in self.tensors.values())
+
     def add(self, file: str, tensors: dict[str, StoredTensor]) -> None:
         self.files.append(file)
         twice: dict[str, list[str]] = {}
@@ -151,10 +155,10 @@ def read_headers(directory: str | Path) -> Headers:
         FileNotFoundError: there is no safetensors file in ``directory``.
     """
     directory = Path(directory)
-    files = weight_files(directory)
+    files, weight_map = weight_files(directory), _weight_map(directory)
     if not files and not (directory / INDEX).exists():
         raise FileNotFoundError(f"{directory} has no .safetensors file")
-    listed = set(_weight_map(directory).values())
+    listed = set(weight_map.values())
     names = {file: file.relative_to(directory).as_posix() for file in files}
     headers = Headers(unlisted=[name for name in names.values() if listed and name not in listed])
     for file, name in names.items():
@@ -163,7 +167,7 @@ def read_headers(directory: str | Path) -> Headers:
         except (ValueError, OSError) as error:
             headers.files.append(name)
             headers.problems.append(f"{name}: {error}")
-    headers.problems += _index_problems(directory, headers)
+    headers.problems += _index_problems(weight_map, headers)
     return headers
 
 
@@ -258,9 +262,8 @@ def _check_no_overlap(entries: dict[str, Any]) -> None:
             raise ValueError(f"{first} and {second} overlap")
 
 
-def _index_problems(directory: Path, headers: Headers) -> Iterator[str]:
-    weight_map = _weight_map(directory)
-    present = {file.relative_to(directory).as_posix() for file in weight_files(directory)}
+def _index_problems(weight_map: dict[str, str], headers: Headers) -> Iterator[str]:
+    present = set(headers.files)
     absent: dict[str, list[str]] = {}
     for name, file in weight_map.items():
         if file not in present:

@@ -56,17 +56,9 @@ class Tensor:
         assert math.prod(shape) == math.prod(self.shape)
         return Tensor("reshape", (self,), shape, shape, self.dtype)
 
-    def multiplied_by(self, factor: float) -> "Tensor":
-        return Tensor("multiply", (self,), factor, self.shape, self.dtype)
-
-    def dividing(self, number: float) -> "Tensor":
-        """``number / self``."""
-        return Tensor("divide", (self,), number, self.shape, self.dtype)
-
-    def minus_zero_points(self, packed: "Tensor", bits: int) -> "Tensor":
-        """``-zero_point * self`` for scales ``[out, groups]``, with zero points packed along ``out``,
-        ``32 / bits`` of them in a word."""
-        return Tensor("zero points", (self, packed), bits, self.shape, self.dtype)
+    def apply(self, operation: str, detail: float, *others: "Tensor") -> "Tensor":
+        """One of the operations that keep shape and dtype: ``multiply``, ``divide`` or ``zero points``."""
+        return Tensor(operation, (self, *others), detail, self.shape, self.dtype)
 
     @staticmethod
     def stack(tensors: Sequence["Tensor"]) -> "Tensor":
@@ -170,6 +162,8 @@ def _slice(array: mx.array, axis: int, start: int, stop: int) -> mx.array:
 
 
 def _minus_zero_points(scales: mx.array, packed: mx.array, bits: int) -> mx.array:
+    """``-zero_point * scale`` for scales ``[out, groups]``, with zero points packed along ``out``,
+    ``32 / bits`` of them in a word."""
     shifts = mx.arange(0, 32, bits, dtype=mx.uint32)[:, None]
     points = (packed.view(mx.uint32)[:, None, :] >> shifts) & (2**bits - 1)
     return -points.reshape(scales.shape).astype(scales.dtype) * scales

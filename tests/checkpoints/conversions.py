@@ -14,7 +14,8 @@ from mlx_m3_plugin.toolbox.checkpoint import open_checkpoint
 from mlx_m3_plugin.toolbox.convert.allocation import allocate_bits, scores_by_position
 from mlx_m3_plugin.toolbox.convert.plan import ConversionPlan, plan_conversion
 from mlx_m3_plugin.toolbox.convert.recipe import load_recipe
-from mlx_m3_plugin.toolbox.convert.run import convert
+from mlx_m3_plugin.toolbox.convert.run import write
+from mlx_m3_plugin.toolbox.new_directory import new_directory
 from mlx_m3_plugin.toolbox.precision import Quantization
 from mlx_m3_plugin.weights.headers import weight_files
 from tests.checkpoints.layouts.reading import map_weights
@@ -42,6 +43,12 @@ def planned(source: Path, recipe: str) -> ConversionPlan:
         layers = checkpoint.text_config.num_hidden_layers
         specs = allocate_bits(checkpoint, loaded, scores_by_position(layers))
     return plan_conversion(checkpoint, loaded, specs)
+
+
+def convert(plan: ConversionPlan, destination: str | Path, **options: Any) -> dict[str, Any]:
+    """As the command does once it has a plan."""
+    with new_directory(Path(destination), "convert", resumable=True) as unfinished:
+        return {**plan.summary(), "resumed": write(plan, unfinished, **options)}
 
 
 def converted(source: Path, recipe: str, destination: Path, memory: int = MEMORY) -> ConversionPlan:

@@ -78,6 +78,15 @@ def make_knowing_eagle3(drafter: Any, answers: Sequence[Answer], seed: int) -> N
     drafter.draft_block = draft_block
 
 
+def test_which_prompts_are_read_in_pieces(model: Any) -> None:
+    policy = model.language_model.chunked_prefill_policy
+    short, long = mx.zeros((1, 8192)), mx.zeros((1, 8193))
+    assert policy(input_ids=long) is True
+    cases = [("dflash", short), ("dflash", long), ("eagle3", short), ("eagle3", long), ("mtp", long)]
+    found = [policy(input_ids=ids, draft_model=1, draft_kind=kind) for kind, ids in cases]
+    assert found == [True, True, False, True, False]
+
+
 @pytest.mark.parametrize("name", DRAFTERS)
 def test_past_the_budget_and_in_batches(
     name: str, model: Any, fresh_seed: int, count: Callable[[int, int], int]

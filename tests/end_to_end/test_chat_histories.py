@@ -40,7 +40,7 @@ def transcript(*turns: str, mode: str = "adaptive", system: str | None = None) -
     )
     for turn in turns:
         prompt += f"]~b]ai\n{turn}[e~[\n"
-        if NS in turn:
+        if BLOCK in turn:
             prompt += "]~b]tool\n<response>one</response>\n<response>two</response>[e~[\n"
         else:
             prompt += "]~b]user\nAnd now?[e~[\n"
@@ -352,6 +352,17 @@ def test_a_reply_is_the_same_streamed_or_not(vlm: Host, said: Any, stream: bool)
             # mlx-vlm 0.6 takes tags and white space out of text beside calls.
             expected[1] = re.sub("<[^>]+>", "", expected[1]).strip()
         assert said(vlm, stream) == tuple(expected), vlm.reply
+
+
+@pytest.mark.parametrize("ask", [by_items, by_id, by_blocks, by_chat])
+def test_text_that_mentions_the_syntax_goes_back(
+    vlm: Host, ask: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    texts = tuple(reply for reply, *_, calls in REPLIES if not calls)
+    monkeypatch.setitem(globals(), "TURNS", texts)
+    vlm.prompts.clear()
+    ask(vlm, False)
+    assert vlm.prompts == [transcript(*(*texts, LAST)[:n]) for n in range(len(texts) + 2)]
 
 
 @streamed_or_not

@@ -220,6 +220,53 @@ def test_ten_rounds_of_tools_go_on_in_the_cache(
         ]
 
 
+def ask_by_items(server: ChatServer, turns: list[Any]) -> tuple[list[Any], int, int]:
+    tools = [{"type": "function", **tool["function"]} for tool in TOOLS]
+    answer = post(
+        server, "/v1/responses", {"model": server.model, "temperature": 0, "input": turns, "tools": tools}
+    )
+    results = [
+        {"type": "function_call_output", "call_id": item["call_id"], "output": "Nothing yet."}
+        for item in answer["output"]
+        if item["type"] == "function_call"
+    ]
+    assert len(results) == 2
+    usage = answer["usage"]
+    cached = usage["input_tokens_details"]["cached_tokens"]
+    return [*turns, *answer["output"], *results], usage["input_tokens"], cached
+
+
+def ask_by_blocks(server: ChatServer, turns: list[Any]) -> tuple[list[Any], int, int]:
+    functions = [tool["function"] for tool in TOOLS]
+    tools = [{"name": f["name"], "input_schema": f["parameters"]} for f in functions]
+    body = {"model": server.model, "temperature": 0, "max_tokens": 400, "messages": turns, "tools": tools}
+    answer = post(server, "/v1/messages", body)
+    results = [
+        {"type": "tool_result", "tool_use_id": block["id"], "content": "Nothing yet."}
+        for block in answer["content"]
+        if block["type"] == "tool_use"
+    ]
+    assert len(results) == 2
+    turns = [
+        *turns,
+        {"role": "assistant", "content": answer["content"]},
+        {"role": "user", "content": results},
+    ]
+    cached = answer["usage"]["cache_read_input_tokens"]
+    return turns, answer["usage"]["input_tokens"] + cached, cached
+
+
+@pytest.mark.skipif(IS_FLOOR, reason="mlx-vlm has a prefix cache for M3's caches from 0.7 on")
+@pytest.mark.parametrize("ask", [ask_by_items, ask_by_blocks])
+def test_the_other_protocols_go_on_in_the_cache(server: ChatServer, ask: Any) -> None:
+    turns, length, _ = ask(server, [{"role": "user", "content": question(7)}])
+    for _ in range(3):
+        before = length
+        turns, length, cached = ask(server, turns)
+        # At the least all of the prompt before; what is written anew would be 0 or the system's part.
+        assert before - 1 <= cached < length
+
+
 @pytest.mark.parametrize(
     ("messages", "arguments", "complaint"),
     [

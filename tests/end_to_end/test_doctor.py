@@ -222,10 +222,15 @@ def test_the_command_on_path_belongs_to_another_environment_with_the_plugin(
     assert fix.endswith(f": {guest.python} -m mlx_m3_plugin.cli doctor")
 
 
-def test_the_command_on_path_has_lost_its_interpreter(own_guest: Environment, tmp_path: Path) -> None:
-    script = tmp_path / "mlx_lm.generate"
-    script.write_text(f"#!{tmp_path}/gone/bin/python\n")
+def command_without_python(directory: Path) -> Path:
+    script = directory / "mlx_lm.generate"
+    script.write_text(f"#!{directory}/gone/bin/python\n")
     script.chmod(0o755)
+    return script
+
+
+def test_the_command_on_path_has_lost_its_interpreter(own_guest: Environment, tmp_path: Path) -> None:
+    command_without_python(tmp_path)
     what, fix = problem(doctor(own_guest, PATH=f"{tmp_path}{os.pathsep}/usr/bin{os.pathsep}/bin"))
     assert "cannot start" in what
     assert f"{tmp_path}/gone/bin/python is not a working Python" in what
@@ -341,17 +346,23 @@ def test_a_host_that_loads_another_class(own_guest: Environment) -> None:
     patches.mkdir(parents=True)
     (patches / "__init__.py").touch()
     (patches / "mlx_vlm_minimax_m3_compat.py").write_text(THEIRS)
-    what, fix = problem(doctor(own_guest))
+    answer = doctor(own_guest)
+    what, fix = problem(answer)
     assert what == f"omlx 0.9, vision engine loads another class, {patches / '__init__.py'}"
     assert fix == 'use omlx 0.9, text engine ("model_type_override": "llm")'
+    vision, text = answer[1]["hosts"]
+    assert (vision["source"], text["source"]) == ("native", "plugin")
+    assert (vision["is_default"], text["is_default"]) == (True, False)
 
 
-def test_a_host_that_does_not_ask_for_a_library_that_fails(own_guest: Environment) -> None:
-    """mlx-openai-server brings an mlx-vlm that is too old for M3, and loads M3 with mlx-lm."""
+def test_a_host_that_does_not_ask_for_a_library_that_fails(own_guest: Environment, tmp_path: Path) -> None:
+    """mlx-openai-server has an mlx-vlm too old for M3, loads M3 with mlx-lm, and has its own command."""
     install_host(own_guest, "mlx-openai-server")
     file = own_guest.plugin / "hosts" / "mlx_vlm" / "minimax_m3_vl.py"
     file.write_text("raise ImportError('broken on purpose')\n")
-    code, diagnosis = doctor(own_guest)
+    command = command_without_python(tmp_path)
+    code, diagnosis = doctor(own_guest, PATH=f"{tmp_path}{os.pathsep}/usr/bin{os.pathsep}/bin")
+    assert [(c["path"], c["is_here"]) for c in diagnosis["commands"]][:1] == [(str(command), False)]
     assert (code, diagnosis["problems"]) == (0, [])
     assert diagnosis["verdict"] == YES.replace("mlx_vlm", "mlx-openai-server")
     (host,) = diagnosis["hosts"]

@@ -111,10 +111,10 @@ def choices() -> Iterator[list[tuple[Choice, mx.array, Any]]]:
         return call(layer, x, mask, cache)
 
     def watched(
-        queries: mx.array, keys: mx.array, offset: Any, padding: Any = None, *, setup: Any, **options: Any
+        queries: mx.array, keys: mx.array, offset: Any, padding: Any = None, *, setup: Any
     ) -> mx.array:
-        ids = select_blocks(queries, keys, offset, padding, setup=setup, **options)
-        made.append((Choice(queries, keys, offset, padding, options, ids), *now))
+        ids = select_blocks(queries, keys, offset, padding, setup=setup)
+        made.append((Choice(queries, keys, offset, padding, setup.selection, ids), *now))
         return ids
 
     engine.select_blocks, Attention.__call__ = watched, watched_call

@@ -10,7 +10,7 @@ import subprocess
 import sys
 from collections.abc import Callable
 from contextvars import ContextVar
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from types import ModuleType, SimpleNamespace
 from typing import Any
@@ -23,13 +23,14 @@ from mlx_lm.utils import load_model
 from mlx_m3_plugin.chat.markers import NAMESPACE as N
 from mlx_m3_plugin.chat.markers import THINK_END, THINK_START
 from mlx_m3_plugin.hosts import patching
-from mlx_m3_plugin.hosts.third_party import mlx_openai_server, rapid_mlx, vllm_mlx, vmlx
+from mlx_m3_plugin.hosts.third_party import exo, mlx_openai_server, rapid_mlx, vllm_mlx, vmlx
 from mlx_m3_plugin.startup import hook
 from tests.end_to_end.environments import clean_variables
 from tests.hosts.upstream_copies import apply
 
 CHECKPOINT = Path(__file__).parents[1] / "golden" / "as_published"
-PATCHES = vllm_mlx.PATCHES + rapid_mlx.PATCHES + mlx_openai_server.PATCHES + vmlx.PATCHES
+HOSTS = (vllm_mlx, rapid_mlx, mlx_openai_server, vmlx, exo)
+PATCHES = [patch for host in HOSTS for patch in host.PATCHES]
 BLOCK = f'{N}<tool_call>\n{N}<invoke name="f">{N}<n>3{N}</n>{N}<s>3{N}</s>{N}</invoke>\n{N}</tool_call>'
 TOOL = {
     "type": "function",
@@ -177,6 +178,14 @@ def minimax_m3_register() -> dict[str, Any]:
     return locals()
 
 
+def model_output_parsers() -> dict[str, Any]:
+    def parse_tool_calls(responses: Any, tool_parser: Any, tools: Any) -> Any:
+        return responses
+
+    ToolCallItem = ToolCallResponse = SimpleNamespace
+    return locals()
+
+
 STAND_INS: dict[str, Callable[[], dict[str, Any]]] = {
     "vllm_mlx.reasoning": reasoning,
     "vllm_mlx.tool_parsers": tool_parsers,
@@ -190,6 +199,7 @@ STAND_INS: dict[str, Callable[[], dict[str, Any]]] = {
     "app.parsers": app_parsers,
     "app.handler.mlx_lm": app_handler,
     "vmlx_engine.models.minimax_m3.minimax_m3_register": minimax_m3_register,
+    "exo.worker.runner.llm_inference.model_output_parsers": model_output_parsers,
 }
 
 
@@ -443,6 +453,52 @@ def test_mlx_openai_server_prepares_other_models_as_ever() -> None:
         return await handler._prepare_text_request({"a": 1}), given.get(None)
 
     assert asyncio.run(prepare()) == (([], {"chat_template_kwargs": {"a": 1}}), None)
+
+
+# --- exo ---
+
+
+@dataclass
+class Response:
+    """Of one token."""
+
+    text: str
+    finish_reason: str | None = None
+    is_thinking: bool = False
+    usage: int = 0
+    stats: int = 0
+
+    def model_copy(self, update: dict[str, Any]) -> "Response":
+        return replace(self, **update)
+
+
+def test_exo_finds_calls_of_several_tokens() -> None:
+    parse = patched("exo.worker.runner.llm_inference.model_output_parsers").parse_tool_calls
+    m3, other = (SimpleNamespace(start_parsing=start) for start in (f"{N}<tool_call>", "<tool_call>"))
+    thought, pieces = Response("I ask.", is_thinking=True), [f"Well.{N}", *BLOCK.removeprefix(N)]
+    reply = [thought, None, *map(Response, pieces), Response("", "stop", usage=7, stats=8)]
+    first, nothing, text, call = parse(reply, m3, [TOOL])
+    assert (first, nothing) == (thought, None)
+    assert (text.text, text.finish_reason) == ("Well.", None)
+    assert (call.usage, call.stats) == (7, 8)
+    assert [(made.name, json.loads(made.arguments)) for made in call.tool_calls] == [
+        ("f", {"n": 3, "s": "3"})
+    ]
+    plain = [Response("43"), Response(".", "stop")]
+    assert list(parse(plain, m3, None)) == plain
+    assert parse(reply, other, [TOOL]) is reply
+
+
+def test_exo_sets_the_offset_that_it_has_trimmed_to(model: Any) -> None:
+    """Wherever an entry has one, as with a ``KVCache``."""
+    tokens = mx.random.randint(0, 64, (1, 150))
+    cache = model.make_cache()
+    model(tokens, cache=cache)
+    for entry in cache:
+        entry.trim(50)
+        entry.offset = 100
+    reused = model(tokens[:, 100:], cache=cache)[0]
+    assert mx.abs(reused - model(tokens)[0, 100:]).max().item() <= 1e-4
 
 
 # --- vmlx ---

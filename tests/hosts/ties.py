@@ -42,15 +42,15 @@ def closest_choice() -> Iterator[ClosestChoice]:
     closest, select_blocks = ClosestChoice(), engine.select_blocks
 
     def watched(
-        index_queries: mx.array, index_keys: mx.array, offset: int, left_padding: Any = None, **options: Any
+        index_queries: mx.array, index_keys: mx.array, offset: int, left_padding: Any = None, *, setup: Any
     ) -> mx.array:
         assert left_padding is None
-        k = options["topk_blocks"]
-        settings = {name: value for name, value in options.items() if name not in ("topk_blocks", "setup")}
+        settings = setup.selection
+        k = settings.pop("topk_blocks")
         query_at = mx.arange(offset, offset + index_queries.shape[2])[None]
         scores = reference.block_scores(index_queries, index_keys, query_at, None, **settings)
         closest.gap = min(closest.gap, gap_of(scores, k))
-        return select_blocks(index_queries, index_keys, offset, left_padding, **options)
+        return select_blocks(index_queries, index_keys, offset, left_padding, setup=setup)
 
     engine.select_blocks = watched
     try:

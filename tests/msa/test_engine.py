@@ -4,8 +4,8 @@ import dataclasses
 import json
 import warnings
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
-from typing import Any
 
 import mlx.core as mx
 import pytest
@@ -28,8 +28,8 @@ OPTIONS = {"block_size": BLOCK, "topk_blocks": 4}
 def output(length: int = 3, seed: int = 0) -> tuple[mx.array, mx.array]:
     """Chosen blocks, and what the engine makes of them."""
     q, k, v, iq, ik = arrays(length, seed)
-    ids = engine.select_blocks(iq, ik, 90 - length, setup=SETUP, **OPTIONS)
-    return ids, engine.attend(q, k, v, ids, 90 - length, setup=SETUP, block_size=BLOCK, scale=0.25)
+    ids = engine.select_blocks(iq, ik, 90 - length, setup=SETUP)
+    return ids, engine.attend(q, k, v, ids, 90 - length, setup=SETUP)
 
 
 def plain_output(length: int = 3, seed: int = 0) -> tuple[mx.array, mx.array]:
@@ -178,20 +178,16 @@ def test_gradients_are_those_of_the_plain_form(started_kernels: list[str]) -> No
 
     def loss(serve: Callable[..., mx.array], select: Callable[..., mx.array]) -> Callable[..., mx.array]:
         def of(q: mx.array, k: mx.array, v: mx.array, iq: mx.array, ik: mx.array) -> mx.array:
-            ids = select(iq, ik, 70, **OPTIONS)
-            return (serve(q, k, v, ids, 70, block_size=BLOCK, scale=0.25) * weights).sum()
+            ids = select(iq, ik, 70)
+            return (serve(q, k, v, ids, 70) * weights).sum()
 
         return of
 
-    def by_kernels(*arguments: Any, **options: Any) -> mx.array:
-        return engine.attend(*arguments, setup=setup, **options)
-
-    def select_by_kernels(*arguments: Any, **options: Any) -> mx.array:
-        return engine.select_blocks(*arguments, setup=setup, **options)
-
+    by_kernels, select_by_kernels = (partial(f, setup=setup) for f in (engine.attend, engine.select_blocks))
+    by_plain, select_plain = partial(plain_attend, **setup.attention), partial(plain_select, **OPTIONS)
     engine.examine(setup)
     found = mx.grad(loss(by_kernels, select_by_kernels), argnums=list(range(5)))(q, k, v, iq, ik)
-    expected = mx.grad(loss(plain_attend, plain_select), argnums=list(range(5)))(q, k, v, iq, ik)
+    expected = mx.grad(loss(by_plain, select_plain), argnums=list(range(5)))(q, k, v, iq, ik)
     for ours, theirs in zip(found, expected, strict=True):
         assert mx.abs(ours - theirs).max().item() <= 1e-5
     assert all(mx.abs(gradient).max().item() > 1e-2 for gradient in found[:3])

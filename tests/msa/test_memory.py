@@ -7,7 +7,7 @@ import pytest
 
 from mlx_m3_plugin.msa import attend, select_blocks
 from mlx_m3_plugin.msa.attend import CPU, Work, choose_form
-from mlx_m3_plugin.msa.common import default_tile_bytes
+from mlx_m3_plugin.msa.common import Chosen, default_tile_bytes
 from mlx_m3_plugin.msa.gradient import with_gradient
 
 BF16, DIMS, HEADS_PER_GROUP = mx.bfloat16, 128, 16
@@ -81,7 +81,7 @@ def test_attention(
     where = positions(context, rows, queries, padded)
     taken = peak(lambda: attend(q, keys, values, ids, *where, block_size=128, scale=DIMS**-0.5))
     tile = default_tile_bytes()
-    work = Work.of(q, keys, values, ids, 128, padded)
+    work = Work.of(q, Chosen(keys, values, ids, *where, 128, DIMS**-0.5))
     copies = 4 * tile if choose_form(work, tile, CPU) == "by_pairs" else 0
     # Beside the tiles there are the queries in float32, and the output in tiles and as a whole.
     own = q.size * 4 + 2 * q.nbytes

@@ -8,6 +8,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
+from mlx_m3_plugin.startup.settings import EXPERT_MEMORY
 from tests.checkpoints.random_model import write_random_model
 from tests.end_to_end.environments import Environment, build_wheel, make_environment
 from tests.end_to_end.server_process import server_process
@@ -38,9 +39,11 @@ def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return directory
 
 
+@pytest.mark.parametrize("experts", ["off", "1MB"])
 @pytest.mark.parametrize("script", ["mlx_lm.server", "mlx_vlm.server"])
 def test_it_stays_up_and_stays_right(
     script: str,
+    experts: str,
     guest: Environment,
     model: Path,
     tmp_path: Path,
@@ -48,7 +51,8 @@ def test_it_stays_up_and_stays_right(
     count: Callable[[int, int], int],
 ) -> None:
     prompts = write_prompts(model, count(4, 40), fresh_seed)
-    with server_process(guest, script, model, tmp_path / "log") as address:
+    variables = {EXPERT_MEMORY: experts}
+    with server_process(guest, script, model, tmp_path / "log", env=variables) as address:
         load = Load(address, "default_model" if script == "mlx_lm.server" else str(model), prompts, TOKENS)
         load.learn()
         kinds = mixed(count(16, 2000), fresh_seed)

@@ -85,7 +85,7 @@ def test_what_changes_a_model_is_refused_when_a_model_is_made(name: str) -> None
     ],
 )
 def test_memory_for_experts(value: str, meaning: object) -> None:
-    assert settings.expert_memory({"MLX_M3_PLUGIN_EXPERT_MEMORY": value}) == meaning
+    assert settings.checked("expert_memory", {"MLX_M3_PLUGIN_EXPERT_MEMORY": value}) == meaning
 
 
 def test_what_is_not_set_is_not_asked_of_a_model() -> None:

@@ -5,6 +5,9 @@
 For each host it makes an environment in ``.envs/hosts``, starts the host's server on M3-nano twice, asks it
 what ``QUESTIONS`` names, and prints a row of a table for each.  Environments are removed afterwards unless
 ``--keep`` is given.  Texts are compared with mlx-lm's own, with the plugin.
+
+oMLX is on no registry: it is measured where ``.envs/hosts/omlx``, a link to an environment of its own, has
+it, mlx-m3-plugin and the versions that its pyproject.toml pins.
 """
 
 import argparse
@@ -52,9 +55,12 @@ class Host:
         requirement: of the host itself, installed without what it depends on.
         mlx_vlm: the release that it takes.
         needs: more packages.  alone: more packages, without what they depend on.
-        serve: its command; ``MODEL`` and ``PORT`` stand for those.
+        serve: its command; ``MODEL``, ``PARENT`` (the directory that has the model) and ``PORT`` stand for
+            those.
         parsers: options that name M3's parsers, which are there with the plugin alone.
         sees: takes images.
+        settings: files that it reads in its home, and their texts.
+        is_on_registry: its environment can be made here.
     """
 
     requirement: str
@@ -65,6 +71,8 @@ class Host:
     transformers: str = "transformers"
     parsers: str = ""
     sees: bool = False
+    settings: tuple[tuple[str, str], ...] = ()
+    is_on_registry: bool = True
 
 
 HOSTS = {
@@ -105,6 +113,14 @@ HOSTS = {
 HOSTS["rapid-mlx --no-mllm"] = replace(
     HOSTS["rapid-mlx"], serve="rapid-mlx serve MODEL --no-mllm --port PORT", sees=False
 )
+HOSTS["omlx"] = Host(
+    "omlx", "0.6.3", "omlx serve --model-dir PARENT --port PORT", sees=True, is_on_registry=False
+)
+_TEXT_ENGINE = {"version": 1, "models": {"m3-nano": {"model_type_override": "llm"}}}
+HOSTS["omlx, text engine"] = replace(
+    HOSTS["omlx"], sees=False, settings=((".omlx/model_settings.json", json.dumps(_TEXT_ENGINE)),)
+)
+ON_REGISTRY = [name for name, host in HOSTS.items() if host.is_on_registry]
 
 
 # --- environments ---
@@ -114,6 +130,8 @@ def environment_of(host: Host) -> Path:
     directory = ENVIRONMENTS / host.requirement.partition("==")[0]
     if (directory / ".ready").exists():
         return directory
+    if not host.is_on_registry:
+        raise SystemExit(f"{directory} is missing; make it, and an empty file .ready in it")
     venv.create(directory, with_pip=True, clear=True)
     mlx = "mlx" if sys.platform == "darwin" else "mlx[cpu]"
     pip(directory, mlx, f"mlx-lm=={MLX_LM}", host.transformers, *COMMON, *host.needs.split())
@@ -191,11 +209,15 @@ def served(
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         port = probe.getsockname()[1]
-    words = [{"MODEL": str(model), "PORT": str(port)}.get(word, word) for word in host.serve.split()]
+    given = {"MODEL": str(model), "PARENT": str(model.parent), "PORT": str(port)}
+    words = [given.get(word, word) for word in host.serve.split()]
     command = [str(directory / "bin" / words[0]), *words[1:], *(host.parsers.split() if with_plugin else ())]
     switched = {} if with_plugin else {"MLX_M3_PLUGIN": "off"}
     # Caches on disk are the host's own, and empty.
     home = {"HOME": str(cache), "HF_HUB_OFFLINE": "1"}
+    for name, text in host.settings:
+        (cache / name).parent.mkdir(parents=True, exist_ok=True)
+        (cache / name).write_text(text)
     with log.open("w") as file:
         process = subprocess.Popen(
             command, stdout=file, stderr=subprocess.STDOUT, env={**os.environ, **home, **switched}
@@ -365,15 +387,13 @@ def write_nano(directory: Path) -> None:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawTextHelpFormatter)
-    parser.add_argument("hosts", nargs="*", default=list(HOSTS), choices=[*HOSTS, []], metavar="HOST")
+    parser.add_argument("hosts", nargs="*", default=ON_REGISTRY, choices=[*HOSTS, []], metavar="HOST")
     parser.add_argument("--keep", action="store_true", help="leave the environments there")
     parser.add_argument("--work", type=Path, default=ENVIRONMENTS / "runs")
     args = parser.parse_args()
     shutil.rmtree(args.work, ignore_errors=True)
-    model = args.work / "m3-nano"
-    subprocess.run(
-        [sys.executable, "-m", "mlx_m3_plugin", "demo", str(model)], check=True, stdout=subprocess.DEVNULL
-    )
+    model = args.work / "nano" / "m3-nano"
+    write_nano(model)
     print(f"| host | loads | {' | '.join(QUESTIONS)} | image |\n|{'---|' * (len(QUESTIONS) + 3)}")
     for name in args.hosts:
         for row in measure(name, model, args.work):

@@ -5,7 +5,7 @@ from pathlib import Path
 
 import pytest
 
-from tests.third_party.servers import HOSTS, environment_of, measure, write_nano
+from tests.third_party.servers import HOSTS, ON_REGISTRY, environment_of, measure, write_nano
 
 
 @pytest.fixture(scope="module")
@@ -15,7 +15,7 @@ def nano(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return directory
 
 
-@pytest.mark.parametrize("name", HOSTS)
+@pytest.mark.parametrize("name", ON_REGISTRY)
 def test_all_is_right_with_the_plugin_and_not_without(
     name: str, nano: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -24,6 +24,9 @@ def test_all_is_right_with_the_plugin_and_not_without(
         print("", *rows, sep="\n")
     right = [set(row.split(" | ")[1:]) <= {"yes", "– |", "yes |"} for row in rows]
     assert right == [True, False]
+    python = environment_of(HOSTS[name]) / "bin" / "python"
+    doctor = subprocess.run([python, "-m", "mlx_m3_plugin", "doctor"], capture_output=True, text=True)
+    assert doctor.returncode == 0, doctor.stdout
 
 
 def test_rapid_mlx_copies_lists_of_caches_whole() -> None:

@@ -12,9 +12,8 @@ import pytest
 from mlx_m3_plugin.cli import main
 from mlx_m3_plugin.toolbox.checksums import SUMS, read_sums
 from mlx_m3_plugin.toolbox.convert import plan as planning
-from mlx_m3_plugin.toolbox.convert.run import convert
 from mlx_m3_plugin.weights.headers import weight_files
-from tests.checkpoints.conversions import MEMORY, Written, after, converted, interrupt, planned
+from tests.checkpoints.conversions import MEMORY, Written, after, convert, converted, interrupt, planned
 from tests.checkpoints.tiny_layouts import LAYOUTS
 
 

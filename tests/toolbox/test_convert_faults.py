@@ -17,18 +17,16 @@ import pytest
 
 from mlx_m3_plugin.cli import main
 from mlx_m3_plugin.toolbox.convert import plan as planning
-from mlx_m3_plugin.toolbox.convert.run import convert
 from mlx_m3_plugin.weights.headers import weight_files
-from tests.checkpoints.conversions import Written, after, converted, digest, interrupt, planned
+from tests.checkpoints.conversions import Written, after, convert, converted, digest, interrupt, planned
 
 # A conversion into many files that takes its time.
 SLOWLY = """
 import sys, time
 sys.path.append(sys.argv[3])
 from pathlib import Path
-from tests.checkpoints.conversions import planned
+from tests.checkpoints.conversions import convert, planned
 from mlx_m3_plugin.toolbox.convert import plan
-from mlx_m3_plugin.toolbox.convert.run import convert
 plan.SHARD_BYTES = 60_000
 made = planned(Path(sys.argv[1]), "selector-safe")
 print("begin", flush=True)
@@ -54,8 +52,8 @@ def test_killed_at_any_moment_it_goes_on_to_the_same_bytes(
 ) -> None:
     rng = random.Random(fresh_seed)
     source = tiny("published_float")
-    begin = time.monotonic()
     process = start(source, tmp_path / "whole")
+    begin = time.monotonic()
     assert process.wait() == 0
     seconds, expected = time.monotonic() - begin, digest(tmp_path / "whole")
     assert sum(name.endswith(".safetensors") for name in expected) > 10

@@ -88,7 +88,7 @@ def test_an_interrupted_run_leaves_nothing(
     def interrupt(*_: object, **__: object) -> None:
         raise KeyboardInterrupt
 
-    monkeypatch.setattr(demo, "convert", interrupt)
+    monkeypatch.setattr(demo, "write", interrupt)
     monkeypatch.setattr(demo, "shutil", SimpleNamespace(copytree=interrupt))
     assert main(["demo", str(tmp_path / "new"), "--bits", bits]) == 130
     assert list(tmp_path.iterdir()) == []

@@ -11,10 +11,9 @@ from typing import Any
 import pytest
 
 from mlx_m3_plugin.cli import main
-from mlx_m3_plugin.toolbox.convert.run import convert
 from mlx_m3_plugin.toolbox.new_directory import LOCK, check_can_write, locked
 from mlx_m3_plugin.weights.byte_ranges import TensorReader
-from tests.checkpoints.conversions import MEMORY, Written, planned
+from tests.checkpoints.conversions import MEMORY, Written, convert, planned
 
 SOURCE = "published_float"
 

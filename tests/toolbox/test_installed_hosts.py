@@ -1,11 +1,13 @@
 """What ``mlx-m3 doctor`` says of hosts; ``tests/end_to_end/test_doctor.py`` looks at real environments."""
 
+import signal
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
 
-from mlx_m3_plugin.toolbox import doctor
-from mlx_m3_plugin.toolbox.installed_hosts import HostClass
+from mlx_m3_plugin.toolbox import doctor, installed_hosts
+from mlx_m3_plugin.toolbox.installed_hosts import Engine, HostClass
 
 
 def engine(source: str, is_default: bool = True, name: str = "vision engine") -> HostClass:
@@ -13,10 +15,14 @@ def engine(source: str, is_default: bool = True, name: str = "vision engine") ->
     return HostClass("omlx", name, is_default, "mlx_vlm.models.minimax_m3_vl", source, "/a/file.py", why)
 
 
-def problems(*hosts: HostClass, prefer_native: bool = False) -> list[str]:
-    found: Any = type("Found", (), {})()
-    found.active, found.hosts, found.settings = True, hosts, {"prefer_native": prefer_native}
-    return [f"{problem.what}: {problem.fix}" for problem in doctor._host_problems(found)]
+def diagnosis(*hosts: HostClass, prefer_native: bool = False, active: bool = True) -> Any:
+    settings = {"prefer_native": prefer_native}
+    return SimpleNamespace(active=active, hosts=hosts, settings=settings, problems=[], modules=[])
+
+
+def problems(*hosts: HostClass, **switches: bool) -> list[str]:
+    found = doctor._host_problems(diagnosis(*hosts, **switches))
+    return [f"{problem.what}: {problem.fix}" for problem in found]
 
 
 def test_the_default_engine_counts() -> None:
@@ -32,6 +38,18 @@ def test_the_default_engine_counts() -> None:
 def test_another_class_where_it_is_preferred() -> None:
     assert problems(engine("native"), prefer_native=True) == []
     assert len(problems(engine("none"), prefer_native=True)) == 1
+    verdict = doctor._verdict(diagnosis(engine("native"), engine("plugin", False), prefer_native=True), [])
+    asked = "with another class, as MLX_M3_PLUGIN_PREFER=native asks"
+    assert verdict == f"Yes, MiniMax-M3 runs here: in omlx {asked}."
+
+
+def test_a_plugin_that_is_not_active_is_not_the_fault_of_a_host() -> None:
+    assert problems(engine("none"), engine("native"), active=False) == []
+
+
+def test_a_host_whose_own_patch_ends_the_process() -> None:
+    found = installed_hosts._class_of("omlx", Engine("mlx_lm.models.llama", patches=("os:abort",)), True)
+    assert (found.source, found.why) == ("none", f"the process ends with exit code {-signal.SIGABRT}")
 
 
 def test_no_extra_is_named_where_it_would_replace_what_a_host_needs(monkeypatch: pytest.MonkeyPatch) -> None:

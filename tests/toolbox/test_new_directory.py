@@ -14,10 +14,18 @@ from typing import Any
 import pytest
 
 from mlx_m3_plugin.toolbox import new_directory as module
-from mlx_m3_plugin.toolbox.convert.run import convert
 from mlx_m3_plugin.toolbox.demo import write_nano
 from mlx_m3_plugin.toolbox.new_directory import LOCK, STATE, locked, new_directory
-from tests.checkpoints.conversions import MEMORY, Written, after, converted, digest, interrupt, planned
+from tests.checkpoints.conversions import (
+    MEMORY,
+    Written,
+    after,
+    convert,
+    converted,
+    digest,
+    interrupt,
+    planned,
+)
 from tests.toolbox.test_convert_faults import start
 
 SOURCE = "published_float"

@@ -1,5 +1,6 @@
 """Tensors read by their bytes equal those that MLX loads; what is taken of a plan equals its rows."""
 
+import json
 import random
 import shutil
 from pathlib import Path
@@ -12,12 +13,11 @@ from mlx_m3_plugin.weights import plan_layout, read_headers
 from mlx_m3_plugin.weights.byte_ranges import TensorReader
 from mlx_m3_plugin.weights.headers import MODEL_TYPES, weight_files
 from mlx_m3_plugin.weights.tensor import Tensor
+from tests.checkpoints.conversions import Written
 from tests.checkpoints.tiny_layouts import LAYOUTS
 
 
 def planned(directory: Path) -> dict[str, Tensor]:
-    import json
-
     config = json.loads((directory / "config.json").read_text())
     assert config["model_type"] in MODEL_TYPES
     return plan_layout(read_headers(directory).tensors, text_config_of(config), "", vision=True)
@@ -33,10 +33,10 @@ def same(one: mx.array, other: mx.array) -> bool:
     )
 
 
-def test_what_is_read_is_what_mlx_loads(layout_name: str, tmp_path: Path, fresh_seed: int) -> None:
-    LAYOUTS[layout_name].write(tmp_path)
-    plan, weights, rng = planned(tmp_path), loaded(tmp_path), random.Random(fresh_seed)
-    with TensorReader(tmp_path, read_headers(tmp_path).tensors) as reader:
+def test_what_is_read_is_what_mlx_loads(layout_name: str, tiny: Written, fresh_seed: int) -> None:
+    directory = tiny(layout_name)
+    plan, weights, rng = planned(directory), loaded(directory), random.Random(fresh_seed)
+    with TensorReader(directory, read_headers(directory).tensors) as reader:
         for name, tensor in plan.items():
             whole = tensor.make(weights)
             assert same(reader.read(tensor), whole), name
@@ -53,7 +53,7 @@ def test_what_is_read_is_what_mlx_loads(layout_name: str, tmp_path: Path, fresh_
                 assert same(reader.read(tensor.expert(number)), whole[number]), name
                 half = tensor.expert(number).taken(0, tensor.shape[1] // 2)
                 assert same(reader.read(half), whole[number][: tensor.shape[1] // 2]), name
-                check_that_one_expert_is_read_alone(tmp_path, name, tensor)
+                check_that_one_expert_is_read_alone(directory, name, tensor)
 
 
 def check_that_one_expert_is_read_alone(directory: Path, name: str, tensor: Tensor) -> None:

@@ -12,7 +12,7 @@ import huggingface_hub
 import pytest
 
 from mlx_m3_plugin.cli import main
-from mlx_m3_plugin.toolbox.checkpoint import locate, locate_weights, open_checkpoint
+from mlx_m3_plugin.toolbox.checkpoint import locate, open_checkpoint
 from mlx_m3_plugin.toolbox.demo import NANO
 from mlx_m3_plugin.toolbox.inspect import inspect
 
@@ -83,7 +83,7 @@ def test_all_commands_open_a_cached_repository_offline(tmp_path: Path) -> None:
     ],
 )
 def test_names_and_addresses_of_a_repository(snapshot: Path, name: str) -> None:
-    assert locate_weights(name).directory == snapshot
+    assert locate(name).on_disk() == snapshot
     checkpoint = open_checkpoint(name)
     assert (checkpoint.name, checkpoint.title, checkpoint.directory) == ("someone/m3", "someone/m3", snapshot)
 
@@ -104,7 +104,7 @@ def test_a_revision_is_that_one(snapshot: Path, tmp_path: Path) -> None:
     assert f"--model {other} " in found.commands[0]
     assert "--model someone/m3 " in inspect("someone/m3").commands[0]
     with pytest.raises(FileNotFoundError, match=r"`hf download someone/m3 --revision v3`"):
-        locate_weights("https://huggingface.co/someone/m3/tree/v3")
+        locate("https://huggingface.co/someone/m3/tree/v3").on_disk()
 
 
 def test_a_directory_goes_before_a_repository(snapshot: Path, tmp_path: Path) -> None:

@@ -1,18 +1,22 @@
 """What hosts take for granted of M3 in mlx-vlm, with stand-ins for their code."""
 
 import logging
+import subprocess
 import sys
 from importlib import import_module
+from pathlib import Path
 from typing import Any
 
 import mlx.core as mx
 import pytest
 
+import mlx_m3_plugin
 from mlx_m3_plugin.chat.markers import NAMESPACE, TOOL_CALL_END, TOOL_CALL_START
 from mlx_m3_plugin.hosts import patching
 from mlx_m3_plugin.hosts.mlx_vlm import parts
 from mlx_m3_plugin.hosts.mlx_vlm.patches import PATCHES
 from tests.checkpoints.tiny_model import published_config
+from tests.end_to_end.environments import clean_variables
 from tests.hosts.upstream_copies import apply, copy_of
 from tests.vlm.vlm_runs import BUDGET, TOLERANCE, Prompt, difference, fresh_logits, text
 
@@ -141,6 +145,38 @@ def test_hosts_with_an_old_mlx_vlm_see_no_warning(monkeypatch: pytest.MonkeyPatc
     applied, errors = apply(PATCHES, old)
     assert "load_model checks the files of M3 checkpoints" in applied
     assert errors == []
+
+
+# Arguments: a directory for the host's own package.
+_BEFORE_UPSTREAM = """
+import shutil, sys
+sys.modules["torch"] = None  # transformers would import it, for seconds
+import mlx_vlm.models
+vendored = sys.argv[1]
+name = "minimax_m3_vl"
+shutil.copytree(f"{mlx_vlm.models.__path__[0]}/{name}", f"{vendored}/{name}", dirs_exist_ok=True)
+mlx_vlm.models.__path__.insert(0, vendored)
+from mlx_vlm.models import minimax_m3_vl
+from mlx_vlm.models.minimax_m3_vl import language
+print(minimax_m3_vl.__file__, sys.modules[minimax_m3_vl.Model.__module__].__file__, language.__file__)
+"""
+
+
+def test_a_class_that_a_host_puts_before_upstreams(tmp_path: Path) -> None:
+    """Newest oMLX: our class serves, with the host's caches; the switch gives back all that is the host's."""
+
+    def files(**switch: str) -> list[str]:
+        environment = clean_variables() | switch
+        command = [sys.executable, "-c", _BEFORE_UPSTREAM, str(tmp_path)]
+        run = subprocess.run(command, capture_output=True, text=True, env=environment, check=True)
+        return run.stdout.split()
+
+    theirs = [
+        str(tmp_path / "minimax_m3_vl" / name) for name in ("__init__.py", "minimax_m3_vl.py", "language.py")
+    ]
+    ours = str(Path(mlx_m3_plugin.__file__).parent / "hosts" / "mlx_vlm" / "minimax_m3_vl.py")
+    assert files() == [ours, ours, theirs[2]]
+    assert files(MLX_M3_PLUGIN_PREFER="native") == theirs
 
 
 # --- the tool parser, called with the text alone ---

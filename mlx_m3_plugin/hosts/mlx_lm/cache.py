@@ -34,6 +34,12 @@ class CacheList(upstream.CacheList):
         keys_values = self.caches[0]
         return sys.maxsize if isinstance(keys_values, QuantizedKVCache) else keys_values.offset
 
+    @offset.setter
+    def offset(self, n_tokens: int) -> None:
+        """As of a ``KVCache``: exo sets it wherever an entry has it, after trimming."""
+        for held in self.caches:
+            held.offset = n_tokens
+
     def trim(self, n: int) -> int:
         """Remove the last ``n`` tokens; none for a negative ``n``, with which drafts that are interrupted
         would bring back removed ones."""

@@ -4,14 +4,13 @@ Only tokenizers with M3's markers in their vocabulary are touched.
 """
 
 import dataclasses
-import re
 import sys
 from collections.abc import Iterable, Iterator
 from functools import cache, wraps
 from typing import TYPE_CHECKING, Any
 
 from mlx_m3_plugin.chat.markers import (
-    NAMESPACE,
+    ANY_MARKER,
     THINK_END,
     THINK_START,
     has_m3_markers,
@@ -19,7 +18,7 @@ from mlx_m3_plugin.chat.markers import (
     without_space,
 )
 from mlx_m3_plugin.hosts.patching import Arguments, call, where
-from mlx_m3_plugin.startup.settings import effort_setting
+from mlx_m3_plugin.startup.settings import checked
 
 if TYPE_CHECKING:
     from mlx_m3_plugin.chat.reply import Event
@@ -124,7 +123,7 @@ class _M3Behaviour:
         from mlx_m3_plugin.chat.prompt import prepared, thinking_mode, with_effort
 
         template = kwargs.get("chat_template") or self.chat_template  # type: ignore[attr-defined]
-        kwargs = with_effort(kwargs, effort_setting(), template)
+        kwargs = with_effort(kwargs, checked("reasoning_effort"), template)
         mode = thinking_mode(kwargs)
         kwargs.pop("enable_thinking", None)
         if mode is not None:
@@ -324,9 +323,6 @@ def _read(module: Any, responses: Any, request: Any, args: Any, in_reasoning: bo
     yield from shows(waiting, segments + _segments(parser.finish()))
 
 
-_MARKERS = re.compile(f"({'|'.join(map(re.escape, (THINK_START, THINK_END, NAMESPACE)))})")
-
-
 class _Texts:
     """The texts of responses without stop words."""
 
@@ -338,7 +334,7 @@ class _Texts:
             words = [(word, "normal") for word in stop_words or ()]
             self._machine, self._begin = machine, machine({"normal": words}).make_state()
             self._state = self._begin
-            self._has_marker = any(map(_MARKERS.search, stop_words or ()))
+            self._has_marker = any(map(ANY_MARKER.search, stop_words or ()))
 
     def drops_text_of(self, response: Any) -> bool:
         return self.has_machine and response.finish_reason == "stop"
@@ -350,8 +346,8 @@ class _Texts:
         if self.drops_text_of(response):
             return ""
         text = ""
-        for piece in _MARKERS.split(given):
-            if _MARKERS.match(piece) and not self._has_marker:
+        for piece in ANY_MARKER.split(given):
+            if ANY_MARKER.match(piece) and not self._has_marker:
                 # A stop word that is part of a marker is not written there: the marker is one token.
                 text += self._held() + piece
             else:

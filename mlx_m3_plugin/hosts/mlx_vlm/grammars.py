@@ -5,7 +5,7 @@ from typing import Any
 
 import mlx.core as mx
 
-from mlx_m3_plugin.chat.markers import NAMESPACE, THINK_END, THINK_START
+from mlx_m3_plugin.chat.markers import MARKERS, THINK_END, THINK_START
 
 
 class Where(Enum):
@@ -39,8 +39,7 @@ class AnswerGrammar:
     requires_immediate_decode_yield = True
 
     def __init__(self, grammar: Any, tokenizer: Any, begin: Where, may_call: bool):
-        markers = (THINK_START, THINK_END, NAMESPACE)
-        self._start, self._end, self._namespace = tokenizer.convert_tokens_to_ids(list(markers))
+        self._start, self._end, self._namespace = tokenizer.convert_tokens_to_ids(list(MARKERS))
         self._grammar, self._tokenizer, self._may_call = grammar, tokenizer, may_call
         self._begin = self._next = begin
         self._is_first = True

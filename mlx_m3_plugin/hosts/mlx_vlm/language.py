@@ -26,6 +26,9 @@ _NOT_TAKEN = (
     "per_layer_inputs",
 )
 
+# Tokens of a prompt that is not given in pieces to an EAGLE-3 head.
+_LONGEST_WHOLE = 8192
+
 upstream: Any = parts.upstream("language")
 
 
@@ -183,14 +186,20 @@ class LanguageModel(decoder.LanguageModel):
         )
 
     @staticmethod
-    def chunked_prefill_policy(draft_model: Any = None, draft_kind: str | None = None, **_: Any) -> bool:
+    def chunked_prefill_policy(
+        input_ids: mx.array | None = None, draft_model: Any = None, draft_kind: str | None = None, **_: Any
+    ) -> bool:
         """Whether mlx-vlm may give a prompt in pieces.
 
-        With a drafter it may where it keeps the hidden states that the drafter reads of all pieces.
+        With a drafter it may where it keeps the hidden states that the drafter reads of all pieces.  Of an
+        EAGLE-3 head it then keeps the states but not the tokens, so that few drafts are accepted.
         """
         if draft_model is None:
             return True
-        return draft_kind in ("dflash", "eagle3") and parts.keeps_hidden_states()
+        if not parts.keeps_hidden_states():
+            return False
+        is_long = input_ids is None or input_ids.shape[1] > _LONGEST_WHOLE
+        return draft_kind == "dflash" or (draft_kind == "eagle3" and is_long)
 
     @property
     def layers(self) -> list[decoder.DecoderLayer]:

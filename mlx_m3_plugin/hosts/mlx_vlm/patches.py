@@ -131,7 +131,6 @@ PATCHES = [
         "no drafts in batches where they do not pay",
         drafts.batch_generator,
         until="never: what drafts of M3 cost depends on its experts",
-        since="0.7.10",
     ),
     Patch(
         "mlx_vlm.generate.ar:BatchGenerator.insert(logits_processors)",
@@ -147,7 +146,6 @@ PATCHES = [
         "as many drafts as pay",
         drafts.next_block_size,
         until="never: what drafts of M3 cost depends on its experts",
-        since="0.7.10",
     ),
     Patch(
         "mlx_vlm.generate.common:PromptCacheState.update(token_ids, kv_cache)",
@@ -239,7 +237,7 @@ PATCHES = [
         )
         for name, whose, since in (
             ("extract_text_from_content", "other roles'", ""),
-            ("normalize_image_content", "users'", "0.7"),
+            ("normalize_image_content", "users'", "0.7.4"),
         )
     ),
     *(

@@ -12,7 +12,7 @@ from mlx_m3_plugin.chat.markers import THINK_END, THINK_START
 from mlx_m3_plugin.chat.prompt import CHAT_TEMPLATE, prepared, thinking_mode, with_effort
 from mlx_m3_plugin.hosts.mlx_vlm.histories import as_sent, count_images, whole_history
 from mlx_m3_plugin.hosts.patching import Arguments, call, is_m3_checkpoint, where
-from mlx_m3_plugin.startup.settings import effort_setting
+from mlx_m3_plugin.startup.settings import checked
 
 PARSER_NAME = "minimax_m3"
 
@@ -183,7 +183,7 @@ class _InTheirOrder(UserList):  # type: ignore[type-arg]
 def get_chat_template(get: Any, given: Arguments) -> Any:
     given.arguments["messages"] = prepared(given.arguments["messages"])
     template = getattr(given.arguments["processor"], "chat_template", None)
-    options = with_effort(dict(given.arguments["kwargs"]), effort_setting(), template)
+    options = with_effort(dict(given.arguments["kwargs"]), checked("reasoning_effort"), template)
     # The commands pass ``enable_thinking=False`` when the user has not asked for anything.
     mode = thinking_mode({**options, "enable_thinking": options.get("enable_thinking") or None})
     options.pop("thinking_mode", None)

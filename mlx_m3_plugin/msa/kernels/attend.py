@@ -290,17 +290,7 @@ def attend_blocks(
     block_size: int,
     scale: float,
 ) -> mx.array:
-    """Softmax attention of every query over the visible keys of its blocks (paper, eq. 8).
-
-    Args:
-        queries: ``[B, H, L, D]``.
-        keys: ``[B, G, S, D]``, an array in the queries' dtype or :class:`Quantized`; with any strides.
-        values: ``[B, G, S, Dv]``, likewise.
-        block_ids: ``[B, G, L, k]`` int32; -1 is skipped.
-        offset: content position of the first query; for all rows, or for each.
-        left_padding: cache slots before each row's first token, or None.
-        block_size: keys per block.
-        scale: factor of the dot products.
+    """As :func:`..attend.attend`, for K and V in the queries' dtype or quantized, with any strides.
 
     Returns:
         ``[B, H, L, Dv]`` in the dtype of ``queries``, summed in float32; 0 for padding queries.

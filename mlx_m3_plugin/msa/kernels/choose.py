@@ -104,13 +104,8 @@ def choose_blocks(
 ) -> mx.array:
     """The ids of the best blocks (paper, eq. 7).
 
-    Args:
-        scores: ``[B, G, L, n_blocks]`` float32 from :func:`.scores.block_scores`, row contiguous.
-        offset: content position of the first query; for all rows, or for each.
-        block_size: keys per block.
-        k: ids for each query.
-        local_blocks: blocks up to and with the query's own that are always in.
-        init_blocks: blocks at the start of the row that are always in.
+    ``scores``: ``[B, G, L, n_blocks]`` float32 from :func:`.scores.block_scores`, row contiguous.  The other
+    arguments are those of :func:`..select.select_blocks`; ``k``: ids for each query.
 
     Returns:
         ``[B, G, L, k]`` int32 in no particular order; -1 marks an unused slot.

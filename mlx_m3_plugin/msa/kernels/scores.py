@@ -184,44 +184,24 @@ def block_scores(
 ) -> mx.array:
     """The best visible dot product of each block, summed in float32 (paper, eq. 6).
 
-    Args:
-        index_queries: ``[B, G, L, D]``.
-        index_keys: ``[B, 1, S, D]`` in the same dtype.
-        offset: content position of the first query; for all rows, or for each.
-        left_padding: cache slots before each row's first token, or None.
-        n_keys: slots in use, the padding included; no query is later than the last of them.
-        block_size: keys per block.
+    ``n_keys``: slots in use, the padding included; no query is later than the last of them.  The other
+    arguments are those of :func:`..select.select_blocks`, queries and keys in the same dtype.
 
     Returns:
         ``[B, G, L, ceil(n_keys / block_size)]`` float32; -inf where no key of the block is visible.
     """
     batch, groups, length, dims = index_queries.shape
     n_blocks, rows = cdiv(n_keys, block_size), groups * length
-    template: Template
     arrays = [index_queries, index_keys, per_row(offset, batch), per_row(left_padding, batch)]
-    dtype = index_queries.dtype
     outputs = [((batch, groups, length, n_blocks), mx.float32)]
+    template: Template = [("T", index_queries.dtype), ("D", dims), ("BLOCK", block_size)]
     if length == 1:
-        template = [
-            ("T", dtype),
-            ("D", dims),
-            ("BLOCK", block_size),
-            ("ROWS", FEW_ROWS),
-            ("SIMDGROUPS", FEW_SIMDGROUPS),
-        ]
+        template += [("ROWS", FEW_ROWS), ("SIMDGROUPS", FEW_SIMDGROUPS)]
         grid = (n_blocks, cdiv(rows, FEW_ROWS), batch)
-        sizes = ints(n_blocks)
-        return FEW([*arrays, sizes], template, grid, FEW_SIMDGROUPS * SIMDGROUP, outputs)[0]
+        return FEW([*arrays, ints(n_blocks)], template, grid, FEW_SIMDGROUPS * SIMDGROUP, outputs)[0]
 
-    fragments, simdgroups, tiles, blocks_per_group = tiling(batch, rows, n_blocks, dtype.size)
-    template = [
-        ("T", dtype),
-        ("D", dims),
-        ("BLOCK", block_size),
-        ("FRAGMENTS", fragments),
-        ("SIMDGROUPS", simdgroups),
-        ("KEYS", STAGED_KEYS),
-    ]
+    fragments, simdgroups, tiles, blocks_per_group = tiling(batch, rows, n_blocks, index_queries.dtype.size)
+    template += [("FRAGMENTS", fragments), ("SIMDGROUPS", simdgroups), ("KEYS", STAGED_KEYS)]
     grid = (cdiv(n_blocks, blocks_per_group), tiles, batch)
     sizes = ints(n_blocks, blocks_per_group)
     return MANY([*arrays, sizes], template, grid, simdgroups * SIMDGROUP, outputs)[0]

@@ -19,7 +19,7 @@ from .config_and_card import components
 from .draft import plan_draft_head
 from .plan import ConversionPlan, plan_conversion
 from .recipe import Recipe, load_recipe, recipe_names
-from .run import check_unfinished, report, space_for, write
+from .run import check_unfinished, space_for, write
 
 _BY_POSITION = "position"
 # As oQ: 128 samples of 256 tokens, or as many as the text has.
@@ -43,7 +43,7 @@ def command(args: Namespace) -> Answer:
         bar = bytes_bar(plan.recipe.name, plan.nbytes)
         memory = args.memory or default_memory()
         resumed = write(plan, unfinished, memory=memory, progress=bar, scores=scores)
-    made = report(plan, target, resumed)
+    made = {"path": str(target.expanduser().absolute()), **plan.summary(), "resumed": resumed}
     lines = [
         f"Wrote {made['path']}: {size_in_words(plan.nbytes)} in {made['files']} files, "
         f"{plan.bits_per_weight:.2f} bits per weight"

@@ -2,17 +2,18 @@
 
 import json
 import shutil
-from collections import defaultdict
+from collections import Counter, defaultdict
 from pathlib import Path
 from typing import Any
 
 from ... import __version__
 from ...chat.prompt import CHAT_TEMPLATE, takes_effort
+from ...startup.report import version_of
 from ...weights import with_quantization
 from ...weights.dtypes import name_of
 from ..checkpoint import CHAT_TEMPLATE_FILES, M3, model_name
 from ..checksums import SUMS
-from ..common import read_json_object, read_text, size_in_words, version_of
+from ..common import read_json_object, read_text, size_in_words
 from ..new_directory import LOCK, STATE
 from ..parameters import component_of
 from ..stock import DEFAULT_EFFORT, WHY_EFFORT, WHY_SAMPLING, stock_commands, wrong_past_the_budget
@@ -192,8 +193,8 @@ def _opens(plan: ConversionPlan) -> str:
 
 def components(plan: ConversionPlan) -> list[tuple[str, int, int, str]]:
     """Parts of the new model: name, parameters, bytes and quantizations, the one of most parameters first."""
-    counts: dict[str, dict[str, int]] = defaultdict(lambda: defaultdict(int))
-    sizes: dict[str, int] = defaultdict(int)
+    stored: dict[str, Counter[str]] = defaultdict(Counter)
+    sizes: Counter[str] = Counter()
     for module in plan.modules:
         spec = str(module.spec)
         if module.spec.bits is None:
@@ -201,14 +202,9 @@ def components(plan: ConversionPlan) -> list[tuple[str, int, int, str]]:
         for matrix in module.matrices:
             # Of the matrix: a packed shared expert is in a module of routed experts.
             name = component_of(f"{matrix.module}.weight" if matrix.module in plan.specs else matrix.module)
-            counts[name][spec] += matrix.size
+            stored[name][spec] += matrix.size
             sizes[name] += module.nbytes * matrix.size // module.parameters
     return [
-        (
-            name,
-            sum(specs.values()),
-            sizes[name],
-            ", ".join(sorted(specs, key=specs.__getitem__, reverse=True)),
-        )
-        for name, specs in counts.items()
+        (name, specs.total(), sizes[name], ", ".join(spec for spec, _ in specs.most_common()))
+        for name, specs in stored.items()
     ]

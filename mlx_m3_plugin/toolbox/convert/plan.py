@@ -254,8 +254,8 @@ def new_module(
 def copied_module(source: Checkpoint, name: str, new_name: str, spec: Quantization) -> NewModule:
     """A norm, a bias, or a weight of the vision tower."""
     tensor = source.plan[name]
-    inputs = tensor.shape[-1] if tensor.shape else 1
-    outputs = math.prod(tensor.shape) // max(inputs, 1)
+    inputs = tensor.shape[-1]
+    outputs = math.prod(tensor.shape[:-1])
     parts = {"weight": tensor.reshape(outputs, inputs)}
     matrix = SourceMatrix(name, Quantization(), parts, outputs, inputs)
     tensors = {"weight": NewTensor(new_name, *spec.parts(tensor.shape, tensor.dtype)["weight"])}

@@ -21,7 +21,7 @@ from ...weights.quantization import quantization_entry, with_quantization
 from ..checkpoint import Checkpoint
 from ..checksums import read_sums, sha256_of, write_sums
 from ..common import Progress, read_json_object
-from ..new_directory import STATE, contents, new_directory, replace_text
+from ..new_directory import STATE, contents, replace_text
 from ..precision import Quantization, converted
 from ..shards import ShardWriter
 from .allocation import Scores, write_scores
@@ -43,36 +43,22 @@ _BYTES_PER_ELEMENT = 24
 _OF_BITS = {"precisions", "bytes"}
 
 
-def convert(
-    plan: ConversionPlan,
-    destination: str | Path,
-    *,
-    memory: int,
-    progress: Progress,
-    scores: Scores | None = None,
-) -> dict[str, Any]:
-    """Write what ``plan`` describes into ``destination``.
+def write(
+    plan: ConversionPlan, unfinished: Path, *, memory: int, progress: Progress, scores: Scores | None = None
+) -> int:
+    """Write what ``plan`` describes into a directory that this process has locked.
 
     Args:
         memory: bytes that the work may take.
         scores: the sensitivity that the bits are from, to be saved with the weights.
 
+    Returns:
+        How many of the files were there already, from an earlier run.
+
     Raises:
-        FileExistsError: ``destination`` is there already.
-        BlockingIOError: another process is writing it.
         OSError: the disk is full, or a file cannot be read or written.
-        ValueError: ``DST.unfinished`` holds another conversion, or other files.
+        ValueError: ``unfinished`` holds another conversion, or other files.
     """
-    directory = Path(destination)
-    with new_directory(directory, "convert", resumable=True) as unfinished:
-        resumed = write(plan, unfinished, memory=memory, progress=progress, scores=scores)
-    return report(plan, directory, resumed)
-
-
-def write(
-    plan: ConversionPlan, unfinished: Path, *, memory: int, progress: Progress, scores: Scores | None = None
-) -> int:
-    """The same into a directory that this process has locked; returns how many files were there already."""
     check_unfinished(unfinished, plan)
     replace_text(unfinished / STATE, json.dumps(fingerprint(plan), indent=2))
     names = plan.file_names()
@@ -93,11 +79,6 @@ def write(
     if scores is not None:
         write_scores(unfinished / SENSITIVITY, scores)
     return resumed
-
-
-def report(plan: ConversionPlan, destination: Path, resumed: int) -> dict[str, Any]:
-    """What a conversion did; ``resumed``: how many of the files were there from an earlier run."""
-    return {"path": str(destination.expanduser().absolute()), **plan.summary(), "resumed": resumed}
 
 
 def check_unfinished(unfinished: Path, plan: ConversionPlan, *, is_draft: bool = False) -> None:
@@ -207,7 +188,7 @@ def _converted_rows(
     """
     before = 0
     for number, matrix in enumerate(module.matrices):
-        step = max(1, memory // (_BYTES_PER_ELEMENT * max(matrix.inputs, 1)))
+        step = max(1, memory // (_BYTES_PER_ELEMENT * matrix.inputs))
         for start in range(0, matrix.outputs, step):
             rows = (start, min(start + step, matrix.outputs))
             for part, array in _converted(matrix, module.spec, reader, rows).items():

@@ -5,7 +5,7 @@ Reads headers and settings alone, so a checkpoint of 850 GB takes about a second
 
 import textwrap
 from argparse import Namespace
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Mapping
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
@@ -13,19 +13,20 @@ from typing import Any
 from ...chat.prompt import takes_effort
 from ...model.config import uncut_lists
 from ...model.memory import Memory, is_mac, machine_memory, memory_for
-from ...startup.settings import EFFORTS, EXPERT_MEMORY, expert_memory
-from ...weights import Headers, shorten, unused_in_words
+from ...startup.settings import EFFORTS, EXPERT_MEMORY, checked
+from ...weights import shorten, unused_in_words
+from ...weights.check import ranges_of
 from ...weights.headers import DRAFT_FOLDER, INDEX, dtypes_not_read
 from ..checkpoint import (
     CHAT_TEMPLATE_FILES,
     M3,
-    Contents,
+    Checkpoint,
     Source,
     draft_in_words,
-    locate_weights,
+    locate,
     model_name,
     open_source,
-    read_contents,
+    read_checkpoint,
     read_text_config,
 )
 from ..checksums import Verification, verify
@@ -136,11 +137,11 @@ class Inspection:
 
 def command(args: Namespace) -> Answer:
     found = inspect(args.checkpoint)
+    directory = locate(args.checkpoint).on_disk() if args.stock or args.verify else Path()
     if args.stock:
-        ask_stock(found, args.checkpoint)
+        said = {library: why_not_opened(library, directory)[0] for library in found.opens}
+        found.fails_without_plugin = said
     if args.verify:
-        directory = locate_weights(args.checkpoint).directory
-        assert directory is not None
         found.verified = verify(directory, bytes_bar)
         found.problems += found.verified.problems
     return Answer({**asdict(found), "is_sound": found.is_sound}, lines_of(found), found.is_sound)
@@ -166,7 +167,7 @@ def inspect(path_or_repository: str | Path) -> Inspection:
         model_type=source.config["model_type"],
         files=len(headers.files),
         tensors=len(headers.tensors),
-        bytes=sum(tensor.nbytes for tensor in headers.tensors.values()),
+        bytes=headers.nbytes,
         layout=layout,
         dtypes=dtype_histogram(headers),
         vision=layout.vision,
@@ -179,11 +180,11 @@ def inspect(path_or_repository: str | Path) -> Inspection:
     _inspect_drafter(found, source)
     if config is not None:
         try:
-            contents = read_contents(headers, source.config, config)
+            checkpoint = read_checkpoint(source, config)
         except ValueError as error:
             found.problems.append(str(error))
         else:
-            _inspect_tensors(found, headers, contents)
+            _inspect_tensors(found, checkpoint)
     found.problems += source.problems + _tokenizer_problems(source)
     if source.model is None:
         found.notes.append(
@@ -201,22 +202,11 @@ def inspect(path_or_repository: str | Path) -> Inspection:
     return found
 
 
-def ask_stock(found: Inspection, path_or_repository: str | Path) -> None:
-    """Whether the installed mlx-lm and mlx-vlm open it without this plugin.
-
-    Raises:
-        OSError: it is not on disk.
-    """
-    directory = locate_weights(path_or_repository).directory
-    assert directory is not None
-    found.fails_without_plugin = {library: why_not_opened(library, directory)[0] for library in found.opens}
-
-
 def _inspect_drafter(found: Inspection, source: Source) -> None:
-    if source.directory is None or DRAFT_FOLDER not in source.draft_folders:
+    if source.folder is None or DRAFT_FOLDER not in source.draft_folders:
         return
     try:
-        head = open_draft_head(source.directory / DRAFT_FOLDER)
+        head = open_draft_head(source.folder / DRAFT_FOLDER)
     except (OSError, ValueError) as error:
         found.problems.append(str(error))
     else:
@@ -242,14 +232,14 @@ def _notes(source: Source) -> list[str]:
     return notes
 
 
-def _inspect_tensors(found: Inspection, headers: Headers, contents: Contents) -> None:
-    config = contents.text_config
-    found.components, found.precisions = measure(contents.plan, contents.quantized, headers)
+def _inspect_tensors(found: Inspection, checkpoint: Checkpoint) -> None:
+    headers, config = checkpoint.headers, checkpoint.text_config
+    found.components, found.precisions = measure(checkpoint.plan, checkpoint.quantized, headers)
     found.parameters = sum(component.parameters for component in found.components)
     rope = config.rope_parameters
     found.attention = AttentionSummary(
         layers=config.num_hidden_layers,
-        with_indexer=contents.with_indexer,
+        with_indexer=checkpoint.with_indexer,
         budget=config.budget,
         blocks=config.index_topk_blocks,
         block_size=config.index_block_size,
@@ -258,28 +248,28 @@ def _inspect_tensors(found: Inspection, headers: Headers, contents: Contents) ->
         context=config.max_position_embeddings,
         yarn=dict(rope) if "yarn" in (rope.get("rope_type"), rope.get("type")) else None,
     )
-    found.wrong_without_plugin = wrong_past_the_budget(config, bool(contents.with_indexer))
+    found.wrong_without_plugin = wrong_past_the_budget(config, bool(checkpoint.with_indexer))
     weights = sum(part.bytes for part in found.components if part.name not in NOT_IN_THE_TEXT_MODEL)
-    found.memory = memory_for(config, weights, len(contents.with_indexer), machine_memory())
-    if not contents.with_indexer:
+    found.memory = memory_for(config, weights, len(checkpoint.with_indexer), machine_memory())
+    if not checkpoint.with_indexer:
         has_sparse_layers = "minimax_m3_sparse" in config.layer_types
         why = "the checkpoint has no indexer" if has_sparse_layers else "the config has no sparse layers"
         found.notes.append(
             f"{why}: every layer attends to all tokens, which differs from MiniMax-M3's training past "
             f"{config.budget:,} tokens"
         )
-    found.problems += contents.problems
+    found.problems += checkpoint.of_quantization
     unread = dtypes_not_read(headers)
     found.problems += [unread] if unread else []
     if headers.problems:
         # Tensors of damaged files would only be reported twice.
         return
-    found.problems += contents.of_text + contents.of_vision
-    text_is_whole = not (contents.of_text or contents.problems)
+    found.problems += checkpoint.of_text + checkpoint.of_vision
+    text_is_whole = not (checkpoint.of_text or checkpoint.of_quantization)
     found.opens = {
         "mlx-lm": text_is_whole and not unread,
         # It reads such dtypes by itself.
-        "mlx-vlm": text_is_whole and not contents.of_vision,
+        "mlx-vlm": text_is_whole and not checkpoint.of_vision,
     }
 
 
@@ -400,7 +390,7 @@ def _quantization(found: Inspection) -> str:
 
 def _attention(attention: AttentionSummary) -> dict[str, str]:
     sparse, layers = attention.with_indexer, attention.layers
-    indexer = f"{len(sparse)} of {layers} layers" + (f" ({_ranges(sparse)})" if sparse else "")
+    indexer = f"{len(sparse)} of {layers} layers" + (f" ({', '.join(ranges_of(sparse))})" if sparse else "")
     budget = f"{attention.budget:,} tokens, {attention.blocks} blocks of {attention.block_size}"
     budget += f", always {attention.initial} initial and {attention.local} local" if attention.initial else ""
     context = f"{attention.context:,} tokens"
@@ -430,7 +420,7 @@ def memory_lines(memory: Memory) -> list[str]:
 
 
 def _lines_of_experts_on_disk() -> list[str]:
-    memory = expert_memory()
+    memory = checked("expert_memory")
     size = memory if isinstance(memory, str) else size_in_words(memory)
     return [f"{EXPERT_MEMORY} is set ({size}): routed experts that do not fit stay on disk"] if memory else []
 
@@ -445,17 +435,6 @@ def _count(count: int) -> str:
     return next(
         (f"{count / n:,.3f} {unit}" for n, unit in ((10**9, "B"), (10**6, "M")) if count >= n), f"{count:,}"
     )
-
-
-def _ranges(numbers: Sequence[int]) -> str:
-    """``3-59``, or ``0-2, 5``."""
-    runs: list[list[int]] = []
-    for number in numbers:
-        if runs and number == runs[-1][-1] + 1:
-            runs[-1].append(number)
-        else:
-            runs.append([number])
-    return ", ".join(str(run[0]) if len(run) == 1 else f"{run[0]}-{run[-1]}" for run in runs)
 
 
 def _indented(lines: Iterable[str]) -> list[str]:

@@ -2,13 +2,14 @@
 
 import math
 import re
-from collections import defaultdict
+from collections import Counter, defaultdict
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 
 from ...model.config import TextConfig
 from ...weights import Headers, StoredTensor
 from ...weights.dtypes import name_of
+from ...weights.formats import FOR_ACTIVATIONS, FOREIGN_PART
 from ...weights.names import is_unused, is_vision
 from ...weights.quantization import PARTS
 from ...weights.tensor import Tensor
@@ -32,10 +33,6 @@ _EXPERTS_IN_WORDS = {
 _TRANSFORMERS_MODULES = (".self_attn.indexer.", ".mlp.experts.", ".mlp.gate.", ".mlp.gate_up_proj.")
 _NUMBER = re.compile(r"\.\d+(?=\.)")
 _OUTER = re.compile(r"^((?:model\.|language_model\.)*)(?:layers\.N|embed_tokens|norm)\.")
-_FOREIGN = re.compile(
-    r"\.(weight_scale(?:_inv|_2)?|weight_global_scale|weight_packed|weight_shape|weight_zero_point"
-    r"|qweight|qzeros|g_idx)$"
-)
 
 
 @dataclass(frozen=True)
@@ -115,6 +112,7 @@ def recognise_layout(tensors: Mapping[str, StoredTensor], config: TextConfig | N
         kind for kind in text if _has(kind, (".switch_mlp.", ".experts.")) and ".experts.N." not in kind
     ]
     rows = max((tensors[kinds[kind]].shape[0] for kind in stacks if tensors[kinds[kind]].shape), default=0)
+    foreign = {match[1] for kind in text if (match := FOREIGN_PART.search(kind))}
     apart = any(".shared_experts." in kind for kind in text)
     packed = not apart and config is not None and rows == config.num_local_experts + 1
     return Layout(
@@ -127,7 +125,7 @@ def recognise_layout(tensors: Mapping[str, StoredTensor], config: TextConfig | N
         vision=any(map(is_vision, kinds)),
         dense_under_moe=any(re.search(r"\.block_sparse_moe\.(gate|up|down)_proj\.", kind) for kind in text),
         unused=sum(map(is_unused, tensors)),
-        foreign_parts=sorted({match[1] for kind in text if (match := _FOREIGN.search(kind))}),
+        foreign_parts=sorted(foreign - {*FOR_ACTIVATIONS}),
     )
 
 
@@ -173,7 +171,7 @@ def measure(
     """Count parameters and bytes, by component and by precision."""
     sizes = bytes_of_components(headers, plan)
     components = {name: Component(name, bytes=size) for name, size in sizes.items()}
-    by_component: dict[str, dict[str, int]] = defaultdict(lambda: defaultdict(int))
+    by_component: dict[str, Counter[str]] = defaultdict(Counter)
     precisions: dict[str, Precision] = {}
     for name, tensor in plan.items():
         component = components[component_of(name)]
@@ -182,7 +180,7 @@ def measure(
             continue
         parameters = math.prod(tensor.shape)
         precision = Precision(name_of(tensor.dtype), 8 * tensor.dtype.size, None)
-        if part == "weight" and (spec := quantized.get(module)) is not None and spec.bits is not None:
+        if part == "weight" and (spec := quantized.get(module)) and spec.bits:
             parameters = parameters * 32 // spec.bits
             precision = Precision(spec.mode, spec.bits, spec.group_size)
         entry = precisions.setdefault(str(precision), precision)
@@ -191,7 +189,7 @@ def measure(
         component.parameters += parameters
         by_component[component.name][str(precision)] += parameters
     for name, stored_as in by_component.items():
-        components[name].stored_as = sorted(stored_as, key=lambda spec: -stored_as[spec])
+        components[name].stored_as = [spec for spec, _ in stored_as.most_common()]
     components[OTHER].parameters += sum(
         math.prod(t.shape) for n, t in headers.tensors.items() if is_unused(n)
     )

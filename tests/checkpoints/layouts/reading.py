@@ -7,7 +7,7 @@ import mlx.core as mx
 
 from mlx_m3_plugin.model.config import TextConfig
 from mlx_m3_plugin.toolbox.checkpoint import Checkpoint, open_checkpoint
-from mlx_m3_plugin.toolbox.precision import float32_values
+from mlx_m3_plugin.toolbox.precision import dequantized
 from mlx_m3_plugin.weights import plan_layout, with_quantization
 from mlx_m3_plugin.weights.byte_ranges import TensorReader
 from mlx_m3_plugin.weights.headers import INDEX
@@ -49,7 +49,7 @@ def _read(checkpoint: Checkpoint, reader: TensorReader, name: str) -> mx.array:
     if module == name:
         return reader.read(checkpoint.plan[name]).astype(mx.float32)
     stored = {part: reader.read(tensor) for part, tensor in checkpoint.parts(module).items()}
-    return float32_values(stored, checkpoint.spec(module))
+    return dequantized(stored, checkpoint.spec(module), in_float32=True)
 
 
 def map_weights(
