@@ -97,7 +97,9 @@ HOSTS = {
         "mlx-openai-server==1.6.3",
         "0.4.4",
         "mlx-openai-server launch --model-path MODEL --model-type lm --port PORT",
-        "aiofiles aiohttp json_repair<0.60 loguru outlines<1.2 av librosa click<8.4 dill datasets",
+        # Its click is too old for newer releases of huggingface-hub.
+        "aiofiles aiohttp json_repair<0.60 loguru outlines<1.2 av librosa click<8.4 huggingface-hub<1.19 "
+        "dill datasets",
         alone="mlx-embeddings mlx-whisper",
         parsers=PARSERS,
     ),
