@@ -22,6 +22,8 @@ from mlx_m3_plugin.toolbox.stock import why_not_opened
 from mlx_m3_plugin.weights.headers import DRAFT_FOLDER
 from mlx_m3_plugin.weights.names import draft_parameter
 
+pytest.importorskip("mlx_vlm.speculative.drafters.dspark", reason="this mlx-vlm has no DSpark")
+
 
 @pytest.fixture(scope="module")
 def drafts() -> Drafts:
