@@ -5,7 +5,7 @@ whose end is missing, and keeps one of two tensors of the same name; here both a
 """
 
 import json
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 from itertools import pairwise
 from os import PathLike
@@ -42,7 +42,11 @@ def model_type_of(directory: object) -> str | None:
 
 def is_draft_head(directory: object) -> bool:
     """Whether ``config.json`` in ``directory`` is a DSpark draft head's; False where it cannot be read."""
-    architectures = config_of(directory).get("architectures")
+    return is_draft_config(config_of(directory))
+
+
+def is_draft_config(config: object) -> bool:
+    architectures = config.get("architectures") if isinstance(config, Mapping) else None
     return isinstance(architectures, list) and DRAFT_HEAD in architectures
 
 

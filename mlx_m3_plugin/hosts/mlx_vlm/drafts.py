@@ -14,19 +14,19 @@ from mlx_m3_plugin.hosts.patching import Arguments, call, for_m3, is_m3_checkpoi
 
 log = logging.getLogger("mlx_m3_plugin")
 
-_ARCHITECTURE = "DSparkMiniMaxDraftModel"
-
 _LOADS_DRAFTER: ContextVar[bool] = ContextVar("loads_drafter", default=False)
 
 
-def _is_draft_head(config: object) -> bool:
-    return isinstance(config, Mapping) and _ARCHITECTURE in (config.get("architectures") or ())
+def _is_draft_config(config: object) -> bool:
+    from mlx_m3_plugin.weights.headers import is_draft_config
+
+    return is_draft_config(config)
 
 
-def _is_in(directory: object) -> bool:
-    from mlx_m3_plugin.weights.headers import config_of
+def _is_draft_head(directory: object) -> bool:
+    from mlx_m3_plugin.weights.headers import is_draft_head
 
-    return _is_draft_head(config_of(directory))
+    return is_draft_head(directory)
 
 
 def _is_m3_cache(caches: object) -> bool:
@@ -134,7 +134,7 @@ def next_block_size(choose: Any, given: Arguments) -> int:
     return int(given.arguments["draft_model"].next_block_size(most)) if most > 1 else most
 
 
-@where(lambda given: _is_draft_head(given["config"]))
+@where(lambda given: _is_draft_config(given["config"]))
 def model_class(get: Any, given: Arguments) -> tuple[ModuleType, str]:
     """By the architecture: what these configs have as ``model_type`` may be the target's."""
     return import_module("mlx_m3_plugin.hosts.mlx_vlm.drafter"), "dspark"
@@ -157,14 +157,16 @@ def load_model(module: Any, original: Callable[..., Any]) -> Callable[..., Any]:
 
     Where a drafter is asked for and an M3 checkpoint is given, it loads that checkpoint's draft head.
     """
-    checked = with_checks(original, lambda directory: is_m3_checkpoint(directory) or _is_in(directory))
+    checked = with_checks(
+        original, lambda directory: is_m3_checkpoint(directory) or _is_draft_head(directory)
+    )
 
     def load(given: Arguments) -> Any:
         from mlx_m3_plugin.weights.headers import DRAFT_FOLDER
 
         directory = Path(given.arguments["model_path"])
-        if not _is_in(directory):
-            if not _is_in(directory / DRAFT_FOLDER):
+        if not _is_draft_head(directory):
+            if not _is_draft_head(directory / DRAFT_FOLDER):
                 raise ValueError(
                     f"{directory} is a MiniMax-M3 checkpoint without a draft head in {DRAFT_FOLDER}/: leave "
                     "--draft-model out, or name a draft head"
@@ -179,6 +181,6 @@ def load_model(module: Any, original: Callable[..., Any]) -> Callable[..., Any]:
 
     def is_asked(given: Mapping[str, Any]) -> bool:
         directory = given.get("model_path")
-        return _is_in(directory) or (_LOADS_DRAFTER.get() and is_m3_checkpoint(directory))
+        return _is_draft_head(directory) or (_LOADS_DRAFTER.get() and is_m3_checkpoint(directory))
 
     return for_m3(checked, is_asked, load)
