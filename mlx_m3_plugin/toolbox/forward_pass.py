@@ -123,10 +123,16 @@ class HiddenStates:
             file.write(to_bytes(hidden))
 
     def read(self, first: int, last: int) -> mx.array:
-        """``[last - first, D]``."""
+        """``[last - first, D]``.
+
+        Raises:
+            OSError: the file is cut off.
+        """
         with self._path.open("rb") as file:
             file.seek(first * self._bytes_per_token)
             data = file.read((last - first) * self._bytes_per_token)
+        if len(data) < (last - first) * self._bytes_per_token:
+            raise OSError(f"{self._path} is cut off: delete its directory, and the pass begins again")
         return from_bytes(data, (last - first, self._width), self._dtype)
 
     def sync(self) -> None:

@@ -78,6 +78,8 @@ def test_hidden_states_are_written_and_read(tmp_path: Path, dtype: str) -> None:
     hidden.write(0, rows[:4])
     hidden.write(4, rows[4:])
     assert mx.array_equal(hidden.read(2, 9), rows[2:])
+    with pytest.raises(OSError, match=r"states\.bin is cut off"):
+        hidden.read(2, 10)
 
 
 def test_a_shard_with_a_gap_does_not_get_its_name(tmp_path: Path) -> None:
