@@ -40,7 +40,7 @@ def transcript(*turns: str, mode: str = "adaptive", system: str | None = None) -
     )
     for turn in turns:
         prompt += f"]~b]ai\n{turn}[e~[\n"
-        if BLOCK in turn:
+        if f"{NS}</tool_call>" in turn:
             prompt += "]~b]tool\n<response>one</response>\n<response>two</response>[e~[\n"
         else:
             prompt += "]~b]user\nAnd now?[e~[\n"
