@@ -118,7 +118,8 @@ def interrupt() -> None:
 
 def digest(directory: Path) -> dict[str, str]:
     """Of every file."""
-    return {f.name: hashlib.sha256(f.read_bytes()).hexdigest() for f in sorted(directory.iterdir())}
+    files = (path for path in sorted(directory.rglob("*")) if path.is_file())
+    return {str(f.relative_to(directory)): hashlib.sha256(f.read_bytes()).hexdigest() for f in files}
 
 
 Written = Callable[[str], Path]

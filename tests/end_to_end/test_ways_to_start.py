@@ -360,7 +360,7 @@ class TestManners:
         }
         assert {name for name in ours if name.startswith("hosts")} == {
             *("hosts", "hosts.patching", "hosts.mlx_lm"),
-            *("hosts.mlx_lm.patches", "hosts.mlx_lm.chat"),
+            *("hosts.mlx_lm.patches", "hosts.mlx_lm.chat", "hosts.mlx_lm.drafts"),
         }
 
     def test_off_gives_the_stock_process_back(self, guest: Environment, stock: Environment):
