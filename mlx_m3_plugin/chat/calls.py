@@ -93,9 +93,10 @@ class _OpenElement:
     @property
     def is_leaf(self) -> bool:
         """Whether there is a text in it, and no tags: by its shape, or an array or object as JSON."""
+        if self.children or self.alone:
+            return False
         text = self.text().lstrip()
-        has_value = self.shape.is_leaf or text[:1] in ("[", "{") or (self.shape.is_array and text)
-        return bool(has_value) and not self.children and not self.alone
+        return bool(self.shape.is_leaf or text[:1] in ("[", "{") or (self.shape.is_array and text))
 
     def add(self, child: Element) -> None:
         self.children.append(child)

@@ -1,5 +1,6 @@
 """Texts of a given size that a careless parser is slow on, and the time that parsers take."""
 
+import gc
 import time
 from collections.abc import Callable
 from typing import Any
@@ -84,12 +85,19 @@ SHAPES: dict[str, Callable[[int], str]] = {
 
 
 def seconds(work: Callable[[], Any], runs: int = 3) -> float:
-    """CPU time, the best of some runs."""
+    """CPU time, the best of some runs.
+
+    Without garbage collections: what one takes depends on all else in the process.
+    """
     times = []
-    for _ in range(runs):
-        begin = time.process_time()
-        work()
-        times.append(time.process_time() - begin)
+    gc.disable()
+    try:
+        for _ in range(runs):
+            begin = time.process_time()
+            work()
+            times.append(time.process_time() - begin)
+    finally:
+        gc.enable()
     return min(times)
 
 

@@ -14,7 +14,6 @@ from mlx_m3_plugin.hosts.patching import (
     where,
     with_checks,
 )
-from mlx_m3_plugin.weights.headers import is_draft_head
 
 
 def load_model(module: Any, original: Any) -> Any:
@@ -30,7 +29,7 @@ def load_model(module: Any, original: Any) -> Any:
             return call(original, given)
 
     ours = with_checks(for_m3(original, lambda given: is_m3_checkpoint(given["model_path"]), load))
-    return for_m3(ours, lambda given: is_draft_head(given["model_path"]), drafts.refuse)
+    return for_m3(ours, lambda given: drafts.is_draft_head(given["model_path"]), drafts.refuse)
 
 
 def sharded_load(module: Any, original: Any) -> Any:
