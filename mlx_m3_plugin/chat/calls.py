@@ -386,7 +386,9 @@ class CallBuilder:
             is_foreign = not parent.shape.names(top.name) and not parent.shape.is_open
             # A second tag of a name is around it, so the first is not.
             doubts = top.doubts[top.doubts.index(before) + 1 :] if before in top.doubts else top.doubts
-            if doubts or mixed or is_foreign or parent.name == top.name:
+            # A number that never came: the tag belonged elsewhere.
+            is_empty = before and top.is_leaf and not top.is_text and not top.text().strip()
+            if doubts or mixed or is_foreign or is_empty or parent.name == top.name:
                 self.broken = True
         self._finish()
 
