@@ -24,10 +24,12 @@ def speculative_generate_step(module: Any, original: Any) -> Any:
             # No limit.  Upstream takes the minimum of it and the number of tokens to draft.
             options["max_tokens"] = sys.maxsize
         before = options["prompt"][:-1]
-        # Upstream shows them the prompt's last token alone.
-        options["logits_processors"] = [
-            partial(_with_all_tokens, processor, before) for processor in options["logits_processors"] or ()
-        ]
+        # until: mlx-lm 0.32.  Before, plain decoding too shows processors the prompt's last token alone.
+        if "stream" in options:
+            options["logits_processors"] = [
+                partial(_with_all_tokens, processor, before)
+                for processor in options["logits_processors"] or ()
+            ]
         if options["prompt_cache"] is None:
             yield from call(original, given)
             return
