@@ -2,6 +2,7 @@
 
 import json
 import re
+from collections.abc import Sequence
 from importlib.metadata import version
 from typing import Any
 
@@ -65,17 +66,17 @@ def ask_responses(host: Host, stream: bool, items: list[Any], **more: Any) -> di
     return answer[-1]["response"] if stream else answer
 
 
-def by_items(host: Host, stream: bool) -> None:
+def by_items(host: Host, stream: bool, turns: Sequence[str] = TURNS) -> None:
     items: list[Any] = [{"role": "user", "content": "Go."}]
-    for host.reply in (*TURNS, LAST, "Bye."):
+    for host.reply in (*turns, LAST, "Bye."):
         response = ask_responses(host, stream, items)
         items += [*response["output"], *next_input(response)]
 
 
-def by_id(host: Host, stream: bool) -> None:
+def by_id(host: Host, stream: bool, turns: Sequence[str] = TURNS) -> None:
     items: list[Any] = [{"role": "user", "content": "Go."}]
     before = {}
-    for host.reply in (*TURNS, LAST, "Bye."):
+    for host.reply in (*turns, LAST, "Bye."):
         response = ask_responses(host, stream, items, **before)
         items, before = next_input(response), {"previous_response_id": response["id"]}
 
@@ -100,9 +101,9 @@ def ask_messages(host: Host, stream: bool, messages: list[Any], **more: Any) -> 
     return blocks
 
 
-def by_blocks(host: Host, stream: bool) -> None:
+def by_blocks(host: Host, stream: bool, turns: Sequence[str] = TURNS) -> None:
     messages: list[Any] = [{"role": "user", "content": "Go."}]
-    for host.reply in (*TURNS, LAST, "Bye."):
+    for host.reply in (*turns, LAST, "Bye."):
         blocks = ask_messages(host, stream, messages)
         calls = [block["id"] for block in blocks if block["type"] == "tool_use"]
         results = [
@@ -113,9 +114,9 @@ def by_blocks(host: Host, stream: bool) -> None:
         messages.append({"role": "user", "content": results or "And now?"})
 
 
-def by_chat(host: Host, stream: bool) -> None:
+def by_chat(host: Host, stream: bool, turns: Sequence[str] = TURNS) -> None:
     messages: list[Any] = [{"role": "user", "content": "Go."}]
-    for host.reply in (*TURNS, LAST, "Bye."):
+    for host.reply in (*turns, LAST, "Bye."):
         message = ask_chat(host, stream, messages)
         calls = [call["id"] for call in message.get("tool_calls") or ()]
         messages.append(message)
@@ -151,11 +152,11 @@ def test_the_prompt_is_what_m3_wrote_in_mlx_lm(lm: Host, stream: bool) -> None:
     check(lm, by_chat, stream)
 
 
-def check(host: Host, converse: Any, stream: bool) -> None:
+def check(host: Host, converse: Any, stream: bool, turns: Sequence[str] = TURNS) -> None:
     host.prompts.clear()
-    converse(host, stream)
-    turns = (*TURNS, LAST)
-    assert host.prompts == [transcript(*turns[:n]) for n in range(4)]
+    converse(host, stream, turns)
+    said = (*turns, LAST)
+    assert host.prompts == [transcript(*said[:n]) for n in range(len(said) + 1)]
 
 
 # --- the order of parts, and how they are joined ---
@@ -354,15 +355,9 @@ def test_a_reply_is_the_same_streamed_or_not(vlm: Host, said: Any, stream: bool)
         assert said(vlm, stream) == tuple(expected), vlm.reply
 
 
-@pytest.mark.parametrize("ask", [by_items, by_id, by_blocks, by_chat])
-def test_text_that_mentions_the_syntax_goes_back(
-    vlm: Host, ask: Any, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    texts = tuple(reply for reply, *_, calls in REPLIES if not calls)
-    monkeypatch.setitem(globals(), "TURNS", texts)
-    vlm.prompts.clear()
-    ask(vlm, False)
-    assert vlm.prompts == [transcript(*(*texts, LAST)[:n]) for n in range(len(texts) + 2)]
+@pytest.mark.parametrize("converse", [by_items, by_id, by_blocks, by_chat])
+def test_text_that_mentions_the_syntax_goes_back(vlm: Host, converse: Any) -> None:
+    check(vlm, converse, False, [reply for reply, *_, calls in REPLIES if not calls])
 
 
 @streamed_or_not
@@ -435,12 +430,7 @@ LONG = [
 @pytest.mark.parametrize("converse", [by_chat, by_items, by_id, by_blocks])
 def test_a_hundred_rounds(vlm: Host, converse: Any, count: Any) -> None:
     """Each prompt is the one before it, and what M3 wrote: so a prefix cache has all of it."""
-    turns = LONG[: count(6, 100)]
-    vlm.prompts.clear()
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(f"{__name__}.TURNS", turns)
-        converse(vlm, False)
-    assert vlm.prompts == [transcript(*turns[:n]) for n in range(len(turns) + 1)] + [transcript(*turns, LAST)]
+    check(vlm, converse, False, LONG[: count(6, 100)])
 
 
 def test_a_hundred_rounds_in_mlx_lm(lm: Host, count: Any) -> None:
