@@ -9,7 +9,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 
 from ..model.config import TextConfig
-from ..model.draft_cost import DraftCost, best_length, tokens_per_pass
+from ..model.draft_cost import EXPECTED_ACCEPTANCE, DraftCost, best_length, tokens_per_pass
 from ..model.memory import (
     CONTEXT_BESIDE_EXPERTS,
     PREFILL_STEP,
@@ -44,8 +44,6 @@ DISK = 7
 _LEAST_BANDWIDTH, _MOST_BANDWIDTH = 1, 100_000
 # A value of --draft: the head in the checkpoint's own folder.
 AUTO = "auto"
-# With which a block of 7 gives 3.1 tokens per pass; MiniMax reports 2.3 to 3.8.
-DEFAULT_ACCEPTANCE = (0.7,)
 
 
 @dataclass(frozen=True)
@@ -172,7 +170,7 @@ def command(args: Namespace) -> Answer:
         return Answer(
             {**asdict(split), "fits": split.fits, "split": split.split}, pipeline_lines(split), split.fits
         )
-    draft = {"draft": args.draft, "acceptance": args.acceptance or DEFAULT_ACCEPTANCE}
+    draft = {"draft": args.draft, "acceptance": args.acceptance or (EXPECTED_ACCEPTANCE,)}
     found = fit(args.checkpoint, memories[0], bandwidth=args.bandwidth, **draft, **options)
     return Answer(asdict(found), fit_lines(found), found.fits)
 
@@ -186,7 +184,7 @@ def fit(
     prefill_step: int = PREFILL_STEP,
     bandwidth: float | None = None,
     draft: str | Path | None = None,
-    acceptance: Sequence[float] = DEFAULT_ACCEPTANCE,
+    acceptance: Sequence[float] = (EXPECTED_ACCEPTANCE,),
 ) -> Fit:
     """Calculate whether a checkpoint fits into ``memory`` bytes.
 
@@ -206,11 +204,11 @@ def fit(
         raise ValueError(
             f"--bandwidth must be between {_LEAST_BANDWIDTH} and {_MOST_BANDWIDTH:,} GB/s, not {bandwidth}"
         )
-    contents = _open_whole(path_or_repository, kv_bits)
-    config = contents.text_config
-    parts = bytes_of_components(contents.headers, contents.plan)
+    checkpoint = _open_whole(path_or_repository, kv_bits)
+    config = checkpoint.text_config
+    parts = bytes_of_components(checkpoint.headers, checkpoint.plan)
     weights = sum(size for name, size in parts.items() if name not in NOT_IN_THE_TEXT_MODEL)
-    sparse = len(contents.with_indexer)
+    sparse = len(checkpoint.with_indexer)
     per_token = bytes_per_token(config, sparse, kv_bits)
     reserve = reserve_of(memory)
     # Not with draft heads in the shards, which neither loads.
@@ -225,7 +223,7 @@ def fit(
     missing = max(0, total - (memory - reserve))
     cost = _cost(config, parts, sparse, planned, per_token, head)
     return Fit(
-        name=contents.name,
+        name=checkpoint.name,
         model=model_name(config),
         memory=memory,
         reserve=reserve,
@@ -259,18 +257,18 @@ def _open_whole(path_or_repository: str | Path, kv_bits: int | None) -> Checkpoi
     if kv_bits not in (None, 4, 8):
         raise ValueError(f"--kv-bits must be 4 or 8, not {kv_bits}")
     source = open_source(path_or_repository)
-    contents, problems = None, source.headers.problems
+    checkpoint, problems = None, source.headers.problems
     try:
-        contents = read_checkpoint(source, read_text_config(source.config))
+        checkpoint = read_checkpoint(source, read_text_config(source.config))
     except ValueError as error:
         problems = [str(error), *problems]
     else:
-        missing = contents.of_quantization + contents.of_text + contents.of_vision
+        missing = checkpoint.of_quantization + checkpoint.of_text + checkpoint.of_vision
         # Tensors of damaged files would only be reported twice.
         problems = problems or missing
-    if contents is None or problems:
+    if checkpoint is None or problems:
         raise ValueError("\n  ".join([f"{source.name}: its size is unknown:", *shorten(problems)]))
-    return contents
+    return checkpoint
 
 
 # --- how fast ---
@@ -538,18 +536,18 @@ def fit_pipeline(
 
     Like :func:`fit`; ``memories`` are bytes of each machine, by rank.
     """
-    contents = _open_whole(path_or_repository, kv_bits)
-    layers = _Layers(contents, memories, kv_bits, prefill_step)
+    checkpoint = _open_whole(path_or_repository, kv_bits)
+    layers = _Layers(checkpoint, memories, kv_bits, prefill_step)
     if len(memories) > len(layers.weights):
         raise ValueError(
-            f"{contents.name} has {len(layers.weights)} layers, fewer than {len(memories)} machines"
+            f"{checkpoint.name} has {len(layers.weights)} layers, fewer than {len(memories)} machines"
         )
     known = layers.config.max_position_embeddings
     largest = largest_context(layers.config, layers.fit)
     planned = min((largest or 1) if context is None else context, known)
     stages = layers.stages(planned)
     missing = 0 if stages else layers.missing(planned)
-    return PipelineFit(contents.name, planned, context, known, largest, stages, missing)
+    return PipelineFit(checkpoint.name, planned, context, known, largest, stages, missing)
 
 
 class _Layers:
@@ -559,11 +557,11 @@ class _Layers:
     ``shared`` weights.
     """
 
-    def __init__(self, contents: Checkpoint, memories: Sequence[int], kv_bits: int | None, step: int):
+    def __init__(self, checkpoint: Checkpoint, memories: Sequence[int], kv_bits: int | None, step: int):
         self.memories, self.step = memories, step
-        self.config = config = contents.text_config
+        self.config = config = checkpoint.text_config
         self.shared, self.weights = 0, [0] * config.num_hidden_layers
-        for name, tensor in contents.plan.items():
+        for name, tensor in checkpoint.plan.items():
             if is_vision(name):
                 continue
             size = size_in_bytes(tensor.shape, tensor.dtype)
@@ -574,7 +572,7 @@ class _Layers:
                 self.weights[layer] += size
         keys_values = bytes_per_token(config, 0, kv_bits) // config.num_hidden_layers
         self.per_token = [keys_values] * config.num_hidden_layers
-        for layer in contents.with_indexer:
+        for layer in checkpoint.with_indexer:
             self.per_token[layer] += 2 * config.index_head_dim
 
     def fit(self, context: int, slack: int = 0) -> bool:

@@ -17,7 +17,7 @@ from mlx_vlm.speculative.drafters.dspark.config import DSparkConfig
 from mlx_m3_plugin.model.attention import Attention
 from mlx_m3_plugin.model.config import text_part
 from mlx_m3_plugin.model.decoder import DecoderLayer
-from mlx_m3_plugin.model.draft_cost import DraftCost, best_length
+from mlx_m3_plugin.model.draft_cost import EXPECTED_ACCEPTANCE, DraftCost, best_length
 from mlx_m3_plugin.model.norm import make_norm
 from mlx_m3_plugin.weights import (
     check_values,
@@ -48,10 +48,9 @@ _ONLY_KNOWN_VALUE = {"dspark_use_dense_ffn": True, "dspark_hybrid_context_fusion
 FEATURES = ("output", "normed_output", "input")
 # What mlx-vlm asks for where the user asks for no length: each round then drafts as many tokens as pay.
 _BY_COST = 1 << 20
-# The probability that a draft is accepted, before any was: two drafts are 2.2 tokens per pass, and MiniMax
-# published 2.3 to 3.8 with seven.  It counts as so many drafts, and each position expects what the one before
-# it has.
-_EXPECTED, _EXPECTED_COUNTS_AS = 0.7, 4
+# As so many drafts counts the acceptance that is expected before any was; each position then expects what
+# the one before it has.
+_EXPECTED_COUNTS_AS = 4
 _RECENT_ROUNDS = 32
 
 
@@ -339,7 +338,7 @@ class Model(DSparkDraftModel):  # type: ignore[misc]
 
     def acceptance(self) -> list[float]:
         """Of each draft of a block, the probability that it is accepted if all before it were."""
-        found, expected = [], _EXPECTED
+        found, expected = [], EXPECTED_ACCEPTANCE
         for position in range(self.config.proposal_length):
             tried = sum(n > position and accepted >= position for accepted, n in self._rounds())
             accepted = sum(accepted > position for accepted, _ in self._rounds())
