@@ -243,6 +243,13 @@ def is_m3_checkpoint(directory: object) -> bool:
     return is_m3(directory)
 
 
+def is_draft_head(directory: object) -> bool:
+    """See :func:`mlx_m3_plugin.weights.headers.is_draft_head`."""
+    from ..weights.headers import is_draft_head
+
+    return is_draft_head(directory)
+
+
 def with_checks(
     load_model: Callable[..., Any], is_ours: Callable[[object], bool] = is_m3_checkpoint
 ) -> Callable[..., Any]:

@@ -7,7 +7,7 @@ from typing import Any
 
 from ..model.config import TextConfig, text_part
 from ..weights import plan_draft, shorten
-from ..weights.headers import DRAFT_HEAD, Headers, read_headers, weight_files
+from ..weights.headers import DRAFT_HEAD, Headers, is_draft_config, read_headers, weight_files
 from ..weights.tensor import Tensor
 from .common import read_json_object
 from .parameters import Shapes, differences, quantized_modules
@@ -79,7 +79,7 @@ def open_draft_head(directory: Path) -> DraftHead:
         ValueError: it holds no DSpark draft head, or not a whole one; says what is wrong.
     """
     whole = read_json_object(directory / "config.json")
-    if DRAFT_HEAD not in (whole.get("architectures") or ()):
+    if not is_draft_config(whole):
         raise ValueError(
             f"{directory} is not a draft head of MiniMax-M3.1: the architectures in its config.json are "
             f"{whole.get('architectures')}, not {DRAFT_HEAD}"

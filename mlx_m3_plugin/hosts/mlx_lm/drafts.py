@@ -61,13 +61,6 @@ def _with_all_tokens(processor: Any, before: mx.array, tokens: mx.array, logits:
     return processor(mx.concatenate([before.astype(tokens.dtype), tokens]), logits)
 
 
-def is_draft_head(directory: object) -> bool:
-    # Here, because importing mlx-lm is not to wait for it.
-    from mlx_m3_plugin.weights.headers import is_draft_head
-
-    return is_draft_head(directory)
-
-
 def refuse(given: Arguments) -> Any:
     """For a DSpark draft head, which reads hidden states that mlx-lm's loop does not pass on."""
     path = given.arguments["model_path"]

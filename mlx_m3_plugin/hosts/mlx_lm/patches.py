@@ -10,6 +10,7 @@ from mlx_m3_plugin.hosts.patching import (
     call,
     dequantize_model,
     for_m3,
+    is_draft_head,
     is_m3_checkpoint,
     where,
     with_checks,
@@ -29,7 +30,7 @@ def load_model(module: Any, original: Any) -> Any:
             return call(original, given)
 
     ours = with_checks(for_m3(original, lambda given: is_m3_checkpoint(given["model_path"]), load))
-    return for_m3(ours, lambda given: drafts.is_draft_head(given["model_path"]), drafts.refuse)
+    return for_m3(ours, lambda given: is_draft_head(given["model_path"]), drafts.refuse)
 
 
 def sharded_load(module: Any, original: Any) -> Any:

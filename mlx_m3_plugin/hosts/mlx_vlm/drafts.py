@@ -10,7 +10,15 @@ from pathlib import Path
 from types import ModuleType
 from typing import Any
 
-from mlx_m3_plugin.hosts.patching import Arguments, call, for_m3, is_m3_checkpoint, where, with_checks
+from mlx_m3_plugin.hosts.patching import (
+    Arguments,
+    call,
+    for_m3,
+    is_draft_head,
+    is_m3_checkpoint,
+    where,
+    with_checks,
+)
 
 log = logging.getLogger("mlx_m3_plugin")
 
@@ -21,12 +29,6 @@ def _is_draft_config(config: object) -> bool:
     from mlx_m3_plugin.weights.headers import is_draft_config
 
     return is_draft_config(config)
-
-
-def _is_draft_head(directory: object) -> bool:
-    from mlx_m3_plugin.weights.headers import is_draft_head
-
-    return is_draft_head(directory)
 
 
 def _is_m3_cache(caches: object) -> bool:
@@ -157,16 +159,14 @@ def load_model(module: Any, original: Callable[..., Any]) -> Callable[..., Any]:
 
     Where a drafter is asked for and an M3 checkpoint is given, it loads that checkpoint's draft head.
     """
-    checked = with_checks(
-        original, lambda directory: is_m3_checkpoint(directory) or _is_draft_head(directory)
-    )
+    checked = with_checks(original, lambda directory: is_m3_checkpoint(directory) or is_draft_head(directory))
 
     def load(given: Arguments) -> Any:
         from mlx_m3_plugin.weights.headers import DRAFT_FOLDER
 
         directory = Path(given.arguments["model_path"])
-        if not _is_draft_head(directory):
-            if not _is_draft_head(directory / DRAFT_FOLDER):
+        if not is_draft_head(directory):
+            if not is_draft_head(directory / DRAFT_FOLDER):
                 raise ValueError(
                     f"{directory} is a MiniMax-M3 checkpoint without a draft head in {DRAFT_FOLDER}/: leave "
                     "--draft-model out, or name a draft head"
@@ -181,6 +181,6 @@ def load_model(module: Any, original: Callable[..., Any]) -> Callable[..., Any]:
 
     def is_asked(given: Mapping[str, Any]) -> bool:
         directory = given.get("model_path")
-        return _is_draft_head(directory) or (_LOADS_DRAFTER.get() and is_m3_checkpoint(directory))
+        return is_draft_head(directory) or (_LOADS_DRAFTER.get() and is_m3_checkpoint(directory))
 
     return for_m3(checked, is_asked, load)
