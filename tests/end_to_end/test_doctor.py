@@ -19,6 +19,16 @@ REINSTALL = "pip install --force-reinstall --no-deps mlx-m3-plugin"
 MLX = ("mlx", "mlx-[0-9]*", "mlx_cpu*", "mlx_metal*", "mlx_cuda*")
 
 
+@pytest.fixture(scope="module")
+def guest(cold_guest: Environment) -> Environment:
+    return cold_guest
+
+
+@pytest.fixture(scope="module")
+def stock(cold_stock: Environment) -> Environment:
+    return cold_stock
+
+
 def on_path(environment: Environment) -> dict[str, str]:
     """PATH as in a shell where the environment is activated."""
     return {"PATH": f"{environment.path / 'bin'}{os.pathsep}/usr/bin{os.pathsep}/bin"}
