@@ -12,12 +12,12 @@ import shutil
 import site
 import subprocess
 import sys
-import tempfile
 import venv
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from fnmatch import fnmatch
+from functools import cache
 from importlib.metadata import EntryPoint, distributions
 from pathlib import Path
 
@@ -178,16 +178,25 @@ class WarmEnvironment(Environment):
         return self.forks.start(args, self.path, env, log=log)
 
 
+def warmed(environment: Environment, *flags: str, **variables: str) -> WarmEnvironment:
+    """``variables`` and the interpreter's ``flags`` are those of all runs."""
+    offline = clean_variables() | {"HF_HUB_OFFLINE": "1"} | variables
+    return WarmEnvironment(environment.path, Forks(environment.python, offline, *flags))
+
+
 @contextmanager
 def warm(environment: Environment, *flags: str, **variables: str) -> Iterator[WarmEnvironment]:
-    """``variables`` and the interpreter's ``flags`` are those of all runs."""
-    with tempfile.TemporaryDirectory() as cache:
-        offline = {"HF_HUB_OFFLINE": "1", "HF_DATASETS_CACHE": cache}
-        forks = Forks(environment.python, clean_variables() | offline | variables, *flags)
-        try:
-            yield WarmEnvironment(environment.path, forks)
-        finally:
-            forks.close()
+    running = warmed(environment, *flags, **variables)
+    try:
+        yield running
+    finally:
+        running.forks.close()
+
+
+@cache
+def here() -> WarmEnvironment:
+    """The environment of these tests, with the plugin; each run is a fork, which starts at once."""
+    return warmed(Environment(Path(sys.prefix)))
 
 
 def checked(done: subprocess.CompletedProcess[str]) -> subprocess.CompletedProcess[str]:

@@ -61,7 +61,8 @@ class Forks:
 
     def __init__(self, python: Path | str, variables: Mapping[str, str], *flags: str):
         self._files = tempfile.TemporaryDirectory()
-        self._variables, self._number = dict(variables), 0
+        self._variables = {"HF_DATASETS_CACHE": f"{self._files.name}/datasets", **variables}
+        self._number = 0
         self._process = subprocess.Popen(
             [str(python), *flags, __file__],
             env=self._variables | {"OBJC_DISABLE_INITIALIZE_FORK_SAFETY": "YES"},

@@ -4,10 +4,7 @@ Each test fails when a release has mended its fault: then the document, and the 
 """
 
 import json
-import os
 import shutil
-import subprocess
-import sys
 from collections.abc import Callable
 from importlib.metadata import version
 from pathlib import Path
@@ -22,6 +19,7 @@ from packaging.version import Version
 from mlx_m3_plugin.toolbox.inspect import inspect, lines_of
 from tests.checkpoints.edits import edit_json
 from tests.checkpoints.random_model import write_random_model
+from tests.end_to_end.environments import here
 from tests.upstream import stock_faults
 
 # Before it mlx-lm has no M3 class, and mlx-vlm one that changes from release to release.
@@ -65,9 +63,7 @@ def stock(models: dict[Any, Path]) -> Measured:
     asked += [(name, number) for name in ("lm_logits", "vlm_logits") for number in INIT_BLOCKS]
     asked_file, out = models[None].with_name("asked.json"), models[None].with_name("out.json")
     asked_file.write_text(json.dumps([(name, str(models[which])) for name, which in asked]))
-    command = [sys.executable, stock_faults.__file__, str(asked_file), str(out)]
-    done = subprocess.run(command, env=os.environ | {"MLX_M3_PLUGIN": "off"}, capture_output=True, text=True)
-    assert done.returncode == 0, done.stderr
+    here().run(stock_faults.__file__, asked_file, out, env={"MLX_M3_PLUGIN": "off"})
     found = dict(zip(asked, json.loads(out.read_text()), strict=True))
 
     def measured(fault: str, which: Any = None) -> Any:
