@@ -60,7 +60,7 @@ def test_batches_with_joins_and_leaves(model: Any, tmp_path: Path, fresh_seed: i
     random = Random(fresh_seed)
     drafter = random_drafter(tmp_path, fresh_seed)
     rates = []
-    for case in range(count(3, 60)):
+    for case in range(count(2, 60)):
         requests = [
             Request(random.prompt(8 * BUDGET), random.below(16, 3), joins_at=random.below(8) * (case % 2))
             for _ in range((2, 4)[case % 2])
@@ -86,7 +86,7 @@ def test_later_requests(kept_in: str, model: Any, tmp_path: Path, fresh_seed: in
 
     random = Random(fresh_seed)
     drafter = random_drafter(tmp_path, fresh_seed)
-    for _ in range(count(4, 250)):
+    for _ in range(count(2, 250)):
         manager = apc.APCManager(num_blocks=64, block_size=16)
         kept = {"prompt_cache_state": PromptCacheState()}
         if kept_in == "prefix cache":

@@ -42,13 +42,16 @@ class Fork:
         while (status := self.poll()) is None:
             self._forks.check()
             if time.monotonic() > deadline:
-                self._forks.send("kill", self._directory)
+                self.kill()
                 raise subprocess.TimeoutExpired("a fork", timeout)
             time.sleep(0.01)
         return status
 
     def terminate(self) -> None:
         self._forks.send("terminate", self._directory)
+
+    def kill(self) -> None:
+        self._forks.send("kill", self._directory)
 
 
 class Forks:

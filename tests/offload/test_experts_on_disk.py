@@ -52,7 +52,7 @@ def resident(checkpoint: Path) -> Any:
     return load_with("mlx_lm", checkpoint)
 
 
-@pytest.mark.some(2)
+@pytest.mark.some(1)
 @pytest.mark.parametrize("slots", [1, 3, 8, 15])
 def test_few_and_many_slots(slots: int, checkpoint: Path, resident: Any, fresh_seed: int) -> None:
     on_disk = load_on_disk("mlx_lm", checkpoint, memory_for(resident, slots))

@@ -5,8 +5,6 @@ import os
 import random
 import shutil
 import signal
-import subprocess
-import sys
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -19,6 +17,8 @@ from mlx_m3_plugin.cli import main
 from mlx_m3_plugin.toolbox.convert import plan as planning
 from mlx_m3_plugin.weights.headers import weight_files
 from tests.checkpoints.conversions import Written, after, convert, converted, digest, interrupt, planned
+from tests.end_to_end.environments import here
+from tests.end_to_end.forks import Fork
 
 # A conversion into many files that takes its time.
 SLOWLY = """
@@ -33,17 +33,19 @@ print("begin", flush=True)
 convert(made, Path(sys.argv[2]), memory=1 << 30, progress=lambda module, count: time.sleep(0.004))
 print("end", flush=True)
 """
+# Seconds, for what takes a few.
+BOUND = 300
 CHECKOUT = str(Path(__file__).parents[2])
 
 
-def start(source: Path, destination: Path) -> subprocess.Popen[str]:
-    process = subprocess.Popen(
-        [sys.executable, "-c", SLOWLY, str(source), str(destination), CHECKOUT],
-        stdout=subprocess.PIPE,
-        text=True,
-    )
-    assert process.stdout is not None
-    assert process.stdout.readline() == "begin\n"
+def start(source: Path, destination: Path) -> Fork:
+    """Returns when the conversion begins."""
+    log = destination.with_name("log")
+    log.write_text("")
+    process = here().start("-c", SLOWLY, source, destination, CHECKOUT, log=log)
+    while "begin" not in log.read_text():
+        assert process.poll() is None, log.read_text()
+        time.sleep(0.01)
     return process
 
 
@@ -54,7 +56,7 @@ def test_killed_at_any_moment_it_goes_on_to_the_same_bytes(
     source = tiny("published_float")
     process = start(source, tmp_path / "whole")
     begin = time.monotonic()
-    assert process.wait() == 0
+    assert process.wait(BOUND) == 0
     seconds, expected = time.monotonic() - begin, digest(tmp_path / "whole")
     assert sum(name.endswith(".safetensors") for name in expected) > 10
     kills, resumed = count(5, 20), 0
@@ -63,7 +65,7 @@ def test_killed_at_any_moment_it_goes_on_to_the_same_bytes(
         process = start(source, destination)
         time.sleep(rng.random() * seconds / 3)
         process.kill()
-        killed = process.wait() == -signal.SIGKILL
+        killed = process.wait(BOUND) == -signal.SIGKILL
         if destination.exists():
             # At the very end; what looks finished is.
             assert digest(destination) == expected
@@ -72,7 +74,7 @@ def test_killed_at_any_moment_it_goes_on_to_the_same_bytes(
             kills -= 1
             resumed += any(unfinished.glob("*.safetensors"))
     process = start(source, destination)
-    assert process.wait() == 0
+    assert process.wait(BOUND) == 0
     assert digest(destination) == expected
     assert not unfinished.exists()
     assert resumed, "no kill came after a finished file"
@@ -131,8 +133,7 @@ sys.exit(main(["convert", sys.argv[1], sys.argv[2], "--recipe", "8bit"]))
 
 def test_a_disk_that_is_full_all_the_same(tiny: Written, tmp_path: Path) -> None:
     """Here: a limit on the size of files."""
-    command = [sys.executable, "-c", LIMITED, str(tiny("published_float")), str(tmp_path / "made")]
-    done = subprocess.run(command, capture_output=True, text=True)
+    done = here().run("-c", LIMITED, tiny("published_float"), tmp_path / "made", check=False)
     assert done.returncode == 2
     assert os.strerror(errno.EFBIG) in done.stderr
     assert "made.unfinished; run the same command again" in done.stderr

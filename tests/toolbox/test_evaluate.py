@@ -44,7 +44,7 @@ def found(evaluation: Evaluation) -> dict[str, float]:
     return {"perplexity": evaluation.perplexity, **vars(evaluation.distributions)}
 
 
-@pytest.mark.some(3)
+@pytest.mark.some(2)
 @pytest.mark.parametrize("layout", LAYOUTS)
 def test_it_equals_the_model_in_memory(
     tiny: Written, tmp_path: Path, layout: str, fresh_seed: int, count: Callable[[int, int], int]
@@ -59,7 +59,7 @@ def test_it_equals_the_model_in_memory(
             break
     assert not closest.is_tie
     ties = share_of_ties(tiny(layout), tiny(REFERENCE), texts)
-    for _ in range(count(2, 8)):
+    for _ in range(count(1, 8)):
         step, memory = rng.randint(9, 140), rng.choice([1 << 16, 1 << 20, 1 << 30])
         made = evaluate(
             tiny(layout),

@@ -99,7 +99,7 @@ def test_random_rows(
 ) -> None:
     rng = random.Random(fresh_seed)
     largest, n_rows, n_ties = 0.0, 0, 0
-    share = count(4, 40)
+    share = count(2, 40)
     for batch in range(2 * share):
         # A tie is rare, but one among few rows would be too many: then some more are drawn.
         if batch >= share and n_rows > 10 * n_ties:
