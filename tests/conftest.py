@@ -1,5 +1,6 @@
 """How much of the random tests to run: a share by default, the full counts with ``--full``."""
 
+import gc
 import os
 import pkgutil
 import random
@@ -63,6 +64,12 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
         left_out |= set(rng.sample(of_one_test, max(0, len(of_one_test) - count)))
     config.hook.pytest_deselected(items=list(left_out))
     items[:] = [item for item in items if item not in left_out]
+
+
+def pytest_collection_finish() -> None:
+    """What is imported stays: servers collect garbage after each request, and would look through all of it."""
+    gc.collect()
+    gc.freeze()
 
 
 @pytest.fixture

@@ -5,6 +5,7 @@ Requests, prompts and answers take the way they take in a server of their own: o
 replaced, beneath our patch of it.
 """
 
+import gc
 import json
 import re
 import threading
@@ -98,6 +99,8 @@ def mlx_vlm_host(model: Path, patch: pytest.MonkeyPatch, generates: bool = False
         while not server.started:
             time.sleep(0.01)
         host.address = f"http://127.0.0.1:{server.servers[0].sockets[0].getsockname()[1]}"
+        # The server collects garbage after each request.
+        gc.freeze()
         yield host
     finally:
         server.should_exit = True
