@@ -62,7 +62,7 @@ test-floor: .envs/newest/.ready .envs/floor/.ready
 	M3_NEWEST_PYTHON=$(CURDIR)/$(NEWEST) $(FLOOR) -m pytest -q --ignore tests/live --ignore tests/third_party $(or $(FULL),$(FLOOR_SHARE))
 
 test-live: .envs/newest/.torch
-	$(NEWEST) -m pytest -q tests/live --seeds 2
+	$(NEWEST) -m pytest -q tests/live --seeds 1
 
 test-hosts: .envs/newest/.ready
 	$(NEWEST) -m pytest -q tests/third_party
@@ -70,7 +70,7 @@ test-hosts: .envs/newest/.ready
 test-full: FULL := --full
 test-full: lint test .envs/newest/.torch .envs/between/.ready
 	$(BETWEEN) -m pytest -q tests/vlm --full
-	$(NEWEST) -m pytest -q tests/live --seeds 20
+	$(NEWEST) -m pytest -q tests/live --seeds 10
 
 commands: .envs/newest/.ready .envs/floor/.ready
 	$(NEWEST) -m tests.end_to_end.commands newest=$(NEWEST) oldest=$(FLOOR) > docs/commands.md
