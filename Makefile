@@ -24,11 +24,12 @@ PIN_MLX := mlx[cpu]
 endif
 
 NEWEST := .envs/newest/bin/python
-FLOOR := .envs/floor/bin/python
+OLDEST := .envs/floor/bin/python
 BETWEEN := .envs/between/bin/python
-# On the floor, but for --full, three cases of each test, and none of what versions of the libraries cannot change
-# (the toolbox and what it says, the parsers, nano's texts) or of what serves chats.
-FLOOR_SHARE := --most 3 $(foreach name,nano toolbox distributed soak upstream chat checkpoints test_cli.py test_pages.py test_gpu_cost.py test_needs_a_mac.py test_import_rule.py test_conftest.py,--ignore tests/$(name)) \
+# What versions of the libraries cannot change (parsers, nano's texts, what commands say) is not run on the floor.
+# Three cases of each test are, and but for --full nothing of the toolbox or of what serves chats.
+FLOOR := tests $(foreach name,live third_party nano soak chat checkpoints test_cli.py test_pages.py test_gpu_cost.py test_needs_a_mac.py test_import_rule.py test_conftest.py,--ignore tests/$(name))
+FLOOR_SHARE := --most 3 $(foreach name,toolbox distributed upstream,--ignore tests/$(name)) \
 	$(foreach name,doctor chat_mlx_lm chat_mlx_vlm chat_histories chat_requests chat_schemas chat_clients vlm_commands commands layouts_table converted_opens quickstart nano_commands,--ignore tests/end_to_end/test_$(name).py)
 PROCESSES := tests/distributed tests/end_to_end tests/nano tests/upstream
 HOSTS := tests/hosts tests/vlm tests/drafts tests/offload
@@ -59,7 +60,7 @@ test-newest-rest: .envs/newest/.ready
 	$(NEWEST) -m pytest -q $(foreach directory,$(APART) $(PROCESSES) $(HOSTS),--ignore $(directory)) $(FULL)
 
 test-floor: .envs/newest/.ready .envs/floor/.ready
-	M3_NEWEST_PYTHON=$(CURDIR)/$(NEWEST) $(FLOOR) -m pytest -q --ignore tests/live --ignore tests/third_party $(or $(FULL),$(FLOOR_SHARE))
+	M3_NEWEST_PYTHON=$(CURDIR)/$(NEWEST) $(OLDEST) -m pytest -q $(FLOOR) $(or $(FULL),$(FLOOR_SHARE))
 
 test-live: .envs/newest/.torch
 	$(NEWEST) -m pytest -q tests/live --seeds 1
@@ -70,10 +71,10 @@ test-hosts: .envs/newest/.ready
 test-full: FULL := --full
 test-full: lint test .envs/newest/.torch .envs/between/.ready
 	$(BETWEEN) -m pytest -q tests/vlm --full
-	$(NEWEST) -m pytest -q tests/live --seeds 10
+	$(NEWEST) -m pytest -q tests/live --seeds 20
 
 commands: .envs/newest/.ready .envs/floor/.ready
-	$(NEWEST) -m tests.end_to_end.commands newest=$(NEWEST) oldest=$(FLOOR) > docs/commands.md
+	$(NEWEST) -m tests.end_to_end.commands newest=$(NEWEST) oldest=$(OLDEST) > docs/commands.md
 
 peers: .envs/newest/.ready
 	$(NEWEST) tests/upstream/peers.py
@@ -102,7 +103,7 @@ environments: .envs/newest/.ready .envs/floor/.ready
 # mlx-vlm that had one.
 .envs/floor/.ready: pyproject.toml
 	$(PYTHON) -m venv .envs/floor
-	$(FLOOR) $(PIP) -e "$(CURDIR)$(TEST_EXTRAS)" mlx-lm==0.31.3 "$(PIN_MLX)==0.31.2" mlx-vlm==0.6.4
+	$(OLDEST) $(PIP) -e "$(CURDIR)$(TEST_EXTRAS)" mlx-lm==0.31.3 "$(PIN_MLX)==0.31.2" mlx-vlm==0.6.4
 	@touch $@
 
 # The first mlx-vlm with component adapters for its prefix cache, and with expert offload.

@@ -23,7 +23,7 @@ from tests.end_to_end.server_process import server_process
 
 HAS_NATIVE_CLASS = tuple(int(n) for n in version("mlx-lm").split(".")[:2]) >= (0, 32)
 # More than eight times the demo's block budget of 32 tokens, without the template's text.
-PROMPT = " ".join(f"You may call tool {n}, then respond step by step." for n in range(10))
+PROMPT = " ".join(f"You may call tool {n}, then respond step by step." for n in range(17))
 
 LOSS = """
 import sys, mlx.core as mx
