@@ -37,7 +37,7 @@ class Fork:
         status = self._directory / "status"
         return int(status.read_text()) if status.exists() else None
 
-    def wait(self, timeout: float) -> int:
+    def wait(self, timeout: float = 300) -> int:
         deadline = time.monotonic() + timeout
         while (status := self.poll()) is None:
             self._forks.check()

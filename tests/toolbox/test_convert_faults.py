@@ -33,8 +33,6 @@ print("begin", flush=True)
 convert(made, Path(sys.argv[2]), memory=1 << 30, progress=lambda module, count: time.sleep(0.004))
 print("end", flush=True)
 """
-# Seconds, for what takes a few.
-BOUND = 300
 CHECKOUT = str(Path(__file__).parents[2])
 
 
@@ -56,7 +54,7 @@ def test_killed_at_any_moment_it_goes_on_to_the_same_bytes(
     source = tiny("published_float")
     process = start(source, tmp_path / "whole")
     begin = time.monotonic()
-    assert process.wait(BOUND) == 0
+    assert process.wait() == 0
     seconds, expected = time.monotonic() - begin, digest(tmp_path / "whole")
     assert sum(name.endswith(".safetensors") for name in expected) > 10
     kills, resumed = count(5, 20), 0
@@ -65,7 +63,7 @@ def test_killed_at_any_moment_it_goes_on_to_the_same_bytes(
         process = start(source, destination)
         time.sleep(rng.random() * seconds / 3)
         process.kill()
-        killed = process.wait(BOUND) == -signal.SIGKILL
+        killed = process.wait() == -signal.SIGKILL
         if destination.exists():
             # At the very end; what looks finished is.
             assert digest(destination) == expected
@@ -74,7 +72,7 @@ def test_killed_at_any_moment_it_goes_on_to_the_same_bytes(
             kills -= 1
             resumed += any(unfinished.glob("*.safetensors"))
     process = start(source, destination)
-    assert process.wait(BOUND) == 0
+    assert process.wait() == 0
     assert digest(destination) == expected
     assert not unfinished.exists()
     assert resumed, "no kill came after a finished file"
