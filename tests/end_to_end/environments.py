@@ -7,6 +7,7 @@ install the real wheel with the real pip.  Only the heavy packages around it are
 interpreter's, so pip sees mlx-lm as installed and everything we write stays in here.
 """
 
+import atexit
 import os
 import shutil
 import site
@@ -174,7 +175,7 @@ class WarmEnvironment(Environment):
         done = self.forks.run(args, cwd or self.path, env, input or "", timeout)
         return checked(done) if check else done
 
-    def start(self, *args: str | Path, log: Path, env: Mapping[str, str] | None = None) -> Fork:
+    def start(self, *args: str | Path, log: Path | None = None, env: Mapping[str, str] | None = None) -> Fork:
         return self.forks.start(args, self.path, env, log=log)
 
 
@@ -196,7 +197,9 @@ def warm(environment: Environment, *flags: str, **variables: str) -> Iterator[Wa
 @cache
 def here() -> WarmEnvironment:
     """The environment of these tests, with the plugin; each run is a fork, which starts at once."""
-    return warmed(Environment(Path(sys.prefix)))
+    running = warmed(Environment(Path(sys.prefix)))
+    atexit.register(running.forks.close)
+    return running
 
 
 def checked(done: subprocess.CompletedProcess[str]) -> subprocess.CompletedProcess[str]:

@@ -47,6 +47,11 @@ class Fork:
             time.sleep(0.01)
         return status
 
+    def said(self, name: str = "stdout") -> str:
+        """Its output so far, where no log has it."""
+        file = self._directory / name
+        return file.read_text(errors="replace") if file.exists() else ""
+
     def terminate(self) -> None:
         self._forks.send("terminate", self._directory)
 
@@ -108,8 +113,7 @@ class Forks:
     ) -> subprocess.CompletedProcess[str]:
         fork = self.start(arguments, cwd, env, input)
         status = fork.wait(timeout)
-        said = [(fork._directory / name).read_text(errors="replace") for name in ("stdout", "stderr")]
-        return subprocess.CompletedProcess(list(arguments), status, *said)
+        return subprocess.CompletedProcess(list(arguments), status, fork.said(), fork.said("stderr"))
 
     def send(self, what: str, directory: Path) -> None:
         self.check()

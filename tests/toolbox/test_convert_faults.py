@@ -38,11 +38,9 @@ CHECKOUT = str(Path(__file__).parents[2])
 
 def start(source: Path, destination: Path) -> Fork:
     """Returns when the conversion begins."""
-    log = destination.with_name("log")
-    log.write_text("")
-    process = here().start("-c", SLOWLY, source, destination, CHECKOUT, log=log)
-    while "begin" not in log.read_text():
-        assert process.poll() is None, log.read_text()
+    process = here().start("-c", SLOWLY, source, destination, CHECKOUT)
+    while "begin" not in process.said():
+        assert process.poll() is None, process.said("stderr")
         time.sleep(0.01)
     return process
 
