@@ -242,11 +242,14 @@ def run(command: Command, made_by: Forks, files: Files, out: Path) -> str:
         module, arguments = _entry(package, name, arguments)
         said_in = directory / "said.txt"
         running = made_by.start(["-m", module, *arguments], directory, input=command.stdin, log=said_in)
-        if name == "server" and _answers(port, files.model, running):
-            return WORKS
+        answered = name == "server" and _answers(port, files.model, running)
         try:
             status = running.wait(SECONDS)
         except subprocess.TimeoutExpired:
+            return f"no end after {SECONDS} seconds"
+        said = said_in.read_text(errors="replace").replace(str(files.directory), "...")
+        if name == "server":
+            return WORKS if answered else _last_line(said)
             return f"no end after {SECONDS} seconds"
         said = said_in.read_text(errors="replace")
         if offline := re.search(r"\S*OfflineModeIsEnabled: .*|.*\(OfflineModeIsEnabled\)", said):
