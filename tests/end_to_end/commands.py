@@ -250,8 +250,6 @@ def run(command: Command, made_by: Forks, files: Files, out: Path) -> str:
         said = said_in.read_text(errors="replace").replace(str(files.directory), "...")
         if name == "server":
             return WORKS if answered else _last_line(said)
-            return f"no end after {SECONDS} seconds"
-        said = said_in.read_text(errors="replace")
         if offline := re.search(r"\S*OfflineModeIsEnabled: .*|.*\(OfflineModeIsEnabled\)", said):
             return re.sub(r".*ERROR - |\x1b\[\d+m", "", offline[0]).strip()
         if status != 0 or not re.search(command.says, said) or re.search(r"^Error", said, re.MULTILINE):
