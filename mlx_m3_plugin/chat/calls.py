@@ -219,9 +219,7 @@ class CallBuilder:
             name = name.strip()
         if not self._strict:
             self._make_way(name)
-        if len(self._open) > MAX_DEPTH:
-            self.broken = True
-            return
+        self.broken |= len(self._open) > MAX_DEPTH
         top = self._open[-1]
         shape = top.shape.of_child(name, len(top.children))
         if self._strict or self._in_string:
@@ -306,7 +304,6 @@ class CallBuilder:
             self._note("stray closing tag")
             # A text whose opening tag is lost belongs to it; white space is beside it.
             self.broken |= bool(top.last_text.strip())
-            top.texts[-1].clear()
             self._wrong = None
             # An element that was ended early, and whose end comes now, was read wrongly.
             self.broken |= name in self._ended and top.children[-1:] != [self._ended[name]]
@@ -344,8 +341,7 @@ class CallBuilder:
         top.texts[children:] = [top.texts[children][:texts]]
         text = element.text.strip()
         is_unlikely = not top.alone and (not text or name == "item")
-        if is_unlikely or (element.children and (text or element.shape.is_leaf)):
-            self.broken = True
+        self.broken |= is_unlikely or bool(element.children and (text or element.shape.is_leaf))
         top.alone = None
         self._finish()
 
@@ -401,7 +397,6 @@ class CallBuilder:
             return
         for begin in reversed(begins):
             self._finish(cut=len(text) - begin)
-        self._open[-1].texts[-1].append("")
 
     def _take_elements_without_token(self) -> None:
         element = self._open[-1]

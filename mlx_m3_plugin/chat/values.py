@@ -316,9 +316,7 @@ def _typed(element: Element, shape: Shape) -> Any:
     if not element.children:
         text = element.text
         return _any_json(text) if shape.schemas.as_json else _leaf(text, branches, element.depth)
-    kinds = {branch.type for branch in branches}
-    if "string" in kinds and not kinds & {"array", "object", None}:
-        # Tags in a text are text.
+    if shape.is_text:
         return element.source
     return _structure(element, _best_branch(element, branches, shape.schemas.anything))
 
