@@ -304,6 +304,7 @@ class CallBuilder:
             self._note("stray closing tag")
             # A text whose opening tag is lost belongs to it; white space is beside it.
             self.broken |= bool(top.last_text.strip())
+            top.texts[-1].clear()
             self._wrong = None
             # An element that was ended early, and whose end comes now, was read wrongly.
             self.broken |= name in self._ended and top.children[-1:] != [self._ended[name]]
@@ -464,6 +465,9 @@ class CallBuilder:
             self._note("JSON arguments")
             return (None if arguments is None else ToolCall(self.name, arguments)), ""
         try:
-            return ToolCall(self.name, typed_arguments(invoke.children, self._schemas)), text
+            call = ToolCall(self.name, typed_arguments(invoke.children, self._schemas))
         except RecursionError:
             return None, ""
+        if self._schemas.found_bare_tags:
+            self._note("token missing")
+        return call, text

@@ -107,6 +107,7 @@ def first_bare_elements(
 def typed_arguments(parameters: list[Element], schemas: "Schemas") -> dict[str, Any]:
     """The arguments of a call, typed by what its tool has as ``parameters``."""
     element = Element("invoke", children=parameters)
+    schemas.found_bare_tags = False
     root = Branch({**schemas.root, "type": "object"}, schemas)
     return _object(element, _best_branch(element, schemas.shape(schemas.root).objects, root))
 
@@ -124,6 +125,8 @@ class Schemas:
         # By identity, which is why the schema is kept with it.
         self._shapes: dict[int, tuple[Any, Shape]] = {}
         self._steps_left = 0
+        # Whether the arguments that were typed last had tags without their token in a text.
+        self.found_bare_tags = False
         self.anything = Branch(_ANYTHING, self)
 
     def shape(self, schema: Any) -> "Shape":
@@ -197,7 +200,7 @@ class Branch:
     """
 
     def __init__(self, schema: Schema, schemas: Schemas):
-        self._schema, self._schemas = schema, schemas
+        self._schema, self.schemas = schema, schemas
         self.type: str | None = schema["type"]
         if self.type is None and ("properties" in schema or "additionalProperties" in schema):
             self.type = "object"
@@ -213,7 +216,7 @@ class Branch:
         self.is_open = bool(schema.get("additionalProperties", not self.properties))
 
     def member(self, name: str) -> "Shape":
-        return self._schemas.shape(self.properties.get(name, self._schema.get("additionalProperties")))
+        return self.schemas.shape(self.properties.get(name, self._schema.get("additionalProperties")))
 
     def item(self, index: int) -> "Shape":
         prefix, items = self._schema.get("prefixItems"), self._schema.get("items")
@@ -222,7 +225,7 @@ class Branch:
             prefix, items = items, self._schema.get("additionalItems")
         if isinstance(prefix, list) and index < len(prefix):
             items = prefix[index]
-        return self._schemas.shape(items)
+        return self.schemas.shape(items)
 
 
 class Shape:
@@ -407,6 +410,7 @@ def _as_type(text: str, branch: Branch, depth: int) -> Any:
     if kind == "null":
         return None if word.lower() in ("null", "none") else _NO_VALUE
     if word.startswith("<") and (children := bare_elements(word, depth + 1)):
+        branch.schemas.found_bare_tags = True
         return _structure(Element("", children=children), branch)
     value = parsed(word)
     return value if isinstance(value, list if kind == "array" else dict) else _NO_VALUE
