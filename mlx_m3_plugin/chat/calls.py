@@ -258,7 +258,7 @@ class CallBuilder:
             counts = (count for count in self._closable() if self._closes(self._open[-1 - count], name))
             self._close_without_token(next(counts, 0))
         top = self._open[-1]
-        if len(self._open) > 1 and self._closes(top, name) and (self._strict or not self._lost(top, name)):
+        if self.has_open_value and self._closes(top, name) and (self._strict or not self._lost(top, name)):
             self._finish()
         elif self._strict:
             raise _UnbalancedError
