@@ -8,7 +8,8 @@ from typing import Any
 
 import pytest
 
-from mlx_m3_plugin.chat.rewriting import ReplyRewriter, calls_in
+from mlx_m3_plugin.chat.markers import calls_in
+from mlx_m3_plugin.chat.rewriting import ReplyRewriter
 from mlx_m3_plugin.chat.tool_calls import ToolCallError, parse_tool_call
 from tests.chat import tool_fuzz
 from tests.chat.tool_replies import Reply, read, read_block

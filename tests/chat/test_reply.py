@@ -83,6 +83,22 @@ def test_a_call_is_returned_when_its_invoke_closes() -> None:
     assert parser.feed(marked("\n§</tool_call> y")) == [Event("content", " y")]
 
 
+@pytest.mark.parametrize("size", [1, 4])
+def test_what_is_certain_is_not_held_back(size: int) -> None:
+    name = "longer_than_any_marker"
+    quoting = f'§<tool_call>§<invoke name="f">§<{name}>see §</tool_call>§</{name}>§</invoke>'
+    quoted = ToolCall("f", {name: marked("see §</tool_call>")})
+    json_text = '{"b": "c"} !'
+    for text, content, calls in (
+        (marked(quoting), "", [quoted]),
+        (marked(CALL.replace("\n§</tool_call>", json_text)), json_text, CALLED),
+    ):
+        parser = ReplyParser([])
+        events = [e for at in range(0, len(text), size) for e in parser.feed(text[at : at + size])]
+        assert "".join(event.text for event in events) == content
+        assert [event.call for event in events if event.call] == calls
+
+
 @pytest.mark.parametrize(
     ("text", "reasoning", "content", "calls"),
     [
