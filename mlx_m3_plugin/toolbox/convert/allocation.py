@@ -6,6 +6,7 @@ Then :func:`allocate_bits` gives bits to the most sensitive layers first, in the
 
 import json
 from collections.abc import Mapping, Sequence
+from functools import partial
 from pathlib import Path
 
 import mlx.core as mx
@@ -101,15 +102,15 @@ class _Allocation:
 
     def _raise(self, matrices: Sequence[Matrix], bits: int, most: float) -> bool:
         """Give them more bits, if the model then has at most ``most`` bits per weight."""
-        lower = [matrix for matrix in matrices if self._bits(matrix) < bits]
-        raised = {m.module: Quantization(bits, self._specs[m.module].group_size) for m in lower}
-        more = 0
-        for m in lower:
-            new, old = (s[m.module].bytes_of(m.size, self._itemsize[m.module]) for s in (raised, self._specs))
-            more += new - old
-        if 8 * (self._bytes + more) > most * self._parameters:
+        raised, size = {}, self._bytes
+        for m in matrices:
+            if self._bits(m) < bits:
+                old, itemsize = self._specs[m.module], self._itemsize[m.module]
+                raised[m.module] = new = Quantization(bits, old.group_size)
+                size += new.bytes_of(m.size, itemsize) - old.bytes_of(m.size, itemsize)
+        if 8 * size > most * self._parameters:
             return False
-        self._bytes += more
+        self._bytes = size
         self._specs |= raised
         return True
 
@@ -153,16 +154,14 @@ def measure_sensitivity(
         scores = read_scores(file) if file.exists() else {}
         for number, before, after, _ in made.run(reader, progress):
             tried = HiddenStates(directory / "tried.bin", checkpoint.text_config.hidden_size, made.dtype)
-            trial = StreamedLayer(
-                checkpoint, reader, number, lambda path, spec: _fewer_bits(path, spec, base)
-            )
+            trial = StreamedLayer(checkpoint, reader, number, partial(_fewer_bits, base))
             made.run_layer(trial, before, tried)
             scores[number] = _relative_error(after, tried, len(texts.tokens))
             write_scores(file, scores)
     return scores
 
 
-def _fewer_bits(path: str, spec: Quantization, base: Quantization) -> Quantization:
+def _fewer_bits(base: Quantization, path: str, spec: Quantization) -> Quantization:
     """``base``; for a matrix that has no more bits already, the next fewer bits."""
     if path.endswith(_ROUTER_AND_INDEXER):
         return spec
