@@ -70,8 +70,7 @@ def check_files(directory: str | Path) -> None:
     if not weight_files(Path(directory)):
         # The loader has an error of its own for that.
         return
-    problems = read_headers(directory).problems
-    if problems:
+    if problems := read_headers(directory).problems:
         head = f"{directory} is not a complete checkpoint (mlx-m3-plugin):"
         raise ValueError("\n  ".join([head, *shorten(problems)]))
 

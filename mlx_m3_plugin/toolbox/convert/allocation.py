@@ -90,8 +90,8 @@ class _Allocation:
         bits = self._bits(matrix)
         wanted = 8 if relative >= _MOST_SENSITIVE else bits + (2 if relative >= _SENSITIVE else 1)
         wanted = next((width for width in AFFINE_BITS if width >= wanted), 8)
-        for width in reversed([w for w in AFFINE_BITS if bits < w <= wanted]):
-            if self._raise([matrix], width, most):
+        for width in reversed(AFFINE_BITS):
+            if bits < width <= wanted and self._raise([matrix], width, most):
                 return
 
     def _raise_experts(self, bits: int, most: float) -> None:
