@@ -154,7 +154,7 @@ def _with_bias(module: str, *shape: int) -> Iterator[tuple[str, tuple[int, ...]]
 
 
 class StoredModel:
-    """Of a dataclass with these two.
+    """What a checkpoint and a draft head have in common; both are dataclasses with these fields.
 
     Attributes:
         plan: parameter names -> how they are made from stored tensors.

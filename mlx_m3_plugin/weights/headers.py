@@ -250,7 +250,9 @@ def _parse(text: bytes) -> dict[str, Any]:
 
 
 def stored_tensor(name: str, entry: Any, file: str, data_begins: int = 0) -> StoredTensor:
-    """From a header's ``entry``.
+    """What a header's ``entry`` describes.
+
+    ``data_begins``: where in the file; 0 where nothing is going to be read.
 
     Raises:
         ValueError: it describes no tensor that MLX reads.

@@ -176,9 +176,8 @@ def _split_gate_up(plan: TensorPlan, owner: str) -> None:
         fused = plan.get(f"{owner}.gate_up_proj.{part}")
         if fused is not None and len(fused.shape) > 1:
             del plan[f"{owner}.gate_up_proj.{part}"]
-            outputs = fused.shape[-2]
-            halves = {"gate_proj": (0, outputs // 2), "up_proj": (outputs // 2, outputs)}
-            for projection, (start, stop) in halves.items():
+            middle, end = fused.shape[-2] // 2, fused.shape[-2]
+            for projection, start, stop in (("gate_proj", 0, middle), ("up_proj", middle, end)):
                 half = fused.slice(start, stop, axis=-2)
                 _add(plan, f"{owner}.{projection}.{part}", half, f"{owner}.gate_up_proj.{part}")
     # Both halves share a tensor scale, which belongs to a whole matrix.

@@ -194,9 +194,9 @@ def _can_pack(source: Checkpoint, specs: Mapping[str, Quantization]) -> bool:
     config = source.text_config
     if not config.n_shared_experts or config.shared_intermediate_size != config.intermediate_size:
         return False
-    with_experts = [layer for layer in range(config.num_hidden_layers) if config.is_moe(layer)]
-    for layer in with_experts:
-        moe = f"model.layers.{layer}.block_sparse_moe"
+    layers = filter(config.is_moe, range(config.num_hidden_layers))
+    blocks = [f"model.layers.{layer}.block_sparse_moe" for layer in layers]
+    for moe in blocks:
         for _, projections in _PACKED.values():
             paths = [f"{moe}.{owner}.{p}" for p in projections for owner in ("switch_mlp", "shared_experts")]
             stored = {(specs[path], source.float_dtype(path)) for path in paths}
@@ -204,7 +204,7 @@ def _can_pack(source: Checkpoint, specs: Mapping[str, Quantization]) -> bool:
             # would have one tensor scale.
             if len(stored) > 1 or specs[paths[0]].bits is None or specs[paths[0]].tensor_scales:
                 return False
-    return bool(with_experts)
+    return bool(blocks)
 
 
 # --- modules ---
@@ -231,7 +231,7 @@ def _text_modules(
 def _new_module(
     source: StoredModel, path: str, spec: Quantization, rows: Sequence[Sequence[Matrix]]
 ) -> NewModule:
-    """Of matrices one below the other; in each of ``rows``, those of one expert after the other."""
+    """``rows`` go one below the other.  A row is of the routed experts and, if packed, the shared one."""
     each = [[one for matrix in row for one in _source_matrices(source, matrix)] for row in rows]
     matrices = [one for of_an_expert in zip(*each, strict=True) for one in of_an_expert]
     outputs = sum(row[0].outputs for row in rows)

@@ -18,7 +18,7 @@ from ... import __version__
 from ...weights.byte_ranges import TensorReader
 from ...weights.headers import DRAFT_FOLDER, INDEX, weight_files
 from ...weights.quantization import with_quantization
-from ..checkpoint import DRAFT_TENSORS, Checkpoint
+from ..checkpoint import DRAFT_FOLDERS, DRAFT_TENSORS, Checkpoint
 from ..checksums import read_sums, sha256_of, write_sums
 from ..common import Progress, read_json_object
 from ..new_directory import STATE, contents, replace_text
@@ -67,8 +67,9 @@ def write(
                 sums[name] = sha256_of(unfinished / name)
                 write_sums(unfinished, sums)
     if plan.draft is not None:
-        files = _write_draft(plan.source, plan.draft, unfinished, memory)
-        sums |= {name: sha256_of(unfinished / name) for name in files}
+        _write_draft(plan.source, plan.draft, unfinished, memory)
+        files = (f for folder in DRAFT_FOLDERS for f in (unfinished / folder).rglob("*") if f.is_file())
+        sums |= {file.relative_to(unfinished).as_posix(): sha256_of(file) for file in files}
         write_sums(unfinished, sums)
     _write_index(unfinished, plan)
     write_config_and_card(unfinished, plan)
@@ -214,33 +215,29 @@ def _write_index(unfinished: Path, plan: ConversionPlan) -> None:
 # --- the draft head, in a folder where stock mlx-lm and mlx-vlm look for no weights ---
 
 
-def _write_draft(source: Checkpoint, draft: DraftPlan, unfinished: Path, memory: int) -> list[str]:
-    """Returns the names of all files."""
+def _write_draft(source: Checkpoint, draft: DraftPlan, unfinished: Path, memory: int) -> None:
     if draft.head is None:
-        return _copy_draft(source, unfinished)
-    names = [f"{DRAFT_FOLDER}/model.safetensors", f"{DRAFT_FOLDER}/config.json"]
-    (unfinished / DRAFT_FOLDER).mkdir(exist_ok=True)
+        _copy_draft(source, unfinished)
+        return
+    folder = unfinished / DRAFT_FOLDER
+    folder.mkdir(exist_ok=True)
     # Of another run, perhaps of another source.
-    (unfinished / names[0]).unlink(missing_ok=True)
+    (folder / "model.safetensors").unlink(missing_ok=True)
     with TensorReader(draft.head.directory, draft.head.headers.tensors) as reader:
-        _write_shard(unfinished / names[0], draft.modules, reader, memory, lambda *_: None)
+        _write_shard(folder / "model.safetensors", draft.modules, reader, memory, lambda *_: None)
     config = with_quantization(draft.head.whole_config, quantization_of(draft.modules))
-    (unfinished / names[1]).write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
-    return names
+    (folder / "config.json").write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
 
 
-def _copy_draft(source: Checkpoint, directory: Path) -> list[str]:
+def _copy_draft(source: Checkpoint, unfinished: Path) -> None:
     """Folders are copied; draft tensors of the shards go into one of their own."""
-    folders = list(source.draft_folders)
-    for folder in folders:
-        shutil.copytree(source.directory / folder, directory / folder, dirs_exist_ok=True)
+    for folder in source.draft_folders:
+        shutil.copytree(source.directory / folder, unfinished / folder, dirs_exist_ok=True)
     if source.draft_tensors:
-        folders.append(DRAFT_TENSORS)
-        (directory / DRAFT_TENSORS).mkdir(exist_ok=True)
-        shutil.copyfile(source.directory / "config.json", directory / DRAFT_TENSORS / "config.json")
-        _copy_tensors(source, directory / DRAFT_TENSORS / "model.safetensors")
-    files = (file for folder in folders for file in (directory / folder).rglob("*") if file.is_file())
-    return [file.relative_to(directory).as_posix() for file in files]
+        new = unfinished / DRAFT_TENSORS
+        new.mkdir(exist_ok=True)
+        shutil.copyfile(source.directory / "config.json", new / "config.json")
+        _copy_tensors(source, new / "model.safetensors")
 
 
 def _copy_tensors(source: Checkpoint, file: Path) -> None:
