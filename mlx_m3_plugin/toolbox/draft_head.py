@@ -50,7 +50,7 @@ class DraftHead(StoredModel):
 
     @property
     def nbytes(self) -> int:
-        return sum(tensor.nbytes for tensor in self.headers.tensors.values())
+        return self.headers.nbytes
 
     @property
     def bytes_per_drafted(self) -> int:

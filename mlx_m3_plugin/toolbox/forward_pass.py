@@ -284,11 +284,9 @@ def _sample(hidden: HiddenStates, tokens: int) -> np.ndarray:
 def _blocks(chosen: list[mx.array | None], made: ForwardPass) -> np.ndarray:
     config, texts = made.checkpoint.text_config, made.texts
     ids = np.full((len(texts.tokens), config.index_n_heads, config.index_topk_blocks), -1, np.int32)
-    calls = iter(chosen)
-    for first, last in texts.spans:
-        for start in range(first, last, made.step):
-            call = next(calls)
-            if call is not None:
-                found = np.array(call)[0].swapaxes(0, 1)
-                ids[start : start + found.shape[0], :, : found.shape[2]] = found
+    starts = (start for first, last in texts.spans for start in range(first, last, made.step))
+    for start, call in zip(starts, chosen, strict=True):
+        if call is not None:
+            found = np.array(call)[0].swapaxes(0, 1)
+            ids[start : start + found.shape[0], :, : found.shape[2]] = found
     return ids

@@ -48,22 +48,22 @@ def check_weights(weights: Mapping[str, mx.array], parameters: Mapping[str, mx.a
             the model's.  Names that differ only in numbers share a line.
     """
     found = compare(weights, {name: shape_and_kind(array) for name, array in parameters.items()})
-    if not (found.missing or found.left_over or found.wrong):
-        return
     shapes, dtypes = [], []
     for name, (has, wants) in sorted(found.wrong.items()):
-        line = f"{name}: {{}} in the checkpoint, {{}} in the model"
         if has[0] != wants[0]:
-            shapes.append(line.format(has[0], wants[0]))
+            shapes.append(f"{name}: {has[0]} in the checkpoint, {wants[0]} in the model")
         if has[1] != wants[1]:
-            dtypes.append(line.format(name_of(weights[name].dtype), name_of(parameters[name].dtype)))
+            stored, held = (name_of(arrays[name].dtype) for arrays in (weights, parameters))
+            dtypes.append(f"{name}: {stored} in the checkpoint, {held} in the model")
     sections = [
         *_section("missing", len(found.missing), group_names(found.missing)),
         *_section("left over", len(found.left_over), group_names(found.left_over)),
         *_section("of the wrong shape", len(shapes), shapes),
         *_section("of the wrong dtype", len(dtypes), dtypes),
     ]
-    raise ValueError("\n".join(["these weights do not fit this MiniMax-M3 model (mlx-m3-plugin)", *sections]))
+    if sections:
+        head = "these weights do not fit this MiniMax-M3 model (mlx-m3-plugin)"
+        raise ValueError("\n".join([head, *sections]))
 
 
 def check_values(model: nn.Module) -> None:
