@@ -22,7 +22,7 @@ from ..weights.byte_ranges import TensorReader
 from ..weights.dtypes import from_bytes, name_of, to_bytes
 from ..weights.headers import weight_files
 from .checkpoint import Checkpoint
-from .common import Progress, read_text
+from .common import Progress
 from .new_directory import replace_text
 from .streaming import Choices, Embedding, StreamedLayer
 
@@ -60,11 +60,6 @@ class Texts:
         positions = [p for first, last in self.spans for p in range(first, last - 1)]
         tokens = self.tokens
         return positions, [tokens[position + 1] for position in positions]
-
-
-def text_of(file: str | None = None) -> str:
-    """What is in ``file``, or the built-in text: prose in several languages, code and tool calls."""
-    return read_text(Path(__file__).with_name("calibration.txt") if file is None else Path(file).expanduser())
 
 
 def read_texts(checkpoint: Path, text: str, tokens: int | None, context: int) -> Texts:

@@ -9,20 +9,16 @@ from pathlib import Path
 from ...model.config import TextConfig
 from ...model.memory import default_memory
 from ...weights.headers import DRAFT_FOLDER
-from ..checkpoint import Checkpoint, draft_in_words, open_checkpoint
-from ..common import Answer, bytes_bar, component_table, layers_bar, size_in_words
-from ..forward_pass import Texts, default_cache, read_texts, text_of
+from ..checkpoint import draft_in_words, open_checkpoint
+from ..common import Answer, bytes_bar, component_table, size_in_words, text_of
 from ..new_directory import STATE, new_directory, unfinished_of
-from ..precision import Quantization
-from .allocation import Scores, allocate_bits, measure_sensitivity, read_scores, scores_by_position
+from .allocation import Scores, allocate_bits, read_scores, scores_by_position
 from .config_and_card import components
 from .plan import ConversionPlan, plan_conversion, plan_draft_head
-from .recipe import Recipe, load_recipe, recipe_names
+from .recipe import load_recipe, recipe_names
 from .run import check_unfinished, space_for, write
 
 _BY_POSITION = "position"
-# As oQ: 128 samples of 256 tokens, or as many as the text has.
-_SAMPLES, _WINDOW = 128, 256
 
 
 def command(args: Namespace) -> Answer:
@@ -89,20 +85,14 @@ def _prepare(
         # First see that a plan of about the final size can be written: measuring takes hours.
         draft = plan_it(allocate_bits(checkpoint, recipe, scores))
         check_unfinished(unfinished, draft, bits_may_change=True)
-        scores = _measured(checkpoint, recipe, text, memory // 2)
+        # Imported here: it needs mlx-lm, which takes long to import, and recipes with fixed bits do not.
+        from .sensitivity import measured
+
+        scores = measured(checkpoint, recipe, text, memory // 2)
     elif args.sensitivity not in (None, _BY_POSITION):
         scores = read_scores(Path(args.sensitivity).expanduser())
         origin = f"from {args.sensitivity}"
     return plan_it(allocate_bits(checkpoint, recipe, scores)), scores, origin
-
-
-def _measured(checkpoint: Checkpoint, recipe: Recipe, text: str, memory: int) -> Scores:
-    texts = Texts(read_texts(checkpoint.directory, text, None, _WINDOW).windows[:_SAMPLES])
-    base = Quantization(int(recipe.bit_targets.get("base_bits", 4)), recipe.default.group_size)
-    progress = layers_bar(f"sensitivity of {checkpoint.title}", checkpoint.text_config.num_hidden_layers)
-    return measure_sensitivity(
-        checkpoint, texts, base, default_cache(), memory=memory, step=_WINDOW, progress=progress
-    )
 
 
 @contextmanager
