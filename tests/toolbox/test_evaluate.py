@@ -14,8 +14,9 @@ import pytest
 from mlx_m3_plugin.cli import main
 from mlx_m3_plugin.toolbox import forward_pass as passing
 from mlx_m3_plugin.toolbox.checkpoint import open_checkpoint
+from mlx_m3_plugin.toolbox.common import text_of
 from mlx_m3_plugin.toolbox.evaluate import Evaluation
-from mlx_m3_plugin.toolbox.forward_pass import Texts, cut, forward_pass, pass_key, text_of
+from mlx_m3_plugin.toolbox.forward_pass import Texts, cut, forward_pass, pass_key
 from mlx_m3_plugin.toolbox.new_directory import LOCK, locked
 from tests.checkpoints.conversions import Written, converted
 from tests.hosts.ties import closest_choice

@@ -13,7 +13,7 @@ from typing import Any
 
 import pytest
 
-from mlx_m3_plugin.toolbox.forward_pass import text_of
+from mlx_m3_plugin.toolbox.common import text_of
 from mlx_m3_plugin.toolbox.new_directory import LOCK, STATE
 from tests.checkpoints.conversions import Written, digest
 from tests.toolbox.race_server import BROKEN

@@ -11,7 +11,7 @@ from mlx_lm.utils import load_model
 
 from mlx_m3_plugin.cli import main
 from mlx_m3_plugin.toolbox.fit import fit
-from mlx_m3_plugin.weights import StoredTensor, read_headers
+from mlx_m3_plugin.weights.headers import StoredTensor, read_headers
 from tests.checkpoints.real_size import REAL_LAYOUTS, real
 
 TENSORS = {"published": 23_416, "mxfp8": 45_838}

@@ -69,7 +69,7 @@ def _real(path: Any, parent: bool = False) -> Path | None:
 
 def describe(config: dict[str, Any], description: dict[str, Any]) -> dict[str, Any]:
     """``config`` with what is true of the weights beside it: quantization, and the layout of experts."""
-    from mlx_m3_plugin.weights import with_quantization
+    from mlx_m3_plugin.weights.quantization import with_quantization
 
     config = with_quantization(config, description["quantization"])
     packed = {"pack_shared_expert": description["pack_shared_expert"]}
