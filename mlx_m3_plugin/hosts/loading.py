@@ -54,6 +54,22 @@ def warn_dense(reason: str, config: TextConfig) -> None:
     )
 
 
+def describe_to_loader(config: dict[str, Any], plan: TensorPlan, parameters: Mapping[str, mx.array]) -> bool:
+    """Describe the planned tensors in a loader's config, which is also the config that is saved.
+
+    The checkpoint's own quantization map has the names of stored modules, and some loaders take bits and
+    modes from there alone.
+
+    Returns:
+        Whether any tensors are quantized.
+    """
+    quantization = infer_quantization(plan, parameters)
+    described = with_quantization(config, quantization)
+    config.clear()
+    config.update(described)
+    return quantization is not None
+
+
 class CheckpointMixin(nn.Module):
     """For ``Model`` classes: loads, checks and converts checkpoints of any layout.
 
@@ -105,7 +121,11 @@ class CheckpointMixin(nn.Module):
             warn_dense("the config of this checkpoint has no sparse layers", config)
         elif config.attention == "dense":
             warn_dense("dense attention is set", config)
-        self._describe_to_loader(plan)
+        if describe_to_loader(self.loader_config, plan, dict(tree_flatten(self.parameters()))):
+            expect_scales(self, plan)
+        # For mlx-vlm: gate and up are separate here, and so is the shared expert.
+        nested = self.loader_config.get("text_config")
+        (nested if isinstance(nested, dict) else self.loader_config)["pack_shared_expert"] = False
         if memory := checked("expert_memory"):
             plan = self._put_experts_on_disk(plan, memory)
         return {name: tensor.make(weights) for name, tensor in plan.items()}
@@ -131,23 +151,6 @@ class CheckpointMixin(nn.Module):
             raise ValueError(
                 f"this model's experts are on disk, and are needed in memory: unset {EXPERT_MEMORY}"
             )
-
-    def _describe_to_loader(self, plan: TensorPlan) -> None:
-        """Describe the planned tensors in the loader's config, which is also the config that is saved.
-
-        The checkpoint's own quantization map has the names of stored modules, and some loaders
-        take bits and modes from there alone.
-        """
-        config = self.loader_config
-        quantization = infer_quantization(plan, dict(tree_flatten(self.parameters())))
-        described = with_quantization(config, quantization)
-        config.clear()
-        config.update(described)
-        if quantization is not None:
-            expect_scales(self, plan)
-        # For mlx-vlm: gate and up are separate here, and so is the shared expert.
-        text_config = config.get("text_config")
-        (text_config if isinstance(text_config, dict) else config)["pack_shared_expert"] = False
 
     def load_weights(
         self, file_or_weights: str | Path | list[tuple[str, mx.array]], strict: bool = True
@@ -198,8 +201,6 @@ class CheckpointMixin(nn.Module):
         """Which parameters a conversion quantizes: all linear layers, the router in 8 bits."""
 
         def predicate(path: str, _: nn.Module) -> bool | dict[str, int]:
-            if path.endswith("block_sparse_moe.gate"):
-                return {"group_size": 64, "bits": 8}
-            return True
+            return {"group_size": 64, "bits": 8} if path.endswith("block_sparse_moe.gate") else True
 
         return predicate
