@@ -35,14 +35,17 @@ log = logging.getLogger("mlx_m3_plugin")
 _FLOAT32_BY_DESIGN = ("block_sparse_moe.gate.weight", "e_score_correction_bias")
 
 
-def text_config_as_set(config: Mapping[str, Any]) -> TextConfig:
+def text_config_as_set(config: Mapping[str, Any], kind: type[TextConfig] = TextConfig) -> TextConfig:
     """The text config of a checkpoint, with the environment variables' overrides.  Sets up the engine, too.
+
+    Args:
+        kind: the host's class.
 
     Raises:
         ValueError: see :func:`text_config_of`; or a variable has an unknown value.
     """
     engine.configure(**engine_settings())
-    return text_config_of(config, model_settings())
+    return kind(**vars(text_config_of(config, model_settings())))
 
 
 def warn_dense(reason: str, config: TextConfig) -> None:
