@@ -170,7 +170,7 @@ def diagnose() -> Diagnosis:
         active=bool(probe["hooked"] and status.get("active")),
         python=f"{sys.version.split()[0]} ({sys.executable})",
         versions={name: version_of(name) for name in _PACKAGES},
-        settings=asdict(read_settings()),
+        settings=read_settings()._asdict(),
         startup_files=find_startup_files(),
         commands=[find_command(f"{library}.generate") for library in libraries],
         modules=probe["modules"],
