@@ -16,7 +16,7 @@ from ..checksums import SUMS
 from ..common import read_json_object, read_text, size_in_words
 from ..new_directory import LOCK, STATE
 from ..parameters import component_of
-from ..stock import DEFAULT_EFFORT, WHY_EFFORT, WHY_SAMPLING, stock_commands, wrong_past_the_budget
+from ..stock import stock_commands, why_these_options, wrong_past_the_budget
 from .plan import ConversionPlan
 
 _WEIGHTS = (".safetensors", ".bin", ".gguf", ".pt", ".pth", ".npz")
@@ -151,15 +151,16 @@ def new_config(plan: ConversionPlan) -> dict[str, Any]:
 def model_card(plan: ConversionPlan, has_effort: bool) -> str:
     """``has_effort``: whether the chat template takes one."""
     model, vision = model_name(plan.source.text_config), bool(plan.source.vision)
-    effort = DEFAULT_EFFORT if has_effort else None
-    commands = stock_commands("path/to/this", mlx_lm=True, mlx_vlm=vision, model_name=model, effort=effort)
+    commands = stock_commands(
+        "path/to/this", mlx_lm=True, mlx_vlm=vision, model_name=model, takes_effort=has_effort
+    )
     return _CARD.format(
         model=model,
         built_with="MiniMax M3" if model == M3 else "MiniMax M3.1",
         license_name="\nlicense_name: minimax-community" if model == M3 else "",
         libraries="mlx-lm mlx-vlm" if vision else "mlx-lm",
         commands="\n".join(commands),
-        why="\n".join([WHY_SAMPLING, *([WHY_EFFORT] if has_effort else [])]),
+        why="\n".join(why_these_options(has_effort)),
         pipeline="image-text-to-text" if plan.source.vision else "text-generation",
         recipe=plan.recipe.name,
         summary=plan.recipe.summary.rstrip("."),
