@@ -95,17 +95,11 @@ class Problem:
     fix: str
 
 
-@dataclass
-class StartupFile:
+class StartupFile(SimpleNamespace):
     """One of our start-up files; ``problem`` is why Python skips it, ``cure`` what helps."""
 
-    path: str
-    problem: str | None = None
-    cure: str | None = None
 
-
-@dataclass
-class Command:
+class Command(SimpleNamespace):
     """A stock command, as the shell finds it.
 
     Attributes:
@@ -115,13 +109,6 @@ class Command:
         is_here: whether that is the environment here; True if unknown, as for the shims of pyenv.
         has_plugin: whether that interpreter loads the plugin at its start.
     """
-
-    name: str
-    path: str | None = None
-    python: str | None = None
-    environment: str | None = None
-    is_here: bool = True
-    has_plugin: bool = False
 
 
 class Diagnosis(SimpleNamespace):
@@ -263,7 +250,7 @@ def _startup_problems(files: list[StartupFile], probe: dict[str, Any]) -> Iterat
     usable = [f for f in files if f.path.endswith(".pth") or sys.version_info >= (3, 15)]
     broken = [file for file in usable if file.problem]
     for file in broken:
-        yield Problem(f"{file.path} is {file.problem}", file.cure or REINSTALL)
+        yield Problem(f"{file.path} is {file.problem}", file.cure)
     if broken:
         return
     if usable:
@@ -386,7 +373,7 @@ def what_to_install(error: ImportError) -> str | None:
 def find_startup_files() -> list[StartupFile]:
     """Our start-up files in the directories where Python looks for them."""
     paths = [directory / name for directory in _site_directories() for name in STARTUP_FILES]
-    return [StartupFile(str(path), *_why_skipped(path)) for path in paths if path.exists()]
+    return [_startup_file(path) for path in paths if path.exists()]
 
 
 def is_in_site_directory() -> bool:
@@ -398,17 +385,17 @@ def is_in_site_directory() -> bool:
     return Path(str(metadata)).resolve() in [directory.resolve() for directory in _site_directories()]
 
 
-def _why_skipped(path: Path) -> tuple[str | None, str | None]:
+def _startup_file(path: Path) -> StartupFile:
+    found = StartupFile(path=str(path), problem=None, cure=None)
     # macOS hides files in some folders, and ``site`` silently skips hidden files.
     hidden = getattr(stat, "UF_HIDDEN", 0x8000)
-    flags = getattr(os.lstat(path), "st_flags", 0)
-    if flags & hidden:
-        return "hidden by macOS, so Python skips it", f"chflags nohidden {path}"
-    if not os.access(path, os.R_OK):
-        return "not readable", f"chmod a+r {path}"
-    if path.stat().st_size == 0:
-        return "empty", REINSTALL
-    return None, None
+    if getattr(os.lstat(path), "st_flags", 0) & hidden:
+        found.problem, found.cure = "hidden by macOS, so Python skips it", f"chflags nohidden {path}"
+    elif not os.access(path, os.R_OK):
+        found.problem, found.cure = "not readable", f"chmod a+r {path}"
+    elif path.stat().st_size == 0:
+        found.problem, found.cure = "empty", REINSTALL
+    return found
 
 
 def _site_directories() -> list[Path]:
@@ -421,14 +408,15 @@ def _site_directories() -> list[Path]:
 def find_command(name: str) -> Command:
     path = shutil.which(name)
     python = None if path is None else _interpreter_of(Path(path))
+    found = Command(name=name, path=path, python=python, environment=None, is_here=True, has_plugin=False)
     if python is None:
-        return Command(name, path)
+        return found
     try:
-        (environment, has_plugin), _ = ask(_ASK, python=python)
+        (found.environment, found.has_plugin), _ = ask(_ASK, python=python)
+        found.is_here = os.path.realpath(found.environment) == os.path.realpath(sys.prefix)
     except (OSError, TypeError, ValueError):
-        return Command(name, path, python, is_here=False)
-    is_here = os.path.realpath(environment) == os.path.realpath(sys.prefix)
-    return Command(name, path, python, environment, is_here, has_plugin)
+        found.is_here = False
+    return found
 
 
 def _interpreter_of(script: Path) -> str | None:
