@@ -244,9 +244,9 @@ def run(command: Command, made_by: Forks, files: Files, out: Path) -> str:
         made_by.start(module, arguments, directory, input=command.stdin, timeout=SECONDS)
         answered = name == "server" and _answers(port, files.model, directory)
         status = made_by.status()
-        said = (directory / "said.txt").read_text(errors="replace")
-        if answered:
-            return WORKS
+        said = (directory / "said.txt").read_text(errors="replace").replace(str(files.directory), "...")
+        if name == "server":
+            return WORKS if answered else _last_line(said)
         if status is None:
             return f"no end after {SECONDS} seconds"
         if offline := re.search(r"\S*OfflineModeIsEnabled: .*|.*\(OfflineModeIsEnabled\)", said):
