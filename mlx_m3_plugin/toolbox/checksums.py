@@ -3,8 +3,8 @@
 import hashlib
 import re
 from collections.abc import Mapping
+from dataclasses import dataclass
 from pathlib import Path
-from types import SimpleNamespace
 
 from ..weights.headers import weight_files
 from .common import Progress, Watch
@@ -15,13 +15,18 @@ _LINE = re.compile(r"([0-9a-fA-F]{64}) [ *](.+)")
 _PIECE = 1 << 22
 
 
-class Verification(SimpleNamespace):
+@dataclass
+class Verification:
     """Files read whole and compared with their checksums.
 
     Attributes:
         files, bytes: how many were read.
         problems: files that differ, are missing, cannot be read or have no checksum, one line each.
     """
+
+    files: int
+    bytes: int
+    problems: list[str]
 
 
 def verify(directory: Path, watch: Watch) -> Verification:

@@ -16,13 +16,12 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from importlib.metadata import PackageNotFoundError, distribution
 from pathlib import Path
-from types import SimpleNamespace
 from typing import Any
 
 from ..startup.report import patch_lines, report, version_of
 from ..startup.settings import read_settings
 from .common import Answer
-from .installed_hosts import classes_of_hosts, installed_hosts
+from .installed_hosts import HostClass, classes_of_hosts, installed_hosts
 from .new_process import ask
 
 _PACKAGES = ("mlx-m3-plugin", "mlx", "mlx-lm", "mlx-vlm", "transformers")
@@ -95,11 +94,17 @@ class Problem:
     fix: str
 
 
-class StartupFile(SimpleNamespace):
+@dataclass
+class StartupFile:
     """One of our start-up files; ``problem`` is why Python skips it, ``cure`` what helps."""
 
+    path: str
+    problem: str | None = None
+    cure: str | None = None
 
-class Command(SimpleNamespace):
+
+@dataclass
+class Command:
     """A stock command, as the shell finds it.
 
     Attributes:
@@ -110,8 +115,16 @@ class Command(SimpleNamespace):
         has_plugin: whether that interpreter loads the plugin at its start.
     """
 
+    name: str
+    path: str | None = None
+    python: str | None = None
+    environment: str | None = None
+    is_here: bool = True
+    has_plugin: bool = False
 
-class Diagnosis(SimpleNamespace):
+
+@dataclass
+class Diagnosis:
     """The result of ``mlx-m3 doctor``.
 
     Attributes:
@@ -125,6 +138,21 @@ class Diagnosis(SimpleNamespace):
         problems: the most important one first.
         notes: worth knowing, but not a problem.
     """
+
+    ok: bool
+    verdict: str
+    active: bool
+    python: str
+    versions: dict[str, str | None]
+    settings: dict[str, Any]
+    startup_files: list[StartupFile]
+    commands: list[Command]
+    modules: list[dict[str, str | None]]
+    hosts: list[HostClass]
+    patches: dict[str, Any]
+    errors: list[str]
+    problems: list[Problem]
+    notes: list[str]
 
 
 def command(args: Namespace) -> Answer:
@@ -250,7 +278,7 @@ def _startup_problems(files: list[StartupFile], probe: dict[str, Any]) -> Iterat
     usable = [f for f in files if f.path.endswith(".pth") or sys.version_info >= (3, 15)]
     broken = [file for file in usable if file.problem]
     for file in broken:
-        yield Problem(f"{file.path} is {file.problem}", file.cure)
+        yield Problem(f"{file.path} is {file.problem}", file.cure or REINSTALL)
     if broken:
         return
     if usable:
@@ -386,7 +414,7 @@ def is_in_site_directory() -> bool:
 
 
 def _startup_file(path: Path) -> StartupFile:
-    found = StartupFile(path=str(path), problem=None, cure=None)
+    found = StartupFile(str(path))
     # macOS hides files in some folders, and ``site`` silently skips hidden files.
     hidden = getattr(stat, "UF_HIDDEN", 0x8000)
     if getattr(os.lstat(path), "st_flags", 0) & hidden:
@@ -408,7 +436,7 @@ def _site_directories() -> list[Path]:
 def find_command(name: str) -> Command:
     path = shutil.which(name)
     python = None if path is None else _interpreter_of(Path(path))
-    found = Command(name=name, path=path, python=python, environment=None, is_here=True, has_plugin=False)
+    found = Command(name, path, python)
     if python is None:
         return found
     try:

@@ -8,9 +8,9 @@ import math
 from argparse import Namespace
 from collections.abc import Iterator
 from contextlib import AbstractContextManager, nullcontext
+from dataclasses import dataclass, field
 from itertools import islice
 from pathlib import Path
-from types import SimpleNamespace
 from typing import Any
 
 import mlx.core as mx
@@ -62,16 +62,60 @@ def command(args: Namespace) -> Answer:
     return Answer(found, report_lines(found))
 
 
-class Evaluation(SimpleNamespace):
+@dataclass
+class Distributions:
+    """How the next-token distributions of a checkpoint differ from a reference's.
+
+    Attributes:
+        kl_mean, kl_95: of KL(reference || this), in nats, over the positions that predict a token.
+        top_1: fraction of positions where both have the same most likely token.
+        ear: expected acceptance rate, the mean over positions of ``sum_v min(p_ref(v), p(v))``
+            (arXiv 2605.02404): how often speculative sampling would accept this one's tokens.
+    """
+
+    kl_mean: float
+    kl_95: float
+    top_1: float
+    ear: float
+
+
+@dataclass
+class LayerComparison:
+    """How a layer's output and choices differ from the reference's.
+
+    Attributes:
+        hidden_error: squared error of hidden states, relative to the reference's squares.
+        router_overlap: fraction of the reference's experts that are chosen here too; None without a router.
+        block_overlap: the same of key blocks, over the queries that could not attend all.
+    """
+
+    layer: int
+    hidden_error: float
+    router_overlap: float | None
+    block_overlap: float | None
+
+
+@dataclass
+class Evaluation:
     """What was measured.
 
     Attributes:
         bytes: of the whole checkpoint on disk.
         context: the length of the longest window.
         reference, reference_perplexity: None if there is none.
-        distributions, layers: compared with the reference: see :func:`compare_distributions`, None without
-            one, and :func:`compare_layers`.
+        distributions, layers: compared with the reference; None and empty without one.
     """
+
+    checkpoint: str
+    tokens: int
+    windows: int
+    context: int
+    bytes: int
+    perplexity: float
+    reference: str | None = None
+    reference_perplexity: float | None = None
+    distributions: Distributions | None = None
+    layers: list[LayerComparison] = field(default_factory=list)
 
 
 def evaluate(
@@ -121,18 +165,19 @@ def evaluate(
                 their_pass = run(reference, their_directory)
                 their_perplexity = _cached_perplexity(their_pass)
         our_pass = run(ours, our_directory)
-    return Evaluation(
+    found = Evaluation(
         checkpoint=ours.name,
         tokens=len(texts.tokens),
         windows=len(texts.windows),
         context=max(map(len, texts.windows)),
         bytes=ours.headers.nbytes,
         perplexity=perplexity(our_pass),
-        reference=reference and reference.name,
-        reference_perplexity=reference and their_perplexity,
-        distributions=reference and compare_distributions(our_pass, their_pass),
-        layers=list(compare_layers(our_pass, their_pass)) if reference else [],
     )
+    if reference is not None:
+        found.reference, found.reference_perplexity = reference.name, their_perplexity
+        found.distributions = compare_distributions(our_pass, their_pass)
+        found.layers = list(compare_layers(our_pass, their_pass))
+    return found
 
 
 def _cached_perplexity(made: ForwardPass) -> float:
@@ -172,15 +217,7 @@ def perplexity(made: ForwardPass) -> float:
     return math.exp(total / len(positions))
 
 
-def compare_distributions(ours: ForwardPass, reference: ForwardPass) -> SimpleNamespace:
-    """How the next-token distributions of a checkpoint differ from a reference's.
-
-    Returns:
-        kl_mean, kl_95: of KL(reference || this), in nats, over the positions that predict a token.
-        top_1: fraction of positions where both have the same most likely token.
-        ear: expected acceptance rate, the mean over positions of ``sum_v min(p_ref(v), p(v))``
-            (arXiv 2605.02404): how often speculative sampling would accept this one's tokens.
-    """
+def compare_distributions(ours: ForwardPass, reference: ForwardPass) -> Distributions:
     positions, _ = ours.texts.predictions()
     kl, top_1, ear = [], 0, 0.0
     both = (_log_probabilities(made, positions) for made in (reference, ours))
@@ -190,7 +227,7 @@ def compare_distributions(ours: ForwardPass, reference: ForwardPass) -> SimpleNa
         top_1 += int((log_p.argmax(axis=1) == log_q.argmax(axis=1)).sum())
         ear += np.minimum(p, np.exp(log_q)).sum()
     every = np.concatenate(kl)
-    return SimpleNamespace(
+    return Distributions(
         kl_mean=float(every.mean()),
         kl_95=float(np.percentile(every, 95)),
         top_1=top_1 / len(every),
@@ -198,22 +235,13 @@ def compare_distributions(ours: ForwardPass, reference: ForwardPass) -> SimpleNa
     )
 
 
-def compare_layers(ours: ForwardPass, reference: ForwardPass) -> Iterator[SimpleNamespace]:
-    """How each layer's output and choices differ from the reference's.
-
-    Yields:
-        hidden_error: squared error of hidden states, relative to the reference's squares.
-        router_overlap: fraction of the reference's experts that are chosen here too; None without a router.
-        block_overlap: the same of key blocks, over the queries that could not attend all.
-    """
+def compare_layers(ours: ForwardPass, reference: ForwardPass) -> Iterator[LayerComparison]:
     for number in range(ours.checkpoint.text_config.num_hidden_layers):
         found, expected = ours.layer(number), reference.layer(number)
         difference = found["sample"].astype(np.float64) - expected["sample"]
         error = (difference**2).mean() / max((expected["sample"].astype(np.float64) ** 2).mean(), 1e-30)
         router, block = (_overlap(found.get(ids), expected.get(ids)) for ids in ("experts", "blocks"))
-        yield SimpleNamespace(
-            layer=number, hidden_error=float(error), router_overlap=router, block_overlap=block
-        )
+        yield LayerComparison(number, float(error), router, block)
 
 
 def _overlap(found: np.ndarray | None, expected: np.ndarray | None) -> float | None:
@@ -253,7 +281,8 @@ def report_lines(found: Evaluation) -> list[str]:
         f"{found.tokens:,} tokens in {found.windows} windows of {found.context:,}",
         f"  perplexity  {found.perplexity:.4f}",
     ]
-    if (different := found.distributions) is None:
+    different = found.distributions
+    if different is None or found.reference_perplexity is None:
         return lines
     lines[-1] += f", {found.perplexity / found.reference_perplexity - 1:+.2%} of the reference's"
     return [
@@ -267,7 +296,7 @@ def report_lines(found: Evaluation) -> list[str]:
     ]
 
 
-def _layer_lines(layers: list[SimpleNamespace]) -> list[str]:
+def _layer_lines(layers: list[LayerComparison]) -> list[str]:
     """All of few layers; of many those that differ most, the first and the last."""
     title = "Layer  hidden error  experts in common  blocks in common"
     if len(layers) > 2 * _WORST:
@@ -321,10 +350,12 @@ def draw(found: Evaluation, path: Path) -> None:
         axes.grid(alpha=0.3)
     panels[0].set_yscale("log")
     panels[-1].set_xlabel("layer")
+    different = found.distributions
+    assert different is not None
     figure.suptitle(
-        f"{Path(found.checkpoint).name} against {Path(found.reference).name}: perplexity "
-        f"{found.perplexity:.3f} ({found.reference_perplexity:.3f}), KL {found.distributions.kl_mean:.4f}, "
-        f"EAR {found.distributions.ear:.4f}",
+        f"{Path(found.checkpoint).name} against {Path(found.reference or '').name}: perplexity "
+        f"{found.perplexity:.3f} ({found.reference_perplexity:.3f}), KL {different.kl_mean:.4f}, "
+        f"EAR {different.ear:.4f}",
         fontsize=10,
     )
     figure.savefig(path, dpi=120)

@@ -5,8 +5,8 @@ Reads headers alone; :mod:`mlx_m3_plugin.model.memory` has the calculation.
 
 from argparse import Namespace
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
-from types import SimpleNamespace
 
 from ..model.config import TextConfig
 from ..model.draft_cost import EXPECTED_ACCEPTANCE, DraftCost, best_length, tokens_per_pass
@@ -43,7 +43,67 @@ DISK = 7
 AUTO = "auto"
 
 
-class Fit(SimpleNamespace):
+@dataclass
+class OnDisk:
+    """Experts on disk, if a router chooses all of them equally often; real ones have favourites.
+
+    Attributes:
+        in_memory: experts of each layer.  experts: all of them.  memory: bytes for experts.
+        context: tokens that there is room for beside them.
+        hit_rate: how many of a token's experts are in memory.
+        read: bytes that a token reads from the disk.
+        ceiling: tokens per second that reading them from an SSD of ``DISK`` GB/s allows.
+    """
+
+    in_memory: int
+    experts: int
+    memory: int
+    context: int
+    hit_rate: float
+    read: int
+    ceiling: float
+
+
+@dataclass
+class DraftLength:
+    """What drafting so many tokens gives.
+
+    Attributes:
+        tokens_per_pass: of the target.
+        read: bytes, in a round.
+        speedup: how many times as fast as without a draft.
+    """
+
+    drafted: int
+    tokens_per_pass: float
+    read: int
+    speedup: float
+
+
+@dataclass
+class Drafting:
+    """What a draft head would give, if a router chooses all experts equally often.
+
+    Attributes:
+        path: of the head.
+        acceptance: of each token of a block, how often it is accepted if all before it were.
+        weights: bytes of the head.  cache: of its K and V, for a full window.
+        lengths: from one token to all of ``acceptance``.
+        best: the fastest of them; None where each is slower than decoding without a draft.
+        ceilings: as in :class:`Fit`, with the best length.
+    """
+
+    path: str
+    acceptance: list[float]
+    weights: int
+    cache: int
+    lengths: list[DraftLength]
+    best: DraftLength | None
+    ceilings: dict[str, float]
+
+
+@dataclass
+class Fit:
     """What fits one machine, in bytes and tokens.
 
     Attributes:
@@ -67,32 +127,29 @@ class Fit(SimpleNamespace):
         drafting: with a draft head, which only mlx-vlm runs; its memory and vision are then in ``total``.
     """
 
-
-class OnDisk(SimpleNamespace):
-    """Experts on disk, if a router chooses all of them equally often; real ones have favourites.
-
-    Attributes:
-        in_memory: experts of each layer.  experts: all of them.  memory: bytes for experts.
-        context: tokens that there is room for beside them.
-        hit_rate: how many of a token's experts are in memory.
-        read: bytes that a token reads from the disk.
-        ceiling: tokens per second that reading them from an SSD of ``DISK`` GB/s allows.
-    """
-
-
-class Drafting(SimpleNamespace):
-    """What a draft head would give, if a router chooses all experts equally often.
-
-    Attributes:
-        path: of the head.
-        acceptance: of each token of a block, how often it is accepted if all before it were.
-        weights: bytes of the head.  cache: of its K and V, for a full window.
-        lengths: for each number of ``drafted`` tokens, from 1 to all of ``acceptance``: ``tokens_per_pass``
-            of the target, bytes ``read`` in a round, and ``speedup``: how many times as fast as without a
-            draft.
-        best: the fastest of them; None where each is slower than decoding without a draft.
-        ceilings: as in :class:`Fit`, with the best length.
-    """
+    name: str
+    model: str
+    memory: int
+    reserve: int
+    weights: int
+    vision: int
+    per_token: int
+    kv_bits: int | None
+    context: int
+    model_context: int
+    cache: int
+    prefill_step: int
+    transient: int
+    stock: dict[str, int]
+    total: int
+    fits: bool
+    missing: int
+    largest_context: int
+    touched: int
+    ceilings: dict[str, float]
+    wired_limit_mb: int | None
+    on_disk: OnDisk | None
+    drafting: Drafting | None
 
 
 def command(args: Namespace) -> Answer:
@@ -148,35 +205,45 @@ def fit(
     parts = bytes_of_components(checkpoint.headers, checkpoint.plan)
     text = {name: size for name, size in parts.items() if name not in NOT_IN_THE_TEXT_MODEL}
 
-    found = Fit(name=checkpoint.name, model=model_name(config), memory=memory, reserve=reserve_of(memory))
-    found.weights = sum(text.values())
-    # Not with draft heads in the shards, which neither loads.
-    found.vision = sum(parts.values()) - found.weights - parts[OTHER]
-    found.per_token = bytes_per_token(config, len(checkpoint.with_indexer), kv_bits)
-    found.kv_bits = kv_bits
-    usable, held = memory - found.reserve, found.weights
-    if head is not None:
-        held += found.vision + head.nbytes + head.cache_bytes()
-    largest = context_that_fits(config, found.per_token, usable - held, prefill_step)
+    # Without draft heads in the shards, which neither library loads.
+    weights = sum(text.values())
+    vision = sum(parts.values()) - weights - parts[OTHER]
+    held = weights + (0 if head is None else vision + head.nbytes + head.cache_bytes())
+    reserve = reserve_of(memory)
+    usable = memory - reserve
+    per_token = bytes_per_token(config, len(checkpoint.with_indexer), kv_bits)
+    largest = context_that_fits(config, per_token, usable - held, prefill_step)
     asked = (largest or 1) if context is None else context
-    found.context = planned = min(asked, config.max_position_embeddings)
-    found.model_context = config.max_position_embeddings
-    found.cache = found.per_token * planned
-    found.prefill_step = prefill_step
-    found.transient = transient_bytes(config, prefill_step, planned)
-    found.stock = stock_transients(config, prefill_step, planned)
-    found.total = held + found.cache + found.transient
-    missing = max(0, found.total - usable)
-    found.fits = not missing and planned == asked
-    found.missing = missing
-    found.largest_context = largest
-    cost = _cost(checkpoint, text, planned, found.per_token, head)
-    found.touched = int(cost.round(0))
-    found.ceilings = _ceilings(cost.round(0), rates)
-    found.wired_limit_mb = wired_limit(memory, found.total)
-    found.on_disk = _on_disk(config, text, usable, found.per_token, context) if missing else None
-    found.drafting = None if head is None else _drafting(head, cost, acceptance, rates)
-    return found
+    planned = min(asked, config.max_position_embeddings)
+    transient = transient_bytes(config, prefill_step, planned)
+    total = held + per_token * planned + transient
+    missing = max(0, total - usable)
+    cost = _cost(checkpoint, text, planned, per_token, head)
+    return Fit(
+        name=checkpoint.name,
+        model=model_name(config),
+        memory=memory,
+        reserve=reserve,
+        weights=weights,
+        vision=vision,
+        per_token=per_token,
+        kv_bits=kv_bits,
+        context=planned,
+        model_context=config.max_position_embeddings,
+        cache=per_token * planned,
+        prefill_step=prefill_step,
+        transient=transient,
+        stock=stock_transients(config, prefill_step, planned),
+        total=total,
+        fits=not missing and planned == asked,
+        missing=missing,
+        largest_context=largest,
+        touched=int(cost.round(0)),
+        ceilings=_ceilings(cost.round(0), rates),
+        wired_limit_mb=wired_limit(memory, total),
+        on_disk=_on_disk(config, text, usable, per_token, context) if missing else None,
+        drafting=None if head is None else _drafting(head, cost, acceptance, rates),
+    )
 
 
 def _open_whole(path_or_repository: str | Path, kv_bits: int | None) -> Checkpoint:
@@ -285,7 +352,7 @@ def _drafting(
         )
     each = list(acceptance) * (head.block if len(acceptance) == 1 else 1)
     lengths = [
-        SimpleNamespace(
+        DraftLength(
             drafted=n,
             tokens_per_pass=round(tokens_per_pass(each[:n]), 3),
             read=int(cost.round(n)),
@@ -399,18 +466,49 @@ def _plain(number: float) -> str:
 # --- several machines ---
 
 
-class PipelineFit(SimpleNamespace):
+@dataclass
+class Stage:
+    """What a machine holds, in bytes.
+
+    Attributes:
+        rank: of the machine; 0 holds the last layers.
+        memory: of the machine, of which ``reserve`` is for the system.
+        first, last: numbers of its layers, inclusive.
+        weights: of these layers, and of what every machine holds: embedding, final norm and head.
+        cache: of the context in these layers.  transient: as in :class:`Fit`.
+    """
+
+    rank: int
+    memory: int
+    reserve: int
+    first: int
+    last: int
+    weights: int
+    cache: int
+    transient: int
+
+
+@dataclass
+class PipelineFit:
     """A split that fits, or none.
 
     Attributes:
         context, model_context: as in :class:`Fit`.  asked_context: the requested one, if any.
         largest_context: the most tokens that fit with any split.
-        stages: what each machine holds, in bytes, by rank, of which 0 holds the last layers; empty if nothing
-            fits.  first, last: numbers of its layers, inclusive.  weights: of these layers, and of what every
-            machine holds: embedding, final norm and head.
+        stages: by rank; empty if nothing fits.
         missing: bytes that each machine needs in addition, if nothing fits.
         fits: as in :class:`Fit`.  split: how many layers each rank holds.
     """
+
+    name: str
+    context: int
+    asked_context: int | None
+    model_context: int
+    largest_context: int
+    stages: list[Stage]
+    missing: int
+    fits: bool
+    split: list[int]
 
 
 def fit_pipeline(
@@ -501,14 +599,14 @@ class _Layers:
         most += sum(self.weights) + context * sum(self.per_token)
         return bisect(most, lambda more: not self.fit(context, -more), 1 << 20)[1]
 
-    def stages(self, context: int) -> list[SimpleNamespace]:
+    def stages(self, context: int) -> list[Stage]:
         """The split that leaves the fullest machine the most memory, to a MiB; empty if none fits."""
         slack, _ = bisect(max(self.memories), lambda free: self.fit(context, free), 1 << 20)
         counts, stages = self.split(context, slack), []
         for rank, count in enumerate(counts):
             first = sum(counts[rank + 1 :])
             held = slice(first, first + count)
-            stage = SimpleNamespace(
+            stage = Stage(
                 rank=rank,
                 memory=self.memories[rank],
                 reserve=reserve_of(self.memories[rank]),

@@ -1,6 +1,6 @@
 """The hosts in this environment, and the class that each loads for MiniMax-M3, after its own patches."""
 
-from types import SimpleNamespace
+from dataclasses import dataclass
 from typing import NamedTuple
 
 from ..startup.report import version_of
@@ -65,7 +65,8 @@ _ENGINES = {
 }
 
 
-class HostClass(SimpleNamespace):
+@dataclass
+class HostClass:
     """What one engine of an installed host loads.
 
     Attributes:
@@ -75,6 +76,14 @@ class HostClass(SimpleNamespace):
         source: ``"plugin"``, ``"native"`` for the host's own class or upstream's, or ``"none"``.
         path: the file of the class.  why: what failed.
     """
+
+    host: str
+    engine: str
+    is_default: bool
+    module: str
+    source: str
+    path: str | None
+    why: str
 
     def __str__(self) -> str:
         return f"{self.host} {version_of(self.host)}{self.engine and ', '}{self.engine}"

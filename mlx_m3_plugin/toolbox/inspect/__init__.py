@@ -7,10 +7,11 @@ import textwrap
 from argparse import Namespace
 from collections.abc import Iterable
 from contextlib import suppress
+from dataclasses import dataclass
 from functools import partial
 from itertools import chain
 from pathlib import Path
-from types import SimpleNamespace
+from typing import Any
 
 from ...chat.prompt import takes_effort
 from ...model.config import TextConfig, uncut_lists
@@ -31,12 +32,12 @@ from ..checkpoint import (
     read_checkpoint,
     read_text_config,
 )
-from ..checksums import verify
+from ..checksums import Verification, verify
 from ..common import Answer, bytes_bar, component_table, size_in_words, tokens_in_words
 from ..draft_head import open_draft_head
 from ..parameters import NOT_IN_THE_TEXT_MODEL
 from ..stock import stock_commands, why_not_opened, why_these_options, wrong_past_the_budget
-from .layout import dtype_histogram, measure, recognise_layout
+from .layout import Component, Layout, Precision, StoredDtype, dtype_histogram, measure, recognise_layout
 
 _COLUMNS = 100
 # Paths and tensor names are not broken.
@@ -44,18 +45,54 @@ _wrap = partial(textwrap.wrap, width=_COLUMNS, break_long_words=False, break_on_
 _MOST_PROBLEMS = 20
 
 
-class Inspection(SimpleNamespace):
+@dataclass
+class AttentionSummary:
+    """Which layers select blocks of keys, and the context length.
+
+    Attributes:
+        layers: how many there are.  with_indexer: the numbers of the layers that select blocks.
+        budget: tokens that a query of such a layer attends to, ``blocks`` of ``block_size``.
+        initial, local: how many of these blocks are always the first ones, and those up to the query.
+        context: the most tokens that the model supports.
+        yarn: the config's YaRN entry, if any.
+    """
+
+    layers: int
+    with_indexer: list[int]
+    budget: int
+    blocks: int
+    block_size: int
+    initial: int
+    local: int
+    context: int
+    yarn: dict[str, Any] | None
+
+
+@dataclass
+class Drafter:
+    """The draft head that mlx-vlm runs.
+
+    Attributes:
+        block: the most tokens that it drafts in a round.
+        target_layers: whose output it reads.
+    """
+
+    bytes: int
+    block: int
+    target_layers: list[int]
+
+
+@dataclass
+class Inspection:
     """The result of ``mlx-m3 inspect``.
 
     Attributes:
         model: which of MiniMax's models it is, None if the config is not understood.
         efforts: what the chat template takes as reasoning effort, empty if it takes none.
         draft: where a draft head is; None if there is none.
-        drafter: of the one in ``dspark/``, which mlx-vlm runs, its ``bytes``, ``block``: the most tokens that
-            it drafts in a round, and ``target_layers``: whose output it reads; None where it is not on disk.
+        drafter: the one in ``dspark/``; None where it is not on disk.
         components, precisions: see :func:`~.layout.measure`.  If the config or a format is not understood,
             ``components``, ``parameters``, ``attention`` and ``memory`` are None.
-        attention: see :func:`_attention`.
         opens: ``mlx-lm`` and ``mlx-vlm`` -> whether it opens there with this plugin.
         wrong_without_plugin: library -> why its answers are not right past ``attention.budget`` tokens
             without this plugin, where it opens the checkpoint.
@@ -64,6 +101,31 @@ class Inspection(SimpleNamespace):
         notes: what to know before using it.  problems: what is wrong with it, one line each.
         verified: None unless the files were compared with their checksums.
     """
+
+    name: str
+    model_type: str
+    files: int
+    tensors: int
+    bytes: int
+    layout: Layout
+    dtypes: list[StoredDtype]
+    vision: bool
+    model: str | None
+    efforts: list[str]
+    draft: str | None
+    drafter: Drafter | None
+    parameters: int | None
+    components: list[Component] | None
+    precisions: list[Precision]
+    attention: AttentionSummary | None
+    opens: dict[str, bool]
+    wrong_without_plugin: dict[str, str]
+    fails_without_plugin: dict[str, str] | None
+    memory: Memory | None
+    commands: list[str]
+    notes: list[str]
+    problems: list[str]
+    verified: Verification | None
 
 
 def command(args: Namespace) -> Answer:
@@ -122,9 +184,7 @@ def inspect(path_or_repository: str | Path) -> Inspection:
     try:
         if source.folder is not None and DRAFT_FOLDER in source.draft_folders:
             head = open_draft_head(source.folder / DRAFT_FOLDER)
-            found.drafter = SimpleNamespace(
-                bytes=head.nbytes, block=head.block, target_layers=head.target_layers
-            )
+            found.drafter = Drafter(head.nbytes, head.block, head.target_layers)
     except (OSError, ValueError) as error:
         problems.append(str(error))
     if config is not None:
@@ -195,18 +255,9 @@ def _inspect_tensors(found: Inspection, checkpoint: Checkpoint) -> None:
     }
 
 
-def _attention(config: TextConfig, with_indexer: list[int]) -> SimpleNamespace:
-    """Which layers select blocks of keys, and the context length.
-
-    Returns:
-        layers: how many there are.  with_indexer: the numbers of the layers that select blocks.
-        budget: tokens that a query of such a layer attends to, ``blocks`` of ``block_size``.
-        initial, local: how many of these blocks are always the first ones, and those up to the query.
-        context: the most tokens that the model supports.
-        yarn: the config's YaRN entry, if any.
-    """
+def _attention(config: TextConfig, with_indexer: list[int]) -> AttentionSummary:
     rope = config.rope_parameters
-    return SimpleNamespace(
+    return AttentionSummary(
         layers=config.num_hidden_layers,
         with_indexer=with_indexer,
         budget=config.budget,
@@ -304,7 +355,7 @@ def _opens(opens: dict[str, bool]) -> str:
 
 def _without_plugin(found: Inspection) -> dict[str, str]:
     fails, wrong = found.fails_without_plugin, found.wrong_without_plugin
-    not_right = f"not right past {found.attention.budget:,} tokens" if wrong else ""
+    not_right = f"not right past {found.attention.budget:,} tokens" if found.attention else ""
     if fails is None:
         libraries = " and ".join(f"{library} ({why})" for library, why in wrong.items())
         said = f"{not_right} without the plugin, where it opens: {libraries}"
@@ -335,7 +386,7 @@ def _quantization(found: Inspection) -> str:
     return f"{quantized}; not quantized: {floats}" if quantized else f"none: {floats}"
 
 
-def _attention_in_words(attention: SimpleNamespace) -> dict[str, str]:
+def _attention_in_words(attention: AttentionSummary) -> dict[str, str]:
     sparse, layers = attention.with_indexer, attention.layers
     indexer = f"{len(sparse)} of {layers} layers" + (f" ({', '.join(ranges_of(sparse))})" if sparse else "")
     budget = f"{attention.budget:,} tokens, {attention.blocks} blocks of {attention.block_size}"

@@ -4,7 +4,7 @@ import math
 import re
 from collections import Counter, defaultdict
 from collections.abc import Iterable, Mapping
-from types import SimpleNamespace
+from dataclasses import dataclass
 
 from ...model.config import TextConfig
 from ...weights.dtypes import name_of
@@ -38,7 +38,8 @@ _INDEXER = re.compile(r"\.self_attn\.(index_|indexer\.)")
 _DENSE_UNDER_MOE = re.compile(r"\.block_sparse_moe\.(gate|up|down)_proj\.")
 
 
-class Layout(SimpleNamespace):
+@dataclass
+class Layout:
     """How the tensors are named and arranged.
 
     Attributes:
@@ -52,6 +53,17 @@ class Layout(SimpleNamespace):
         unused: number of tensors that nothing reads, such as those of a draft head.
         foreign_parts: suffixes of tensors that are quantized in another library's format.
     """
+
+    names: str
+    modules: str
+    experts: str
+    expert_rows: int
+    shared_expert: str
+    indexer: bool
+    vision: bool
+    dense_under_moe: bool
+    unused: int
+    foreign_parts: list[str]
 
     def in_words(self) -> list[str]:
         words = {
@@ -98,39 +110,63 @@ def _with(part: re.Pattern[str], names: Iterable[str]) -> list[str]:
     return list(filter(part.search, names))
 
 
-def dtype_histogram(headers: Headers) -> list[SimpleNamespace]:
-    """How many ``tensors`` and ``bytes`` are stored in each ``dtype``, by its safetensors name.
+@dataclass
+class StoredDtype:
+    """How many tensors are stored in a dtype, by its safetensors name."""
 
-    Most bytes first.
-    """
+    dtype: str
+    tensors: int
+    bytes: int
+
+
+def dtype_histogram(headers: Headers) -> list[StoredDtype]:
+    """Most bytes first."""
     tensors, sizes = Counter[str](), Counter[str]()
     for tensor in headers.tensors.values():
         tensors[tensor.stored_dtype] += 1
         sizes[tensor.stored_dtype] += tensor.nbytes
-    return [SimpleNamespace(dtype=d, tensors=tensors[d], bytes=size) for d, size in sizes.most_common()]
+    return [StoredDtype(dtype, tensors[dtype], size) for dtype, size in sizes.most_common()]
 
 
-class Precision(SimpleNamespace):
+@dataclass
+class Precision:
     """How many ``modules`` and ``parameters`` are stored in one way.
 
     Attributes:
         mode: of MLX, or the name of a float dtype.  bits: of a value.  group_size: None for floats.
     """
 
+    mode: str
+    bits: int
+    group_size: int | None
+    modules: int = 0
+    parameters: int = 0
+
     def __str__(self) -> str:
         return f"affine {self.bits}-bit g{self.group_size}" if self.mode == "affine" else self.mode
 
 
+@dataclass
+class Component:
+    """A part of the model.
+
+    Attributes:
+        parameters: of the model, before they are packed.
+        bytes: of all tensors, with scales and biases.
+        stored_as: the precisions, most parameters first.
+    """
+
+    name: str
+    parameters: int
+    bytes: int
+    stored_as: list[str]
+    bits_per_weight: float | None
+
+
 def measure(
     plan: Mapping[str, Tensor], quantized: Mapping[str, Quantization], headers: Headers
-) -> tuple[list[SimpleNamespace], list[Precision]]:
-    """Count parameters and bytes.
-
-    Returns:
-        Components: ``name``, ``parameters`` of the model, before they are packed, ``bytes`` of all tensors,
-            with scales and biases, ``stored_as``: the precisions, most parameters first, ``bits_per_weight``.
-        Precisions, most parameters first.
-    """
+) -> tuple[list[Component], list[Precision]]:
+    """Count parameters and bytes.  Precisions with most parameters come first."""
     stored: dict[str, Counter[str]] = defaultdict(Counter)
     precisions: dict[str, Precision] = {}
     for name, tensor in plan.items():
@@ -138,11 +174,10 @@ def measure(
         if part in PARTS[1:] and f"{module}.weight" in plan:
             continue
         parameters = math.prod(tensor.shape)
-        stored_as = {"mode": name_of(tensor.dtype), "bits": 8 * tensor.dtype.size, "group_size": None}
+        precision = Precision(name_of(tensor.dtype), 8 * tensor.dtype.size, None)
         if part == "weight" and (spec := quantized.get(module)) and spec.bits:
             parameters = parameters * 32 // spec.bits
-            stored_as = {"mode": spec.mode, "bits": spec.bits, "group_size": spec.group_size}
-        precision = Precision(**stored_as, modules=0, parameters=0)
+            precision = Precision(spec.mode, spec.bits, spec.group_size)
         precision = precisions.setdefault(str(precision), precision)
         precision.modules += 1
         precision.parameters += parameters
@@ -151,7 +186,7 @@ def measure(
     components = []
     for name, size in bytes_of_components(headers, plan).items():
         parameters = stored[name].total() + (unused if name == OTHER else 0)
-        component = SimpleNamespace(
+        component = Component(
             name=name,
             parameters=parameters,
             bytes=size,
