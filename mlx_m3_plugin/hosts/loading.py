@@ -16,16 +16,10 @@ from ..model.sharding import shard_layers
 from ..model.tensor_scales import dequantize_scaled_layers, expect_scales
 from ..msa import engine
 from ..startup.settings import EXPERT_MEMORY, checked, engine_settings, model_settings
-from ..weights import (
-    check_values,
-    check_weights,
-    infer_quantization,
-    lacks_indexers,
-    plan_layout,
-    quantized_in,
-    unused_in_words,
-    with_quantization,
-)
+from ..weights.check import check_values, check_weights
+from ..weights.layouts import lacks_indexers, plan_layout
+from ..weights.names import unused_in_words
+from ..weights.quantization import infer_quantization, quantized_in, with_quantization
 from ..weights.tensor import TensorPlan
 from .patching import LOADED_DIRECTORY
 
@@ -35,14 +29,17 @@ log = logging.getLogger("mlx_m3_plugin")
 _FLOAT32_BY_DESIGN = ("block_sparse_moe.gate.weight", "e_score_correction_bias")
 
 
-def text_config_as_set(config: Mapping[str, Any]) -> TextConfig:
+def text_config_as_set(config: Mapping[str, Any], kind: type[TextConfig] = TextConfig) -> TextConfig:
     """The text config of a checkpoint, with the environment variables' overrides.  Sets up the engine, too.
+
+    Args:
+        kind: the host's class.
 
     Raises:
         ValueError: see :func:`text_config_of`; or a variable has an unknown value.
     """
     engine.configure(**engine_settings())
-    return text_config_of(config, model_settings())
+    return kind(**vars(text_config_of(config, model_settings())))
 
 
 def warn_dense(reason: str, config: TextConfig) -> None:
@@ -52,6 +49,22 @@ def warn_dense(reason: str, config: TextConfig) -> None:
         reason,
         config.budget,
     )
+
+
+def describe_to_loader(config: dict[str, Any], plan: TensorPlan, parameters: Mapping[str, mx.array]) -> bool:
+    """Describe the planned tensors in a loader's config, which is also the config that is saved.
+
+    The checkpoint's own quantization map has the names of stored modules, and some loaders take bits and
+    modes from there alone.
+
+    Returns:
+        Whether any tensors are quantized.
+    """
+    quantization = infer_quantization(plan, parameters)
+    described = with_quantization(config, quantization)
+    config.clear()
+    config.update(described)
+    return quantization is not None
 
 
 class CheckpointMixin(nn.Module):
@@ -105,7 +118,11 @@ class CheckpointMixin(nn.Module):
             warn_dense("the config of this checkpoint has no sparse layers", config)
         elif config.attention == "dense":
             warn_dense("dense attention is set", config)
-        self._describe_to_loader(plan)
+        if describe_to_loader(self.loader_config, plan, dict(tree_flatten(self.parameters()))):
+            expect_scales(self, plan)
+        # For mlx-vlm: gate and up are separate here, and so is the shared expert.
+        nested = self.loader_config.get("text_config")
+        (nested if isinstance(nested, dict) else self.loader_config)["pack_shared_expert"] = False
         if memory := checked("expert_memory"):
             plan = self._put_experts_on_disk(plan, memory)
         return {name: tensor.make(weights) for name, tensor in plan.items()}
@@ -132,23 +149,6 @@ class CheckpointMixin(nn.Module):
                 f"this model's experts are on disk, and are needed in memory: unset {EXPERT_MEMORY}"
             )
 
-    def _describe_to_loader(self, plan: TensorPlan) -> None:
-        """Describe the planned tensors in the loader's config, which is also the config that is saved.
-
-        The checkpoint's own quantization map has the names of stored modules, and some loaders
-        take bits and modes from there alone.
-        """
-        config = self.loader_config
-        quantization = infer_quantization(plan, dict(tree_flatten(self.parameters())))
-        described = with_quantization(config, quantization)
-        config.clear()
-        config.update(described)
-        if quantization is not None:
-            expect_scales(self, plan)
-        # For mlx-vlm: gate and up are separate here, and so is the shared expert.
-        text_config = config.get("text_config")
-        (text_config if isinstance(text_config, dict) else config)["pack_shared_expert"] = False
-
     def load_weights(
         self, file_or_weights: str | Path | list[tuple[str, mx.array]], strict: bool = True
     ) -> nn.Module:
@@ -168,7 +168,7 @@ class CheckpointMixin(nn.Module):
         return self
 
     def check_values(self) -> None:
-        """See :func:`~mlx_m3_plugin.weights.check_values`."""
+        """See :func:`~mlx_m3_plugin.weights.check.check_values`."""
         check_values(self)
 
     def dequantize_scaled_layers(self) -> None:
@@ -198,8 +198,6 @@ class CheckpointMixin(nn.Module):
         """Which parameters a conversion quantizes: all linear layers, the router in 8 bits."""
 
         def predicate(path: str, _: nn.Module) -> bool | dict[str, int]:
-            if path.endswith("block_sparse_moe.gate"):
-                return {"group_size": 64, "bits": 8}
-            return True
+            return {"group_size": 64, "bits": 8} if path.endswith("block_sparse_moe.gate") else True
 
         return predicate

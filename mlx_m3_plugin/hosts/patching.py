@@ -14,10 +14,10 @@ import inspect
 import re
 from collections.abc import Callable, Mapping
 from contextvars import ContextVar
-from dataclasses import dataclass, field
 from functools import partial, wraps
+from importlib.metadata import PackageNotFoundError, distribution, version
 from types import ModuleType
-from typing import Any
+from typing import Any, NamedTuple
 
 Arguments = inspect.BoundArguments
 
@@ -26,32 +26,30 @@ class UpstreamChangedError(Exception):
     """The installed library lacks something that a patch needs, or has it in another form."""
 
 
-@dataclass(frozen=True)
-class Patch:
+class Patch(NamedTuple):
     """One function, method or class of upstream that we replace.
 
     Attributes:
-        target: where upstream has it, and what ours uses of it: a module and a need, in the form that
-            :func:`check_needs` takes, such as ``"mlx_lm.generate:TextStateMachine.flush(state)"``.
         what: what M3 gets from it, in a few words for ``status()`` and ``mlx-m3 doctor``.
         replace: makes ours from upstream's module and upstream's function.
-        others: what else ours uses of the module, in the same form.
-        until: when the patch can go: ``"never"`` with the reason; or what upstream lacks today; or
-            ``"mlx-lm 0.32"``, the first release without what is replaced or needed.  A patch of the last
-            kind is left out where the function is missing, and from that release on.
-        fault: the test in ``tests/upstream`` that fails once upstream no longer lacks it.
+        until: when the patch can go: ``"never: "`` and the reason; the name of the test in
+            ``tests/upstream`` that fails once upstream has no need of it; or ``"mlx-lm 0.32"``, the first
+            release without what is replaced or needed.  A patch of the last kind is left out where the
+            function is missing, and from that release on.
+        others: what else ours uses of the module, in the form of ``target``.
         since: the first release that has all that is needed.  Older ones go without the patch.
         distribution: which one the module must be of, where others may have a module of its name.
+        target: where upstream has it, and what ours uses of it: a module and a need, in the form that
+            :func:`check_needs` takes, such as ``"mlx_lm.generate:TextStateMachine.flush(state)"``.
     """
 
-    target: str
     what: str
     replace: Callable[[Any, Any], Any]
+    until: str
     others: tuple[str, ...] = ()
-    until: str = field(kw_only=True)
-    fault: str = ""
     since: str = ""
     distribution: str = ""
+    target: str = ""
 
     @property
     def module(self) -> str:
@@ -97,6 +95,11 @@ class Patch:
         except UpstreamChangedError:
             return True
         return _installed_release(module) >= _release(self.until)
+
+
+def by_target(patches: Mapping[str, Patch]) -> list[Patch]:
+    """The patches, each with the :attr:`Patch.target` under which it is listed."""
+    return [patch._replace(target=target) for target, patch in patches.items()]
 
 
 def check_needs(module: ModuleType, *needs: str) -> None:
@@ -154,9 +157,7 @@ def check_takes(name: str, function: Any, *parameters: str) -> None:
 
 
 def for_m3(
-    original: Callable[..., Any],
-    is_m3: Callable[[Mapping[str, Any]], bool],
-    ours: Callable[[Arguments], Any],
+    original: Callable[..., Any], is_m3: Callable[[Mapping[str, Any]], bool], ours: Callable[[Arguments], Any]
 ) -> Callable[..., Any]:
     """``original`` for other models, ``ours`` for MiniMax-M3.
 
@@ -193,6 +194,11 @@ def where(
     return decorate
 
 
+def where_ours(argument: str, attribute: str) -> Callable[[Callable[[Any, Arguments], Any]], Any]:
+    """:func:`where` the class of an argument has an attribute that only classes of ours have."""
+    return where(lambda given: hasattr(type(given[argument]), attribute))
+
+
 def call(function: Callable[..., Any], given: Arguments) -> Any:
     return function(*given.args, **given.kwargs)
 
@@ -210,8 +216,6 @@ def _release(text: str) -> tuple[int, ...]:
 
 
 def _installed_release(module: ModuleType) -> tuple[int, ...]:
-    from importlib.metadata import PackageNotFoundError, version
-
     try:
         return _release(version(module.__name__.partition(".")[0].replace("_", "-")))
     except PackageNotFoundError:
@@ -220,8 +224,6 @@ def _installed_release(module: ModuleType) -> tuple[int, ...]:
 
 
 def _is_of(name: str, module: ModuleType) -> bool:
-    from importlib.metadata import PackageNotFoundError, distribution
-
     try:
         path = distribution(name).locate_file(module.__name__.replace(".", "/"))
     except PackageNotFoundError:
@@ -231,7 +233,10 @@ def _is_of(name: str, module: ModuleType) -> bool:
 
 # --- load_model, which both libraries have ---
 
-_STRICT: ContextVar[bool] = ContextVar("strict", default=False)
+WHY_FILES_ARE_CHECKED = "never: MLX opens files that are cut off, and lets the second tensor of one name win"
+# Whether M3 checkpoints are loaded strictly, also where the caller does not ask for that: what a checkpoint
+# lacks would stay random.
+LOADS_STRICTLY: ContextVar[bool] = ContextVar("loads_strictly", default=False)
 # The directory that is being loaded, to be in memory afterwards; None in a lazy load.
 LOADED_DIRECTORY: ContextVar[Any] = ContextVar("loaded_directory", default=None)
 
@@ -262,7 +267,7 @@ def with_checks(
     def checked(given: Arguments) -> Any:
         from ..weights.headers import check_files
 
-        if _STRICT.get():
+        if LOADS_STRICTLY.get():
             # mlx-vlm takes it in ``**kwargs``.
             named = given.arguments if "strict" in given.arguments else given.arguments["kwargs"]
             named["strict"] = True
@@ -284,28 +289,27 @@ def with_checks(
     return for_m3(load_model, lambda given: is_ours(given.get("model_path")), checked)
 
 
-def strictly(load: Callable[..., Any]) -> Callable[..., Any]:
-    """A function that loads M3 checkpoints strictly, even if it does not ask for that.
+def calling_sets(variable: ContextVar[bool]) -> Callable[[Any, Any], Any]:
+    """Makes :attr:`Patch.replace`: upstream's function, with ``variable`` set to True during its calls."""
 
-    What a checkpoint lacks would stay random.
-    """
+    def replace_with(module: Any, original: Callable[..., Any]) -> Callable[..., Any]:
+        @wraps(original)
+        def replaced(*args: Any, **kwargs: Any) -> Any:
+            token = variable.set(True)
+            try:
+                return original(*args, **kwargs)
+            finally:
+                variable.reset(token)
 
-    @wraps(load)
-    def strict(*args: Any, **kwargs: Any) -> Any:
-        token = _STRICT.set(True)
-        try:
-            return load(*args, **kwargs)
-        finally:
-            _STRICT.reset(token)
+        return replaced
 
-    return strict
+    return replace_with
 
 
 # --- dequantize_model, which both libraries have ---
 
 
-# Only our classes have the method.
-@where(lambda given: hasattr(type(given["model"]), "dequantize_scaled_layers"))
+@where_ours("model", "dequantize_scaled_layers")
 def dequantize_model(dequantize: Any, given: Arguments) -> Any:
     """First the layers with tensor scales, which ``dequantize`` would leave out."""
     given.arguments["model"].dequantize_scaled_layers()

@@ -26,21 +26,20 @@ class Attention(nn.Module):
 
     def __init__(self, config: TextConfig, layer: int, host: Host | None = None):
         super().__init__()
+        self.config = config
         self.host = host = host or config.host
+        # Of this process: fewer than the config's where heads are sharded.
         self.num_attention_heads = config.num_attention_heads
         self.num_key_value_heads = config.num_key_value_heads
-        self.head_dim = config.head_dim
         self.scale = config.head_dim**-0.5
-        self.use_qk_norm = config.use_qk_norm
         self.is_sparse_attn = config.is_sparse_attention(layer)
-        self.attends_densely = config.attention == "dense"
 
         hidden, head = config.hidden_size, config.head_dim
         self.q_proj = nn.Linear(hidden, config.num_attention_heads * head, bias=False)
         self.k_proj = nn.Linear(hidden, config.num_key_value_heads * head, bias=False)
         self.v_proj = nn.Linear(hidden, config.num_key_value_heads * head, bias=False)
         self.o_proj = nn.Linear(config.num_attention_heads * head, hidden, bias=False)
-        if self.use_qk_norm:
+        if config.use_qk_norm:
             self.q_norm = make_norm(config, head)
             self.k_norm = make_norm(config, head)
         # Serves the index heads as well: the same leading channels, frequencies and positions.
@@ -53,12 +52,6 @@ class Attention(nn.Module):
         )
         if self.is_sparse_attn:
             self.index_n_heads = config.index_n_heads
-            self.index_head_dim = config.index_head_dim
-            self.index_block_size = config.index_block_size
-            self.index_topk_blocks = config.index_topk_blocks
-            self.index_budget = config.budget
-            self.index_local_blocks = config.index_local_blocks
-            self.index_init_blocks = config.index_init_blocks
             self.index_q_proj = nn.Linear(hidden, config.index_n_heads * config.index_head_dim, bias=False)
             self.index_k_proj = nn.Linear(hidden, config.index_head_dim, bias=False)
             self.index_q_norm = make_norm(config, config.index_head_dim)
@@ -87,7 +80,8 @@ class Attention(nn.Module):
             keys, values = kv.append(kv_cache, keys, values)
             out = self.host.attention(queries, keys, values, cache=kv_cache, scale=self.scale, mask=mask)
         else:
-            setup = setup_for(self, queries.dtype, *kv.bits_and_group_size(kv_cache))
+            setup = setup_for(self.config, queries.dtype, *kv.bits_and_group_size(kv_cache))
+            setup = setup._replace(heads=self.num_attention_heads, groups=self.num_key_value_heads)
             out = engine.attend(
                 queries,
                 *kv.append_to_slots(kv_cache, keys, values),
@@ -108,11 +102,11 @@ class Attention(nn.Module):
             _split_heads(self.q_proj(x), self.num_attention_heads),
             _split_heads(self.k_proj(x), self.num_key_value_heads),
         ]
-        norms: list[Any] = [self.q_norm, self.k_norm] if self.use_qk_norm else [None, None]
+        norms: list[Any] = [self.q_norm, self.k_norm] if self.config.use_qk_norm else [None, None]
         if self.is_sparse_attn:
             heads.append(_split_heads(self.index_k_proj(x), 1))
             norms.append(self.index_k_norm)
-            if n_keys > self.index_budget and not self.attends_densely:
+            if n_keys > self.config.budget and self.config.attention != "dense":
                 heads.append(_split_heads(self.index_q_proj(x), self.index_n_heads))
                 norms.append(self.index_q_norm)
         # An array of positions, for rows of different lengths.
@@ -152,23 +146,21 @@ class Attention(nn.Module):
             delattr(self, name)
 
 
-def setup_for(
-    sizes: Attention | TextConfig, dtype: mx.Dtype, kv_bits: int, kv_group_size: int
-) -> engine.Setup:
-    """What the engine proves its kernels for: a layer, or the layers of a config."""
+def setup_for(config: TextConfig, dtype: mx.Dtype, kv_bits: int, kv_group_size: int) -> engine.Setup:
+    """What the engine proves its kernels for, where all heads are in one process."""
     return engine.Setup(
         dtype=dtype,
         kv_bits=kv_bits,
         kv_group_size=kv_group_size,
-        heads=sizes.num_attention_heads,
-        groups=sizes.num_key_value_heads,
-        channels=sizes.head_dim,
-        value_channels=sizes.head_dim,
-        index_channels=sizes.index_head_dim,
-        block_size=sizes.index_block_size,
-        k=sizes.index_topk_blocks,
-        local_blocks=sizes.index_local_blocks,
-        init_blocks=sizes.index_init_blocks,
+        heads=config.num_attention_heads,
+        groups=config.num_key_value_heads,
+        channels=config.head_dim,
+        value_channels=config.head_dim,
+        index_channels=config.index_head_dim,
+        block_size=config.index_block_size,
+        k=config.index_topk_blocks,
+        local_blocks=config.index_local_blocks,
+        init_blocks=config.index_init_blocks,
     )
 
 

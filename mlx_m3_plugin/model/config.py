@@ -27,6 +27,11 @@ _KEYS = {
 _IN_TOKENS = {"index_local_blocks": "sparse_local_tokens", "index_init_blocks": "sparse_init_tokens"}
 _LAYER_LISTS = ("moe_layer_freq", "mlp_layer_types", "layer_types", "sparse_attention_freq")
 
+_ATTENTION_BY_NAME = {
+    "minimax_m3_sparse": "minimax_m3_sparse",
+    "full_attention": "full_attention",
+    "minimax_m3_dense": "full_attention",
+}
 _MAY_BE_ZERO = ("index_local_blocks", "index_init_blocks", "n_shared_experts")
 
 # Options that change the computation and have one value in every released M3.  Any other
@@ -110,20 +115,19 @@ class TextConfig:
 
     def __init__(self, **params: Any):
         sparse = _mapping(params, "sparse_attention_config")
-        defaults = {f.name: f.default for f in fields(TextConfig)}
-        read = {key: value for key, value in params.items() if key in defaults and value is not None}
         n_layers = _n_layers(params, sparse)
         _refuse_unknown_values(params, sparse, n_layers)
-        read.update({name: sparse[key] for name, (key, *_) in _KEYS.items() if key in sparse})
-        if read.get("index_block_size", 0) is None:
+        defaults = {f.name: f.default for f in fields(TextConfig)}
+        given = {key: value for key, value in params.items() if key in defaults and value is not None}
+        given |= {name: sparse[key] for name, (key, *_) in _KEYS.items() if key in sparse}
+        if given.get("index_block_size", 0) is None:
             # Dense, as for mlx-lm's class; see ``_layer_types``.
-            del read["index_block_size"]
-        read = {**defaults, **_blocks_from_tokens({**params, **sparse}, read), **read}
-        read["num_hidden_layers"] = n_layers
-        read["layer_types"] = _layer_types(params, sparse, n_layers)
-        read["mlp_layer_types"] = _mlp_layer_types(params, n_layers)
-        read.update(_rope(params, _integer(read["head_dim"], "head_dim")))
-        vars(self).update(read)
+            del given["index_block_size"]
+        vars(self).update(defaults | _blocks_from_tokens({**params, **sparse}, given) | given)
+        self.num_hidden_layers = n_layers
+        self.layer_types = _layer_types(params, sparse, n_layers)
+        self.mlp_layer_types = _mlp_layer_types(params, n_layers)
+        vars(self).update(_rope(params, _integer(self.head_dim, "head_dim")))
         self._check_types()
         self._check_sizes()
 
@@ -201,8 +205,7 @@ class TextConfig:
             f"num_attention_heads ({heads}) must be a multiple of num_key_value_heads ({kv_heads})",
         )
         _check(
-            chosen <= experts,
-            f"num_experts_per_tok ({chosen}) is larger than num_local_experts ({experts})",
+            chosen <= experts, f"num_experts_per_tok ({chosen}) is larger than num_local_experts ({experts})"
         )
         _check(
             rotated <= head_dim and rotated % 2 == 0,
@@ -295,25 +298,18 @@ def _key(attribute: str) -> str:
     return " or ".join(_KEYS.get(attribute, (attribute,)))
 
 
-def _uses_sparse_attention(sparse: Mapping[str, Any]) -> bool:
-    """True or false, also as 1 or 0.  Left out or null counts as true."""
-    value = sparse.get("use_sparse_attention", True)
-    _expect(value in (True, False, None), "use_sparse_attention", "true or false", value)
-    return value is None or bool(value)
-
-
 def _layer_types(params: Mapping[str, Any], sparse: Mapping[str, Any], n_layers: int) -> list[str]:
+    is_used = sparse.get("use_sparse_attention", True)
+    _expect(is_used in (True, False, None), "use_sparse_attention", "true or false", is_used)
     block_size = sparse.get("sparse_block_size", params.get("index_block_size", TextConfig.index_block_size))
-    if block_size is None or not _uses_sparse_attention(sparse):
+    if block_size is None or not (is_used or is_used is None):
         return ["full_attention"] * n_layers
-    if params.get("layer_types") is not None:
-        kinds = ("minimax_m3_sparse", "full_attention", "minimax_m3_dense")
-        given = _per_layer(params["layer_types"], "layer_types", n_layers, kinds)
-        return [kind if kind == kinds[0] else kinds[1] for kind in given]
     freq = sparse.get("sparse_attention_freq", params.get("sparse_attention_freq"))
+    if params.get("layer_types") is not None:
+        return _per_layer(params["layer_types"], "layer_types", n_layers, _ATTENTION_BY_NAME)
     if freq is not None:
-        freq = _per_layer(freq, "sparse_attention_freq", n_layers, (0, 1))
-        return ["minimax_m3_sparse" if f else "full_attention" for f in freq]
+        kinds = {0: "full_attention", 1: "minimax_m3_sparse"}
+        return _per_layer(freq, "sparse_attention_freq", n_layers, kinds)
     if sparse:
         raise ValueError(
             "config: sparse_attention_config lacks sparse_attention_freq, the layers that are sparse"
@@ -324,21 +320,20 @@ def _layer_types(params: Mapping[str, Any], sparse: Mapping[str, Any], n_layers:
 
 def _mlp_layer_types(params: Mapping[str, Any], n_layers: int) -> list[str]:
     if params.get("mlp_layer_types") is not None:
-        return _per_layer(params["mlp_layer_types"], "mlp_layer_types", n_layers, ("sparse", "dense"))
+        kinds = {"sparse": "sparse", "dense": "dense"}
+        return _per_layer(params["mlp_layer_types"], "mlp_layer_types", n_layers, kinds)
     if params.get("moe_layer_freq") is not None:
-        freq = _per_layer(params["moe_layer_freq"], "moe_layer_freq", n_layers, (0, 1))
-        return ["sparse" if f else "dense" for f in freq]
+        return _per_layer(params["moe_layer_freq"], "moe_layer_freq", n_layers, {0: "dense", 1: "sparse"})
     return ["sparse"] * n_layers
 
 
-def _per_layer(value: Any, key: str, n_layers: int, allowed: tuple[Any, ...]) -> list[Any]:
-    """The first entries: checkpoints with the first layers of a model may have the lists for all."""
+def _per_layer(value: Any, key: str, n_layers: int, kinds: Mapping[Any, str]) -> list[str]:
+    """Of the first entries: checkpoints with the first layers of a model may have the lists for all."""
     is_list = isinstance(value, (list, tuple)) and len(value) >= n_layers
     _check(is_list, f"{key} must be a list with one entry for each of {n_layers} layers")
-    entries = list(value[:n_layers])
-    for entry in entries:
-        _check(entry in allowed, f"{key} holds {entry!r}; allowed are {', '.join(map(repr, allowed))}")
-    return entries
+    for entry in value[:n_layers]:
+        _check(entry in [*kinds], f"{key} holds {entry!r}; allowed are {', '.join(map(repr, kinds))}")
+    return [kinds[entry] for entry in value[:n_layers]]
 
 
 def _blocks_from_tokens(params: Mapping[str, Any], read: Mapping[str, Any]) -> dict[str, int]:
@@ -354,8 +349,8 @@ def _blocks_from_tokens(params: Mapping[str, Any], read: Mapping[str, Any]) -> d
 def _rope(params: Mapping[str, Any], head_dim: int) -> dict[str, Any]:
     """``rope_theta``, ``rotary_dim`` and ``rope_parameters`` in transformers' order of precedence."""
     rope = dict(_mapping(params, "rope_scaling") or _mapping(params, "rope_parameters"))
-    theta = rope.get("rope_theta", params.get("rope_theta"))
-    factor = rope.get("partial_rotary_factor", params.get("partial_rotary_factor"))
+    theta = rope.pop("rope_theta", params.get("rope_theta"))
+    factor = rope.pop("partial_rotary_factor", params.get("partial_rotary_factor"))
     if factor is not None:
         _expect(_is_number(factor), "partial_rotary_factor", "a number", factor)
         rotary_dim = int(head_dim * factor)
@@ -363,8 +358,6 @@ def _rope(params: Mapping[str, Any], head_dim: int) -> dict[str, Any]:
         given = params.get("rotary_dim")
         # Half of a head: the 64 channels that are transformers' default, and the default of both hosts.
         rotary_dim = _integer(head_dim // 2 if given is None else given, "rotary_dim")
-    for key in ("rope_theta", "partial_rotary_factor"):
-        rope.pop(key, None)
     if rope.get("rope_type", rope.get("type", "default")) == "default":
         rope = {}
     theta = TextConfig.rope_theta if theta is None else theta

@@ -67,11 +67,7 @@ class TextModel(nn.Module):
         self.layers = [None] * self.start_idx + self.pipeline_layers  # type: ignore[assignment]
 
     def __call__(
-        self,
-        inputs: mx.array,
-        mask: None = None,
-        cache: Any = None,
-        input_embeddings: mx.array | None = None,
+        self, inputs: mx.array, mask: None = None, cache: Any = None, input_embeddings: mx.array | None = None
     ) -> mx.array:
         """Token ids ``[B, L]``, or ``input_embeddings`` ``[B, L, D]`` -> ``[B, L, D]``.
 

@@ -16,7 +16,8 @@ import importlib.util
 import logging
 import sys
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import asdict
+from functools import partial
+from importlib.machinery import ModuleSpec as Spec
 from importlib.metadata import EntryPoint, PackageNotFoundError, distribution
 from types import FunctionType, ModuleType
 from typing import Any
@@ -51,12 +52,12 @@ status: dict[str, Any] = {
 replaced_modules: list[ModuleType] = []
 
 
-def activate(replacing: Any = None, settings: Settings | None = None) -> None:
+def activate(replacing: Any) -> None:
     """Put the finder on ``sys.meta_path``, in the place of ``replacing`` if that is on it."""
-    settings = settings or read_settings()
-    status["settings"] = status["settings"] or asdict(settings)
+    settings = read_settings()
+    status["settings"] = status["settings"] or settings._asdict()
     for complaint in settings.complaints:
-        _report(complaint, settings)
+        _report(complaint)
     if status["active"] or not settings.enabled:
         if not status["active"]:
             status["why"] = "MLX_M3_PLUGIN is off"
@@ -65,7 +66,7 @@ def activate(replacing: Any = None, settings: Settings | None = None) -> None:
         return
     entry_points = own_entry_points()
     if not entry_points:
-        _report(f"no metadata of {DISTRIBUTION} found; install it with pip instead of copying it", settings)
+        _report(f"no metadata of {DISTRIBUTION} found; install it with pip instead of copying it")
     finder = PluginFinder(entry_points, settings)
     if replacing in sys.meta_path:
         # In place: the import system may be iterating over this very list.
@@ -93,20 +94,21 @@ class PluginFinder:
     def __init__(self, entry_points: Sequence[EntryPoint], settings: Settings):
         self._modules = {(e.group, e.name): e.value for e in entry_points}
         self._patches = {e.name: e for e in entry_points if e.group == PATCH_GROUP}
-        self._settings = settings
+        self._prefers_native = settings.prefer_native
 
-    def find_spec(
-        self, fullname: str, path: Any = None, target: Any = None
-    ) -> importlib.machinery.ModuleSpec | None:
-        if fullname in self._patches:
-            return self._spec_with_patch(fullname, path, target)
-        value = self._module_for(fullname)
-        if value is None:
+    def find_spec(self, fullname: str, path: Any = None, target: Any = None) -> Spec | None:
+        ours = self._module_for(fullname)
+        if ours is None and fullname not in self._patches:
             return None
         native = self._native_spec(fullname, path, target)
-        if self._settings.prefer_native and native is not None:
+        if ours is None:
+            if native is not None and native.loader is not None:
+                after = partial(self._run_patches, entry_point=self._patches[fullname])
+                native.loader = _PatchingLoader(native.loader, after)  # type: ignore[assignment]
+            return native
+        if native is not None and self._prefers_native:
             return None
-        return graft_spec(fullname, value, native, self._settings)
+        return graft_spec(fullname, ours, native)
 
     def catch_up(self) -> None:
         """Patch or replace the modules that were imported before us."""
@@ -116,9 +118,8 @@ class PluginFinder:
                 self._run_patches(sys.modules[name], entry_point)
                 _renew_imports_by_name(before, sys.modules[name])
                 status["caught_up"].append(name)
-        for name in [
-            n for n in list(sys.modules) if self._module_for(n) and not self._settings.prefer_native
-        ]:
+        served = [name for name in list(sys.modules) if self._module_for(name)]
+        for name in [] if self._prefers_native else served:
             # The next look-up must find ours.  Objects made from the native module keep working.
             replaced_modules.append(sys.modules.pop(name))
             status["caught_up"].append(name)
@@ -134,7 +135,7 @@ class PluginFinder:
             native = self._native_spec(fullname, path, None)
         except ImportError:
             native = None
-        if native is not None and self._settings.prefer_native:
+        if native is not None and self._prefers_native:
             why = "MLX_M3_PLUGIN_PREFER=native"
             return {"name": fullname, "source": "native", "path": native.origin, "why": why}
         why = "ours wins over the native module" if native else "upstream has no such module"
@@ -146,22 +147,13 @@ class PluginFinder:
         group = NAMESPACES.get(parent)
         return None if group is None else self._modules.get((group, leaf))
 
-    def _native_spec(self, fullname: str, path: Any, target: Any) -> importlib.machinery.ModuleSpec | None:
+    def _native_spec(self, fullname: str, path: Any, target: Any) -> Spec | None:
         for finder in sys.meta_path:
             find_spec = None if finder is self else getattr(finder, "find_spec", None)
             spec = find_spec(fullname, path, target) if find_spec else None
             if spec is not None:
                 return spec
         return None
-
-    def _spec_with_patch(
-        self, fullname: str, path: Any, target: Any
-    ) -> importlib.machinery.ModuleSpec | None:
-        spec = self._native_spec(fullname, path, target)
-        if spec is not None and spec.loader is not None:
-            entry_point = self._patches[fullname]
-            spec.loader = _PatchingLoader(spec.loader, lambda module: self._run_patches(module, entry_point))  # type: ignore[assignment]
-        return spec
 
     def _run_patches(self, module: ModuleType, entry_point: EntryPoint) -> None:
         """Apply the patches of ``module`` in the list that the entry point names.
@@ -182,15 +174,10 @@ class PluginFinder:
             status["patched"][module.__name__] = done
         if problems:
             message = f"cannot extend {module.__name__} for MiniMax-M3: {'; '.join(problems)}"
-            _report(message, self._settings, next(iter(problems.values())))
+            _report(message, next(iter(problems.values())))
 
 
-def graft_spec(
-    fullname: str,
-    module_name: str,
-    native: importlib.machinery.ModuleSpec | None,
-    settings: Settings,
-) -> importlib.machinery.ModuleSpec:
+def graft_spec(fullname: str, module_name: str, native: Spec | None) -> Spec:
     """A spec that executes the file of ``module_name`` as ``fullname``.
 
     Where ``native`` is a package, its sub-modules stay upstream's own.
@@ -202,7 +189,7 @@ def graft_spec(
     origin = _origin(module_name)
     if origin is None:
         raise RuntimeError(f"mlx-m3-plugin: {module_name}, which should serve {fullname}, is not installed")
-    loader = _GraftLoader(fullname, origin, native, settings)
+    loader = _GraftLoader(fullname, origin, native)
     locations = native.submodule_search_locations if native else None
     spec = importlib.util.spec_from_file_location(
         fullname, origin, loader=loader, submodule_search_locations=locations
@@ -235,12 +222,9 @@ class _GraftLoader(importlib.machinery.SourceFileLoader):
     ``fall_back_to_native``; then the native module takes its place, with a warning.
     """
 
-    def __init__(
-        self, name: str, path: str, native: importlib.machinery.ModuleSpec | None, settings: Settings
-    ):
+    def __init__(self, name: str, path: str, native: Spec | None):
         super().__init__(name, path)
         self._native = native
-        self._settings = settings
 
     def exec_module(self, module: ModuleType) -> None:
         try:
@@ -248,17 +232,15 @@ class _GraftLoader(importlib.machinery.SourceFileLoader):
         except Exception as error:
             message = f"mlx-m3-plugin: {self.name} ({self.path}) failed: {type(error).__name__}: {error}"
             if self._native is not None and getattr(error, "fall_back_to_native", False):
-                _report(f"{error}; {self.name} is upstream's own", self._settings, error)
-                self._exec_native(module)
+                _report(f"{error}; {self.name} is upstream's own", error)
+                self._exec_native(module, self._native)
                 return
             status["errors"].append(message)
             raise RuntimeError(message) from error
         status["served"][self.name] = self.path
         status["ours"].append(self.name)
 
-    def _exec_native(self, module: ModuleType) -> None:
-        native = self._native
-        assert native is not None
+    def _exec_native(self, module: ModuleType, native: Spec) -> None:
         assert native.loader is not None
         kept = {name: value for name, value in vars(module).items() if name.startswith("__")}
         vars(module).clear()
@@ -318,8 +300,8 @@ def _origin(module_name: str) -> str | None:
     return None if spec is None else spec.origin
 
 
-def _report(message: str, settings: Settings, cause: Exception | None = None) -> None:
+def _report(message: str, cause: Exception | None = None) -> None:
     status["errors"].append(message)
-    if settings.strict:
+    if status["settings"] and status["settings"]["strict"]:
         raise RuntimeError(f"mlx-m3-plugin: {message}") from cause
     log.warning("mlx-m3-plugin: %s", message)

@@ -3,8 +3,7 @@
 import os
 import re
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
 PIPELINE_SPLIT = "MLX_M3_PLUGIN_PIPELINE_SPLIT"
 EFFORT = "MLX_M3_PLUGIN_REASONING_EFFORT"
@@ -49,8 +48,7 @@ _VARIABLES: dict[str, tuple[str, Callable[[str], Any], str]] = {
 }
 
 
-@dataclass(frozen=True)
-class Settings:
+class Settings(NamedTuple):
     """What the user asks for.
 
     Attributes:
@@ -101,7 +99,7 @@ def checked(attribute: str, environ: Mapping[str, str] = os.environ) -> Any:
     """
     name = next(name for name, (its_attribute, _, _) in _VARIABLES.items() if its_attribute == attribute)
     value = _read(name, environ)
-    return getattr(Settings, attribute) if value is None else value
+    return getattr(Settings(), attribute) if value is None else value
 
 
 def model_settings(environ: Mapping[str, str] = os.environ) -> dict[str, Any]:

@@ -51,7 +51,7 @@ class Status:
 
 def status_of_process(running_version: str, failure: str | None) -> Status:
     """Args: the plugin's version, and why activating it failed, if it did."""
-    known, now = hook.status, asdict(read_settings())
+    known, now = hook.status, read_settings()._asdict()
     # Only these are read once; the others, each time a model is made.
     at_activation = ("enabled", "prefer_native", "strict")
     settings = now | {name: (known["settings"] or now)[name] for name in at_activation}

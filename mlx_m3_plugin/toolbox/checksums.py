@@ -3,7 +3,7 @@
 import hashlib
 import re
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 
 from ..weights.headers import weight_files
@@ -24,9 +24,9 @@ class Verification:
         problems: files that differ, are missing, cannot be read or have no checksum, one line each.
     """
 
-    files: int = 0
-    bytes: int = 0
-    problems: list[str] = field(default_factory=list)
+    files: int
+    bytes: int
+    problems: list[str]
 
 
 def verify(directory: Path, watch: Watch) -> Verification:
@@ -45,19 +45,18 @@ def verify(directory: Path, watch: Watch) -> Verification:
             f"{directory} has no {SUMS}, so nothing can be verified; `mlx-m3 convert` writes that file, "
             "or run `sha256sum *.safetensors > SHA256SUMS` where the files are known to be whole"
         )
-    found = Verification(problems=[f"{name}: has no checksum" for name in shards if name not in expected])
+    problems = [f"{name}: has no checksum" for name in shards if name not in expected]
     there = {name: directory / name for name in expected if (directory / name).is_file()}
-    found.problems += [f"{name}: is missing" for name in expected if name not in there]
-    progress = watch("verifying", sum(file.stat().st_size for file in there.values()))
+    problems += [f"{name}: is missing" for name in expected if name not in there]
+    size = sum(file.stat().st_size for file in there.values())
+    progress = watch("verifying", size)
     for name, file in there.items():
-        found.files += 1
-        found.bytes += file.stat().st_size
         try:
             if sha256_of(file, progress) != expected[name]:
-                found.problems.append(f"{name}: its content has changed (SHA-256 differs)")
+                problems.append(f"{name}: its content has changed (SHA-256 differs)")
         except OSError as error:
-            found.problems.append(f"{name}: cannot be read: {error.strerror or error}")
-    return found
+            problems.append(f"{name}: cannot be read: {error.strerror or error}")
+    return Verification(files=len(there), bytes=size, problems=problems)
 
 
 def sha256_of(file: Path, progress: Progress = lambda *_: None) -> str:

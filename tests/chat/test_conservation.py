@@ -23,7 +23,7 @@ Sides = tuple[str, str, list[tuple[str, Any]]]
 
 def test_nothing_is_lost(count: Callable[[int, int], int], fresh_seed: int) -> None:
     rng = random.Random(fresh_seed)
-    for _ in range(count(600, 100_000)):
+    for _ in range(count(300, 100_000)):
         text, in_reasoning = damaged_replies.reply(rng), rng.random() < 0.3
         tools = rng.choice([TOOLS, TOOLS, [], None])
         whole = events_of([text], in_reasoning, tools)

@@ -20,7 +20,7 @@ CALLED = [ToolCall("f", {"a": "1"})]
 
 def test_cuts_change_nothing(count: Callable[[int, int], int], fresh_seed: int) -> None:
     rng = random.Random(fresh_seed)
-    for _ in range(count(60, 2000)):
+    for _ in range(count(30, 2000)):
         made = sample(rng)
         text, in_reasoning = made.text, made.in_reasoning
         whole, _ = read([text], in_reasoning, [])
@@ -176,6 +176,7 @@ def test_calls_have_the_types_of_their_tools() -> None:
     assert reply.calls == [ToolCall("f", {"a": 1})]
 
 
+@pytest.mark.some(20)
 @pytest.mark.parametrize("piece", [4, 10**9], ids=["by tokens", "whole"])
 @pytest.mark.parametrize("shape", SHAPES)
 def test_time_grows_as_the_text(shape: str, piece: int, count: Callable[[int, int], int]) -> None:

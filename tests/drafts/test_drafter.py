@@ -64,8 +64,9 @@ def test_logits_equal_the_description(
         worst = max(float(abs(np.array(a) - b).max()) for a, b in zip(logits, expected_logits, strict=True))
         assert worst <= TOLERANCE
         assert tokens == expected
-        normed = drafter.block_hidden(mx.array([anchor]), mx.array(features[None]), drafter.make_cache())
-        confidence = drafter.confidence(normed[:, :n], mx.array([anchor]), mx.array([tokens]))
+        block = mx.array([[anchor] + [drafter.config.mask_token_id] * (n - 1)])
+        normed = drafter._hidden(block, mx.array(features[None]), drafter.make_cache())
+        confidence = drafter.confidence(normed, mx.array([anchor]), mx.array([tokens]))
         assert float(abs(np.array(confidence)[0] - sure).max()) <= TOLERANCE
         seen.add((causal, length > 24))
     assert len(seen) > 1

@@ -4,7 +4,6 @@ import json
 import re
 import subprocess
 import sys
-from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -18,7 +17,7 @@ from mlx_m3_plugin.toolbox.inspect import inspect, lines_of
 from mlx_m3_plugin.toolbox.parameters import text_shapes
 from tests.checkpoints.edits import edit_header, edit_json, stored_names
 from tests.checkpoints.random_model import write_random_model
-from tests.checkpoints.real_size import REAL_LAYOUTS
+from tests.checkpoints.real_size import REAL_LAYOUTS, real
 from tests.checkpoints.small_model import CONFIG
 from tests.checkpoints.tiny_layouts import LAYOUTS, UNREPRESENTABLE
 
@@ -42,10 +41,11 @@ REAL_COMPONENTS = {
 # --- counts ---
 
 
+@pytest.mark.some(4)
 @pytest.mark.parametrize("name", REAL_LAYOUTS)
-def test_real_sizes_are_counted_to_the_unit(name, tmp_path):
-    written = REAL_LAYOUTS[name](tmp_path)
-    found = inspect(tmp_path)
+def test_real_sizes_are_counted_to_the_unit(name):
+    written = real(name)
+    found = inspect(written.path)
     assert (found.tensors, found.bytes, found.parameters) == (
         written.tensors,
         written.bytes,
@@ -70,9 +70,8 @@ def test_real_sizes_are_counted_to_the_unit(name, tmp_path):
     assert found.memory.per_token == {"text_only_6bit": 122_880, "m31": 138_240}.get(name, 137_472)
 
 
-def test_the_official_mxfp8_checkpoint(tmp_path):
-    REAL_LAYOUTS["mxfp8"](tmp_path)
-    found = inspect(tmp_path)
+def test_the_official_mxfp8_checkpoint():
+    found = inspect(real("mxfp8").path)
     assert (found.tensors, found.files) == (45_838, 31)
     assert {(entry.dtype, entry.tensors) for entry in found.dtypes} >= {("F8_E4M3", 22_422), ("U8", 22_422)}
     assert [str(precision) for precision in found.precisions] == ["mxfp8", "bfloat16", "float32"]
@@ -345,13 +344,59 @@ def test_a_sound_checkpoint(tmp_path, capsys):
     assert f"""mlx_lm.chat --model '{tmp_path}/it'"'"'s a demo' """ in printed
 
 
+# Without its last parts, which name this machine's memory and mlx-vlm's version.
+PAGE = """\
+m3
+  model         MiniMax-M3.1-Flash
+  model type    minimax_m3_vl
+  layout        published names (language_model.model.layers); experts stacked (4 rows), gate and up
+                separate; 14 unused tensors
+  opens in      mlx-lm and mlx-vlm, with this plugin
+  without it    not right past 32 tokens without the plugin, where it opens: mlx-lm (it ignores
+                sparse_init_block) and mlx-vlm (it selects the same blocks for all groups of heads)
+  stored as     F32 86 tensors, 1.3 MiB; U32 35 tensors, 1.1 MiB; U8 37 tensors, 136,320 bytes
+  size          158 tensors in 3 files, 2,675,592 bytes (2.6 MiB)
+  quantization  nvfp4 786,432, mxfp8 626,688, affine 8-bit g64 180,224; not quantized: float32
+                162,088
+  vision        yes
+  indexer       3 of 3 layers (0-2)
+  block budget  32 tokens, 4 blocks of 8, always 1 initial and 1 local
+  context       1,048,576 tokens
+  draft head    14 tensors in the shards, not used
+
+Component       parameters      bytes  bits/weight  stored as
+embeddings          90,112    101,376         9.00  8-bit g64
+attention          245,952    254,208         8.27  mxfp8, float32
+indexer             37,056     38,784         8.37  mxfp8, float32
+dense MLP          147,456    152,064         8.25  mxfp8
+router               1,032      4,128        32.00  float32
+routed experts     786,432    442,464         4.50  nvfp4
+shared expert      196,608    202,752         8.25  mxfp8
+norms                  896      3,584        32.00  float32
+lm_head             90,112    101,376         9.00  8-bit g64
+vision tower        56,864    227,456        32.00  float32
+projector           20,736     82,944        32.00  float32
+patch merge         82,176    328,704        32.00  float32
+other              234,626    735,752        25.09
+total            1,990,058  2,675,592        10.76
+
+Memory
+  context costs 960 bytes per token, 624 with --kv-bits 8 --kv-group-size 32
+"""
+
+
+def test_the_page(tiny):
+    found = inspect(tiny("m31_oq_keeping_nvfp4_draft"))
+    found.name = "m3"
+    assert "\n".join(lines_of(found)).startswith(PAGE)
+
+
 def test_json_holds_everything(checkpoint, capsys):
     no_template(checkpoint)
     assert main(["inspect", str(checkpoint), "--json"]) == 1
     printed = json.loads(capsys.readouterr().out)
     found = inspect(checkpoint)
-    assert printed == json.loads(json.dumps({**asdict(found), "is_sound": found.is_sound}))
-    assert printed["is_sound"] is False
+    assert printed == json.loads(json.dumps({**vars(found), "is_sound": False}, default=vars))
     assert printed["components"][0]["parameters"] == found.components[0].parameters
     assert printed["opens"] == {"mlx-lm": True, "mlx-vlm": True}
 

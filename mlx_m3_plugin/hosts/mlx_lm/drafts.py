@@ -34,14 +34,17 @@ def speculative_generate_step(module: Any, original: Any) -> Any:
             yield from call(original, given)
             return
         tokens = options["prompt"].tolist()
-        readers = [_Reader(model, cache) for model, cache in _pairs(options) if _is_ours(model)]
+        held = [(model, cache, _offset(cache)) for model, cache in _pairs(options) if _is_ours(model)]
 
         def read_the_rest() -> None:
             # A parameter from 0.32 on.
             stream: Any = options.get("stream") or getattr(module, "generation_stream", mx.default_device())
+            step = options["prefill_step_size"]
             with mx.stream(stream):
-                for reader in readers:
-                    reader.read(tokens, options["prefill_step_size"])
+                for model, cache, start in held:
+                    for at in range(_offset(cache) - start, len(tokens), step):
+                        model(mx.array([tokens[at : at + step]]), cache=cache)
+                        mx.eval([entry.state for entry in cache])
 
         with closing(call(original, given)) as generated:
             try:
@@ -86,18 +89,5 @@ def _pairs(options: Any) -> list[tuple[Any, list[Any]]]:
     return [(options["model"], cache[:count]), (options["draft_model"], cache[count:])]
 
 
-class _Reader:
-    """A model that goes on from a cache."""
-
-    def __init__(self, model: Any, cache: list[Any]):
-        self._model, self._cache, self._start = model, cache, self._offset(cache)
-
-    @staticmethod
-    def _offset(cache: list[Any]) -> int:
-        return cache[0].caches[0].offset
-
-    def read(self, tokens: list[int], step: int) -> None:
-        """Those of ``tokens`` that are not in the cache yet; the first came when this reader was made."""
-        for at in range(self._offset(self._cache) - self._start, len(tokens), step):
-            self._model(mx.array([tokens[at : at + step]]), cache=self._cache)
-            mx.eval([entry.state for entry in self._cache])
+def _offset(cache: list[Any]) -> int:
+    return cache[0].caches[0].offset

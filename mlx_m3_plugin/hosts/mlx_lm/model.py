@@ -45,9 +45,8 @@ class ModelArgs:
 
     @classmethod
     def from_dict(cls, params: dict[str, Any]) -> "ModelArgs":
-        return cls(
-            TextArgs(**vars(text_config_as_set(params))), params.get("model_type", cls.model_type), params
-        )
+        text = text_config_as_set(params, TextArgs)
+        return cls(text, params.get("model_type", cls.model_type), params)
 
 
 class MlxLmModel(CheckpointMixin):

@@ -1,18 +1,19 @@
 """All that we replace in mlx-lm, beside the modules that it looks up by name."""
 
-from functools import partial
 from typing import Any
 
 from mlx_m3_plugin.hosts.mlx_lm import chat, drafts
 from mlx_m3_plugin.hosts.patching import (
+    WHY_FILES_ARE_CHECKED,
     Arguments,
     Patch,
+    by_target,
     call,
     dequantize_model,
     for_m3,
     is_draft_head,
     is_m3_checkpoint,
-    where,
+    where_ours,
     with_checks,
 )
 
@@ -68,124 +69,87 @@ def awq_main(module: Any, original: Any) -> Any:
     return main
 
 
-# Only our classes have the method.
-@where(lambda given: hasattr(type(given["model"]), "check_is_whole"))
+@where_ours("model", "check_is_whole")
 def save_model(save: Any, given: Arguments) -> None:
     given.arguments["model"].check_is_whole()
     call(save, given)
 
 
-until_markers = partial(
-    Patch,
-    until="mlx-lm knows M3's markers and thinking modes",
-    fault="test_neither_knows_the_markers_of_reasoning",
-)
+_MARKERS = "test_neither_knows_the_markers_of_reasoning"
 
-PATCHES = [
-    until_markers(
-        f"mlx_lm.tokenizer_utils:TokenizerWrapper.__init__(tokenizer): {', '.join(chat.ATTRIBUTES)}",
+_PATCHES = {
+    f"mlx_lm.tokenizer_utils:TokenizerWrapper.__init__(tokenizer): {', '.join(chat.ATTRIBUTES)}": Patch(
         "tool calls, <mm:think>, thinking modes",
         chat.wrapper_init,
+        _MARKERS,
         (
             "TokenizerWrapper.apply_chat_template",
             "TokenizerWrapper.rfind_think_start(tokens)",
             "TokenizerWrapper.rfind_think_end(tokens)",
         ),
     ),
-    until_markers(
-        "mlx_lm.tokenizer_utils:TokenizerWrapper.structural_markers",
-        "a lone </mm:think> is not content",
-        chat.structural_markers,
-        since="0.32",
+    "mlx_lm.tokenizer_utils:TokenizerWrapper.structural_markers": Patch(
+        "a lone </mm:think> is not content", chat.structural_markers, _MARKERS, since="0.32"
     ),
-    Patch(
-        "mlx_lm.tokenizer_utils:_infer_tool_parser",
+    "mlx_lm.tokenizer_utils:_infer_tool_parser": Patch(
         "no parser inferred from M3's template",
         chat.infer_tool_parser,
-        until="mlx-lm infers M3's parser",
-        fault="test_mlx_lm_takes_another_parser_for_tools",
+        "test_mlx_lm_takes_another_parser_for_tools",
     ),
-    until_markers(
-        "mlx_lm.server:ResponseGenerator.generate(request, generation_args)",
-        "replies are taken apart by M3's markers",
-        chat.generate,
+    "mlx_lm.server:ResponseGenerator.generate(request, generation_args)": Patch(
+        "replies are taken apart by M3's markers", chat.generate, _MARKERS
     ),
-    Patch(
-        "mlx_lm.server:APIHandler.handle_chat_completions: body",
+    "mlx_lm.server:APIHandler.handle_chat_completions: body": Patch(
         "fields of requests that mlx-lm does not read",
         chat.completion_request,
-        until="never: mlx-lm's server does not read tool_choice, or fields about thinking",
+        "never: mlx-lm's server does not read tool_choice, or fields about thinking",
     ),
-    Patch(
-        "mlx_lm.server:ResponseGenerator._tokenize(tokenizer, request, args)",
+    "mlx_lm.server:ResponseGenerator._tokenize(tokenizer, request, args)": Patch(
         "thinking modes and effort of requests",
         chat.tokenize,
+        "never: mlx-lm's server does not read fields about thinking",
         ("GenerationArguments(stop_words, logits, chat_template_kwargs)",),
-        until="never: mlx-lm's server does not read fields about thinking",
     ),
-    Patch(
-        "mlx_lm.server:APIHandler.generate_response",
+    "mlx_lm.server:APIHandler.generate_response": Patch(
         "the role in the first delta only",
         chat.generate_response,
-        until="mlx-lm's server sends the role once",
-        fault="test_mlx_lm_sends_the_role_with_every_delta",
+        "test_mlx_lm_sends_the_role_with_every_delta",
     ),
-    Patch(
-        "mlx_lm.server:APIHandler._set_completion_headers",
+    "mlx_lm.server:APIHandler._set_completion_headers": Patch(
         "status 400 for what M3 can't do",
         chat.set_headers,
-        until="never: mlx-lm answers 404 to whatever a generation refuses",
+        "never: mlx-lm answers 404 to whatever a generation refuses",
     ),
-    until_markers(
-        "mlx_lm.generate:TextStateMachine.split(state, text)",
-        "the parts of M3's replies",
-        chat.split,
-        ("TextStateMachine.flush(state)",),
-        since="0.32",
+    "mlx_lm.generate:TextStateMachine.split(state, text)": Patch(
+        "the parts of M3's replies", chat.split, _MARKERS, ("TextStateMachine.flush(state)",), "0.32"
     ),
-    Patch(
-        "mlx_lm.generate:SequenceStateMachine.__init__(transitions)",
-        "replies are read as text",
-        chat.sequence_init,
-        until="mlx-lm 0.32",
+    "mlx_lm.generate:SequenceStateMachine.__init__(transitions)": Patch(
+        "replies are read as text", chat.sequence_init, "mlx-lm 0.32"
     ),
-    Patch(
-        "mlx_lm.generate:speculative_generate_step(prompt, model, draft_model, logits_processors, "
-        "prompt_cache, max_tokens, prefill_step_size)",
+    "mlx_lm.generate:speculative_generate_step(prompt, model, draft_model, logits_processors, "
+    "prompt_cache, max_tokens, prefill_step_size)": Patch(
         "drafts leave whole caches",
         drafts.speculative_generate_step,
-        until="mlx-lm's drafts leave their last token in the cache",
-        fault="test_drafts_leave_the_last_token_out_of_the_cache",
+        "test_drafts_leave_the_last_token_out_of_the_cache",
     ),
-    Patch(
-        "mlx_lm.utils:load_model(model_path, lazy, strict)",
-        "load_model checks the files of M3 checkpoints",
-        load_model,
-        until="never: MLX opens files that are cut off, and lets the second tensor of one name win",
+    "mlx_lm.utils:load_model(model_path, lazy, strict)": Patch(
+        "load_model checks the files of M3 checkpoints", load_model, WHY_FILES_ARE_CHECKED
     ),
-    Patch(
-        "mlx_lm.utils:save_model(model)",
-        "no model is saved without its experts on disk",
-        save_model,
-        until="never: experts on disk are ours",
+    "mlx_lm.utils:save_model(model)": Patch(
+        "no model is saved without its experts on disk", save_model, "never: experts on disk are ours"
     ),
-    Patch(
-        "mlx_lm.utils:dequantize_model(model)",
-        "dequantizing keeps tensor scales",
-        dequantize_model,
-        until="mlx-lm's dequantize_model takes tensor scales",
-        fault="test_dequantizing_loses_tensor_scales",
+    "mlx_lm.utils:dequantize_model(model)": Patch(
+        "dequantizing keeps tensor scales", dequantize_model, "test_dequantizing_loses_tensor_scales"
     ),
-    Patch(
-        "mlx_lm.quant.awq:main",
+    "mlx_lm.quant.awq:main": Patch(
         "awq says what to use instead",
         awq_main,
-        until="never: AWQ needs layers that are linear in the up projection",
+        "never: AWQ needs layers that are linear in the up projection",
     ),
-    Patch(
-        "mlx_lm.utils:sharded_load(repo, pipeline_group, tensor_group, return_config)",
+    "mlx_lm.utils:sharded_load(repo, pipeline_group, tensor_group, return_config)": Patch(
         "sharded_load takes any layout and split",
         sharded_load,
+        "test_mlx_lm_shares_what_lacks_weights",
         (
             # What ours uses, which is imported when the first M3 comes.
             "_download(allow_patterns)",
@@ -194,7 +158,6 @@ PATCHES = [
             "load_model(lazy, get_model_classes)",
             "load_tokenizer(eos_token_ids)",
         ),
-        until="mlx-lm loads shards strictly",
-        fault="test_mlx_lm_shares_what_lacks_weights",
     ),
-]
+}
+PATCHES = by_target(_PATCHES)

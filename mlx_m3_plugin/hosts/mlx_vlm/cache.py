@@ -18,27 +18,20 @@ from . import parts
 upstream: Any = parts.upstream("language")
 
 
+def _of_kv_cache(name: str) -> Any:
+    """An attribute of the ``kv_cache`` of an entry."""
+    return property(
+        lambda entry: getattr(entry.kv_cache, name), lambda entry, value: setattr(entry.kv_cache, name, value)
+    )
+
+
 class MiniMaxM3KVCache(upstream.MiniMaxM3KVCache):
     """Upstream's cache of a sparse layer, with ``to_quantized`` and attributes for older callers."""
 
     __module__ = upstream.__name__
 
     # A reused cache was trimmed through these.  until: mlx-vlm 0.7
-    @property
-    def keys(self) -> mx.array | None:
-        return self.kv_cache.keys
-
-    @keys.setter
-    def keys(self, value: mx.array | None) -> None:
-        self.kv_cache.keys = value
-
-    @property
-    def values(self) -> mx.array | None:
-        return self.kv_cache.values
-
-    @values.setter
-    def values(self, value: mx.array | None) -> None:
-        self.kv_cache.values = value
+    keys, values = _of_kv_cache("keys"), _of_kv_cache("values")
 
     @classmethod
     def merge(cls, caches: Any, prefix_lens: Any = None) -> Any:

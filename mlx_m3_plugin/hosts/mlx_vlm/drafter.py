@@ -4,7 +4,7 @@ A few dense layers read the target's hidden states after some of its layers, and
 tokens in one forward pass.  Rounds, rollback, the Markov and the confidence head are mlx-vlm's own DSpark.
 """
 
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -14,35 +14,30 @@ from mlx.utils import tree_flatten
 from mlx_vlm.speculative.drafters.dspark import DSparkDraftModel, VanillaMarkov
 from mlx_vlm.speculative.drafters.dspark.config import DSparkConfig
 
+from mlx_m3_plugin.hosts.loading import describe_to_loader
 from mlx_m3_plugin.model.attention import Attention
 from mlx_m3_plugin.model.config import text_part
 from mlx_m3_plugin.model.decoder import DecoderLayer
 from mlx_m3_plugin.model.draft_cost import EXPECTED_ACCEPTANCE, DraftCost, best_length
 from mlx_m3_plugin.model.norm import make_norm
-from mlx_m3_plugin.weights import (
-    check_values,
-    check_weights,
-    group_names,
-    infer_quantization,
-    plan_draft,
-    shorten,
-    with_quantization,
-)
+from mlx_m3_plugin.weights.check import check_values, check_weights, group_names, shorten
+from mlx_m3_plugin.weights.layouts import plan_draft
 
 from .language import TextConfig
 
 __all__ = ["Model", "ModelConfig"]
 
 _REQUIRED = (
-    "num_hidden_layers",
-    "sliding_window",
-    "dspark_block_size",
-    "dspark_noise_token_id",
-    "dspark_target_layer_ids",
-    "dspark_markov_rank",
+    *("num_hidden_layers", "sliding_window", "dspark_block_size", "dspark_target_layer_ids"),
+    *("dspark_noise_token_id", "dspark_markov_rank"),
 )
 # Options of other heads, with the value that is computed here.
 _ONLY_KNOWN_VALUE = {"dspark_use_dense_ffn": True, "dspark_hybrid_context_fusion": False, "use_qk_norm": True}
+# Attributes of the text config that mlx-vlm's config has as well.
+_SAME_KEYS = (
+    *("hidden_size", "num_hidden_layers", "num_attention_heads", "num_key_value_heads", "head_dim"),
+    *("rms_norm_eps", "vocab_size"),
+)
 # Where the target's hidden states are taken: after the listed layers; the same, but after the final norm
 # for the last layer, which hidden states of transformers are; or before the listed layers.
 FEATURES = ("output", "normed_output", "input")
@@ -77,28 +72,18 @@ class ModelConfig(DSparkConfig):
     @classmethod
     def from_dict(cls, params: dict[str, Any]) -> "ModelConfig":  # type: ignore[override]
         given = {**(params.get("dspark_config") or {}), **text_part(params)}
-        text = _read_text_config(given)
-        drafts, window = given["dspark_block_size"], given["sliding_window"]
-        _expect(isinstance(window, int) and window > 0, "sliding_window", "a positive integer", window)
-        _expect(isinstance(drafts, int) and drafts > 0, "dspark_block_size", "a positive integer", drafts)
-        features = given.get("dspark_features", FEATURES[0])
-        _expect(features in FEATURES, "dspark_features", f"one of {', '.join(FEATURES)}", features)
-        ids = given["dspark_target_layer_ids"]
-        is_ascending = isinstance(ids, list) and ids == sorted(set(ids)) and min(ids, default=-1) >= 0
-        _expect(is_ascending, "dspark_target_layer_ids", "ascending numbers of layers", ids)
+        _check(given)
+        dense = given.get("moe_layer_freq") or [0] * given["num_hidden_layers"]
+        own = {"layer_types": None, "moe_layer_freq": dense, "dense_intermediate_size": _width(given)}
+        text = TextConfig(**{**given, **own})
+        ids, drafts = given["dspark_target_layer_ids"], given["dspark_block_size"]
         made = cls(
+            **{key: getattr(text, key) for key in _SAME_KEYS},
             backbone_model_type="minimax_m3",
             architectures=list(params.get("architectures") or ()),
-            hidden_size=text.hidden_size,
             intermediate_size=text.dense_intermediate_size,
-            num_hidden_layers=text.num_hidden_layers,
-            num_attention_heads=text.num_attention_heads,
-            num_key_value_heads=text.num_key_value_heads,
-            head_dim=text.head_dim,
-            rms_norm_eps=text.rms_norm_eps,
-            vocab_size=text.vocab_size,
             layer_types=["sliding_attention"] * text.num_hidden_layers,
-            sliding_window=window,
+            sliding_window=given["sliding_window"],
             is_causal=bool(given.get("dspark_causal", False)),
             block_size=drafts + 1,
             proposal_length=drafts,
@@ -110,48 +95,45 @@ class ModelConfig(DSparkConfig):
             enable_confidence_head=bool(given.get("enable_confidence_head", False)),
             confidence_head_with_markov=bool(given.get("confidence_head_with_markov", True)),
             text=text,
-            features=features,
+            features=given.get("dspark_features", FEATURES[0]),
             loader_config=params,
         )
-        made.target_layer_ids = _captured(ids, features)
+        # After the constructor, which accepts numbers of layers alone.
+        if made.features == "input":
+            made.target_layer_ids = [number - 1 for number in ids]
+        elif made.features == "normed_output":
+            made.target_layer_ids = [*ids[:-1], ids[-1] + 1]
         params.pop("quantization_config", None)
         return made
 
 
-def _read_text_config(given: Mapping[str, Any]) -> TextConfig:
+def _check(given: Mapping[str, Any]) -> None:
     for key in _REQUIRED:
         if given.get(key) is None:
             raise ValueError(f"draft head: its config.json lacks {key}")
-    for key, known in _ONLY_KNOWN_VALUE.items():
-        _expect(given.get(key, known) == known, key, repr(known), given.get(key))
-    n_layers = given["num_hidden_layers"]
-    kinds = given.get("layer_types") or ["sliding_attention"]
-    _expect(set(kinds) == {"sliding_attention"}, "layer_types", "'sliding_attention' for each layer", kinds)
-    width = given.get("dspark_ffn_hidden_size") or given.get("dense_intermediate_size")
-    _expect(
-        given.get("dense_intermediate_size", width) == width,
-        "dspark_ffn_hidden_size",
-        f"dense_intermediate_size ({given.get('dense_intermediate_size')})",
-        width,
-    )
-    sparse = given.get("sparse_attention_config")
-    _expect(not sparse, "sparse_attention_config", "null", sparse)
-    freq = given.get("moe_layer_freq") or [0] * n_layers
-    _expect(not any(freq), "moe_layer_freq", "0 for each layer", freq)
-    own = {"layer_types": None, "moe_layer_freq": freq, "dense_intermediate_size": width}
-    return TextConfig(**{**given, **own})
+    ids, kinds = given["dspark_target_layer_ids"], given.get("layer_types")
+    dense, features = given.get("dense_intermediate_size"), given.get("dspark_features", FEATURES[0])
+    are_ascending = isinstance(ids, list) and ids == sorted(set(ids)) and min(ids, default=-1) >= 0
+    checks = {key: (given.get(key, known) == known, repr(known)) for key, known in _ONLY_KNOWN_VALUE.items()}
+    checks |= {
+        "layer_types": (set(kinds or ()) <= {"sliding_attention"}, "'sliding_attention' for each layer"),
+        "dspark_ffn_hidden_size": (dense in (None, _width(given)), f"dense_intermediate_size ({dense})"),
+        "sparse_attention_config": (not given.get("sparse_attention_config"), "null"),
+        "moe_layer_freq": (not any(given.get("moe_layer_freq") or ()), "0 for each layer"),
+        **{
+            key: (isinstance(given[key], int) and given[key] > 0, "a positive integer")
+            for key in ("sliding_window", "dspark_block_size")
+        },
+        "dspark_features": (features in FEATURES, f"one of {', '.join(FEATURES)}"),
+        "dspark_target_layer_ids": (are_ascending, "ascending numbers of layers"),
+    }
+    for key, (holds, what) in checks.items():
+        if not holds:
+            raise ValueError(f"draft head: {key} in its config.json must be {what}, not {given.get(key)!r}")
 
 
-def _captured(ids: list[int], features: str) -> list[int]:
-    """``dspark_target_layer_ids`` as ``capture_layer_ids`` of :class:`.language.TextModel`."""
-    if features == "input":
-        return [number - 1 for number in ids]
-    return [*ids[:-1], ids[-1] + 1] if features == "normed_output" else list(ids)
-
-
-def _expect(holds: bool, key: str, what: str, value: Any) -> None:
-    if not holds:
-        raise ValueError(f"draft head: {key} in its config.json must be {what}, not {value!r}")
+def _width(given: Mapping[str, Any]) -> Any:
+    return given.get("dspark_ffn_hidden_size") or given.get("dense_intermediate_size")
 
 
 class Context:
@@ -230,36 +212,34 @@ class MarkovHead(VanillaMarkov):  # type: ignore[misc]
         return logits + self.markov_w2(self.markov_w1(token_ids).astype(logits.dtype))
 
 
-def cost_of_rounds(target: Any, drafter: nn.Module) -> DraftCost | None:
+def cost_of_rounds(target: Any, drafter: Any) -> DraftCost | None:
     """Counted from the weights in memory, with the K and V of the blocks that a token selects.
 
     None where experts are on disk.  Whatever else a context costs is read once for all tokens of a pass,
     so that leaving it out makes drafts look dearer than they are.
     """
-    text, sizes = target.args, _sizes(target)
-    routed = sum(size for name, size in sizes.items() if ".switch_mlp." in name)
-    embedding = sum(size for name, size in sizes.items() if ".embed_tokens." in name)
-    head = sum(size for name, size in sizes.items() if name.startswith("lm_head.")) or embedding
+    text = target.args
+    routed = sum(_size(layer.block_sparse_moe.switch_mlp) for layer in target.layers if layer.is_moe)
     if not routed and "sparse" in text.mlp_layer_types:
         return None
-    of_head = _sizes(drafter)
-    markov = sum(size for name, size in of_head.items() if ".markov_w2." in name)
-    parts = ("fc.", "hidden_norm.", "layers.", "norm.")
+    embedding = _size(target.model.embed_tokens)
     selected = sum(map(text.is_sparse_attention, range(text.num_hidden_layers))) * text.budget
+    layers = sum(map(_size, (drafter.fc, drafter.hidden_norm, *drafter.layers, drafter.norm)))
     return DraftCost(
-        shared=sum(sizes.values()) - routed - (0 if text.tie_word_embeddings else embedding),
+        shared=_size(target) - routed - (0 if text.tie_word_embeddings else embedding),
         per_token=selected * 2 * text.num_key_value_heads * text.head_dim * 2,
         routed=routed,
         experts=text.num_local_experts,
         experts_per_token=text.num_experts_per_tok,
-        draft=sum(size for name, size in of_head.items() if name.startswith(parts)) + head,
-        per_drafted=markov,
+        draft=layers + (embedding if text.tie_word_embeddings else _size(target.lm_head)),
+        per_drafted=_size(drafter.markov_head.markov_w2),
     )
 
 
-def _sizes(module: nn.Module) -> dict[str, int]:
+def _size(module: nn.Module) -> int:
+    """Bytes of its parameters."""
     arrays: dict[str, mx.array] = dict(tree_flatten(module.parameters()))
-    return {name: array.nbytes for name, array in arrays.items()}
+    return sum(array.nbytes for array in arrays.values())
 
 
 class Model(DSparkDraftModel):  # type: ignore[misc]
@@ -363,49 +343,24 @@ class Model(DSparkDraftModel):  # type: ignore[misc]
         self._n_rows += 1
         return Context(self.longest_context)
 
-    def draft_block(
-        self,
-        last_bonus: int | mx.array,
-        hidden: mx.array,
-        cache: Context,
-        block_size: int,
-        sampler: Callable[[mx.array], mx.array],
-        token_dtype: mx.Dtype = mx.int32,
-    ) -> mx.array:
-        """Propose the ``block_size - 1`` tokens after ``last_bonus``, ``[B, block_size - 1]``.
+    def _hidden(self, inputs: mx.array, target_hidden: mx.array, cache: Context) -> mx.array:
+        """Normed hidden states ``[B, L, D]`` of ``inputs`` ``[B, L]``, the first tokens of a block.
+
+        All tokens that the head was trained with are computed, also where fewer are drafted: they see each
+        other.
 
         Args:
-            last_bonus: the newest token, ``[B]`` or one for ``B == 1``.
-            hidden: the target's hidden states ``[B, S, layers * hidden_size]`` of the ``S >= 1`` tokens
-                before it that ``cache`` does not have yet.
-            sampler: logits ``[B, vocab_size]`` to tokens ``[B]``.
+            target_hidden: the target's hidden states ``[B, S, layers * D]`` of the ``S >= 1`` tokens before
+                the block that ``cache`` does not have yet.
         """
-        anchor = mx.array(last_bonus, dtype=token_dtype).reshape(-1)
-        n_drafts = block_size - 1
-        if n_drafts <= 0:
-            return mx.zeros((len(anchor), 0), dtype=token_dtype)
-        normed = self.block_hidden(anchor, hidden, cache)[:, :n_drafts]
-        drafts = self.markov_head.sample_block(
-            self._logits(normed), first_prev_tokens=anchor, sampler=sampler
-        )
-        return drafts.astype(token_dtype)
-
-    def block_hidden(self, anchor: mx.array, hidden: mx.array, cache: Context) -> mx.array:
-        """Normed hidden states ``[B, proposal_length, hidden_size]`` of a block after ``anchor`` ``[B]``.
-
-        All rows that the head was trained with, also where fewer tokens are drafted: rows see each other.
-        """
-        noise = mx.full((len(anchor), self.config.proposal_length - 1), self.config.mask_token_id)
-        block = mx.concatenate([anchor[:, None], noise.astype(anchor.dtype)], axis=1)
-        return self._hidden(block, hidden, cache)
-
-    def _hidden(self, inputs: mx.array, target_hidden: mx.array, cache: Context) -> mx.array:
         self.append_context(target_hidden, cache)
-        mask = self.mask(inputs.shape[1], cache)
-        h = self._embed_input_tokens(inputs)
+        n_drafts, length = inputs.shape[1], self.config.proposal_length
+        block = mx.pad(inputs, [(0, 0), (0, length - n_drafts)], constant_values=self.config.mask_token_id)
+        mask = self.mask(length, cache)
+        h = self._embed_input_tokens(block)
         for layer, context in zip(self.layers, cache.layers, strict=True):
             h = layer(h, context, cache.offset, mask)
-        return self.norm(h)
+        return self.norm(h)[:, :n_drafts]
 
     def append_context(self, target_hidden: mx.array, cache: Context) -> None:
         """Add K and V of the tokens with these hidden states ``[B, S, layers * hidden_size]``."""
@@ -443,10 +398,7 @@ class Model(DSparkDraftModel):  # type: ignore[misc]
         # mlx-vlm would go on without a module that has no weights.
         if missing := parameters.keys() - plan.keys():
             raise ValueError(f"this draft head lacks {', '.join(shorten(group_names(missing)))}")
-        config = self.config.loader_config
-        described = with_quantization(config, infer_quantization(plan, parameters))
-        config.clear()
-        config.update(described)
+        describe_to_loader(self.config.loader_config, plan, parameters)
         return {name: tensor.make(weights) for name, tensor in plan.items()}
 
     def load_weights(self, weights: list[tuple[str, mx.array]], strict: bool = True) -> Any:

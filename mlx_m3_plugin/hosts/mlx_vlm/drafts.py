@@ -3,7 +3,6 @@
 import logging
 from collections.abc import Callable, Mapping
 from contextvars import ContextVar
-from functools import wraps
 from importlib import import_module
 from importlib.util import find_spec
 from pathlib import Path
@@ -17,12 +16,14 @@ from mlx_m3_plugin.hosts.patching import (
     is_draft_head,
     is_m3_checkpoint,
     where,
+    where_ours,
     with_checks,
 )
 
 log = logging.getLogger("mlx_m3_plugin")
 
-_LOADS_DRAFTER: ContextVar[bool] = ContextVar("loads_drafter", default=False)
+# Whether mlx-vlm asks for a drafter, which may be the draft head of an M3 checkpoint.
+LOADS_DRAFTER: ContextVar[bool] = ContextVar("loads_drafter", default=False)
 
 
 def _is_draft_config(config: object) -> bool:
@@ -57,8 +58,7 @@ class _Newest(list[list[Any]]):
             del self[0]
 
 
-# Only our class has the attribute.
-@where(lambda given: hasattr(type(given["drafter"]), "longest_context"))
+@where_ours("drafter", "longest_context")
 def hidden_states(init: Any, given: Arguments) -> None:
     """No more of them than the head sees: of a whole prompt they are 61 KB per token."""
     call(init, given)
@@ -88,8 +88,7 @@ def generate_step(generate: Any, given: Arguments) -> Any:
     return call(generate, given)
 
 
-# Only our class has the method.
-@where(lambda given: hasattr(type(given["draft_model"]), "best_length"))
+@where_ours("draft_model", "best_length")
 def batch_generator(init: Any, given: Arguments) -> None:
     _leave_out_if_dear(given)
     call(init, given)
@@ -130,7 +129,7 @@ def _leave_out_if_dear(given: Arguments) -> None:
 _said_so: list[bool] = []
 
 
-@where(lambda given: hasattr(type(given["draft_model"]), "next_block_size"))
+@where_ours("draft_model", "next_block_size")
 def next_block_size(choose: Any, given: Arguments) -> int:
     most = min(given.arguments["requested_block_total"], given.arguments["remaining_budget"])
     return int(given.arguments["draft_model"].next_block_size(most)) if most > 1 else most
@@ -140,18 +139,6 @@ def next_block_size(choose: Any, given: Arguments) -> int:
 def model_class(get: Any, given: Arguments) -> tuple[ModuleType, str]:
     """By the architecture: what these configs have as ``model_type`` may be the target's."""
     return import_module("mlx_m3_plugin.hosts.mlx_vlm.drafter"), "dspark"
-
-
-def load_drafter(module: Any, original: Callable[..., Any]) -> Callable[..., Any]:
-    @wraps(original)
-    def load(*args: Any, **kwargs: Any) -> Any:
-        token = _LOADS_DRAFTER.set(True)
-        try:
-            return original(*args, **kwargs)
-        finally:
-            _LOADS_DRAFTER.reset(token)
-
-    return load
 
 
 def load_model(module: Any, original: Callable[..., Any]) -> Callable[..., Any]:
@@ -181,6 +168,6 @@ def load_model(module: Any, original: Callable[..., Any]) -> Callable[..., Any]:
 
     def is_asked(given: Mapping[str, Any]) -> bool:
         directory = given.get("model_path")
-        return is_draft_head(directory) or (_LOADS_DRAFTER.get() and is_m3_checkpoint(directory))
+        return is_draft_head(directory) or (LOADS_DRAFTER.get() and is_m3_checkpoint(directory))
 
     return for_m3(checked, is_asked, load)

@@ -77,7 +77,7 @@ class ModelConfig(UpstreamModelConfig):
     @classmethod
     def from_dict(cls, params: dict[str, Any]) -> "ModelConfig":
         made = super().from_dict(params)
-        made.text_config = TextConfig(**vars(text_config_as_set(params)))
+        made.text_config = text_config_as_set(params, TextConfig)
         made.vision_config = VisionConfig.from_dict(params.get("vision_config") or {})
         made.loader_config = params
         # We read quantization from the tensors.  Left here, it would make mlx-vlm unpack some formats
@@ -97,7 +97,7 @@ class Model(MlxVlmModel, UpstreamModel):
         nn.Module.__init__(self)
         if config.loader_config:
             # The loader has replaced our text config with its own.
-            config.text_config = TextConfig(**vars(text_config_as_set(config.loader_config)))
+            config.text_config = text_config_as_set(config.loader_config, TextConfig)
         text, vision = config.text_config, config.vision_config
         layers = config.vision_feature_layer
         self.config = config

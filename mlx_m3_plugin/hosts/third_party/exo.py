@@ -7,7 +7,7 @@ from typing import Any
 from mlx_m3_plugin.chat.markers import TOOL_CALL_START
 from mlx_m3_plugin.chat.reply import ReplyParser
 from mlx_m3_plugin.chat.tool_calls import RepairLog
-from mlx_m3_plugin.hosts.patching import Arguments, Patch, for_m3
+from mlx_m3_plugin.hosts.patching import Arguments, Patch, by_target, for_m3
 from mlx_m3_plugin.hosts.third_party.parsers import text_of
 
 
@@ -34,14 +34,13 @@ def parse_tool_calls(module: Any, original: Any) -> Any:
     return for_m3(original, lambda given: given["tool_parser"].start_parsing == TOOL_CALL_START, parse)
 
 
-_PARSERS = "exo.worker.runner.llm_inference.model_output_parsers"
-
-PATCHES = [
-    Patch(
-        f"{_PARSERS}:parse_tool_calls(responses, tool_parser, tools)",
+_PATCHES = {
+    "exo.worker.runner.llm_inference.model_output_parsers:parse_tool_calls"
+    "(responses, tool_parser, tools)": Patch(
         "tool calls",
         parse_tool_calls,
+        "never: exo looks for the markers of calls in single tokens",
         ("ToolCallItem", "ToolCallResponse"),
-        until="never: exo looks for the markers of calls in single tokens",
-    ),
-]
+    )
+}
+PATCHES = by_target(_PATCHES)

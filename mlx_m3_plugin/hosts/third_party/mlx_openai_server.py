@@ -9,7 +9,7 @@ from typing import Any
 from mlx_m3_plugin.chat.prompt import thinking_mode
 from mlx_m3_plugin.chat.reply import Event, ReplyParser
 from mlx_m3_plugin.chat.tool_calls import RepairLog
-from mlx_m3_plugin.hosts.patching import Arguments, Patch, call, where
+from mlx_m3_plugin.hosts.patching import Arguments, Patch, by_target, call, where
 from mlx_m3_plugin.hosts.third_party.parsers import NAME, text_of
 
 # What the chat template of the request gets; a parser is made without it.
@@ -60,17 +60,19 @@ patch = partial(
     Patch, distribution="mlx-openai-server", until="never: mlx-openai-server knows no marker but its parsers'"
 )
 
-PATCHES = [
-    patch(
-        "app.parsers:get_unified_parser(parser_name)",
+_PATCHES = {
+    "app.parsers:get_unified_parser(parser_name)": patch(
         "a parser, minimax_m3",
         add_parser,
-        ("UNIFIED_PARSER_MAP", "ParserManager.create_parsers(reasoning_parser_name, tool_parser_name)"),
+        others=(
+            "UNIFIED_PARSER_MAP",
+            "ParserManager.create_parsers(reasoning_parser_name, tool_parser_name)",
+        ),
     ),
-    patch(
-        "app.handler.mlx_lm:MLXLMHandler._prepare_text_request(request)",
+    "app.handler.mlx_lm:MLXLMHandler._prepare_text_request(request)": patch(
         "the schemas of calls, and reasoning that prompts open",
         prepare_text_request,
-        ("MLXLMHandler.__init__: reasoning_parser_name, tool_parser_name",),
+        others=("MLXLMHandler.__init__: reasoning_parser_name, tool_parser_name",),
     ),
-]
+}
+PATCHES = by_target(_PATCHES)

@@ -5,7 +5,7 @@ from collections.abc import Mapping
 from typing import Any
 
 from mlx_m3_plugin.chat.markers import has_m3_markers
-from mlx_m3_plugin.hosts.patching import Arguments, Patch, call, for_m3, where
+from mlx_m3_plugin.hosts.patching import Arguments, Patch, by_target, call, for_m3, where
 from mlx_m3_plugin.hosts.third_party.parsers import (
     NAME,
     REASONING_NEEDS,
@@ -101,52 +101,35 @@ def _mode(given: Mapping[str, Any]) -> Any:
 
 _OWN_PARSERS = "never: rapid-mlx knows no marker but its own parsers'"
 
-PATCHES = [
-    Patch(
-        "rapid_mlx.memory_cache:_trim_cache_offset(cache, trim_by)",
+_PATCHES = {
+    "rapid_mlx.memory_cache:_trim_cache_offset(cache, trim_by)": Patch(
         "prefixes are cut where prompts part",
         trim_cache_offset,
-        until="rapid-mlx trims each cache of a CacheList",
-        fault="test_rapid_mlx_copies_lists_of_caches_whole",
+        "test_rapid_mlx_copies_lists_of_caches_whole",
     ),
-    Patch(
-        "rapid_mlx.mllm_cache_compat:first_incompatible_mllm_cache_type(caches)",
-        "images",
-        first_incompatible_mllm_cache_type,
-        until="never: rapid-mlx lists the caches that it knows",
+    "rapid_mlx.mllm_cache_compat:first_incompatible_mllm_cache_type(caches)": Patch(
+        "images", first_incompatible_mllm_cache_type, "never: rapid-mlx lists the caches that it knows"
     ),
-    Patch(
-        "rapid_mlx.reasoning:register_parser(name, parser_class)",
-        "a reasoning parser, minimax_m3",
-        add_reasoning_parser,
-        REASONING_NEEDS,
-        until=_OWN_PARSERS,
+    "rapid_mlx.reasoning:register_parser(name, parser_class)": Patch(
+        "a reasoning parser, minimax_m3", add_reasoning_parser, _OWN_PARSERS, REASONING_NEEDS
     ),
-    Patch(
-        "rapid_mlx.tool_parsers:ToolParserManager.register_module(name, module)",
-        "a tool parser, minimax_m3",
-        add_tool_parser,
-        TOOL_NEEDS,
-        until=_OWN_PARSERS,
+    "rapid_mlx.tool_parsers:ToolParserManager.register_module(name, module)": Patch(
+        "a tool parser, minimax_m3", add_tool_parser, _OWN_PARSERS, TOOL_NEEDS
     ),
-    Patch(
-        "rapid_mlx.output_router:OutputRouter.from_tokenizer(tokenizer)",
-        "<think> is text",
-        from_tokenizer,
-        until=_OWN_PARSERS,
+    "rapid_mlx.output_router:OutputRouter.from_tokenizer(tokenizer)": Patch(
+        "<think> is text", from_tokenizer, _OWN_PARSERS
     ),
-    Patch(
-        "rapid_mlx.service.helpers:_client_signalled_reasoning_intent",
+    "rapid_mlx.service.helpers:_client_signalled_reasoning_intent": Patch(
         "reasoning with tools and in short chats",
         client_signalled_reasoning_intent,
+        "never: rapid-mlx leaves reasoning out where clients say nothing",
         ("get_config",),
-        until="never: rapid-mlx leaves reasoning out where clients say nothing",
     ),
-    Patch(
-        "rapid_mlx.service.helpers:_extract_thinking_from_request(request)",
+    "rapid_mlx.service.helpers:_extract_thinking_from_request(request)": Patch(
         "thinking_mode",
         extract_thinking_from_request,
+        "never: other models have no thinking_mode",
         ("get_config",),
-        until="never: other models have no thinking_mode",
     ),
-]
+}
+PATCHES = by_target(_PATCHES)

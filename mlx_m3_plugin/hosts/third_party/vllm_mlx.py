@@ -4,7 +4,7 @@
 from typing import Any
 
 from mlx_m3_plugin.chat.markers import THINK_START
-from mlx_m3_plugin.hosts.patching import Arguments, Patch, call, for_m3
+from mlx_m3_plugin.hosts.patching import Arguments, Patch, by_target, call, for_m3
 from mlx_m3_plugin.hosts.third_party.parsers import (
     NAME,
     REASONING_NEEDS,
@@ -29,26 +29,24 @@ def detect_implicit_thinking(module: Any, original: Any) -> Any:
     return for_m3(original, lambda given: module._reasoning_parser_name == NAME, detect)
 
 
-PATCHES = [
-    Patch(
-        "vllm_mlx.reasoning:register_parser(name, parser_class)",
+_PATCHES = {
+    "vllm_mlx.reasoning:register_parser(name, parser_class)": Patch(
         "a reasoning parser, minimax_m3",
         add_reasoning_parser,
+        "never: vllm-mlx knows no marker but its own parsers'",
         REASONING_NEEDS,
-        until="never: vllm-mlx knows no marker but its own parsers'",
     ),
-    Patch(
-        "vllm_mlx.tool_parsers:ToolParserManager.register_module(name, module)",
+    "vllm_mlx.tool_parsers:ToolParserManager.register_module(name, module)": Patch(
         "a tool parser, minimax_m3",
         add_tool_parser,
+        "never: vllm-mlx has the calls of MiniMax-M2 alone",
         TOOL_NEEDS,
-        until="never: vllm-mlx has the calls of MiniMax-M2 alone",
     ),
-    Patch(
-        "vllm_mlx.server:_detect_implicit_thinking(engine, chat_kwargs)",
+    "vllm_mlx.server:_detect_implicit_thinking(engine, chat_kwargs)": Patch(
         "prompts that open reasoning, in replies that stream",
         detect_implicit_thinking,
+        "never: vllm-mlx looks for <think> alone",
         ("_build_reasoning_parser: _reasoning_parser_name",),
-        until="never: vllm-mlx looks for <think> alone",
     ),
-]
+}
+PATCHES = by_target(_PATCHES)

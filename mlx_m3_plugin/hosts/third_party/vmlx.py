@@ -4,7 +4,7 @@ import importlib.util
 import sys
 from typing import Any
 
-from mlx_m3_plugin.hosts.patching import Patch
+from mlx_m3_plugin.hosts.patching import Patch, by_target
 from mlx_m3_plugin.startup.settings import read_settings
 
 
@@ -26,12 +26,12 @@ def register_minimax_m3_runtime(module: Any, original: Any) -> Any:
     return register
 
 
-PATCHES = [
-    Patch(
-        "vmlx_engine.models.minimax_m3.minimax_m3_register:register_minimax_m3_runtime",
+_PATCHES = {
+    "vmlx_engine.models.minimax_m3.minimax_m3_register:register_minimax_m3_runtime": Patch(
         "MLX_M3_PLUGIN_PREFER=native",
         register_minimax_m3_runtime,
+        "never: vmlx takes the class of whoever serves the name",
         ("_PACKAGE", "_VENDORED"),
-        until="never: vmlx takes the class of whoever serves the name",
-    ),
-]
+    )
+}
+PATCHES = by_target(_PATCHES)
