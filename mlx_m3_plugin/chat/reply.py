@@ -162,8 +162,7 @@ class ReplyParser:
             end = marker.start() if marker else len(self._text)
             if not marker and not self._finished:
                 end -= self._held_back()
-            text, self._at = self._text[self._at : end], end
-            yield from self._say(text)
+            yield from self._say(self._take(end))
             if marker is None:
                 if self._finished:
                     break
