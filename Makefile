@@ -24,20 +24,22 @@ PIN_MLX := mlx[cpu]
 endif
 
 NEWEST := .envs/newest/bin/python
-FLOOR := .envs/floor/bin/python
+OLDEST := .envs/floor/bin/python
 BETWEEN := .envs/between/bin/python
-# Left out on the floor, but with --full: what versions of the libraries cannot change (the toolbox and what
-# it says, the parsers, nano's texts), and what starts most processes and servers.  Always run there: loading
-# and mapping weights, both hosts, batches, caches, patches, ways to start, and the stock commands of mlx-lm.
-FLOOR_SHARE := $(foreach directory,nano toolbox distributed soak upstream chat,--ignore tests/$(directory)) \
+# What versions of the libraries cannot change (parsers, nano's texts, what commands say) is not run on the floor.
+# Three cases of each test are, and but for --full nothing of the toolbox or of what serves chats.
+FLOOR := tests $(foreach name,live third_party nano soak chat checkpoints test_cli.py test_pages.py test_gpu_cost.py test_needs_a_mac.py test_import_rule.py test_conftest.py,--ignore tests/$(name))
+FLOOR_SHARE := --most 3 $(foreach name,toolbox distributed upstream,--ignore tests/$(name)) \
 	$(foreach name,doctor chat_mlx_lm chat_mlx_vlm chat_histories chat_requests chat_schemas chat_clients vlm_commands commands layouts_table converted_opens quickstart nano_commands,--ignore tests/end_to_end/test_$(name).py)
 PROCESSES := tests/distributed tests/end_to_end tests/nano tests/upstream
+HOSTS := tests/hosts tests/vlm tests/drafts tests/offload
+APART := tests/live tests/third_party tests/soak
 PIP := -m pip install --quiet --disable-pip-version-check
 
 # The matrices of the tests are too small for a BLAS with threads, and two test runs may be side by side.
 export OPENBLAS_NUM_THREADS ?= 1
 
-.PHONY: demo environments test test-newest test-newest-processes test-newest-rest test-floor test-live test-hosts test-full commands peers lint golden clean
+.PHONY: demo environments test test-newest test-newest-processes test-newest-hosts test-newest-rest test-floor test-live test-hosts test-full commands peers lint golden clean
 
 demo: .venv/.ready
 	@.venv/bin/mlx-m3 doctor | head -1
@@ -45,20 +47,23 @@ demo: .venv/.ready
 
 test: test-newest test-floor
 
-# In two parts, so that make -j has work for two cores: what starts processes, and the rest.
-test-newest: test-newest-processes test-newest-rest
+# In parts, so that make -j has work for two cores to the end: what starts processes, the hosts, and the rest.
+test-newest: test-newest-processes test-newest-hosts test-newest-rest
 
 test-newest-processes: .envs/newest/.ready
 	$(NEWEST) -m pytest -q $(PROCESSES) $(FULL) $(and $(FULL),tests/soak)
 
+test-newest-hosts: .envs/newest/.ready
+	$(NEWEST) -m pytest -q $(HOSTS) $(FULL)
+
 test-newest-rest: .envs/newest/.ready
-	$(NEWEST) -m pytest -q --ignore tests/live --ignore tests/third_party --ignore tests/soak $(PROCESSES:%=--ignore %) $(FULL)
+	$(NEWEST) -m pytest -q $(foreach directory,$(APART) $(PROCESSES) $(HOSTS),--ignore $(directory)) $(FULL)
 
 test-floor: .envs/newest/.ready .envs/floor/.ready
-	M3_NEWEST_PYTHON=$(CURDIR)/$(NEWEST) $(FLOOR) -m pytest -q --ignore tests/live --ignore tests/third_party $(or $(FULL),$(FLOOR_SHARE))
+	M3_NEWEST_PYTHON=$(CURDIR)/$(NEWEST) $(OLDEST) -m pytest -q $(FLOOR) $(or $(FULL),$(FLOOR_SHARE))
 
 test-live: .envs/newest/.torch
-	$(NEWEST) -m pytest -q tests/live --seeds 2
+	$(NEWEST) -m pytest -q tests/live --seeds 1
 
 test-hosts: .envs/newest/.ready
 	$(NEWEST) -m pytest -q tests/third_party
@@ -69,7 +74,7 @@ test-full: lint test .envs/newest/.torch .envs/between/.ready
 	$(NEWEST) -m pytest -q tests/live --seeds 20
 
 commands: .envs/newest/.ready .envs/floor/.ready
-	$(NEWEST) -m tests.end_to_end.commands newest=$(NEWEST) oldest=$(FLOOR) > docs/commands.md
+	$(NEWEST) -m tests.end_to_end.commands newest=$(NEWEST) oldest=$(OLDEST) > docs/commands.md
 
 peers: .envs/newest/.ready
 	$(NEWEST) tests/upstream/peers.py
@@ -98,7 +103,7 @@ environments: .envs/newest/.ready .envs/floor/.ready
 # mlx-vlm that had one.
 .envs/floor/.ready: pyproject.toml
 	$(PYTHON) -m venv .envs/floor
-	$(FLOOR) $(PIP) -e "$(CURDIR)$(TEST_EXTRAS)" mlx-lm==0.31.3 "$(PIN_MLX)==0.31.2" mlx-vlm==0.6.4
+	$(OLDEST) $(PIP) -e "$(CURDIR)$(TEST_EXTRAS)" mlx-lm==0.31.3 "$(PIN_MLX)==0.31.2" mlx-vlm==0.6.4
 	@touch $@
 
 # The first mlx-vlm with component adapters for its prefix cache, and with expert offload.

@@ -22,7 +22,7 @@ import numpy as np
 
 sys.path.append(str(Path(__file__).parents[1]))
 
-from mlx_m3_plugin.weights import read_headers
+from mlx_m3_plugin.weights.headers import read_headers
 from tests.checkpoints import real_size
 from tests.checkpoints.random_model import write_tokenizer
 

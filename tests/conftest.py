@@ -1,5 +1,6 @@
 """How much of the random tests to run: a share by default, the full counts with ``--full``."""
 
+import gc
 import os
 import pkgutil
 import random
@@ -15,6 +16,7 @@ SAMPLED_LAYOUTS = 10
 
 def pytest_addoption(parser: pytest.Parser) -> None:
     parser.addoption("--full", action="store_true", help="the full counts of the random tests")
+    parser.addoption("--most", type=int, help="the most cases of each test; which ones is chance")
 
 
 @pytest.fixture(scope="session")
@@ -46,23 +48,37 @@ def sampled_layouts(pytestconfig: pytest.Config) -> list[str]:
 
 
 def pytest_configure(config: pytest.Config) -> None:
-    config.addinivalue_line("markers", "some(count): so many of a test's cases by chance, all with --full")
+    config.addinivalue_line(
+        "markers", "some(count, least): so many of a test's cases by chance, all with --full"
+    )
 
 
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
-    """Of a test that is marked ``some(count)``, so many of its cases are run; all with ``--full``."""
+    """Of a test that is marked ``some(count)``, so many of its cases are run; all with ``--full``.
+
+    ``some(count, least)``: and ``least`` of them where ``--most`` is less.
+    """
     if config.getoption("--full"):
         return
-    cases: dict[tuple[str, int], list[pytest.Item]] = {}
+    cases: dict[str, list[pytest.Item]] = {}
     for item in items:
-        if (some := item.get_closest_marker("some")) is not None:
-            cases.setdefault((item.nodeid.partition("[")[0], *some.args), []).append(item)
+        cases.setdefault(item.nodeid.partition("[")[0], []).append(item)
+    most_of_all = config.getoption("--most") or len(items)
     rng = random.Random(os.environ.get("M3_SEED"))
     left_out: set[pytest.Item] = set()
-    for (_, count), of_one_test in cases.items():
-        left_out |= set(rng.sample(of_one_test, max(0, len(of_one_test) - count)))
+    for of_one_test in cases.values():
+        marker = of_one_test[0].get_closest_marker("some")
+        count, least = (*(marker.args if marker else (len(of_one_test),)), 0)[:2]
+        most = min(count, max(most_of_all, least))
+        left_out |= set(rng.sample(of_one_test, max(0, len(of_one_test) - most)))
     config.hook.pytest_deselected(items=list(left_out))
     items[:] = [item for item in items if item not in left_out]
+
+
+def pytest_collection_finish() -> None:
+    """What is imported stays, and whoever collects garbage need not look through it: servers often do."""
+    gc.collect()
+    gc.freeze()
 
 
 @pytest.fixture

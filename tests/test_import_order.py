@@ -2,30 +2,21 @@
 
 import json
 import os
-import subprocess
-import sys
+import random
+from collections.abc import Callable
 from importlib.metadata import version
 from importlib.util import find_spec
 from pathlib import Path
 
 import pytest
 
-from tests.end_to_end.environments import clean_variables
+from tests.end_to_end.environments import here
 
 PACKAGE = Path(__file__).parents[1] / "mlx_m3_plugin"
 
-# Imports each module in a process of its own, which is forked once the libraries that have nothing to
-# do with us are there: to import them takes seconds, each time.
+# Imports each module in a process of its own.
 EACH_FIRST = """
 import importlib, json, os, sys, traceback
-sys.modules["torch"] = None  # transformers would import it, for seconds
-
-for name in ("numpy", "safetensors", "tokenizers", "transformers", "fastapi", "PIL.Image", "requests"):
-    try:
-        importlib.import_module(name)
-    except ModuleNotFoundError:
-        pass  # of mlx-vlm, which need not be there
-from transformers import AutoProcessor, PreTrainedTokenizerFast, ProcessorMixin, AutoTokenizer
 assert not any(name.startswith(("mlx.", "mlx_lm", "mlx_vlm", "mlx_m3_plugin.hosts")) for name in sys.modules)
 
 failed = {}
@@ -53,7 +44,6 @@ IN_A_CIRCLE = [f"mlx_m3_plugin.hosts.mlx_vlm.{name}" for name in ("cache", "lang
 # And then upstream's package is what it always is.
 FIRST = """
 import importlib, sys
-sys.modules["torch"] = None
 importlib.import_module(sys.argv[1])
 from mlx_vlm.models import minimax_m3_vl
 from mlx_m3_plugin.hosts.mlx_vlm import language
@@ -77,31 +67,15 @@ def modules() -> list[str]:
 
 
 @pytest.mark.skipif(not hasattr(os, "fork"), reason="no fork")
-def test_each_module_can_be_imported_first() -> None:
+def test_each_module_can_be_imported_first(count: Callable[[int, int], int], fresh_seed: int) -> None:
     names = modules()
     assert len(names) > 50
-    done = subprocess.run(
-        [sys.executable, "-W", "ignore", "-c", EACH_FIRST],
-        input=json.dumps(names),
-        capture_output=True,
-        text=True,
-        # The parent has not used what macOS would not have used before a fork.
-        env=clean_variables() | {"OBJC_DISABLE_INITIALIZE_FORK_SAFETY": "YES"},
-    )
-    assert done.returncode == 0, done.stderr
+    names = random.Random(fresh_seed).sample(names, count(30, len(names)))
+    done = here().run("-c", EACH_FIRST, input=json.dumps(names))
     assert json.loads(done.stdout.splitlines()[-1]) == {}
 
 
 @pytest.mark.skipif(find_spec("mlx_vlm") is None, reason="mlx-vlm is not installed")
 def test_modules_in_a_circle_can_be_imported_first() -> None:
-    """In fresh interpreters, all at once."""
-    running = [
-        subprocess.Popen(
-            [sys.executable, "-W", "ignore", "-c", FIRST, module],
-            stderr=subprocess.PIPE,
-            text=True,
-            env=clean_variables(),
-        )
-        for module in IN_A_CIRCLE
-    ]
-    assert [process.communicate()[1] for process in running] == [""] * len(running)
+    for module in IN_A_CIRCLE:
+        assert here().run("-c", FIRST, module).stderr == ""

@@ -9,24 +9,12 @@ from typing import Any
 from .prompt import thinking_mode
 
 # Fields of a request that say something about thinking.
-FIELDS = (
-    "thinking_mode",
-    "enable_thinking",
-    "thinking",
-    "reasoning",
-    "reasoning_effort",
-    "output_config",
-    "chat_template_kwargs",
+FIELDS = tuple(
+    "thinking_mode enable_thinking thinking reasoning reasoning_effort output_config"
+    " chat_template_kwargs".split()
 )
 # What ``chat_template_kwargs`` may hold: nothing that would replace the template or what it is given.
-TEMPLATE_KEYS = (
-    "thinking_mode",
-    "enable_thinking",
-    "reasoning_effort",
-    "effort",
-    "model_identity",
-    "model_id",
-)
+TEMPLATE_KEYS = tuple("thinking_mode enable_thinking reasoning_effort effort model_identity model_id".split())
 _NO_EFFORT = ("none", "off", "disabled", "false", "0")
 # OpenAI's least effort.
 _ALIASES = {"minimal": "low"}

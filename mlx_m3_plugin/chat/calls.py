@@ -37,8 +37,8 @@ class ToolCall:
         return {"name": self.name, "arguments": self.arguments}
 
 
-class OfferedTools:
-    """A request's tools, made ready for any number of calls.
+class OfferedTools(dict[str, Schemas]):
+    """The schemas of a request's tools by their names; of any other name, what says nothing.
 
     Args:
         tools: in OpenAI's form, or bare functions.  What is neither is left out.  None: the tools are not
@@ -47,38 +47,26 @@ class OfferedTools:
 
     def __init__(self, tools: Any):
         self._unknown = Schemas(None, as_json=tools is None)
-        self._schemas: dict[str, Schemas] = {}
         for tool in tools if isinstance(tools, (list, tuple)) else ():
             function = tool.get("function", tool) if isinstance(tool, Mapping) else None
             if isinstance(function, Mapping) and isinstance(function.get("name"), str):
-                self._schemas[function["name"]] = Schemas(function.get("parameters"))
+                self[function["name"]] = Schemas(function.get("parameters"))
 
-    def __contains__(self, name: object) -> bool:
-        return name in self._schemas
-
-    def may_have(self, name: str) -> bool:
-        """Whether no tool is known, or this is one of them."""
-        return not self._schemas or name in self._schemas
-
-    def schemas_of(self, name: str) -> Schemas:
-        return self._schemas.get(name) or self._unknown
+    def __missing__(self, name: str) -> Schemas:
+        return self._unknown
 
 
 class _UnbalancedError(Exception):
     """A tag does not close what is open."""
 
 
-@dataclass
-class _OpenElement:
+@dataclass(kw_only=True, eq=False)
+class _OpenElement(Element):
     """An element whose end has not come yet; ``begin`` counts the pieces of the call before its content."""
 
-    name: str
     shape: Shape
     begin: int
-    closing: str = ""
-    children: list[Element] = field(default_factory=list)
-    # The texts before each child, and those after the last one.
-    texts: list[list[str]] = field(default_factory=lambda: [[]])
+    closing: str
     # Where a token stood alone: the children before it, and the texts since the last of them.
     alone: tuple[int, int] | None = None
     # Names of children that may belong around it, if its end is not written.
@@ -95,22 +83,21 @@ class _OpenElement:
         """Whether there is a text in it, and no tags: by its shape, or an array or object as JSON."""
         if self.children or self.alone:
             return False
-        text = self.text().lstrip()
-        return bool(self.shape.is_leaf or text[:1] in ("[", "{") or (self.shape.is_array and text))
+        text = self.text.lstrip()
+        return self.shape.is_leaf or text.startswith(("[", "{")) or bool(self.shape.arrays and text)
 
     def add(self, child: Element) -> None:
         self.children.append(child)
         self.texts.append([])
 
-    def text(self) -> str:
-        return "".join(chain(*self.texts))
-
+    @property
     def last_text(self) -> str:
         """After the last child."""
         return "".join(self.texts[-1])
 
-    def between(self) -> list[tuple[int, str]]:
-        return [(index, text) for index, run in enumerate(self.texts) if (text := "".join(run)).strip()]
+    @property
+    def last_piece(self) -> str:
+        return self.texts[-1][-1] if self.texts[-1] else ""
 
 
 class CallBuilder:
@@ -124,18 +111,19 @@ class CallBuilder:
         self.name = name
         self.repairs: dict[str, None] = {}
         self.broken = False
-        self._schemas = tools.schemas_of(name)
+        self._schemas = tools[name]
         self._given: list[tuple[str, str, str]] = []
         self._start(strict=True)
 
     def _start(self, strict: bool) -> None:
         self._strict = strict
         self._pieces: list[str] = []
-        self._open = [_OpenElement("invoke", self._schemas.shape(self._schemas.root), 0)]
-        # Elements closed by a tag of another name, or by an opening tag: with what came after them.
-        self._ended: dict[str, tuple[_OpenElement, int]] = {}
-        # The text that was closed last by a tag of another name, that tag, and where it is.
-        self._wrong: tuple[Element, str, _OpenElement, int] | None = None
+        self._open: list[_OpenElement] = []
+        self._begin("invoke", self._schemas.shape(self._schemas.root), "invoke")
+        # Elements closed by a tag of another name, or by an opening tag.
+        self._ended: dict[str, Element] = {}
+        # The text that was closed last by a tag of another name, and that tag.
+        self._wrong: tuple[Element, str] | None = None
 
     # --- what is open ---
 
@@ -144,11 +132,14 @@ class CallBuilder:
         return len(self._open) > 1
 
     @property
+    def _in_string(self) -> bool:
+        return any(element.is_text for element in self._open[1:])
+
+    @property
     def in_text(self) -> bool:
         """Whether markup at this place may be text of a value."""
         top = self._open[-1]
-        quoted = any(element.is_text for element in self._open[1:])
-        return self.has_open_value and (quoted or (top.shape.is_leaf and not top.children))
+        return self.has_open_value and (self._in_string or (top.shape.is_leaf and not top.children))
 
     def is_open(self, name: str) -> bool:
         return any(element.name == name for element in self._open[1:])
@@ -167,25 +158,21 @@ class CallBuilder:
             name: of the tag.
         """
         self._given.append((kind, written, name))
-        if self.broken:
-            return
-        if self._strict:
-            try:
-                self._do(kind, written, name)
-            except _UnbalancedError:
-                self.repair()
-        else:
+        try:
             self._do(kind, written, name)
+        except _UnbalancedError:
+            self._repair()
 
-    def repair(self) -> None:
+    def _repair(self) -> None:
         """Read all again, by the schema."""
         if self._strict:
             self._start(strict=False)
             for given in self._given:
-                if not self.broken:
-                    self._do(*given)
+                self._do(*given)
 
     def _do(self, kind: str, written: str, name: str) -> None:
+        if self.broken:
+            return
         if kind == "text":
             self._open[-1].texts[-1].append(written)
         elif kind == "open":
@@ -194,14 +181,16 @@ class CallBuilder:
             # Read again, what seemed to quote it may be closed.
             self.broken |= not self.in_text
             self._open[-1].quotes = True
-            self._open.append(_OpenElement(name, self._open[-1].shape, 0, name))
+            self._begin(name, self._open[-1].shape, name)
         elif kind == "close":
             self._read_closing(name, written)
         else:
             self._read_token(written)
         self._pieces.append(written)
-        if kind in ("open", "quote"):
-            self._open[-1].begin = len(self._pieces)
+
+    def _begin(self, name: str, shape: Shape, closing: str) -> None:
+        begin, depth = len(self._pieces) + 1, len(self._open)
+        self._open.append(_OpenElement(name, shape=shape, begin=begin, closing=closing, depth=depth))
 
     def _read_token(self, written: str) -> None:
         top = self._open[-1]
@@ -216,72 +205,60 @@ class CallBuilder:
         top.texts[-1].append(written)
 
     def _read_opening(self, name: str) -> None:
-        closings = self._closings()
-        self._close_without_token(max(self._closable(closings), default=0), closings)
+        self._close_without_token(max(self._closable(), default=0))
         self._take_elements_without_token()
         closing, m2 = name, parameter_name(name)
-        if m2 is not None and not self._open[-1].shape.names(name):
-            if self._strict and self.has_open_value and self._open[-1].shape.is_array_only:
+        shape = self._open[-1].shape
+        if m2 is not None:
+            if self._strict and shape.is_array_only:
                 # No item of an array.
                 raise _UnbalancedError
             name, closing = m2, "parameter"
             self._note("M2 parameter tags")
-        elif not self._open[-1].shape.names(name) and self._open[-1].shape.names(name.strip()):
+        elif shape.names(name.strip()):
             name = name.strip()
         if not self._strict:
             self._make_way(name)
-        if len(self._open) > MAX_DEPTH:
-            self.broken = True
-            return
+        self.broken |= len(self._open) > MAX_DEPTH
         top = self._open[-1]
         shape = top.shape.of_child(name, len(top.children))
-        if self._strict or any(element.is_text for element in self._open[1:]):
+        if self._strict or self._in_string:
             pass
         elif not top.shape.names(name):
             self.broken |= top.name == name != "item" or not (top.shape.is_open or top.alone)
         elif any(child.name == name for child in top.children[top.alone[0] if top.alone else 0 :]):
             # Only with balanced tags is a repeated tag a list.
-            self.broken |= name != "item" and not shape.is_array
-        self._open.append(_OpenElement(name, shape, 0, closing))
+            self.broken |= name != "item" and not shape.arrays
+        self._begin(name, shape, closing)
 
     def _make_way(self, name: str) -> None:
         """Close what is between the element that has this tag by the schema, and the tag."""
         top = self._open[-1]
         takers = [count for count, e in enumerate(reversed(self._open)) if self._lacks(e, name)]
-        in_text = any(element.is_text for element in self._open[1:])
-        if takers and takers[0] > 0 and (in_text or top.shape.names(name) or not top.shape.is_open):
+        if takers and takers[0] > 0 and (self._in_string or top.shape.names(name) or not top.shape.is_open):
             taker = self._open[-1 - takers[0]]
             while self._open[-1] is not taker:
-                self._ended[self._open[-1].name] = taker, -1
+                self._ended[self._open[-1].name] = self._open[-1]
                 self._end_unclosed(before=name)
-        elif (parent := self._open[-2] if self.has_open_value else None) and (
-            self._lacks(parent, name) or parent.shape.is_open
-        ):
+        elif self.has_open_value and (self._lacks(self._open[-2], name) or self._open[-2].shape.is_open):
             for element in self._open[1:]:
-                if element is top or element.name == top.name:
+                if element.name == top.name:
                     element.doubts.append(name)
 
     def _lacks(self, element: _OpenElement, name: str) -> bool:
         """Whether this tag may come in the element, and has not been there."""
-        if not element.shape.names(name):
-            return False
-        if name == "item" and element.shape.is_array:
+        if name == "item" and element.shape.arrays:
             return True
-        inner = self._open[self._open.index(element) + 1 :]
-        return not any(child.name == name for child in element.children) and not (
-            inner and inner[0].name == name
-        )
+        place = self._open.index(element) + 1
+        been = chain(element.children, self._open[place : place + 1])
+        return element.shape.names(name) and all(child.name != name for child in been)
 
     def _read_closing(self, name: str, written: str) -> None:
+        if not self._closes(self._open[-1], name):
+            counts = (count for count in self._closable() if self._closes(self._open[-1 - count], name))
+            self._close_without_token(next(counts, 0))
         top = self._open[-1]
-        if not self._closes(top, name):
-            closings = self._closings()
-            for count in self._closable(closings):
-                if self._closes(self._open[-1 - count], name):
-                    self._close_without_token(count, closings)
-                    break
-        top = self._open[-1]
-        if len(self._open) > 1 and self._closes(top, name) and (self._strict or not self._lost(top, name)):
+        if self.has_open_value and self._closes(top, name) and (self._strict or not self._lost(top, name)):
             self._finish()
         elif self._strict:
             raise _UnbalancedError
@@ -290,7 +267,7 @@ class CallBuilder:
 
     def _lost(self, element: _OpenElement, name: str) -> bool:
         """Whether text in it, before a closing tag, has lost its opening tag."""
-        return self._lacks(element, name) and bool(element.alone or element.last_text().strip())
+        return self._lacks(element, name) and bool(element.alone or element.last_text.strip())
 
     @staticmethod
     def _closes(element: _OpenElement, name: str) -> bool:
@@ -310,8 +287,7 @@ class CallBuilder:
             for _ in range(depth):
                 self._end_unclosed()
             if depth:
-                parent = self._open[-2]
-                self._ended[name] = parent, len(parent.children) + 1
+                self._ended[name] = self._open[-1]
             if not self.broken:
                 self._finish()
         elif any(self._lacks(element, name) for element in self._open):
@@ -320,32 +296,28 @@ class CallBuilder:
             top.texts[-1].append(written)
         elif len(self._open) > 1 and top.is_leaf:
             self._note("wrong closing tag")
-            parent = self._open[-2]
             self._finish()
-            self._ended[top.name] = parent, len(parent.children)
+            self._ended[top.name] = top
             if top.is_text:
-                self._wrong = parent.children[-1], written, parent, len(parent.children)
+                self._wrong = top, written
         else:
             self._note("stray closing tag")
             # A text whose opening tag is lost belongs to it; white space is beside it.
-            self.broken |= bool(top.last_text().strip())
+            self.broken |= bool(top.last_text.strip())
             top.texts[-1].clear()
             self._wrong = None
             # An element that was ended early, and whose end comes now, was read wrongly.
-            if name in self._ended:
-                parent, count = self._ended[name]
-                self.broken |= parent is not top or len(parent.children) != count
+            self.broken |= name in self._ended and top.children[-1:] != [self._ended[name]]
 
     def _is_in_quoting_text(self, name: str, written: str) -> bool:
         """Whether a tag that seemed to close a text is part of it, as text and its real end come after it."""
         top = self._open[-1]
-        if not self._wrong or self._wrong[2:] != (top, len(top.children)) or top.alone:
-            return False
-        element, quoted, _, _ = self._wrong
-        if not (more := top.last_text()).strip():
+        element, quoted = self._wrong or (None, "")
+        more = top.last_text
+        if not element or top.children[-1:] != [element] or top.alone or not more.strip():
             return False
         if name == element.name:
-            element.text += quoted + more
+            element.texts[-1].append(quoted + more)
             top.texts[-1].clear()
             self._wrong = None
             return True
@@ -362,18 +334,16 @@ class CallBuilder:
             return
         self._note("opening tag missing")
         children, texts = top.alone or (len(top.children), 0)
-        element = _OpenElement(name, top.shape.of_child(name, children), len(self._pieces), name)
+        self._begin(name, top.shape.of_child(name, children), name)
+        element = self._open[-1]
         element.children, top.children = top.children[children:], top.children[:children]
         # Without the token itself.
         element.texts = [top.texts[children][texts + bool(top.alone) :], *top.texts[children + 1 :]]
         top.texts[children:] = [top.texts[children][:texts]]
-        text = element.text()
-        if (not top.alone and (not text.strip() or name == "item")) or (element.children and text.strip()):
-            self.broken = True
-        if element.children and element.shape.is_leaf:
-            self.broken = True
+        text = element.text.strip()
+        is_unlikely = not top.alone and (not text or name == "item")
+        self.broken |= is_unlikely or bool(element.children and (text or element.shape.is_leaf))
         top.alone = None
-        self._open.append(element)
         self._finish()
 
     def _end_unclosed(self, before: str = "") -> None:
@@ -382,12 +352,12 @@ class CallBuilder:
         quoted = any(element.is_text for element in self._open[1:-1])
         if not quoted:
             self._note("closing tag missing")
-            mixed = bool(top.children) and not top.is_text and top.text().strip() != ""
+            mixed = bool(top.children) and not top.is_text and top.text.strip() != ""
             is_foreign = not parent.shape.names(top.name) and not parent.shape.is_open
             # A second tag of a name is around it, so the first is not.
             doubts = top.doubts[top.doubts.index(before) + 1 :] if before in top.doubts else top.doubts
             # A number that never came: the tag belonged elsewhere.
-            is_empty = before and top.is_leaf and not top.is_text and not top.text().strip()
+            is_empty = before and top.is_leaf and not top.is_text and not top.text.strip()
             if doubts or mixed or is_foreign or is_empty or parent.name == top.name:
                 self.broken = True
         self._finish()
@@ -396,9 +366,7 @@ class CallBuilder:
 
     def _closings(self) -> list[tuple[str, int]]:
         """Closing tags without their token at the end of the text: names and places, the last first."""
-        top = self._open[-1]
-        text = top.texts[-1][-1] if top.texts[-1] else ""
-        found: list[tuple[str, int]] = []
+        text, found = self._open[-1].last_piece, list[tuple[str, int]]()
         end = len(text)
         while len(found) < len(self._open):
             begin = text.rfind("</", 0, end)
@@ -409,32 +377,31 @@ class CallBuilder:
             end = begin
         return found
 
-    def _closable(self, closings: list[tuple[str, int]]) -> list[int]:
-        """How many of the innermost elements those tags may close, by their names."""
-        if not closings:
+    def _closable(self, first: int = 1) -> list[int]:
+        """How many of the innermost elements, from the ``first`` on, those tags may close, by their names."""
+        if not (names := [name for name, _ in self._closings()]):
             return []
-        names, opened = [name for name, _ in closings], [element.closing for element in self._open[:0:-1]]
+        opened = [element.closing for element in self._open[first:]][::-1]
         counts = range(1, min(len(names), len(opened)) + 1)
         return [count for count in counts if names[count - 1 :: -1] == opened[:count]]
 
-    def _close_without_token(self, count: int, closings: list[tuple[str, int]]) -> None:
+    def _close_without_token(self, count: int) -> None:
         """Close ``count`` elements whose closing tags are there as text."""
         if count == 0:
             return
-        innermost = self._open[-1]
-        texts, begin = innermost.texts[-1], closings[count - 1][1]
-        text, texts[-1] = texts[-1], texts[-1][:begin]
+        innermost, begins = self._open[-1], [begin for _, begin in self._closings()[:count]]
+        texts = innermost.texts[-1]
+        text, texts[-1] = texts[-1], texts[-1][: begins[-1]]
         self._note("token missing")
         if f"</{innermost.closing}>" in texts[-1]:
             self.broken = True
             return
-        for _, begin in closings[count - 1 :: -1]:
+        for begin in reversed(begins):
             self._finish(cut=len(text) - begin)
-        self._open[-1].texts[-1].append("")
 
     def _take_elements_without_token(self) -> None:
         element = self._open[-1]
-        text = element.texts[-1][-1] if element.texts[-1] else ""
+        text = element.last_piece
         if "<" in text and (found := bare_elements(text, depth=len(self._open))):
             self._note("token missing")
             shape = element.shape
@@ -452,46 +419,36 @@ class CallBuilder:
         if top.children or top.shape.is_structure:
             self._take_elements_without_token()
         self._open.pop()
-        text = top.text()
-        element = Element(top.name, text, top.children, depth=len(self._open))
         if top.children:
             source = "".join(self._pieces[top.begin :])
-            element.source = source[: len(source) - cut]
+            top.source = source[: len(source) - cut]
             if top.quotes:
-                element.text, element.children = element.source, []
-            elif not top.is_text and text and not text.isspace():
-                element.between = top.between()
-                if not self._strict:
-                    self.broken = True
-        self._open[-1].add(element)
+                top.texts, top.children = [[top.source]], []
+            elif not self._strict and not top.is_text and top.text.strip():
+                self.broken = True
+        self._open[-1].add(top)
 
     def end_all(self) -> None:
         """The call ends, and whatever is open in it."""
-        self.repair()
+        self._repair()
         while len(self._open) > 1 and not self.broken:
             self._end_unclosed()
 
-    def closes_without_token(self, name: str) -> bool:
-        """Whether ``</name>`` stands at the end of the text; then all that it closes is closed."""
-        closings = self._closings()
-        if self.broken or not closings or closings[0][0] != name:
+    def closes_without_token(self) -> bool:
+        """Whether ``</invoke>`` stands at the end of the text; then all that it closes is closed."""
+        if self.broken or len(self._open) not in self._closable(first=0):
             return False
-        texts = self._open[-1].texts[-1]
-        written, texts[-1] = texts[-1], texts[-1][: closings[0][1]]
-        rest = self._closings()
-        if len(self._open) - 1 not in [0, *self._closable(rest)]:
-            texts[-1] = written
-            return False
-        self._pieces[-1] = self._pieces[-1][: len(texts[-1]) - len(written)]
-        self._close_without_token(len(self._open) - 1, rest)
+        texts, begin = self._open[-1].texts[-1], self._closings()[0][1]
+        self._pieces[-1] = self._pieces[-1][: begin - len(texts[-1])]
+        texts[-1] = texts[-1][:begin]
+        self._close_without_token(len(self._open) - 1)
         self._note("token missing")
         return True
 
     def close_at_end(self) -> None:
         """Closing tags without their token, just before the end of the call."""
-        closings = self._closings()
-        if len(self._open) - 1 in self._closable(closings):
-            self._close_without_token(len(self._open) - 1, closings)
+        if (count := len(self._open) - 1) in self._closable():
+            self._close_without_token(count)
 
     def built(self) -> tuple[ToolCall | None, str]:
         """The call, if there is one, and text that stands between its parameters."""
@@ -499,7 +456,7 @@ class CallBuilder:
             return None, ""
         self._take_elements_without_token()
         invoke = self._open[0]
-        text = invoke.text()
+        text = invoke.text
         text = text if text.strip() else ""
         if text and not self._strict:
             return None, ""
@@ -508,6 +465,9 @@ class CallBuilder:
             self._note("JSON arguments")
             return (None if arguments is None else ToolCall(self.name, arguments)), ""
         try:
-            return ToolCall(self.name, typed_arguments(invoke.children, self._schemas)), text
+            call = ToolCall(self.name, typed_arguments(invoke.children, self._schemas))
         except RecursionError:
             return None, ""
+        if self._schemas.found_bare_tags:
+            self._note("token missing")
+        return call, text

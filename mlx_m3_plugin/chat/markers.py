@@ -12,8 +12,32 @@ THINK_START, THINK_END = "<mm:think>", "</mm:think>"
 # Stands before every tag of a tool call.
 NAMESPACE = "]<]minimax[>["
 MARKERS = (THINK_START, THINK_END, NAMESPACE)
+THINK_MARKER = re.compile(f"({THINK_START}|{THINK_END})")
 ANY_MARKER = re.compile(f"({'|'.join(map(re.escape, MARKERS))})")
 TOOL_CALL_START, TOOL_CALL_END = f"{NAMESPACE}<tool_call>", f"{NAMESPACE}</tool_call>"
+# In markers that are text, of replies that are rewritten for servers.  Unicode keeps this code for programs.
+NO_CHARACTER = "\ufdd0"
+_JSON_CALL = re.compile(f"{re.escape(TOOL_CALL_START)}(.*?){re.escape(TOOL_CALL_END)}", re.DOTALL)
+
+
+def as_text(text: str) -> str:
+    """With markers that nobody takes for markers."""
+    return ANY_MARKER.sub(lambda marker: marker[0][0] + NO_CHARACTER + marker[0][1:], text)
+
+
+def restored(text: str) -> str:
+    """Rewritten text without calls, as the reply has it."""
+    return text.replace(NO_CHARACTER, "")
+
+
+def without_calls(text: str) -> str:
+    """What is beside the calls of rewritten text."""
+    return _JSON_CALL.sub("", text)
+
+
+def calls_in(text: str) -> list[str]:
+    """The calls of rewritten text, as JSON."""
+    return _JSON_CALL.findall(text)
 
 
 def without_space(tokens: Sequence[int], decode: Callable[[list[int]], str]) -> Sequence[int]:

@@ -61,14 +61,12 @@ def prepared(messages: Any) -> Any:
     """
     if not isinstance(messages, Sequence) or isinstance(messages, (str, bytes)):
         return messages
-    return [_prepared_message(m) if _is_assistant(m) else m for m in messages]
+    return list(map(_prepared_message, messages))
 
 
-def _is_assistant(message: Any) -> bool:
-    return isinstance(message, Mapping) and message.get("role") == "assistant"
-
-
-def _prepared_message(message: Mapping[str, Any]) -> dict[str, Any]:
+def _prepared_message(message: Any) -> Any:
+    if not isinstance(message, Mapping) or message.get("role") != "assistant":
+        return message
     made = dict(message)
     reasoning = made.get("reasoning")
     if isinstance(reasoning, str) and not isinstance(made.get("reasoning_content"), str):

@@ -1,16 +1,10 @@
 """A reply rewritten as it streams, for servers that know no more of M3 than its markers."""
 
-import re
 from typing import Any
 
-from .markers import MARKERS, NAMESPACE, THINK_END, THINK_START
+from .markers import ANY_MARKER, NAMESPACE, NO_CHARACTER, THINK_END, THINK_START, as_text
 from .reply import Event, ReplyParser
 from .tool_calls import RepairLog, as_json, tool_call_end, tool_call_start
-
-# In markers that are text.  Unicode keeps this code for programs: it is no character.
-_NO_CHARACTER = "\ufdd0"
-_AS_TEXT = {marker: marker[0] + _NO_CHARACTER + marker[1:] for marker in MARKERS}
-_BLOCK = re.compile(f"{re.escape(tool_call_start)}(.*?){re.escape(tool_call_end)}", re.DOTALL)
 
 
 class ReplyRewriter:
@@ -18,7 +12,7 @@ class ReplyRewriter:
 
     That is text in which every marker means what it says and comes whole, in one piece: reasoning opened and
     closed where it is, and for each call a block with the call as JSON.  Markers that are text are written
-    so that nobody finds them; :func:`restored` undoes that.
+    so that nobody finds them; :func:`~.markers.restored` undoes that.
 
     Args:
         tools: the request's tools, in OpenAI's form.
@@ -56,34 +50,8 @@ class ReplyRewriter:
         if event.call:
             return marker + tool_call_start + as_json(event.call) + tool_call_end
         text, end = as_text(event.text), "" if switched else self._end
-        if _holds_marker(end + text[: len(NAMESPACE)]):
+        if ANY_MARKER.search(end + text[: len(NAMESPACE)]):
             # Two halves of one, once what is between them is gone: a tag, or a call that servers take out.
-            text = _NO_CHARACTER + text
+            text = NO_CHARACTER + text
         self._end = (end + text)[1 - len(NAMESPACE) :]
         return marker + text
-
-
-def _holds_marker(text: str) -> bool:
-    return any(marker in text for marker in _AS_TEXT)
-
-
-def as_text(text: str) -> str:
-    """With markers that nobody takes for markers."""
-    for marker, written in _AS_TEXT.items():
-        text = text.replace(marker, written)
-    return text
-
-
-def restored(text: str) -> str:
-    """Rewritten text without calls, as the reply has it."""
-    return text.replace(_NO_CHARACTER, "") if _NO_CHARACTER in text else text
-
-
-def without_calls(text: str) -> str:
-    """What is beside the calls of rewritten text."""
-    return _BLOCK.sub("", text)
-
-
-def calls_in(text: str) -> list[str]:
-    """The calls of rewritten text, as JSON."""
-    return _BLOCK.findall(text)

@@ -11,6 +11,7 @@ from typing import Any
 from mlx_m3_plugin.chat.calls import ToolCall
 from mlx_m3_plugin.chat.markers import MARKERS, TOOL_CALL_END, TOOL_CALL_START
 from mlx_m3_plugin.chat.reply import Event, ReplyParser
+from mlx_m3_plugin.chat.values import json_object
 
 log = logging.getLogger("mlx_m3_plugin")
 
@@ -35,8 +36,8 @@ def parse_tool_call(text: str, tools: Any = None) -> dict[str, Any] | list[dict[
     """
     if made := _from_json(text):
         return made
-    parser = ReplyParser(tools, in_block=True)
-    events = parser.feed(text) + parser.finish()
+    parser = ReplyParser(tools)
+    events = parser.feed(TOOL_CALL_START + text) + parser.finish()
     calls = [event.call.as_dict() for event in events if event.call]
     if not calls:
         raise ToolCallError("there is no complete call in the tool-call block; see docs/tool-calls.md")
@@ -54,13 +55,9 @@ def as_json(call: ToolCall) -> str:
 
 def _from_json(text: str) -> dict[str, Any] | None:
     """The call that :func:`as_json` wrote; its reader has judged it."""
-    try:
-        call = json.loads(text) if text.startswith('{"name": ') else None
-    except (ValueError, RecursionError):
-        return None
-    return (
-        call if call and set(call) == {"name", "arguments"} and isinstance(call["arguments"], dict) else None
-    )
+    call = json_object(text) if text.startswith('{"name": ') else None
+    is_ours = call and call.keys() == {"name", "arguments"} and isinstance(call["arguments"], dict)
+    return call if is_ours else None
 
 
 class RepairLog:

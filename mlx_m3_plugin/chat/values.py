@@ -49,23 +49,26 @@ _ANYTHING: dict[str, Any] = {"type": None}
 _TEXTLESS = ("integer", "number", "boolean", "null")
 
 
-@dataclass
+@dataclass(eq=False)
 class Element:
     """One tag with what is in it.
 
     Attributes:
-        name: of the tag.  text: all text directly in it.
+        name: of the tag.
+        texts: those directly in it, in pieces: the ones before each child, and those after the last one.
         children: the tags directly in it.  source: everything between its tags, where there are any in it.
         depth: tags around it.
-        between: text that is not blank among the children, each with the number of children before it.
     """
 
     name: str
-    text: str = ""
+    texts: list[list[str]] = field(default_factory=lambda: [[]])
     children: list["Element"] = field(default_factory=list)
     source: str = ""
     depth: int = 0
-    between: list[tuple[int, str]] = field(default_factory=list)
+
+    @property
+    def text(self) -> str:
+        return "".join(chain(*self.texts))
 
 
 def parameter_name(tag: str) -> str | None:
@@ -96,7 +99,7 @@ def first_bare_elements(
         if end < 0:
             break
         inner = text[opening.end() : end]
-        found.append(Element(opening[1] if name is None else name, inner, depth=depth))
+        found.append(Element(opening[1] if name is None else name, [[inner]], depth=depth))
         begin = end + len(closing)
     return found, begin
 
@@ -104,8 +107,9 @@ def first_bare_elements(
 def typed_arguments(parameters: list[Element], schemas: "Schemas") -> dict[str, Any]:
     """The arguments of a call, typed by what its tool has as ``parameters``."""
     element = Element("invoke", children=parameters)
-    objects = [branch for branch in schemas.branches(schemas.root) if branch["type"] == "object"]
-    return _object(element, _best_branch(element, objects, schemas) if objects else schemas.root, schemas)
+    schemas.found_bare_tags = False
+    root = Branch({**schemas.root, "type": "object"}, schemas)
+    return _object(element, _best_branch(element, schemas.shape(schemas.root).objects, root))
 
 
 # --- schemas ---
@@ -119,23 +123,18 @@ class Schemas:
         # Nobody knows the tools: texts that are JSON are read as such.
         self.as_json = as_json
         # By identity, which is why the schema is kept with it.
-        self._known: dict[int, tuple[Any, list[Schema]]] = {}
         self._shapes: dict[int, tuple[Any, Shape]] = {}
         self._steps_left = 0
+        # Whether the arguments that were typed last had tags without their token in a text.
+        self.found_bare_tags = False
+        self.anything = Branch(_ANYTHING, self)
 
     def shape(self, schema: Any) -> "Shape":
         if id(schema) not in self._shapes:
-            self._shapes[id(schema)] = schema, Shape(schema, self)
-        return self._shapes[id(schema)][1]
-
-    def branches(self, schema: Any) -> list[Schema]:
-        """The alternatives of a schema, in its order: no ``$ref``, ``anyOf``, ``oneOf``, ``allOf``,
-        ``nullable`` or list of types is left in them.  Anything but a mapping says nothing: none."""
-        if id(schema) not in self._known:
             self._steps_left = _MOST_STEPS
-            found: list[Schema] = [{**each, "type": _type_of(each)} for each in self._expand(schema, ())]
-            self._known[id(schema)] = schema, found
-        return self._known[id(schema)][1]
+            branches = [Branch(each, self) for each in self._expand(schema, ())]
+            self._shapes[id(schema)] = schema, Shape(branches, self)
+        return self._shapes[id(schema)][1]
 
     def _expand(self, schema: Any, way: tuple[str, ...]) -> Iterator[Schema]:
         """``way``: the keywords and references that led here."""
@@ -189,45 +188,80 @@ def _kind(name: str) -> str | None:
     return next((kind for kind in known if kind in ("array", "object")), known[-1] if known else None)
 
 
+class Branch:
+    """One alternative of a schema: in it are no ``$ref``, ``anyOf``, ``oneOf``, ``allOf``, ``nullable`` and
+    lists of types.
+
+    Attributes:
+        type: JSON schema's word, as it says, or as its other keywords imply; or None.
+        listed: the values of ``enum`` or ``const``.  takes_text: it allows every text.
+        kind: the type; of listed scalars, as tags in them are text, a string.
+        is_open: an object may have properties that it does not name.
+    """
+
+    def __init__(self, schema: Schema, schemas: Schemas):
+        self._schema, self.schemas = schema, schemas
+        self.type: str | None = schema["type"]
+        if self.type is None and ("properties" in schema or "additionalProperties" in schema):
+            self.type = "object"
+        elif self.type is None and ("items" in schema or "prefixItems" in schema):
+            self.type = "array"
+        self.properties, self.required = _properties(schema), set(_required(schema))
+        listed = [schema["const"]] if "const" in schema else schema.get("enum")
+        self.listed = listed if isinstance(listed, list) else []
+        self.takes_text = self.type in ("string", None) and not self.listed
+        lists_tags = any(isinstance(value, (list, dict)) for value in self.listed)
+        self.kind = self.type or ("string" if self.listed and not lists_tags else None)
+        self.types_others = "additionalProperties" in schema
+        self.is_open = bool(schema.get("additionalProperties", not self.properties))
+
+    def member(self, name: str) -> "Shape":
+        return self.schemas.shape(self.properties.get(name, self._schema.get("additionalProperties")))
+
+    def item(self, index: int) -> "Shape":
+        prefix, items = self._schema.get("prefixItems"), self._schema.get("items")
+        if isinstance(items, list):
+            # Of drafts before 2020-12.
+            prefix, items = items, self._schema.get("additionalItems")
+        if isinstance(prefix, list) and index < len(prefix):
+            items = prefix[index]
+        return self.schemas.shape(items)
+
+
 class Shape:
     """What a schema says about the tags in an element.
 
     Attributes:
+        branches: the alternatives of the schema, in its order.  Anything but a mapping says nothing: none.
+        objects, arrays: those of these types.
         is_text: tags are text.  is_open: tags of any name may be in it.
-        is_leaf: there is a text in it, and no tags.  is_array: it may be an array.
+        is_leaf: there is a text in it, and no tags.
         is_array_only, is_structure: if it is not null, it is an array; or an array or an object.
     """
 
-    def __init__(self, schema: Any, schemas: Schemas):
-        self._schemas = schemas
-        self._branches = schemas.branches(schema)
-        kinds = {branch["type"] or _listed_kind(branch) for branch in self._branches} or {None}
-        self._objects = [branch for branch in self._branches if branch["type"] == "object"]
-        self._arrays = [branch for branch in self._branches if branch["type"] == "array"]
+    def __init__(self, branches: list[Branch], schemas: Schemas):
+        self.schemas, self.branches = schemas, branches
+        self.objects = [branch for branch in branches if branch.type == "object"]
+        self.arrays = [branch for branch in branches if branch.type == "array"]
+        kinds = {branch.kind for branch in branches} or {None}
         self.is_text = "string" in kinds and not kinds & {"array", "object", None}
         self.is_leaf = not kinds & {"array", "object"}
-        self.is_array = bool(self._arrays)
-        self.is_array_only = self.is_array and not kinds - {"array", "null"}
+        self.is_array_only = "array" in kinds and not kinds - {"array", "null"}
         self.is_structure = not kinds - {"array", "object", "null"} and not self.is_leaf
-        closed = [not branch.get("additionalProperties", not _properties(branch)) for branch in self._objects]
-        self.is_open = None in kinds or not all(closed)
+        self.is_open = None in kinds or any(branch.is_open for branch in self.objects)
 
     def names(self, tag: str) -> bool:
         """Whether the schema itself has such a tag."""
-        return any(tag in _properties(branch) for branch in self._objects) or (
-            tag == "item" and self.is_array
-        )
+        return (tag == "item" and bool(self.arrays)) or any(tag in each.properties for each in self.objects)
 
     def of_child(self, tag: str, index: int) -> "Shape":
-        for branch in self._objects:
-            if tag in _properties(branch):
-                return self._schemas.shape(_properties(branch)[tag])
-        for branch in self._arrays if tag == "item" or not self._objects else ():
-            return self._schemas.shape(_item_schema(branch, index))
-        extra = [
-            branch["additionalProperties"] for branch in self._objects if "additionalProperties" in branch
-        ]
-        return self._schemas.shape(extra[0] if extra else None)
+        for branch in self.objects:
+            if tag in branch.properties:
+                return branch.member(tag)
+        if self.arrays and (tag == "item" or not self.objects):
+            return self.arrays[0].item(index)
+        others = [branch for branch in self.objects if branch.types_others]
+        return others[0].member(tag) if others else self.schemas.shape(None)
 
 
 def _without(schema: Schema, key: str) -> dict[str, Any]:
@@ -261,15 +295,6 @@ def _both(one: Schema | None, other: Schema) -> Schema | None:
     return {**merged, "properties": properties} if properties else merged
 
 
-def _type_of(schema: Schema) -> str | None:
-    """The type of an alternative: as it says, or as its other keywords imply."""
-    if schema["type"] is not None:
-        return schema["type"]
-    if "properties" in schema or "additionalProperties" in schema:
-        return "object"
-    return "array" if "items" in schema or "prefixItems" in schema else None
-
-
 def _properties(schema: Schema) -> Schema:
     properties = schema.get("properties")
     return properties if isinstance(properties, Mapping) else {}
@@ -280,43 +305,23 @@ def _required(schema: Schema) -> list[str]:
     return [name for name in required if isinstance(name, str)] if isinstance(required, list) else []
 
 
-def _item_schema(schema: Schema, index: int) -> Any:
-    prefix, items = schema.get("prefixItems"), schema.get("items")
-    if isinstance(items, list):
-        # Of drafts before 2020-12.
-        prefix, items = items, schema.get("additionalItems")
-    return prefix[index] if isinstance(prefix, list) and index < len(prefix) else items
-
-
-def _listed_kind(schema: Schema) -> str | None:
-    """Only scalars are listed: tags are text."""
-    listed = _listed(schema)
-    return "string" if listed and not any(isinstance(v, (list, dict)) for v in listed) else None
-
-
-def _listed(schema: Schema) -> list[Any]:
-    listed = [schema["const"]] if "const" in schema else schema.get("enum")
-    return listed if isinstance(listed, list) else []
-
-
 # --- values ---
 
 
-def _typed(element: Element, schema: Any, schemas: Schemas) -> Any:
+def _typed(element: Element, shape: Shape) -> Any:
     """The value that ``element`` stands for, by what the schema of its parameter says."""
-    branches = schemas.branches(schema)
+    branches = shape.branches
     # Where a text may be, blanks are one, and not how a model writes what is listed and empty.
-    blanks = all(_listed(branch) or branch["type"] in _TEXTLESS for branch in branches)
-    for value in chain.from_iterable(map(_listed, branches)):
+    blanks = all(branch.listed or branch.type in _TEXTLESS for branch in branches)
+    for value in chain.from_iterable(branch.listed for branch in branches):
         if _is_written(value, element, blanks):
             return deepcopy(value)
     if not element.children:
-        return _leaf(element, branches, schemas)
-    kinds = {branch["type"] for branch in branches}
-    if "string" in kinds and not kinds & {"array", "object", None}:
-        # Tags in a text are text.
+        text = element.text
+        return _any_json(text) if shape.schemas.as_json else _leaf(text, branches, element.depth)
+    if shape.is_text:
         return element.source
-    return _structure(element, _best_branch(element, branches, schemas), schemas)
+    return _structure(element, _best_branch(element, branches, shape.schemas.anything))
 
 
 def rendered(value: Any) -> str:
@@ -346,35 +351,37 @@ def _is_written(value: Any, element: Element, blanks: bool = True) -> bool:
 _NO_VALUE = object()
 
 
-def _leaf(element: Element, branches: list[Schema], schemas: Schemas) -> Any:
-    text, kinds = element.text, [branch["type"] for branch in branches]
-    if schemas.as_json and not branches:
-        return _any_json(text)
+def _leaf(text: str, branches: list[Branch], depth: int) -> Any:
+    """``depth``: tags around it."""
+    kinds = [branch.type for branch in branches]
     if text.strip() in _NULLS and _takes_null(branches, text):
         return None
-    if not text.strip() and not any(map(_takes_text, branches)):
+    if not text.strip() and not any(branch.takes_text for branch in branches):
         for empty, kind in ((None, "null"), ([], "array"), ({}, "object")):
             if kind in kinds:
                 return empty
     # What is written just as the template writes it goes before what can be understood.
     for exact in (True, False):
-        for schema in branches:
-            value = _as_type(element, schema, schemas)
+        for branch in branches:
+            value = _as_type(text, branch, depth)
             if value is not _NO_VALUE and (not exact or _is_exact(value, text)):
                 return value
-    arrays = [schema for schema in branches if schema["type"] == "array"]
-    # One bare value as an array of it; else, whatever the schema wanted, this is what was written.
-    return _array_of_one(element, arrays[0], schemas) if arrays and text.strip() else text
+    if "array" in kinds and text.strip():
+        # One bare value as an array of it.  The items of an array of arrays are not guessed at any further.
+        items = branches[kinds.index("array")].item(0).branches
+        return [_leaf(text.strip(), [branch for branch in items if branch.type != "array"], depth + 1)]
+    # Whatever the schema wanted, this is what was written.
+    return text
 
 
-def _takes_null(branches: list[Schema], text: str) -> bool:
+def _takes_null(branches: list[Branch], text: str) -> bool:
     """Whether the word is null: where that is allowed, or where it can't be a text."""
-    texts = [b for b in branches if b["type"] == "string" or any(isinstance(v, str) for v in _listed(b))]
+    texts = [b for b in branches if b.type == "string" or any(isinstance(v, str) for v in b.listed)]
     if text.strip() != "null":
         # As other languages write it: only where nothing else is meant.
-        return bool(branches) and not any(b["type"] in ("string", None) or _listed(b) for b in branches)
-    if any(branch["type"] == "null" or None in _listed(branch) for branch in branches):
-        return text == "null" or not any(map(_takes_text, texts))
+        return bool(branches) and not any(b.type in ("string", None) or b.listed for b in branches)
+    if any(branch.type == "null" or None in branch.listed for branch in branches):
+        return text == "null" or not any(branch.takes_text for branch in texts)
     return not texts
 
 
@@ -382,7 +389,7 @@ def _any_json(text: str) -> Any:
     """Any JSON but a string."""
     word = text.strip()
     is_long_number = len(word) >= _MAX_DIGITS and word[0] not in "[{"
-    value = _NO_VALUE if word.startswith('"') or is_long_number else _parsed(word)
+    value = _NO_VALUE if word.startswith('"') or is_long_number else parsed(word)
     return text if value is _NO_VALUE else value
 
 
@@ -390,14 +397,10 @@ def _is_exact(value: Any, text: str) -> bool:
     return isinstance(value, (list, dict)) or text == ("null" if value is None else rendered(value))
 
 
-def _takes_text(schema: Schema) -> bool:
-    return schema["type"] in ("string", None) and not _listed(schema)
-
-
-def _as_type(element: Element, schema: Schema, schemas: Schemas) -> Any:
-    kind, text, word = schema["type"], element.text, element.text.strip()
+def _as_type(text: str, branch: Branch, depth: int) -> Any:
+    kind, word = branch.type, text.strip()
     if kind in ("string", None):
-        return text if _takes_text(schema) else _NO_VALUE
+        return text if branch.takes_text else _NO_VALUE
     if kind == "integer":
         return _integer(word)
     if kind == "number":
@@ -406,9 +409,11 @@ def _as_type(element: Element, schema: Schema, schemas: Schemas) -> Any:
         return {"true": True, "1": True, "false": False, "0": False}.get(word.lower(), _NO_VALUE)
     if kind == "null":
         return None if word.lower() in ("null", "none") else _NO_VALUE
-    if word.startswith("<") and (children := bare_elements(word, element.depth + 1)):
-        return _structure(Element(element.name, children=children), schema, schemas)
-    return _json(word, list if kind == "array" else dict)
+    if word.startswith("<") and (children := bare_elements(word, depth + 1)):
+        branch.schemas.found_bare_tags = True
+        return _structure(Element("", children=children), branch)
+    value = parsed(word)
+    return value if isinstance(value, list if kind == "array" else dict) else _NO_VALUE
 
 
 def _integer(word: str) -> Any:
@@ -432,11 +437,7 @@ def _finite(word: str) -> float:
     return value
 
 
-def _json(word: str, kind: type) -> Any:
-    return _parsed(word) if word.startswith("[" if kind is list else "{") else _NO_VALUE
-
-
-def _parsed(word: str) -> Any:
+def parsed(word: str) -> Any:
     try:
         return json.loads(word, parse_constant=_finite, parse_float=_finite)
     except (ValueError, RecursionError):
@@ -444,52 +445,43 @@ def _parsed(word: str) -> Any:
 
 
 def json_object(text: str) -> dict[str, Any] | None:
-    value = _json(text.strip(), dict)
+    value = parsed(text.strip())
     return value if isinstance(value, dict) else None
-
-
-def _array_of_one(element: Element, schema: Schema, schemas: Schemas) -> list[Any]:
-    word = element.text.strip()
-    only = Element("item", word, depth=element.depth + 1)
-    # The items of an array of arrays are not guessed at any further.
-    items = [branch for branch in schemas.branches(_item_schema(schema, 0)) if branch["type"] != "array"]
-    return [_leaf(only, items, schemas)]
 
 
 # --- tags ---
 
 
-def _structure(element: Element, schema: Schema, schemas: Schemas) -> Any:
-    if schema["type"] == "array" or (schema["type"] is None and _has_items(element)):
-        return _items(_with_text(element), schema, schemas)
-    return _object(element, schema, schemas)
+def _structure(element: Element, branch: Branch) -> Any:
+    if branch.type == "array" or (branch.type is None and _has_items(element)):
+        return _items(_with_text(element), branch)
+    return _object(element, branch)
 
 
-def _best_branch(element: Element, branches: list[Schema], schemas: Schemas) -> Schema:
+def _best_branch(element: Element, branches: list[Branch], otherwise: Branch) -> Branch:
     """The alternative that has such tags in it: the first that fits, or the first that may."""
     names = {child.name for child in element.children}
-    candidates = [schema for schema in branches if schema["type"] in ("array", "object")]
+    candidates = [branch for branch in branches if branch.type in ("array", "object")]
     for strictly in (True, False):
-        for schema in candidates:
-            if schema["type"] == "array" and names == {"item"}:
-                return schema
-            if schema["type"] == "object" and _object_fits(element, names, schema, schemas, strictly):
-                return schema
+        for branch in candidates:
+            if branch.type == "array" and names == {"item"}:
+                return branch
+            if branch.type == "object" and _object_fits(element, names, branch, strictly):
+                return branch
     # Of what fits nowhere, an object's tags are told by not being items.
-    objects = [schema for schema in candidates if schema["type"] == "object"]
-    return (objects or candidates or [_ANYTHING])[0]
+    objects = [branch for branch in candidates if branch.type == "object"]
+    return (objects or candidates or [otherwise])[0]
 
 
-def _object_fits(element: Element, names: set[str], schema: Schema, schemas: Schemas, strictly: bool) -> bool:
-    properties = _properties(schema)
-    closed = not schema.get("additionalProperties", not properties)
-    if strictly and not (set(_required(schema)) <= names and (names <= set(properties) or not closed)):
+def _object_fits(element: Element, names: set[str], branch: Branch, strictly: bool) -> bool:
+    properties = branch.properties.keys()
+    if strictly and not (branch.required <= names and (names <= properties or branch.is_open)):
         return False
-    if properties and not names & set(properties):
+    if properties and not names & properties:
         return False
     for child in element.children:
-        branches = schemas.branches(properties.get(child.name))
-        listed = [_listed(branch) for branch in branches]
+        member = branch.member(child.name) if child.name in properties else None
+        listed = [each.listed for each in member.branches] if member else []
         if listed and all(listed) and not any(_is_written(v, child) for values in listed for v in values):
             return False
     return True
@@ -498,8 +490,9 @@ def _object_fits(element: Element, names: set[str], schema: Schema, schemas: Sch
 def _with_text(element: Element) -> list[Element]:
     """The items of an array: text among them is one as well."""
     items = list(element.children)
-    for index, text in reversed(element.between):
-        items.insert(index, Element("item", text.strip(), depth=element.depth + 1))
+    for index, pieces in reversed(list(enumerate(element.texts))):
+        if text := "".join(pieces).strip():
+            items.insert(index, Element("item", [[text]], depth=element.depth + 1))
     return items
 
 
@@ -513,25 +506,24 @@ def _part(element: Element) -> list[Element]:
     return _with_text(element) if is_empty or _has_items(element) else [element]
 
 
-def _items(elements: list[Element], schema: Schema, schemas: Schemas) -> list[Any]:
-    return [_typed(element, _item_schema(schema, index), schemas) for index, element in enumerate(elements)]
+def _items(elements: list[Element], branch: Branch) -> list[Any]:
+    return [_typed(element, branch.item(index)) for index, element in enumerate(elements)]
 
 
-def _object(element: Element, schema: Schema, schemas: Schemas) -> dict[str, Any]:
+def _object(element: Element, branch: Branch) -> dict[str, Any]:
     together: dict[str, list[Element]] = {}
     for child in element.children:
         together.setdefault(child.name, []).append(child)
     value: dict[str, Any] = {}
     for name, children in together.items():
-        own = _properties(schema).get(name, schema.get("additionalProperties"))
-        # A repeated tag is a list, whose schema may be the property's own.
-        arrays = [branch for branch in schemas.branches(own) if branch["type"] == "array"]
+        own = branch.member(name)
         if len(children) == 1:
-            value[name] = _typed(children[0], own, schemas)
+            value[name] = _typed(children[0], own)
+        elif own.arrays:
+            # A repeated tag is a list, whose schema may be the property's own: one array in several tags.
+            value[name] = _items(list(chain(*map(_part, children))), own.arrays[0])
         else:
-            # One array in several tags.
-            parts = [_part(child) if arrays else [child] for child in children]
-            value[name] = _items(list(chain(*parts)), arrays[0] if arrays else {"items": own}, schemas)
+            value[name] = [_typed(child, own) for child in children]
     if element.text.strip():
         key = "$text"
         while key in value:

@@ -16,16 +16,10 @@ from ..model.sharding import shard_layers
 from ..model.tensor_scales import dequantize_scaled_layers, expect_scales
 from ..msa import engine
 from ..startup.settings import EXPERT_MEMORY, checked, engine_settings, model_settings
-from ..weights import (
-    check_values,
-    check_weights,
-    infer_quantization,
-    lacks_indexers,
-    plan_layout,
-    quantized_in,
-    unused_in_words,
-    with_quantization,
-)
+from ..weights.check import check_values, check_weights
+from ..weights.layouts import lacks_indexers, plan_layout
+from ..weights.names import unused_in_words
+from ..weights.quantization import infer_quantization, quantized_in, with_quantization
 from ..weights.tensor import TensorPlan
 from .patching import LOADED_DIRECTORY
 
@@ -174,7 +168,7 @@ class CheckpointMixin(nn.Module):
         return self
 
     def check_values(self) -> None:
-        """See :func:`~mlx_m3_plugin.weights.check_values`."""
+        """See :func:`~mlx_m3_plugin.weights.check.check_values`."""
         check_values(self)
 
     def dequantize_scaled_layers(self) -> None:

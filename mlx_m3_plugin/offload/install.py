@@ -9,9 +9,9 @@ from mlx.utils import tree_flatten
 
 from ..model.decoder import DecoderLayer, TextModel
 from ..model.memory import bytes_per_token, machine_memory, reserve_of, room_for_experts
-from ..weights import read_headers
 from ..weights.check import compare, shape_and_kind
 from ..weights.dtypes import size_in_bytes
+from ..weights.headers import read_headers
 from ..weights.quantization import infer_module, quantized_in
 from ..weights.tensor import TensorPlan
 from .experts import ExpertsOnDisk

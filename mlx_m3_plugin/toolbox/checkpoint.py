@@ -6,23 +6,31 @@ No weight is read.
 import json
 import re
 from collections.abc import Callable, Iterable, Mapping
-from dataclasses import dataclass, field
+from contextlib import suppress
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 from urllib.parse import unquote, urlsplit
 
-import mlx.core as mx
-
 from ..model.config import TextConfig, text_config_of
-from ..weights import Headers, StoredTensor, lacks_indexers, plan_layout, read_headers, shorten
 from ..weights.byte_ranges import TensorReader
-from ..weights.dtypes import MLX_DTYPES
-from ..weights.headers import DRAFT_FOLDER, INDEX, MODEL_TYPES, TEXT_ONLY
+from ..weights.check import shorten
+from ..weights.headers import (
+    DRAFT_FOLDER,
+    INDEX,
+    MODEL_TYPES,
+    TEXT_ONLY,
+    Headers,
+    StoredTensor,
+    read_headers,
+    stored_tensor,
+    weight_map_of,
+)
+from ..weights.layouts import lacks_indexers, plan_layout
 from ..weights.names import TEXT_PREFIX, is_draft, is_vision
-from ..weights.quantization import PARTS
 from ..weights.tensor import Tensor
 from .common import UnreadableText, parse_json_object, read_text
-from .parameters import differences, quantized_modules, text_shapes, vision_shapes
+from .parameters import StoredModel, differences, quantized_modules, text_shapes, vision_shapes
 from .precision import Quantization
 
 # What MiniMax calls the models, which share a model_type.
@@ -40,8 +48,8 @@ _SHARD_OF_SEVERAL = re.compile(r"-\d+-of-\d+\.safetensors$")
 # Seconds to wait for the Hub's first answer.
 _TIMEOUT = 20
 
-# Returns the text of one of a checkpoint's small files, None if there is no such file.
-ReadText = Callable[[str], str | None]
+# Where one of a checkpoint's small files is, None if there is no such file.
+Find = Callable[[str], Path | None]
 
 
 # --- where it is ---
@@ -145,19 +153,15 @@ def _cached(repository: str, revision: str | None) -> Path | None:
 
 def _missing_in(snapshot: Path) -> tuple[str, ...]:
     """Files that an interrupted download has not fetched."""
-    needed = ["config.json"]
-    weights = list(snapshot.glob("*.safetensors"))
-    try:
-        index = json.loads((snapshot / INDEX).read_text(encoding="utf-8"))
-        needed += sorted(set(index["weight_map"].values()))
-    except FileNotFoundError:
+    needed, weights = ["config.json"], list(snapshot.glob("*.safetensors"))
+    # Not interrupted, but damaged: whoever reads the index reports that.
+    with suppress(ValueError):
+        needed += sorted(set(weight_map_of(snapshot).values()))
+    if not (snapshot / INDEX).exists():
         if not weights:
             needed.append("*.safetensors")
         elif any(_SHARD_OF_SEVERAL.search(file.name) for file in weights):
             needed.append(INDEX)
-    except (ValueError, KeyError, TypeError, AttributeError, RecursionError):
-        # Not interrupted, but damaged: whoever reads the index reports that.
-        pass
     return tuple(file for file in needed if not (snapshot / file).exists())
 
 
@@ -186,10 +190,10 @@ class Source:
     model: str | None
     headers: Headers
     config: dict[str, Any]
-    tokenizer_config: dict[str, Any] | None = None
-    chat_template: str | None = None
-    draft_folders: list[str] = field(default_factory=list)
-    problems: list[str] = field(default_factory=list)
+    tokenizer_config: dict[str, Any] | None
+    chat_template: str | None
+    draft_folders: list[str]
+    problems: list[str]
 
 
 def open_source(path_or_repository: str | Path) -> Source:
@@ -204,40 +208,29 @@ def open_source(path_or_repository: str | Path) -> Source:
     if directory is None or place.missing:
         return _from_hub(place)
 
-    def read_file(file: str) -> str | None:
-        try:
-            return read_text(directory / file)
-        except (FileNotFoundError, NotADirectoryError):
-            return None
+    def find(name: str) -> Path | None:
+        return directory / name if (directory / name).exists() else None
 
-    # The config first: if it is another model's, there is nothing more to say.
-    config = _read_config(place.name, read_file)
-    title = place.repository or directory.name
-    model = place.name if place.revision is None else str(directory)
-    return _with_settings(
-        Source(place.name, title, directory, model, read_headers(directory), config), read_file
-    )
+    return _read_source(place, directory, find, lambda: read_headers(directory))
 
 
 def _from_hub(place: Place) -> Source:
     import huggingface_hub
 
-    repository, model = place.name, place.name if place.revision is None else None
     try:
         # First, because it fails at once; a download retries for half a minute.
-        info = huggingface_hub.model_info(repository, revision=place.revision, timeout=_TIMEOUT)
+        info = huggingface_hub.model_info(place.name, revision=place.revision, timeout=_TIMEOUT)
         files = {file.rfilename for file in info.siblings or ()}
 
-        def read_file(file: str) -> str | None:
-            if file not in files:
+        def find(name: str) -> Path | None:
+            if name not in files:
                 return None
-            return read_text(Path(huggingface_hub.hf_hub_download(repository, file, revision=info.sha)))
+            return Path(huggingface_hub.hf_hub_download(place.name, name, revision=info.sha))
 
-        config = _read_config(repository, read_file)
-        metadata = huggingface_hub.get_safetensors_metadata(repository, revision=info.sha)
-        return _with_settings(
-            Source(repository, repository, None, model, _hub_headers(metadata), config), read_file
-        )
+        def headers() -> Headers:
+            return _hub_headers(huggingface_hub.get_safetensors_metadata(place.name, revision=info.sha))
+
+        return _read_source(place, None, find, headers)
     except UnreadableText:
         raise
     # The Hub's client, its HTTP library and proxies each have exceptions of their own.
@@ -253,54 +246,61 @@ def _hub_headers(metadata: Any) -> Headers:
         tensors = {}
         for name, entry in content.tensors.items():
             listed.pop(name, None)
-            start, end = entry.data_offsets
-            tensor = StoredTensor(tuple(entry.shape), entry.dtype, end - start, file)
-            if tensor.stored_dtype in MLX_DTYPES:
-                tensors[name] = tensor
-            else:
-                headers.problems.append(f"{file}: {name}: MLX does not read tensors of dtype {entry.dtype}")
+            try:
+                tensors[name] = stored_tensor(name, vars(entry), file)
+            except ValueError as error:
+                headers.problems.append(f"{file}: {error}")
         headers.add(file, tensors)
     headers.problems += [f"{name} is listed in the index but not in {file}" for name, file in listed.items()]
     return headers
 
 
-def _read_config(name: str, read_file: ReadText) -> dict[str, Any]:
-    text = read_file("config.json")
-    if text is None:
+def _read_source(
+    place: Place, folder: Path | None, find: Find, read_headers: Callable[[], Headers]
+) -> Source:
+    # The config first: if it is another model's, there is nothing more to say.
+    config = _read_config(place.name, find("config.json"))
+    headers, problems = read_headers(), []
+    tokenizer_config = chat_template = None
+    try:
+        if (file := find("tokenizer_config.json")) is not None:
+            tokenizer_config = parse_json_object(read_text(file), "tokenizer_config.json")
+    except UnreadableText as error:
+        problems.append(str(error))
+        tokenizer_config = {}
+    try:
+        kept = (tokenizer_config or {}).get("chat_template")
+        if kept is not None and not isinstance(kept, str):
+            # Several named templates are a list.
+            kept = json.dumps(kept, ensure_ascii=False)
+        files = map(find, CHAT_TEMPLATE_FILES)
+        chat_template = next((read_text(file) for file in files if file is not None), kept)
+    except UnreadableText as error:
+        problems.append(str(error))
+    return Source(
+        name=place.name,
+        title=place.name if place.repository or folder is None else folder.name,
+        folder=folder,
+        model=place.name if place.revision is None else str(folder) if folder else None,
+        headers=headers,
+        config=config,
+        tokenizer_config=tokenizer_config,
+        chat_template=chat_template,
+        draft_folders=[name for name in DRAFT_FOLDERS if find(f"{name}/config.json") is not None],
+        problems=problems,
+    )
+
+
+def _read_config(name: str, file: Path | None) -> dict[str, Any]:
+    if file is None:
         raise FileNotFoundError(f"{name} has no config.json")
-    config = parse_json_object(text, f"{name}: config.json")
+    config = parse_json_object(read_text(file), f"{name}: config.json")
     if config.get("model_type") not in MODEL_TYPES:
         raise UnreadableText(
             f"{name} is not a MiniMax-M3 checkpoint: its config.json has model_type "
             f"{config.get('model_type')!r}"
         )
     return config
-
-
-def _with_settings(source: Source, read_file: ReadText) -> Source:
-    for folder in DRAFT_FOLDERS:
-        try:
-            found = read_file(f"{folder}/config.json") is not None
-        except UnreadableText:
-            found = True
-        source.draft_folders += [folder] if found else []
-    try:
-        text = read_file("tokenizer_config.json")
-        source.tokenizer_config = None if text is None else parse_json_object(text, "tokenizer_config.json")
-    except UnreadableText as error:
-        source.problems.append(str(error))
-        source.tokenizer_config = {}
-    try:
-        texts = (read_file(file) for file in CHAT_TEMPLATE_FILES)
-        source.chat_template = next((text for text in texts if text is not None), None)
-    except UnreadableText as error:
-        source.problems.append(str(error))
-        return source
-    kept = (source.tokenizer_config or {}).get("chat_template")
-    if source.chat_template is None and kept is not None:
-        # Several named templates are a list.
-        source.chat_template = kept if isinstance(kept, str) else json.dumps(kept, ensure_ascii=False)
-    return source
 
 
 def draft_in_words(folders: Iterable[str], names: Iterable[str]) -> str | None:
@@ -313,26 +313,25 @@ def draft_in_words(folders: Iterable[str], names: Iterable[str]) -> str | None:
 # --- what of the model it holds ---
 
 
-@dataclass
-class Checkpoint(Source):
+@dataclass(kw_only=True)
+class Checkpoint(Source, StoredModel):
     """What a checkpoint's tensors are.
 
     Attributes:
         text_config: the text model's part of ``config.json``.
-        plan: published parameter names, without a prefix -> how they are made from stored tensors.
-        quantized: the modules that are quantized in one of MLX's modes.
+        plan, quantized: of the text model and of vision, by published names without a prefix.
         indexers: whether the checkpoint has weights for them.
         of_quantization: quantizations that MLX does not have, one line each.
         of_text, of_vision: what differs from the model, one line each.
     """
 
-    text_config: TextConfig = field(kw_only=True)
-    plan: Mapping[str, Tensor] = field(kw_only=True)
-    quantized: Mapping[str, Quantization] = field(kw_only=True)
-    indexers: bool = field(kw_only=True)
-    of_quantization: list[str] = field(kw_only=True)
-    of_text: list[str] = field(kw_only=True)
-    of_vision: list[str] = field(kw_only=True)
+    text_config: TextConfig
+    plan: Mapping[str, Tensor]
+    quantized: Mapping[str, Quantization]
+    indexers: bool
+    of_quantization: list[str]
+    of_text: list[str]
+    of_vision: list[str]
 
     @property
     def with_indexer(self) -> list[int]:
@@ -357,21 +356,6 @@ class Checkpoint(Source):
 
     def reader(self) -> TensorReader:
         return TensorReader(self.directory, self.headers.tensors)
-
-    def parts(self, module: str) -> dict[str, Tensor]:
-        """The tensors of a module by part: ``weight``, and those that belong to a quantized one."""
-        return {part: self.plan[name] for part in PARTS if (name := f"{module}.{part}") in self.plan}
-
-    def spec(self, module: str) -> Quantization:
-        """How a module's weight is stored."""
-        return self.quantized.get(module, Quantization())
-
-    def float_dtype(self, module: str) -> mx.Dtype:
-        """The dtype of a module's weight, or of what it is dequantized to."""
-        spec = self.quantized.get(module)
-        if spec is None:
-            return self.plan[f"{module}.weight"].dtype
-        return self.plan[f"{module}.scales"].dtype if spec.mode == "affine" else mx.bfloat16
 
 
 def model_name(config: TextConfig) -> str:
@@ -400,16 +384,15 @@ def read_checkpoint(source: Source, text_config: TextConfig) -> Checkpoint:
     plan = plan_layout(source.headers.tensors, text_config, "", vision=True)
     indexers = not lacks_indexers(plan, text_config)
     text, vision = text_shapes(text_config, indexers=indexers), {}
-    seen = {name: tensor for name, tensor in plan.items() if is_vision(name)}
+    in_vision = {name: tensor for name, tensor in plan.items() if is_vision(name)}
     of_vision = []
     try:
-        vision = vision_shapes(source.config) if seen else {}
+        vision = vision_shapes(source.config) if in_vision else {}
     except ValueError as error:
         of_vision.append(str(error))
     quantized, of_quantization = quantized_modules(plan, text | vision)
     prefix = "" if source.config["model_type"] == TEXT_ONLY else TEXT_PREFIX
-    of_text = differences({n: t for n, t in plan.items() if n not in seen}, text, quantized, prefix)
-    of_vision += differences(seen, vision, quantized)
+    in_text = {name: tensor for name, tensor in plan.items() if name not in in_vision}
     return Checkpoint(
         **vars(source),
         text_config=text_config,
@@ -417,8 +400,8 @@ def read_checkpoint(source: Source, text_config: TextConfig) -> Checkpoint:
         quantized=quantized,
         indexers=indexers,
         of_quantization=of_quantization,
-        of_text=of_text,
-        of_vision=of_vision,
+        of_text=differences(in_text, text, quantized, prefix),
+        of_vision=of_vision + differences(in_vision, vision, quantized),
     )
 
 

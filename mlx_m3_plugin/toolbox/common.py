@@ -129,6 +129,11 @@ def read_text(file: Path) -> str:
         raise UnreadableText(f"{file} is not UTF-8 text ({error.reason} at byte {error.start:,})") from None
 
 
+def text_of(file: str | None = None) -> str:
+    """What is in ``file``, or the built-in text: prose in several languages, code and tool calls."""
+    return read_text(Path(__file__).with_name("calibration.txt") if file is None else Path(file).expanduser())
+
+
 def read_json_object(file: Path) -> dict[str, Any]:
     """Raises: OSError: it cannot be read.  UnreadableText: it is not a JSON object."""
     return parse_json_object(read_text(file), str(file))

@@ -13,8 +13,7 @@ from pathlib import Path
 from ..weights.quantization import AFFINE_BITS
 from .checkpoint import open_checkpoint
 from .common import Answer
-from .convert.draft import plan_draft_head
-from .convert.plan import plan_conversion
+from .convert.plan import plan_conversion, plan_draft_head
 from .convert.recipe import parse_recipe
 from .convert.run import write
 from .new_directory import new_directory

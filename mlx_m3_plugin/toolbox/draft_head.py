@@ -6,11 +6,12 @@ from pathlib import Path
 from typing import Any
 
 from ..model.config import TextConfig, text_part
-from ..weights import plan_draft, shorten
+from ..weights.check import shorten
 from ..weights.headers import DRAFT_HEAD, Headers, is_draft_config, read_headers, weight_files
+from ..weights.layouts import plan_draft
 from ..weights.tensor import Tensor
 from .common import read_json_object
-from .parameters import Shapes, differences, quantized_modules
+from .parameters import Shapes, StoredModel, differences, quantized_modules
 from .precision import Quantization
 
 _NUMBERS = (
@@ -21,7 +22,7 @@ _LAYERS = "dspark_target_layer_ids"
 
 
 @dataclass(frozen=True)
-class DraftHead:
+class DraftHead(StoredModel):
     """What its config and headers say.
 
     Attributes:
@@ -49,7 +50,7 @@ class DraftHead:
 
     @property
     def nbytes(self) -> int:
-        return sum(tensor.nbytes for tensor in self.headers.tensors.values())
+        return self.headers.nbytes
 
     @property
     def bytes_per_drafted(self) -> int:

@@ -17,7 +17,7 @@ import numpy as np
 
 from ..model.memory import default_memory
 from .checkpoint import Checkpoint, open_checkpoint
-from .common import Answer, Watch, layers_bar, size_in_words
+from .common import Answer, Watch, layers_bar, size_in_words, text_of
 from .forward_pass import (
     ForwardPass,
     Texts,
@@ -25,7 +25,6 @@ from .forward_pass import (
     forward_pass,
     pass_key,
     read_texts,
-    text_of,
 )
 from .new_directory import LOCK, check_can_write, locked, replace_text
 from .streaming import Head

@@ -26,7 +26,7 @@ from ..model.memory import (
     wired_limit,
 )
 from ..startup.settings import EXPERT_MEMORY, PIPELINE_SPLIT
-from ..weights import shorten
+from ..weights.check import shorten
 from ..weights.dtypes import size_in_bytes
 from ..weights.headers import DRAFT_FOLDER
 from ..weights.names import is_vision, layer_of

@@ -9,6 +9,7 @@ import json
 import os
 from collections.abc import Iterator
 from dataclasses import dataclass
+from itertools import accumulate, pairwise
 from pathlib import Path
 from typing import Any
 
@@ -21,7 +22,7 @@ from ..weights.byte_ranges import TensorReader
 from ..weights.dtypes import from_bytes, name_of, to_bytes
 from ..weights.headers import weight_files
 from .checkpoint import Checkpoint
-from .common import Progress, read_text
+from .common import Progress
 from .new_directory import replace_text
 from .streaming import Choices, Embedding, StreamedLayer
 
@@ -52,22 +53,13 @@ class Texts:
     @property
     def spans(self) -> list[tuple[int, int]]:
         """Where each window begins and ends among all tokens."""
-        ends = np.cumsum([len(window) for window in self.windows]).tolist()
-        return list(zip([0, *ends[:-1]], ends, strict=True))
+        return list(pairwise(accumulate(map(len, self.windows), initial=0)))
 
     def predictions(self) -> tuple[list[int], list[int]]:
         """Positions that predict a token of their window, and those tokens."""
         positions = [p for first, last in self.spans for p in range(first, last - 1)]
         tokens = self.tokens
         return positions, [tokens[position + 1] for position in positions]
-
-    def key(self) -> str:
-        return hashlib.sha256(repr(self.windows).encode()).hexdigest()
-
-
-def text_of(file: str | None = None) -> str:
-    """What is in ``file``, or the built-in text: prose in several languages, code and tool calls."""
-    return read_text(Path(__file__).with_name("calibration.txt") if file is None else Path(file).expanduser())
 
 
 def read_texts(checkpoint: Path, text: str, tokens: int | None, context: int) -> Texts:
@@ -112,14 +104,14 @@ class HiddenStates:
     """
 
     def __init__(self, path: Path, width: int, dtype: str):
-        self._path, self._width = path, width
+        self.path, self._width = path, width
         self._dtype: mx.Dtype = getattr(mx, dtype)
-        self._bytes_per_token = width * self._dtype.size
+        self.bytes_per_token = width * self._dtype.size
 
     def write(self, first: int, hidden: mx.array) -> None:
         """``hidden`` ``[n, D]`` of the tokens from ``first`` on."""
-        with self._path.open("r+b" if self._path.exists() else "wb") as file:
-            file.seek(first * self._bytes_per_token)
+        with self.path.open("r+b" if self.path.exists() else "wb") as file:
+            file.seek(first * self.bytes_per_token)
             file.write(to_bytes(hidden))
 
     def read(self, first: int, last: int) -> mx.array:
@@ -128,19 +120,13 @@ class HiddenStates:
         Raises:
             OSError: the file is cut off.
         """
-        with self._path.open("rb") as file:
-            file.seek(first * self._bytes_per_token)
-            data = file.read((last - first) * self._bytes_per_token)
-        if len(data) < (last - first) * self._bytes_per_token:
-            raise OSError(f"{self._path} is cut off: delete its directory, and the pass begins again")
+        size = (last - first) * self.bytes_per_token
+        with self.path.open("rb") as file:
+            file.seek(first * self.bytes_per_token)
+            data = file.read(size)
+        if len(data) < size:
+            raise OSError(f"{self.path} is cut off: delete its directory, and the pass begins again")
         return from_bytes(data, (last - first, self._width), self._dtype)
-
-    def sync(self) -> None:
-        with self._path.open("r+b") as file:
-            os.fsync(file.fileno())
-
-    def remove(self) -> None:
-        self._path.unlink(missing_ok=True)
 
 
 # --- the forward pass ---
@@ -194,10 +180,11 @@ class ForwardPass:
         for number in range(done, self.checkpoint.text_config.num_hidden_layers):
             before, after = self.hidden_states(number), self.hidden_states(number + 1)
             choices = self.run_layer(StreamedLayer(self.checkpoint, reader, number), before, after)
-            after.sync()
+            with after.path.open("r+b") as file:
+                os.fsync(file.fileno())
             yield number, before, after, choices
             self._write_state(number + 1)
-            before.remove()
+            before.path.unlink(missing_ok=True)
             progress(number, 1)
 
     def run_layer(self, layer: StreamedLayer, before: HiddenStates, after: HiddenStates) -> Choices:
@@ -207,11 +194,10 @@ class ForwardPass:
             for h in layer.attend(before.read(first, last)[None], self.step):
                 after.write(position, h[0])
                 position += h.shape[1]
-        config, tokens = self.checkpoint.text_config, self.texts.spans[-1][1]
-        itemsize = 4 if self.dtype == "float32" else 2
         # So many tokens go through the experts together.
-        at_once = self.memory // (config.hidden_size * itemsize * config.num_experts_per_tok * _COPIES)
-        at_once = max(64, at_once)
+        copies = self.checkpoint.text_config.num_experts_per_tok * _COPIES
+        at_once = max(64, self.memory // (after.bytes_per_token * copies))
+        tokens = self.texts.spans[-1][1]
         for first in range(0, tokens, at_once):
             last = min(first + at_once, tokens)
             after.write(first, layer.feed_forward(after.read(first, last)))
@@ -219,12 +205,10 @@ class ForwardPass:
 
     def _begin(self, reader: TensorReader) -> int:
         """How many layers are done.  Embeds the tokens if none is."""
-        try:
+        if (self.directory / _STATE).exists():
             state = json.loads((self.directory / _STATE).read_text(encoding="utf-8"))
             self.dtype = state["dtype"]
             return int(state["done"])
-        except FileNotFoundError:
-            pass
         embed, tokens = Embedding(self.checkpoint, reader), self.texts.tokens
         self.dtype = name_of(embed(tokens[:1]).dtype)
         hidden = self.hidden_states(0)
@@ -259,10 +243,11 @@ def forward_pass(
 
 def pass_key(checkpoint: Checkpoint, texts: Texts) -> str:
     """The same for forward passes that leave the same files."""
-    shards = [(f.name, f.stat().st_size, f.stat().st_mtime_ns) for f in weight_files(checkpoint.directory)]
-    config = json.dumps(checkpoint.config, sort_keys=True)
-    device = str(mx.default_device().type)
-    same = [__version__, str(checkpoint.directory.resolve()), shards, config, texts.key(), _SAMPLED, device]
+    directory = checkpoint.directory
+    shards = [(f.name, f.stat().st_size, f.stat().st_mtime_ns) for f in weight_files(directory)]
+    config, device = json.dumps(checkpoint.config, sort_keys=True), str(mx.default_device().type)
+    words = hashlib.sha256(repr(texts.windows).encode()).hexdigest()
+    same = [__version__, str(directory.resolve()), shards, config, words, _SAMPLED, device]
     return hashlib.sha256(json.dumps(same).encode()).hexdigest()[:20]
 
 
@@ -294,11 +279,9 @@ def _sample(hidden: HiddenStates, tokens: int) -> np.ndarray:
 def _blocks(chosen: list[mx.array | None], made: ForwardPass) -> np.ndarray:
     config, texts = made.checkpoint.text_config, made.texts
     ids = np.full((len(texts.tokens), config.index_n_heads, config.index_topk_blocks), -1, np.int32)
-    calls = iter(chosen)
-    for first, last in texts.spans:
-        for start in range(first, last, made.step):
-            call = next(calls)
-            if call is not None:
-                found = np.array(call)[0].swapaxes(0, 1)
-                ids[start : start + found.shape[0], :, : found.shape[2]] = found
+    starts = (start for first, last in texts.spans for start in range(first, last, made.step))
+    for start, call in zip(starts, chosen, strict=True):
+        if call is not None:
+            found = np.array(call)[0].swapaxes(0, 1)
+            ids[start : start + found.shape[0], :, : found.shape[2]] = found
     return ids

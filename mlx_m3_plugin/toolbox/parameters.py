@@ -14,9 +14,9 @@ from mlx.utils import tree_flatten
 
 from ..model.config import TextConfig, text_part
 from ..model.decoder import LanguageModel
-from ..weights import Headers, group_names
-from ..weights.check import ShapeAndKind, compare, kind_of
+from ..weights.check import ShapeAndKind, compare, group_names, kind_of
 from ..weights.dtypes import size_in_bytes
+from ..weights.headers import Headers
 from ..weights.names import layer_of
 from ..weights.quantization import PARTS, infer_module, quantized_in
 from ..weights.tensor import Tensor
@@ -53,7 +53,7 @@ def component_of(name: str) -> str:
         for part in parts
         if part in f".{name}"
     ]
-    return max(found)[1] if found else OTHER
+    return max(found, default=(0, OTHER))[1]
 
 
 def bytes_of_components(headers: Headers, plan: Mapping[str, Tensor]) -> dict[str, int]:
@@ -153,6 +153,33 @@ def _with_bias(module: str, *shape: int) -> Iterator[tuple[str, tuple[int, ...]]
 # --- how they are stored ---
 
 
+class StoredModel:
+    """What a checkpoint and a draft head have in common; both are dataclasses with these fields.
+
+    Attributes:
+        plan: parameter names -> how they are made from stored tensors.
+        quantized: the modules that are quantized in one of MLX's modes.
+    """
+
+    plan: Mapping[str, Tensor]
+    quantized: Mapping[str, Quantization]
+
+    def parts(self, module: str) -> dict[str, Tensor]:
+        """The tensors of a module by part: ``weight``, and those that belong to a quantized one."""
+        return {part: self.plan[name] for part in PARTS if (name := f"{module}.{part}") in self.plan}
+
+    def spec(self, module: str) -> Quantization:
+        """How a module's weight is stored."""
+        return self.quantized.get(module, Quantization())
+
+    def float_dtype(self, module: str) -> mx.Dtype:
+        """The dtype of a module's weight, or of what it is dequantized to."""
+        spec = self.quantized.get(module)
+        if spec is None:
+            return self.plan[f"{module}.weight"].dtype
+        return self.plan[f"{module}.scales"].dtype if spec.mode == "affine" else mx.bfloat16
+
+
 def quantized_modules(
     plan: Mapping[str, Tensor], shapes: Shapes
 ) -> tuple[dict[str, Quantization], list[str]]:
@@ -166,10 +193,8 @@ def quantized_modules(
         except ValueError as error:
             problems.append(str(error))
         else:
-            scaled = found["mode"] == "nvfp4" and "global_scale" in found
-            quantized[module] = Quantization(
-                found["bits"], found["group_size"], found["mode"], tensor_scales=scaled
-            )
+            scaled = found.pop("global_scale", False) and found["mode"] == "nvfp4"
+            quantized[module] = Quantization(**found, tensor_scales=scaled)
     return quantized, problems
 
 

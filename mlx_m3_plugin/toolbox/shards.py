@@ -34,19 +34,26 @@ class ShardWriter(ExitStack):
     """Writes one file, under another name until :meth:`finish`.
 
     Args:
-        path: the finished file.  metadata: of the safetensors header.
+        path: the finished file.
     """
 
-    def __init__(self, path: Path, tensors: list[NewTensor], metadata: Mapping[str, str]):
+    def __init__(self, path: Path, tensors: list[NewTensor]):
         super().__init__()
         self._path = path
         self._unfinished = path.with_name(path.name + ".unfinished")
-        header, self._places = _header(tensors, metadata)
+        entries: dict[str, object] = {"__metadata__": {"format": "mlx"}}
+        self._places: dict[str, tuple[NewTensor, int]] = {}
+        end = 0
+        for tensor in tensors:
+            begin, end = end, end + tensor.nbytes
+            kind, shape = STORED_NAMES[tensor.dtype], list(tensor.shape)
+            entries[tensor.name] = {"dtype": kind, "shape": shape, "data_offsets": [begin, end]}
+            self._places[tensor.name] = tensor, begin
+        header = header_of(entries, (",", ":"))
+        self._begin, self._missing = len(header), end
         # A new file: a process that has one of that name open keeps writing to the old one.
         self._unfinished.unlink(missing_ok=True)
         self._file = self.enter_context(self._unfinished.open("xb", buffering=0))
-        self._begin = len(header)
-        self._missing = sum(tensor.nbytes for tensor in tensors)
         self._write(0, header)
 
     def write(self, name: str, row: int, piece: mx.array) -> None:
@@ -83,19 +90,8 @@ class ShardWriter(ExitStack):
             done += os.pwrite(self._file.fileno(), piece, start + done)
 
 
-def _header(
-    tensors: list[NewTensor], metadata: Mapping[str, str]
-) -> tuple[bytes, dict[str, tuple[NewTensor, int]]]:
-    """The file's beginning, and where each tensor's data lies after it."""
-    entries: dict[str, object] = {"__metadata__": dict(metadata)}
-    places: dict[str, tuple[NewTensor, int]] = {}
-    offset = 0
-    for tensor in tensors:
-        end = offset + tensor.nbytes
-        kind = STORED_NAMES[tensor.dtype]
-        entries[tensor.name] = {"dtype": kind, "shape": list(tensor.shape), "data_offsets": [offset, end]}
-        places[tensor.name] = (tensor, offset)
-        offset = end
-    text = json.dumps(entries, separators=(",", ":")).encode()
+def header_of(entries: Mapping[str, object], separators: tuple[str, str]) -> bytes:
+    """The beginning of a safetensors file; ``separators`` of its JSON."""
+    text = json.dumps(entries, separators=separators).encode()
     text += b" " * (-len(text) % 8)
-    return len(text).to_bytes(8, "little") + text, places
+    return len(text).to_bytes(8, "little") + text

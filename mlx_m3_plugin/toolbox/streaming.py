@@ -21,21 +21,15 @@ from ..model.moe import SwiGLUOAI
 from ..model.norm import make_norm
 from ..model.tensor_scales import hold_scale
 from ..weights.byte_ranges import TensorReader
-from ..weights.tensor import Tensor
 from .checkpoint import Checkpoint
 from .precision import Quantization, computes_in_float32, converted, dequantized
 
 _EMBEDDING = "model.embed_tokens"
-_PROJECTIONS = ("gate_proj", "up_proj", "down_proj")
 # Of a matrix's values in float32 at a time.
 _BYTES_OF_VALUES = 256 << 20
 
 # Module path and stored quantization -> the quantization to compute with, for trying other bits.
 Change = Callable[[str, Quantization], Quantization]
-
-
-def keep(path: str, spec: Quantization) -> Quantization:
-    return spec
 
 
 class Embedding:
@@ -64,7 +58,7 @@ class Head:
         path = _EMBEDDING if config.tie_word_embeddings else "lm_head"
         with source.reader() as reader:
             self._norm.weight = reader.read(source.plan["model.norm.weight"])
-            self._head = _read_linear(reader, source.parts(path), source.spec(path), path)
+            self._head = _read_linear(source, reader, path)
 
     def __call__(self, hidden: mx.array) -> mx.array:
         """Hidden states ``[N, D]`` before the final norm -> logits ``[N, vocab_size]``."""
@@ -108,22 +102,30 @@ class StreamedLayer:
         change: other bits for the weights, to measure what they would do.
     """
 
-    def __init__(self, source: Checkpoint, reader: TensorReader, number: int, change: Change = keep):
+    def __init__(self, source: Checkpoint, reader: TensorReader, number: int, change: Change | None = None):
+        def linear(path: str, expert: int | None = None) -> nn.Module:
+            return _read_linear(source, reader, f"model.layers.{number}.{path}", change, expert)
+
         self.choices = Choices()
-        layer = DecoderLayer(source.text_config, number, MLX_LM)
+        self._layer = layer = DecoderLayer(source.text_config, number, MLX_LM)
         layer.self_attn.__class__ = _RecordingAttention
         layer.self_attn._choices = self.choices
         if layer.self_attn.is_sparse_attn and not source.indexers:
             layer.self_attn.drop_indexer()
-        base = f"model.layers.{number}"
         if layer.is_moe:
             del layer.block_sparse_moe.switch_mlp
-        _read_weights(source, reader, layer, base, change)
+        linears, arrays = [], []
+        for path, module in layer.named_modules():
+            if type(module) is nn.Linear:
+                linears.append((path, linear(path)))
+            elif path and "rope" not in path:
+                names = [f"{path}.{name}" for name, value in module.items() if isinstance(value, mx.array)]
+                arrays += [(n, reader.read(source.plan[f"model.layers.{number}.{n}"])) for n in names]
+        layer.update(tree_unflatten(arrays))
+        layer.update_modules(tree_unflatten(linears))
         if layer.is_moe:
-            path = f"{base}.block_sparse_moe.switch_mlp"
-            experts: Any = _StreamedExperts(source, reader, path, change, self.choices)
+            experts: Any = _StreamedExperts(linear, SwiGLUOAI(source.text_config), self.choices)
             layer.block_sparse_moe.switch_mlp = experts
-        self._layer = layer
 
     def attend(self, text: mx.array, step: int) -> Iterator[mx.array]:
         """The first half for one text ``[1, L, D]``, ``step`` tokens at a time."""
@@ -144,21 +146,6 @@ class StreamedLayer:
         return h
 
 
-def _read_weights(
-    source: Checkpoint, reader: TensorReader, layer: DecoderLayer, base: str, change: Change
-) -> None:
-    linears, arrays = [], []
-    for path, module in layer.named_modules():
-        full = f"{base}.{path}"
-        if type(module) is nn.Linear:
-            linears.append((path, _read_linear(reader, source.parts(full), source.spec(full), full, change)))
-        elif path and "rope" not in path:
-            names = [name for name, value in module.items() if isinstance(value, mx.array)]
-            arrays += [(f"{path}.{name}", reader.read(source.plan[f"{full}.{name}"])) for name in names]
-    layer.update(tree_unflatten(arrays))
-    layer.update_modules(tree_unflatten(linears))
-
-
 @dataclass
 class _StreamedExperts:
     """In place of a host's ``SwitchGLU``: tokens ``[N, D]``, expert ids ``[N, k]`` -> ``[N, k, D]``.
@@ -166,15 +153,9 @@ class _StreamedExperts:
     Each call reads each expert once, for all tokens that go to it.
     """
 
-    source: Checkpoint
-    reader: TensorReader
-    path: str
-    change: Change
+    linear: Callable[[str, int], nn.Module]
+    activation: SwiGLUOAI
     choices: Choices
-
-    def __post_init__(self) -> None:
-        self._activation = SwiGLUOAI(self.source.text_config)
-        self._parts = {name: self.source.parts(f"{self.path}.{name}") for name in _PROJECTIONS}
 
     def __call__(self, tokens: mx.array, experts: mx.array) -> mx.array:
         self.choices.experts.append(experts)
@@ -183,33 +164,42 @@ class _StreamedExperts:
         numbers, starts = np.unique(chosen[order], return_index=True)
         results = []
         for number, slots in zip(numbers, np.split(order, starts[1:]), strict=True):
-            gate, up, down = (self._read(name, int(number)) for name in _PROJECTIONS)
+            paths = (f"block_sparse_moe.switch_mlp.{name}_proj" for name in ("gate", "up", "down"))
+            gate, up, down = (self.linear(path, int(number)) for path in paths)
             x = tokens[mx.array(slots // experts.shape[1])]
-            results.append(down(self._activation(up(x), gate(x))))
+            results.append(down(self.activation(up(x), gate(x))))
             mx.eval(results[-1])
         back = mx.array(np.argsort(order))
         return mx.concatenate(results)[back].reshape(*experts.shape, -1)
-
-    def _read(self, name: str, number: int) -> nn.Module:
-        parts = {part: tensor.expert(number) for part, tensor in self._parts[name].items()}
-        path = f"{self.path}.{name}"
-        return _read_linear(self.reader, parts, self.source.spec(path), path, self.change)
 
 
 # --- matrices ---
 
 
 def _read_linear(
-    reader: TensorReader, parts: Mapping[str, Tensor], stored: Quantization, path: str, change: Change = keep
+    source: Checkpoint,
+    reader: TensorReader,
+    path: str,
+    change: Change | None = None,
+    expert: int | None = None,
 ) -> nn.Module:
-    """One matrix as a module that multiplies by it just as a loaded model does."""
-    arrays = {part: reader.read(tensor) for part, tensor in parts.items()}
-    spec = change(path, stored)
+    """A matrix, or that of one expert, as a module that multiplies by it just as a loaded model does."""
+    arrays = {
+        part: reader.read(tensor if expert is None else tensor.expert(expert))
+        for part, tensor in source.parts(path).items()
+    }
+    stored = source.spec(path)
+    spec = change(path, stored) if change else stored
     if spec != stored:
-        arrays, stored = converted(arrays, stored, spec), spec
+        arrays = converted(arrays, stored, spec)
+    mx.eval(arrays)
     if computes_in_float32():
-        return _Float32Linear(arrays, stored)
-    linear = _linear(arrays, stored)
+        return _Float32Linear(arrays, spec)
+    # The sizes do not matter: MLX is lazy, and the arrays are replaced before they are computed.
+    linear: nn.Module = nn.Linear(1, 1, bias=False)
+    if spec.bits is not None:
+        linear = nn.QuantizedLinear(128, 128, bias=False, **spec.as_quantization())
+    linear.update({part: array for part, array in arrays.items() if part != "global_scale"})
     return hold_scale(linear, arrays["global_scale"]) if "global_scale" in arrays else linear
 
 
@@ -222,7 +212,6 @@ class _Float32Linear(nn.Module):
     def __init__(self, stored: Mapping[str, mx.array], spec: Quantization):
         super().__init__()
         self._stored, self._spec = stored, spec
-        mx.eval(stored)
 
     def __call__(self, x: mx.array) -> mx.array:
         inputs = np.asarray(x.reshape(-1, x.shape[-1]).astype(mx.float32))
@@ -237,16 +226,3 @@ class _Float32Linear(nn.Module):
             }
             y[:, start : start + step] = inputs @ np.asarray(dequantized(some, self._spec, in_float32=True)).T
         return mx.array(y).reshape(*x.shape[:-1], outputs).astype(x.dtype)
-
-
-def _linear(arrays: Mapping[str, mx.array], spec: Quantization) -> nn.Module:
-    # The sizes do not matter: MLX is lazy, and the arrays are replaced before they are computed.
-    if spec.bits is None:
-        linear: nn.Module = nn.Linear(1, 1, bias=False)
-        linear.weight = arrays["weight"]
-    else:
-        linear = nn.QuantizedLinear(128, 128, bias=False, **spec.as_quantization())
-        for part in ("weight", "scales", "biases"):
-            setattr(linear, part, arrays.get(part))
-    mx.eval(arrays)
-    return linear

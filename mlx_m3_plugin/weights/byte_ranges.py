@@ -19,31 +19,6 @@ from .tensor import Tensor, make_from
 
 # macOS refuses to read or write 2 GiB or more at once (EINVAL).
 LARGEST_PIECE = 1 << 26
-# MLX has no arrays of them that all devices take.
-_NOT_READ = ("F64", "C64")
-
-
-def read_into(memory: memoryview, descriptor: int, start: int) -> None:
-    """Fill ``memory`` with the bytes from ``start`` on.
-
-    Raises:
-        OSError: they cannot be read, or the file ends before.
-    """
-    size, done = len(memory), 0
-    while done < size:
-        count = _read_once(memory[done : done + LARGEST_PIECE], descriptor, start + done)
-        if not count:
-            raise OSError(f"the file ends {size - done:,} bytes before the tensor does")
-        done += count
-
-
-def _read_once(memory: memoryview, descriptor: int, start: int) -> int:
-    if hasattr(os, "preadv"):
-        return os.preadv(descriptor, [memory], start)
-    # Some builds of Python for macOS have no preadv.
-    data = os.pread(descriptor, len(memory), start)
-    memory[: len(data)] = data
-    return len(data)
 
 
 class Span(NamedTuple):
@@ -70,9 +45,10 @@ class TensorReader(ExitStack):
         Raises:
             OSError: a shard is gone, cut off or cannot be read; names it and the tensor.
         """
-        span = span_of(tensor)
-        if span is not None:
-            return self._read_span(span)
+        if (span := span_of(tensor)) is not None:
+            data = bytearray(size_in_bytes(span.shape, tensor.dtype))
+            self.read_into(memoryview(data), span)
+            return from_bytes(data, span.shape, tensor.dtype)
         array = make_from(tensor, [self.read(source) for source in tensor.sources])
         mx.eval(array)
         return array
@@ -86,7 +62,7 @@ class TensorReader(ExitStack):
         stored = self._tensors[span.name]
         start = stored.start + span.first * stored.dtype.size
         try:
-            read_into(memory, self._descriptor(stored.file), start)
+            _read_into(memory, self._descriptor(stored.file), start)
         except OSError as error:
             reason = error.strerror or str(error)
             raise OSError(f"{self._directory / stored.file}: cannot read {span.name}: {reason}") from error
@@ -104,19 +80,32 @@ class TensorReader(ExitStack):
 
                 fcntl.fcntl(descriptor, fcntl.F_NOCACHE, 1)
 
-    def _read_span(self, span: Span) -> mx.array:
-        stored = self._tensors[span.name]
-        if stored.stored_dtype in _NOT_READ:
-            raise ValueError(f"{span.name}: cannot read tensors of dtype {stored.stored_dtype}")
-        data = bytearray(size_in_bytes(span.shape, stored.dtype))
-        self.read_into(memoryview(data), span)
-        return from_bytes(data, span.shape, stored.dtype)
-
     def _descriptor(self, file: str) -> int:
         if file not in self._open:
             self._open[file] = os.open(self._directory / file, os.O_RDONLY)
             self.callback(os.close, self._open[file])
         return self._open[file]
+
+
+def _read_into(memory: memoryview, descriptor: int, start: int) -> None:
+    """Fill ``memory`` with the bytes from ``start`` on.
+
+    Raises:
+        OSError: they cannot be read, or the file ends before.
+    """
+    done = 0
+    while done < len(memory):
+        piece = memory[done : done + LARGEST_PIECE]
+        if hasattr(os, "preadv"):
+            count = os.preadv(descriptor, [piece], start + done)
+        else:
+            # Some builds of Python for macOS have none.
+            data = os.pread(descriptor, len(piece), start + done)
+            count = len(data)
+            piece[:count] = data
+        if not count:
+            raise OSError(f"the file ends {len(memory) - done:,} bytes before the tensor does")
+        done += count
 
 
 def span_of(tensor: Tensor) -> Span | None:

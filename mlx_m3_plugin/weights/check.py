@@ -3,7 +3,7 @@
 import re
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
-from itertools import zip_longest
+from itertools import groupby, zip_longest
 
 import mlx.core as mx
 import mlx.nn as nn
@@ -48,25 +48,22 @@ def check_weights(weights: Mapping[str, mx.array], parameters: Mapping[str, mx.a
             the model's.  Names that differ only in numbers share a line.
     """
     found = compare(weights, {name: shape_and_kind(array) for name, array in parameters.items()})
-    if not (found.missing or found.left_over or found.wrong):
-        return
-    shapes = sorted(
-        f"{name}: {has[0]} in the checkpoint, {wants[0]} in the model"
-        for name, (has, wants) in found.wrong.items()
-        if has[0] != wants[0]
-    )
-    dtypes = sorted(
-        f"{name}: {name_of(weights[name].dtype)} in the checkpoint, {name_of(wants.dtype)} in the model"
-        for name, wants in ((name, parameters[name]) for name in found.wrong)
-        if kind_of(weights[name].dtype) != kind_of(wants.dtype)
-    )
+    shapes, dtypes = [], []
+    for name, (has, wants) in sorted(found.wrong.items()):
+        if has[0] != wants[0]:
+            shapes.append(f"{name}: {has[0]} in the checkpoint, {wants[0]} in the model")
+        if has[1] != wants[1]:
+            stored, held = (name_of(arrays[name].dtype) for arrays in (weights, parameters))
+            dtypes.append(f"{name}: {stored} in the checkpoint, {held} in the model")
     sections = [
         *_section("missing", len(found.missing), group_names(found.missing)),
         *_section("left over", len(found.left_over), group_names(found.left_over)),
         *_section("of the wrong shape", len(shapes), shapes),
         *_section("of the wrong dtype", len(dtypes), dtypes),
     ]
-    raise ValueError("\n".join(["these weights do not fit this MiniMax-M3 model (mlx-m3-plugin)", *sections]))
+    if sections:
+        head = "these weights do not fit this MiniMax-M3 model (mlx-m3-plugin)"
+        raise ValueError("\n".join([head, *sections]))
 
 
 def check_values(model: nn.Module) -> None:
@@ -140,10 +137,7 @@ def _in_braces(numbers: Iterable[int]) -> str:
 
 def ranges_of(numbers: Iterable[int]) -> list[str]:
     """``["0-2", "5"]``."""
-    runs: list[list[int]] = []
-    for n in sorted(set(numbers)):
-        if runs and n == runs[-1][-1] + 1:
-            runs[-1].append(n)
-        else:
-            runs.append([n])
-    return [str(run[0]) if len(run) == 1 else f"{run[0]}-{run[-1]}" for run in runs]
+    # In a run of consecutive numbers, each differs from its place by the same.
+    runs = groupby(enumerate(sorted(set(numbers))), lambda item: item[1] - item[0])
+    ends = [(run[0][1], run[-1][1]) for run in ([*items] for _, items in runs)]
+    return [str(first) if first == last else f"{first}-{last}" for first, last in ends]

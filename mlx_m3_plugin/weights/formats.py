@@ -32,7 +32,6 @@ from .tensor import Tensor, TensorPlan
 
 # Bytes of values per scale -> MLX's mode.
 _BYTES_PER_SCALE = {bits * group_size // 8: mode for mode, (bits, group_size) in MICROSCALING.items()}
-_VALUES = ("weight", "weight_packed")
 _SCALES = ("weight_scale_inv", "weight_scale")
 # For quantizing activations; here only weights are read.
 FOR_ACTIVATIONS = ("input_scale", "input_global_scale")
@@ -64,28 +63,24 @@ def read_formats(plan: TensorPlan, config: TextConfig) -> None:
 def _read_module(plan: TensorPlan, module: str, parts: set[str], config: TextConfig) -> None:
     for part in FOR_ACTIVATIONS:
         plan.pop(f"{module}.{part}", None)
-    values = next((p for p in reversed(_VALUES) if f"{module}.{p}" in plan), None)
-    scales = next((p for p in _SCALES if p in parts), None)
-    if values is None or scales is None:
-        if parts <= {*FOR_ACTIVATIONS}:
-            return
+    values = next((p for p in ("weight_packed", "weight") if f"{module}.{p}" in plan), None)
+    scale = next((p for p in _SCALES if p in parts), None)
+    if values is None or scale is None:
         if {"qweight", "qzeros", "g_idx", "weight_packed", "weight_zero_point"} & parts:
             _refuse(plan, module, parts)
         # A part is missing; the check before loading will name it.
         return
-    if values == "weight_packed" and plan[f"{module}.{values}"].dtype == mx.int32:
-        bits = _integer_bits(plan[f"{module}.{values}"], plan[f"{module}.{scales}"], module, config)
-        if bits is None:
-            _refuse(plan, module, parts)
-        _read_integers(plan, module, bits)
-        return
-    mode = _mode(plan[f"{module}.{values}"], plan[f"{module}.{scales}"])
-    if mode is None:
+    packed, scales = plan[f"{module}.{values}"], plan[f"{module}.{scale}"]
+    is_integer = values == "weight_packed" and packed.dtype == mx.int32
+    bits = _integer_bits(packed, scales, module, config) if is_integer else None
+    mode = None if is_integer else _mode(packed, scales)
+    if bits is None and mode is None:
         _refuse(plan, module, parts)
-    packed = plan.pop(f"{module}.{values}")
-    plan[f"{module}.weight"] = packed.view_as_uint32()
-    plan[f"{module}.scales"] = plan.pop(f"{module}.{scales}")
-    if mode == "nvfp4":
+    del plan[f"{module}.{values}"], plan[f"{module}.{scale}"]
+    plan |= {f"{module}.weight": packed.view_as_uint32(), f"{module}.scales": scales}
+    if bits is not None:
+        plan[f"{module}.biases"] = _biases_of_integers(plan, module, scales, bits)
+    elif mode == "nvfp4":
         _read_tensor_scale(plan, module)
 
 
@@ -121,16 +116,12 @@ def _input_width(module: str, config: TextConfig) -> int | None:
     return config.hidden_size if projection in _TAKE_HIDDEN_STATES else None
 
 
-def _read_integers(plan: TensorPlan, module: str, bits: int) -> None:
+def _biases_of_integers(plan: TensorPlan, module: str, scales: Tensor, bits: int) -> Tensor:
     plan.pop(f"{module}.weight_shape", None)
-    scales = plan.pop(f"{module}.weight_scale")
     zero_points = plan.pop(f"{module}.weight_zero_point", None)
-    plan[f"{module}.weight"] = plan.pop(f"{module}.weight_packed").view_as_uint32()
-    plan[f"{module}.scales"] = scales
     if zero_points is None:
-        plan[f"{module}.biases"] = scales.apply("multiply", -float(2 ** (bits - 1)))
-    else:
-        plan[f"{module}.biases"] = scales.apply("zero points", bits, zero_points)
+        return scales.apply("multiply", -float(2 ** (bits - 1)))
+    return scales.apply("zero points", bits, zero_points)
 
 
 def _read_tensor_scale(plan: TensorPlan, module: str) -> None:

@@ -70,8 +70,7 @@ def check_files(directory: str | Path) -> None:
     if not weight_files(Path(directory)):
         # The loader has an error of its own for that.
         return
-    problems = read_headers(directory).problems
-    if problems:
+    if problems := read_headers(directory).problems:
         head = f"{directory} is not a complete checkpoint (mlx-m3-plugin):"
         raise ValueError("\n  ".join([head, *shorten(problems)]))
 
@@ -103,14 +102,18 @@ class StoredTensor:
     Attributes:
         shape: as stored.  stored_dtype: safetensors' name, such as ``BF16``.
         nbytes: bytes of data.  file: the name of its file.
-        start: where in the file its data begins; 0 if only the header was seen.
+        start: where in the file its data begins.
     """
 
     shape: tuple[int, ...]
     stored_dtype: str
     nbytes: int
     file: str
-    start: int = 0
+    start: int
+
+    @property
+    def end(self) -> int:
+        return self.start + self.nbytes
 
     @property
     def dtype(self) -> mx.Dtype:
@@ -139,10 +142,10 @@ class Headers:
     def add(self, file: str, tensors: dict[str, StoredTensor]) -> None:
         self.files.append(file)
         twice: dict[str, list[str]] = {}
-        for name, tensor in tensors.items():
+        for name in tensors:
             if name in self.tensors:
                 twice.setdefault(self.tensors[name].file, []).append(name)
-            self.tensors[name] = tensor
+        self.tensors |= tensors
         for other, names in twice.items():
             what = f"{names[0]} is" if len(names) == 1 else f"{len(names)} tensors ({names[0]} is one) are"
             old = [f for f in (other, file) if f in self.unlisted]
@@ -159,7 +162,7 @@ def read_headers(directory: str | Path) -> Headers:
         FileNotFoundError: there is no safetensors file in ``directory``.
     """
     directory = Path(directory)
-    files, weight_map = weight_files(directory), _weight_map(directory)
+    files, weight_map = weight_files(directory), weight_map_of(directory)
     if not files and not (directory / INDEX).exists():
         raise FileNotFoundError(f"{directory} has no .safetensors file")
     listed = set(weight_map.values())
@@ -180,7 +183,7 @@ def weight_files(directory: Path) -> list[Path]:
 
     The index may name files in folders of the directory; it is not followed out of it.
     """
-    listed = {directory / name for name in set(_weight_map(directory).values()) if _is_inside(name)}
+    listed = {directory / name for name in set(weight_map_of(directory).values()) if _is_inside(name)}
     found = set(directory.glob("model*.safetensors"))
     if not listed and not found:
         found = set(directory.glob("*.safetensors")) - {directory / "consolidated.safetensors"}
@@ -212,18 +215,20 @@ def read_header(file: Path, name_of_file: str | None = None) -> dict[str, Stored
         text = stream.read(length)
     entries = _parse(text)
     entries.pop("__metadata__", None)
-    tensors, data_ends = {}, [0]
-    for name, entry in entries.items():
-        tensors[name] = _tensor(name, entry, name_of_file or file.name, 8 + length)
-        data_ends.append(entry["data_offsets"][1])
-    data = size - 8 - length
-    if max(data_ends) > data:
-        cut = [name for name, entry in entries.items() if entry["data_offsets"][1] > data]
+    tensors = {
+        name: stored_tensor(name, entry, name_of_file or file.name, 8 + length)
+        for name, entry in entries.items()
+    }
+    if cut := [name for name, tensor in tensors.items() if tensor.end > size]:
+        missing = max(tensors[name].end for name in cut) - size
         raise ValueError(
-            f"truncated: {max(data_ends) - data:,} bytes are missing, of {len(cut)} tensors "
-            f"({cut[0]} is one); download it again"
+            f"truncated: {missing:,} bytes are missing, of {len(cut)} tensors ({cut[0]} is one); "
+            "download it again"
         )
-    _check_no_overlap(entries)
+    spans = sorted((tensor.start, tensor.end, name) for name, tensor in tensors.items())
+    for (_, end, first), (begin, _, second) in pairwise(spans):
+        if begin < end:
+            raise ValueError(f"{first} and {second} overlap")
     return tensors
 
 
@@ -244,7 +249,14 @@ def _parse(text: bytes) -> dict[str, Any]:
     return entries
 
 
-def _tensor(name: str, entry: Any, file: str, data_begins: int) -> StoredTensor:
+def stored_tensor(name: str, entry: Any, file: str, data_begins: int = 0) -> StoredTensor:
+    """What a header's ``entry`` describes.
+
+    ``data_begins``: where in the file; 0 where nothing is going to be read.
+
+    Raises:
+        ValueError: it describes no tensor that MLX reads.
+    """
     try:
         dtype, shape, (start, end) = entry["dtype"], tuple(entry["shape"]), entry["data_offsets"]
         well_formed = all(type(n) is int and n >= 0 for n in (*shape, start, end))
@@ -259,13 +271,6 @@ def _tensor(name: str, entry: Any, file: str, data_begins: int) -> StoredTensor:
     return StoredTensor(shape, dtype, end - start, file, data_begins + start)
 
 
-def _check_no_overlap(entries: dict[str, Any]) -> None:
-    spans = sorted((*entry["data_offsets"], name) for name, entry in entries.items())
-    for (_, end, first), (start, _, second) in pairwise(spans):
-        if start < end:
-            raise ValueError(f"{first} and {second} overlap")
-
-
 def _index_problems(weight_map: dict[str, str], headers: Headers) -> Iterator[str]:
     present = set(headers.files)
     absent: dict[str, list[str]] = {}
@@ -273,17 +278,22 @@ def _index_problems(weight_map: dict[str, str], headers: Headers) -> Iterator[st
         if file not in present:
             absent.setdefault(file, []).append(name)
     for file, names in sorted(absent.items()):
-        if not _is_inside(file):
+        if _is_inside(file):
+            yield f"{file} is listed in {INDEX} and absent; it holds {len(names)} tensors ({names[0]} is one)"
+        else:
             yield f"{file} is listed in {INDEX} and is not in the checkpoint's directory"
-            continue
-        yield f"{file} is listed in {INDEX} and absent; it holds {len(names)} tensors ({names[0]} is one)"
     unreadable = {problem.partition(":")[0] for problem in headers.problems}
     for name, file in weight_map.items():
         if file in present and file not in unreadable and name not in headers.tensors:
             yield f"{name} is listed in {INDEX} and not in {file}"
 
 
-def _weight_map(directory: Path) -> dict[str, str]:
+def weight_map_of(directory: Path) -> dict[str, str]:
+    """Tensor -> file, as the index says; empty without one.
+
+    Raises:
+        ValueError: the index is damaged.
+    """
     try:
         weight_map = json.loads((directory / INDEX).read_text(encoding="utf-8"))["weight_map"]
     except FileNotFoundError:

@@ -94,8 +94,7 @@ def plan_draft(weights: Mapping[str, HasShape], config: TextConfig) -> TensorPla
     plan: TensorPlan = {}
     for name, tensor in weights.items():
         new = draft_parameter(name)
-        _check_not_twice(plan, new, name)
-        plan[new] = Tensor.stored(name, tensor)
+        _add(plan, new, Tensor.stored(name, tensor), name)
     read_formats(plan, config)
     return plan
 
@@ -116,21 +115,33 @@ def lacks_indexers(plan: Mapping[str, object], config: TextConfig) -> bool:
     return in_sparse_layer
 
 
-def fuse_experts(plan: TensorPlan, config: TextConfig, prefix: str, *, pack_shared: bool) -> TensorPlan:
+def pack_experts(plan: TensorPlan, config: TextConfig, prefix: str) -> TensorPlan | None:
     """The way back: gate and up in one ``gate_up_proj``, and the shared expert as one more expert.
 
     mlx-vlm stores experts like this by default.  Exact on quantized tensors: rows are never packed
-    together.  Modules whose gate and up, or whose shared and routed experts, differ in shape
-    or dtype stay apart.
+    together.  None where gate and up, or a shared and the routed experts, differ in shape or dtype.
     """
-    plan = dict(plan)
-    for layer in range(config.num_hidden_layers):
-        if config.is_moe(layer):
-            moe = f"{prefix}model.layers.{layer}.block_sparse_moe"
-            if pack_shared:
-                _put_in_shared_expert(plan, moe)
-            _join_gate_up(plan, f"{moe}.switch_mlp")
-    return plan
+    packed = dict(plan)
+    for layer in filter(config.is_moe, range(config.num_hidden_layers)):
+        moe = f"{prefix}model.layers.{layer}.block_sparse_moe"
+        for part in PARTS:
+            stacks = {}
+            for projection in EXPERT_PROJECTIONS.values():
+                routed = packed.get(f"{moe}.switch_mlp.{projection}.{part}")
+                shared = packed.pop(f"{moe}.shared_experts.{projection}.{part}", None)
+                if routed and shared and (routed.shape[1:], routed.dtype) == (shared.shape, shared.dtype):
+                    stacks[projection] = Tensor.concatenate([routed, shared.reshape(1, *shared.shape)])
+                elif routed or shared:
+                    return None
+            gate, up = stacks.pop("gate_proj", None), stacks.pop("up_proj", None)
+            # Together they would have one tensor scale.
+            if gate and up and (gate.shape, gate.dtype) == (up.shape, up.dtype) and part != "global_scale":
+                del packed[f"{moe}.switch_mlp.gate_proj.{part}"], packed[f"{moe}.switch_mlp.up_proj.{part}"]
+                packed[f"{moe}.switch_mlp.gate_up_proj.{part}"] = Tensor.concatenate([gate, up], axis=-2)
+            elif gate or up:
+                return None
+            packed |= {f"{moe}.switch_mlp.{projection}.{part}": t for projection, t in stacks.items()}
+    return packed
 
 
 def _stack_experts(plan: TensorPlan, moe: str, num_experts: int) -> None:
@@ -142,9 +153,7 @@ def _stack_experts(plan: TensorPlan, moe: str, num_experts: int) -> None:
                 continue
             tensors = [plan[name] for name in names]
             if len({(t.shape, t.dtype) for t in tensors}) == 1:
-                stack = f"{moe}.switch_mlp.{projection}.{part}"
-                _check_not_twice(plan, stack, names[0])
-                plan[stack] = Tensor.stack(tensors)
+                _add(plan, f"{moe}.switch_mlp.{projection}.{part}", Tensor.stack(tensors), names[0])
                 for name in names:
                     del plan[name]
 
@@ -157,24 +166,8 @@ def _take_out_shared_expert(plan: TensorPlan, moe: str, num_experts: int) -> Non
             experts = plan.get(name)
             if experts is not None and experts.shape[:1] == (num_experts + 1,):
                 plan[name] = experts.slice(0, num_experts)
-                shared = f"{moe}.shared_experts.{projection}.{part}"
-                _check_not_twice(plan, shared, name)
-                plan[shared] = experts.slice(num_experts, num_experts + 1).reshape(*experts.shape[1:])
-
-
-def _put_in_shared_expert(plan: TensorPlan, moe: str) -> None:
-    pairs = {}
-    for projection in EXPERT_PROJECTIONS.values():
-        for part in PARTS:
-            routed = plan.get(f"{moe}.switch_mlp.{projection}.{part}")
-            shared = plan.get(f"{moe}.shared_experts.{projection}.{part}")
-            if (routed and (routed.shape[1:], routed.dtype)) != (shared and (shared.shape, shared.dtype)):
-                return
-            if routed and shared:
-                pairs[projection, part] = Tensor.concatenate([routed, shared.reshape(1, *shared.shape)])
-    for (projection, part), experts in pairs.items():
-        del plan[f"{moe}.shared_experts.{projection}.{part}"]
-        plan[f"{moe}.switch_mlp.{projection}.{part}"] = experts
+                shared = experts.slice(num_experts, num_experts + 1).reshape(*experts.shape[1:])
+                _add(plan, f"{moe}.shared_experts.{projection}.{part}", shared, name)
 
 
 def _split_gate_up(plan: TensorPlan, owner: str) -> None:
@@ -183,12 +176,10 @@ def _split_gate_up(plan: TensorPlan, owner: str) -> None:
         fused = plan.get(f"{owner}.gate_up_proj.{part}")
         if fused is not None and len(fused.shape) > 1:
             del plan[f"{owner}.gate_up_proj.{part}"]
-            outputs = fused.shape[-2]
-            halves = {"gate_proj": (0, outputs // 2), "up_proj": (outputs // 2, outputs)}
-            for projection, (start, stop) in halves.items():
-                half = f"{owner}.{projection}.{part}"
-                _check_not_twice(plan, half, f"{owner}.gate_up_proj.{part}")
-                plan[half] = fused.slice(start, stop, axis=-2)
+            middle, end = fused.shape[-2] // 2, fused.shape[-2]
+            for projection, start, stop in (("gate_proj", 0, middle), ("up_proj", middle, end)):
+                half = fused.slice(start, stop, axis=-2)
+                _add(plan, f"{owner}.{projection}.{part}", half, f"{owner}.gate_up_proj.{part}")
     # Both halves share a tensor scale, which belongs to a whole matrix.
     shared = f"{owner}.gate_up_proj.global_scale"
     if shared in plan and f"{owner}.gate_proj.weight" in plan:
@@ -196,18 +187,9 @@ def _split_gate_up(plan: TensorPlan, owner: str) -> None:
         plan.update({f"{owner}.{half}.global_scale": scale for half in ("gate_proj", "up_proj")})
 
 
-def _check_not_twice(plan: TensorPlan, name: str, other: str) -> None:
+def _add(plan: TensorPlan, name: str, tensor: Tensor, made_from: str) -> None:
     if name in plan:
-        raise ValueError(f"this checkpoint has the same tensor twice, as {name} and in {other}; remove one")
-
-
-def _join_gate_up(plan: TensorPlan, owner: str) -> None:
-    pairs = {part: [plan.get(f"{owner}.{p}_proj.{part}") for p in ("gate", "up")] for part in PARTS}
-    present = {part: [t for t in pair if t] for part, pair in pairs.items() if any(pair)}
-    if "global_scale" in present or any(
-        len({(t.shape, t.dtype) for t in pair}) != 1 or len(pair) != 2 for pair in present.values()
-    ):
-        return
-    for part, pair in present.items():
-        del plan[f"{owner}.gate_proj.{part}"], plan[f"{owner}.up_proj.{part}"]
-        plan[f"{owner}.gate_up_proj.{part}"] = Tensor.concatenate(pair, axis=-2)
+        raise ValueError(
+            f"this checkpoint has the same tensor twice, as {name} and in {made_from}; remove one"
+        )
+    plan[name] = tensor

@@ -53,8 +53,7 @@ def is_draft(name: str) -> bool:
 
 def draft_parameter(name: str) -> str:
     """A stored name in a DSpark draft head, as that model has it: ``layers.0.self_attn.q_proj.weight``."""
-    name = name.removeprefix(match[0]) if (match := _DRAFT.match(name)) else name
-    return name.replace(".decoder_layer.", ".").replace("final_norm.", "norm.")
+    return _DRAFT.sub("", name).replace(".decoder_layer.", ".").replace("final_norm.", "norm.")
 
 
 def published_draft_name(parameter: str) -> str:
@@ -66,14 +65,12 @@ def published_draft_name(parameter: str) -> str:
 def unused_in_words(names: Iterable[str]) -> list[str]:
     """One line for each kind of unused tensor among stored names."""
     unused = [name for name in names if is_unused(name)]
-    drafts = [name for name in unused if _DRAFT.match(name)]
-    extras = len(unused) - len(drafts)
+    prefixes = [match[0] for name in unused if (match := _DRAFT.match(name))]
     lines = []
-    if drafts:
-        prefixes = sorted({match[0] for name in drafts if (match := _DRAFT.match(name))})
-        listed = ", ".join(f"{prefix}*" for prefix in prefixes)
-        lines.append(f"draft tensors are not used: {len(drafts)} ({listed})")
-    if extras:
+    if prefixes:
+        listed = ", ".join(f"{prefix}*" for prefix in sorted(set(prefixes)))
+        lines.append(f"draft tensors are not used: {len(prefixes)} ({listed})")
+    if extras := len(unused) - len(prefixes):
         lines.append(f"rotary frequencies and scales of FP8 caches are not used: {extras} tensors")
     return lines
 

@@ -107,15 +107,12 @@ class Tensor:
 
     def _taken_of_slice(self, start: int, stop: int, axis: int) -> "Tensor":
         """Cut the first axis first, so that what is left is contiguous in a stored tensor."""
-        cuts, base = {axis: (start, stop)}, self
-        while base.operation == "slice":
-            of, begin, end = base.detail
-            first, last = cuts.get(of, (0, end - begin))
-            cuts[of] = (begin + first, begin + last)
-            base = base.sources[0]
-        for of, (first, last) in sorted(cuts.items()):
-            base = base.slice(first, last, of) if base.operation == "slice" else base.taken(first, last, of)
-        return base
+        source, (of, begin, end) = self.sources[0], self.detail
+        if axis == of:
+            return source.taken(begin + start, begin + stop, of)
+        (low, a, b), (high, c, d) = sorted([(of, begin, end), (axis, start, stop)])
+        cut = source.taken(a, b, low)
+        return cut.slice(c, d, high) if cut.operation == "slice" else cut.taken(c, d, high)
 
     def _taken_of_joined(self, start: int, stop: int, axis: int) -> "Tensor":
         parts, begin = [], 0

@@ -237,12 +237,15 @@ class _CallReader:
     def openings(self, at: int, name: str) -> Iterator[tuple[int, str]]:
         if tag := self.match(rf"{self.token}<{re.escape(name)}>", at):
             yield tag.end(), name
-        if "M2 parameter tags" in self.repairs:
-            m2 = rf"{self.token}<parameter\s+name\s*=\s*[\"']?{re.escape(name)}[\"']?\s*>"
+        if {"M2 parameter tags", "token missing"} & self.repairs:
+            token = self.token if "M2 parameter tags" in self.repairs else r"\s*"
+            m2 = rf"{token}<parameter\s+name\s*=\s*[\"']?{re.escape(name)}[\"']?\s*>"
             if tag := self.match(m2, at):
                 yield from ((tag.end(), "parameter"), (tag.end(), name))
         if "opening tag missing" in self.repairs:
-            yield at + len(NS) * self.text.startswith(NS, at), name
+            yield at, name
+            if self.text.startswith(NS, at):
+                yield at + len(NS), name
 
     def closings(self, at: int, name: str) -> Iterator[int]:
         if tag := self.match(rf"{self.token}</{re.escape(name)}>", at):
@@ -283,7 +286,9 @@ class _CallReader:
             nexts = [(end, count) for end in self.between(at)]
             if count < len(values):
                 # Where all tags match, a list's may have any name.
-                named = self.match(rf"{self.token}<([^<>/]+)>", at)
+                named = self.match(
+                    rf"{self.token}<(?:parameter\s+name\s*=\s*)?[\"']?([^<>/\"']+)[\"']?\s*>", at
+                )
                 for name in {"item", named[1] if named else "item"}:
                     nexts += [(end, count + 1) for end in self.element(at, name, values[count])]
                 nexts += [(end, count + 1) for end in self.value(at, values[count])]

@@ -23,7 +23,7 @@ Sides = tuple[str, str, list[tuple[str, Any]]]
 
 def test_nothing_is_lost(count: Callable[[int, int], int], fresh_seed: int) -> None:
     rng = random.Random(fresh_seed)
-    for _ in range(count(600, 100_000)):
+    for _ in range(count(300, 100_000)):
         text, in_reasoning = damaged_replies.reply(rng), rng.random() < 0.3
         tools = rng.choice([TOOLS, TOOLS, [], None])
         whole = events_of([text], in_reasoning, tools)
@@ -38,6 +38,29 @@ def test_nothing_is_lost(count: Callable[[int, int], int], fresh_seed: int) -> N
             assert accounts_for(text, whole, in_reasoning)
         for shown in as_mlx_vlm_splits(pieces, in_reasoning, tools):
             assert without_blanks(shown) == without_blanks(sides(whole)), (text, in_reasoning, tools)
+
+
+ARRAY_OR_OTHERS = {"anyOf": [{"type": "number"}, {"type": "array"}, {"type": "object"}]}
+ANY_TOOLS = [{"name": "f", "parameters": {"type": "object", "properties": {"b": ARRAY_OR_OTHERS}}}]
+
+
+@pytest.mark.parametrize("tools", [TOOLS, ANY_TOOLS], ids=["array", "array or others"])
+@pytest.mark.parametrize(
+    "value",
+    [
+        # Tags without their token, seen only once the whole value is there.
+        '§<parameter name="b"><b>§</tool_call></b>§</parameter>',
+        "§<b><item>§</tool_call></item>§</b>",
+        "§<b><item>x</item>§</b>",
+        '§<parameter name="b"><parameter name="b">x</parameter>§</parameter>',
+    ],
+)
+def test_tags_without_their_token_in_a_value(value: str, tools: Any) -> None:
+    text = marked(f'§<invoke name="f">{value}§</invoke>')
+    for pieces in ([text], list(text)):
+        events = events_of(pieces, False, tools)
+        assert [event.text for event in events if event.kind == "repair"][-1] == "token missing, f"
+        assert accounts_for(text, events)
 
 
 HARMS = ["lost", "doubled", "moved", "no repair", "other channel", "a changed call"]

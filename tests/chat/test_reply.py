@@ -20,7 +20,7 @@ CALLED = [ToolCall("f", {"a": "1"})]
 
 def test_cuts_change_nothing(count: Callable[[int, int], int], fresh_seed: int) -> None:
     rng = random.Random(fresh_seed)
-    for _ in range(count(60, 2000)):
+    for _ in range(count(30, 2000)):
         made = sample(rng)
         text, in_reasoning = made.text, made.in_reasoning
         whole, _ = read([text], in_reasoning, [])
@@ -81,6 +81,22 @@ def test_a_call_is_returned_when_its_invoke_closes() -> None:
     assert parser.feed("x" + marked(CALL.split("§</invoke>")[0] + "§</invoke")) == [Event("content", "x")]
     assert parser.feed(">") == [Event("call", call=ToolCall("f", {"a": 1}))]
     assert parser.feed(marked("\n§</tool_call> y")) == [Event("content", " y")]
+
+
+@pytest.mark.parametrize("size", [1, 4])
+def test_what_is_certain_is_not_held_back(size: int) -> None:
+    name = "longer_than_any_marker"
+    quoting = f'§<tool_call>§<invoke name="f">§<{name}>see §</tool_call>§</{name}>§</invoke>'
+    quoted = ToolCall("f", {name: marked("see §</tool_call>")})
+    json_text = '{"b": "c"} !'
+    for text, content, calls in (
+        (marked(quoting), "", [quoted]),
+        (marked(CALL.replace("\n§</tool_call>", json_text)), json_text, CALLED),
+    ):
+        parser = ReplyParser([])
+        events = [e for at in range(0, len(text), size) for e in parser.feed(text[at : at + size])]
+        assert "".join(event.text for event in events) == content
+        assert [event.call for event in events if event.call] == calls
 
 
 @pytest.mark.parametrize(
@@ -160,6 +176,7 @@ def test_calls_have_the_types_of_their_tools() -> None:
     assert reply.calls == [ToolCall("f", {"a": 1})]
 
 
+@pytest.mark.some(20)
 @pytest.mark.parametrize("piece", [4, 10**9], ids=["by tokens", "whole"])
 @pytest.mark.parametrize("shape", SHAPES)
 def test_time_grows_as_the_text(shape: str, piece: int, count: Callable[[int, int], int]) -> None:

@@ -6,7 +6,8 @@ from collections.abc import Callable
 
 import pytest
 
-from mlx_m3_plugin.chat.rewriting import ReplyRewriter, calls_in, restored, without_calls
+from mlx_m3_plugin.chat.markers import calls_in, restored, without_calls
+from mlx_m3_plugin.chat.rewriting import ReplyRewriter
 from mlx_m3_plugin.chat.tool_calls import parse_tool_call
 from tests.chat.tool_rendering import marked
 from tests.chat.tool_replies import MARKERS, sample

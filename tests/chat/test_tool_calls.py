@@ -12,7 +12,7 @@ from tests.chat.tool_values import exactly, pruned
 
 
 def test_what_the_template_writes_is_read_back(count: Callable[[int, int], int]) -> None:
-    @settings(max_examples=count(300, 20_000), deadline=None, suppress_health_check=list(HealthCheck))
+    @settings(max_examples=count(150, 20_000), deadline=None, suppress_health_check=list(HealthCheck))
     @given(calls())
     def check(case: tuple[list[Any], list[dict[str, Any]]]) -> None:
         tools, made = case

@@ -123,6 +123,12 @@ def test_a_value(schema: Any, text: str, value: Any) -> None:
     assert json.dumps(found) == json.dumps(value)
 
 
+def test_tags_in_a_text_are_text() -> None:
+    text = "x§<item>y§</item> z"
+    for schema in ({"type": "string"}, {"type": ["string", "null"]}, {"enum": ["a", 5]}, {"const": "x"}):
+        assert value_of(text, schema) == marked(text)
+
+
 def test_references_within_the_schema() -> None:
     tree = "§<v>1§</v>§<kids>§<item>§<v>2§</v>§</item>§</kids>"
     expected = {"v": 1, "kids": [{"v": 2}]}

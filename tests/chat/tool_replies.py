@@ -215,7 +215,6 @@ def read(pieces: list[str], in_reasoning: bool = False, tools: Any = None) -> tu
 
 def read_block(text: str, tools: Any = None) -> Reply:
     """What is between the markers of calls."""
-    parser, reply = ReplyParser(tools, in_block=True), Reply()
-    for event in parser.feed(text) + parser.finish():
-        reply.add(event)
+    reply, _ = read([NS + "<tool_call>" + text], tools=tools)
+    reply.content = reply.content.removeprefix(NS + "<tool_call>")
     return reply

@@ -19,7 +19,7 @@ import mlx.core as mx
 from mlx_m3_plugin.model.config import text_config_of
 from mlx_m3_plugin.model.decoder import LanguageModel
 from mlx_m3_plugin.model.host import Host
-from mlx_m3_plugin.weights import lacks_indexers
+from mlx_m3_plugin.weights.layouts import lacks_indexers
 
 # Run as a script, also by Pythons that this checkout is not installed for.
 sys.path.append(str(Path(__file__).parents[2]))

@@ -6,9 +6,13 @@ and reads as zeros.  What remains on disk are the safetensors headers and the in
 must know sparse files (APFS, ext4, XFS, tmpfs do).
 """
 
+import atexit
 import json
+import shutil
+import tempfile
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from functools import cache
 from math import prod
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -476,3 +480,11 @@ REAL_LAYOUTS: dict[str, Callable[[Path], RealCheckpoint]] = {
     "mixed_shared": _mlx_writer(experts_stacked, uniform_bits(4, shared_expert=8), pack_shared_expert=False),
     "text_only_6bit": write_text_only_6bit,
 }
+
+
+@cache
+def real(layout: str) -> RealCheckpoint:
+    """One of :data:`REAL_LAYOUTS`, written once; not to be changed."""
+    directory = Path(tempfile.mkdtemp())
+    atexit.register(shutil.rmtree, directory)
+    return REAL_LAYOUTS[layout](directory / "checkpoint")

@@ -11,8 +11,10 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from mlx_lm.server import LRUPromptCache
 
 from tests.distributed.jobs import free_ports, launcher, start, stop
+from tests.end_to_end.chat_hosts import mlx_lm_server
 
 BODY = {
     "messages": [{"role": "user", "content": "How are blocks of keys chosen? " * 6}],
@@ -52,8 +54,9 @@ def answer(address: str) -> tuple[Any, int]:
 def test_it_answers_as_one_process_does(checkpoint: Callable[[str], Path], arguments: list[str]) -> None:
     server = str(Path(sys.executable).with_name("mlx_lm.server"))
     model = ["--model", str(checkpoint("4bit"))]
-    with serving([server], *model) as address:
-        expected, _ = answer(address)
+    cache = LRUPromptCache(0)
+    with pytest.MonkeyPatch.context() as patch, mlx_lm_server(checkpoint("4bit"), patch, cache) as address:
+        expected, _ = answer(f"{address}/v1")
     split = ["--env", "MLX_M3_PLUGIN_PIPELINE_SPLIT=4,2"] if arguments else []
     with serving([*launcher(2), *split, server], *model, *arguments) as address:
         first, cached = answer(address)

@@ -60,7 +60,7 @@ def test_batches_with_joins_and_leaves(model: Any, tmp_path: Path, fresh_seed: i
     random = Random(fresh_seed)
     drafter = random_drafter(tmp_path, fresh_seed)
     rates = []
-    for case in range(count(3, 60)):
+    for case in range(count(2, 60)):
         requests = [
             Request(random.prompt(8 * BUDGET), random.below(16, 3), joins_at=random.below(8) * (case % 2))
             for _ in range((2, 4)[case % 2])
@@ -86,7 +86,7 @@ def test_later_requests(kept_in: str, model: Any, tmp_path: Path, fresh_seed: in
 
     random = Random(fresh_seed)
     drafter = random_drafter(tmp_path, fresh_seed)
-    for _ in range(count(4, 250)):
+    for _ in range(count(2, 60)):
         manager = apc.APCManager(num_blocks=64, block_size=16)
         kept = {"prompt_cache_state": PromptCacheState()}
         if kept_in == "prefix cache":
@@ -199,7 +199,7 @@ def test_sampled_answers_have_the_same_distribution(
         return mx.concatenate([mx.array([[likely[1]]], dtype=own.dtype), own[:, 1:]], axis=1)
 
     drafter.draft_block = draft_block
-    n = count(120, 20_000)
+    n = count(120, 2_000)
     seen: Counter[tuple[int, ...]] = Counter()
     options: dict[str, Any] = {"temperature": 0.3, "top_k": 2, "top_p": 1.0, "draft_block_size": 3}
     mx.random.seed(fresh_seed)

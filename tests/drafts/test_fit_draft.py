@@ -136,7 +136,6 @@ def test_a_head_of_another_model(m31: Path) -> None:
         fit(NANO, 64 * GIB, draft=m31 / "dspark")
 
 
-def test_a_checkpoint_without_a_head(tmp_path: Path) -> None:
-    real_size.REAL_LAYOUTS["fused_4bit"](tmp_path)
+def test_a_checkpoint_without_a_head() -> None:
     with pytest.raises(FileNotFoundError, match=r"has no draft head in dspark/ on disk; name its directory"):
-        fit(tmp_path, 512 * GIB, draft=AUTO)
+        fit(real_size.real("fused_4bit").path, 512 * GIB, draft=AUTO)

@@ -2,10 +2,8 @@
 
 import json
 import random
-import threading
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from functools import partial
 from itertools import product
 from pathlib import Path
 from typing import Any
@@ -19,6 +17,7 @@ from mlx_lm.sample_utils import make_logits_processors
 from mlx_lm.utils import load, load_model
 
 from mlx_m3_plugin.toolbox.demo import NANO
+from tests.end_to_end.chat_hosts import mlx_lm_server
 from tests.end_to_end.chat_server import ChatServer
 from tests.hosts.native_mlx_lm import our_model, tokens
 
@@ -142,22 +141,8 @@ class Stored(server.LRUPromptCache):
 @contextmanager
 def serving(*options: str) -> Iterator[ChatServer]:
     """mlx-lm's server with M3-nano, in this process."""
-    providers: list[Any] = []
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr("sys.argv", ["mlx_lm.server", "--model", str(NANO), *options])
-        patch.setattr(server, "run", lambda name, port, provider: providers.append(provider))
-        server.main()
-        generator = server.ResponseGenerator(providers[0], Stored(10))
-        httpd = server.ThreadingHTTPServer(("127.0.0.1", 0), partial(server.APIHandler, generator))
-        thread = threading.Thread(target=httpd.serve_forever)
-        thread.start()
-        try:
-            yield ChatServer(f"http://127.0.0.1:{httpd.server_port}", NANO, "default_model")
-        finally:
-            httpd.shutdown()
-            httpd.server_close()
-            generator.stop_and_join()
-            thread.join()
+    with pytest.MonkeyPatch.context() as patch, mlx_lm_server(NANO, patch, Stored(10), *options) as address:
+        yield ChatServer(address, NANO, "default_model")
 
 
 def test_the_server_goes_on_from_drafts(fresh_seed: int) -> None:

@@ -34,7 +34,7 @@ def test_it_halves_the_forward_passes_and_changes_no_answer(
     drafts: Drafts, count: Callable[[int, int], int], fresh_seed: int
 ) -> None:
     """Of held-out exercises; :meth:`Drafts.count` compares the answers."""
-    drawn = held_out(count(1, 20), fresh_seed, needles.token_counter(NANO))
+    drawn = held_out(count(1, 5), fresh_seed, needles.token_counter(NANO))
     # All prompts are past the block budget of 64 tokens; longer ones and long answers are slow.
     tasks = ("facts", "sums", "no call", "result", "picture", *drawn)[: count(5, 5 + len(drawn))]
     counts = [drafts.count(drawn[task], (2, 7)) for task in dict.fromkeys(tasks)]

@@ -5,6 +5,7 @@ Requests, prompts and answers take the way they take in a server of their own: o
 replaced, beneath our patch of it.
 """
 
+import gc
 import json
 import re
 import threading
@@ -98,6 +99,8 @@ def mlx_vlm_host(model: Path, patch: pytest.MonkeyPatch, generates: bool = False
         while not server.started:
             time.sleep(0.01)
         host.address = f"http://127.0.0.1:{server.servers[0].sockets[0].getsockname()[1]}"
+        # The server collects garbage after each request.
+        gc.freeze()
         yield host
     finally:
         server.should_exit = True
@@ -135,21 +138,32 @@ def _given_tokens(host: Host, generation: Any) -> Iterator[Any]:
 def mlx_lm_host(model: Path, patch: pytest.MonkeyPatch, *options: str) -> Iterator[Host]:
     from mlx_lm import server
 
-    host, providers = Host(model="default_model"), []
-    command = ["mlx_lm.server", "--model", str(model), "--prompt-cache-size", "0", *options]
-    patch.setattr("sys.argv", command)
-    patch.setattr(server, "run", lambda name, port, provider: providers.append(provider))
-    server.main()
+    host = Host(model="default_model")
     # Alone, where what a model says comes from one function.
     patch.setattr(server.ResponseGenerator, "_is_batchable", lambda self, args: False)
     patch.setattr(server, "stream_generate", partial(_given_to_lm, host))
-    generator = server.ResponseGenerator(providers[0], server.LRUPromptCache(0))
+    with mlx_lm_server(
+        model, patch, server.LRUPromptCache(0), "--prompt-cache-size", "0", *options
+    ) as address:
+        host.address = address
+        yield host
+
+
+@contextmanager
+def mlx_lm_server(model: Path, patch: pytest.MonkeyPatch, prompt_cache: Any, *options: str) -> Iterator[str]:
+    """mlx-lm's server as it is; its address."""
+    from mlx_lm import server
+
+    providers: list[Any] = []
+    patch.setattr("sys.argv", ["mlx_lm.server", "--model", str(model), *options])
+    patch.setattr(server, "run", lambda name, port, provider: providers.append(provider))
+    server.main()
+    generator = server.ResponseGenerator(providers[0], prompt_cache)
     httpd = server.ThreadingHTTPServer(("127.0.0.1", 0), partial(server.APIHandler, generator))
     thread = threading.Thread(target=httpd.serve_forever)
     thread.start()
     try:
-        host.address = f"http://127.0.0.1:{httpd.server_port}"
-        yield host
+        yield f"http://127.0.0.1:{httpd.server_port}"
     finally:
         httpd.shutdown()
         httpd.server_close()

@@ -22,8 +22,8 @@ from dataclasses import dataclass
 from datetime import date
 from pathlib import Path
 
-from tests.end_to_end.environments import CHECKOUT, clean_variables
-from tests.end_to_end.forks import Forks
+from tests.end_to_end.environments import clean_variables
+from tests.end_to_end.forks import Fork, Forks
 
 # Many times the random model's block budget of 32 tokens.
 PROMPT = " ".join(f"You may call tool {n}, then respond step by step." for n in range(8))
@@ -221,7 +221,6 @@ def forks(python: Path | str, files: Files, plugin: bool = True) -> Forks:
             "OPENBLAS_NUM_THREADS": "1",
             "MLX_M3_PLUGIN": "on" if plugin else "off",
         },
-        CHECKOUT,
     )
 
 
@@ -241,14 +240,16 @@ def run(command: Command, made_by: Forks, files: Files, out: Path) -> str:
         directory = out / f"run{number}"
         directory.mkdir()
         module, arguments = _entry(package, name, arguments)
-        made_by.start(module, arguments, directory, input=command.stdin, timeout=SECONDS)
-        answered = name == "server" and _answers(port, files.model, directory)
-        status = made_by.status()
-        said = (directory / "said.txt").read_text(errors="replace")
-        if answered:
-            return WORKS
-        if status is None:
+        said_in = directory / "said.txt"
+        running = made_by.start(["-m", module, *arguments], directory, input=command.stdin, log=said_in)
+        answered = name == "server" and _answers(port, files.model, running)
+        try:
+            status = running.wait(SECONDS)
+        except subprocess.TimeoutExpired:
             return f"no end after {SECONDS} seconds"
+        said = said_in.read_text(errors="replace").replace(str(files.directory), "...")
+        if name == "server":
+            return WORKS if answered else _last_line(said)
         if offline := re.search(r"\S*OfflineModeIsEnabled: .*|.*\(OfflineModeIsEnabled\)", said):
             return re.sub(r".*ERROR - |\x1b\[\d+m", "", offline[0]).strip()
         if status != 0 or not re.search(command.says, said) or re.search(r"^Error", said, re.MULTILINE):
@@ -261,7 +262,7 @@ def _entry(package: str, name: str, arguments: list[str]) -> tuple[str, list[str
     return ("mlx_lm", [name, *arguments]) if package == "mlx_lm" else (f"mlx_vlm.{name}", arguments)
 
 
-def _answers(port: int, model: Path, directory: Path) -> bool:
+def _answers(port: int, model: Path, server: Fork) -> bool:
     """Whether a server that was started completes a chat; stops it."""
     asked = {"model": str(model), "max_tokens": 4, "messages": [{"role": "user", "content": PROMPT}]}
     request = urllib.request.Request(
@@ -270,7 +271,7 @@ def _answers(port: int, model: Path, directory: Path) -> bool:
         headers={"Content-Type": "application/json"},
     )
     try:
-        while not (directory / "ended").exists():
+        while server.poll() is None:
             try:
                 with urllib.request.urlopen(request, timeout=60) as answer:
                     return bool(json.load(answer)["choices"])
@@ -280,7 +281,7 @@ def _answers(port: int, model: Path, directory: Path) -> bool:
                 time.sleep(0.2)
         return False
     finally:
-        (directory / "stop").touch()
+        server.terminate()
 
 
 def _last_line(said: str) -> str:

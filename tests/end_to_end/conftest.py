@@ -7,7 +7,7 @@ import pytest
 
 from tests.end_to_end import scripted_model
 from tests.end_to_end.chat_hosts import Host, mlx_lm_host, mlx_vlm_host
-from tests.end_to_end.environments import Environment, build_wheel, make_environment
+from tests.end_to_end.environments import Environment, build_wheel, make_environment, warm
 
 
 @pytest.fixture(scope="session")
@@ -17,17 +17,31 @@ def wheel(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.fixture(scope="session")
-def stock(tmp_path_factory: pytest.TempPathFactory) -> Environment:
-    """mlx-lm without the plugin.  For reading only."""
+def cold_stock(tmp_path_factory: pytest.TempPathFactory) -> Environment:
+    """mlx-lm without the plugin, each run in a new process.  For reading only."""
     return make_environment(tmp_path_factory.mktemp("stock"))
 
 
 @pytest.fixture(scope="session")
-def guest(tmp_path_factory: pytest.TempPathFactory, wheel: Path) -> Environment:
+def cold_guest(tmp_path_factory: pytest.TempPathFactory, wheel: Path) -> Environment:
     """The same with our wheel installed by pip.  For reading only."""
     environment = make_environment(tmp_path_factory.mktemp("guest"))
     environment.install(wheel)
     return environment
+
+
+@pytest.fixture(scope="session")
+def stock(cold_stock: Environment) -> Iterator[Environment]:
+    """Without the plugin; each run is a fork, which starts at once."""
+    with warm(cold_stock) as environment:
+        yield environment
+
+
+@pytest.fixture(scope="session")
+def guest(cold_guest: Environment) -> Iterator[Environment]:
+    """With our wheel; each run is a fork, which starts at once."""
+    with warm(cold_guest) as environment:
+        yield environment
 
 
 @pytest.fixture
@@ -41,10 +55,10 @@ def new_environment(tmp_path: Path) -> Callable[[], Environment]:
 
 
 @pytest.fixture
-def own_guest(new_environment: Callable[[], Environment], guest: Environment) -> Environment:
+def own_guest(new_environment: Callable[[], Environment], cold_guest: Environment) -> Environment:
     """An environment with the plugin that a test may break."""
     environment = new_environment()
-    environment.install_from(guest)
+    environment.install_from(cold_guest)
     return environment
 
 

@@ -7,17 +7,22 @@ install the real wheel with the real pip.  Only the heavy packages around it are
 interpreter's, so pip sees mlx-lm as installed and everything we write stays in here.
 """
 
+import atexit
 import os
 import shutil
 import site
 import subprocess
 import sys
 import venv
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass
 from fnmatch import fnmatch
+from functools import cache
 from importlib.metadata import EntryPoint, distributions
 from pathlib import Path
+
+from tests.end_to_end.forks import Fork, Forks
 
 CHECKOUT = Path(__file__).resolve().parents[2]
 
@@ -33,6 +38,15 @@ import sys
 from {module} import {function}
 if __name__ == '__main__':
     sys.exit({function}())
+"""
+# Runs a script, and then prints the file of a module: ``python -c SERVED_BY MODULE SCRIPT ARGUMENTS``.
+SERVED_BY = """
+import runpy, sys
+_, module, *sys.argv = sys.argv
+try:
+    runpy.run_path(sys.argv[0], run_name="__main__")
+finally:
+    print(sys.modules[module].__file__)
 """
 
 
@@ -80,9 +94,19 @@ class Environment:
             capture_output=True,
             text=True,
         )
-        if check and done.returncode != 0:
-            raise CommandError(f"{command}: exit status {done.returncode}\n{done.stdout}\n{done.stderr}")
-        return done
+        return checked(done) if check else done
+
+    def start(
+        self, *args: str | Path, log: Path, env: Mapping[str, str] | None = None
+    ) -> "subprocess.Popen[bytes] | Fork":
+        """Start ``python *args``, which writes all that it says into ``log``."""
+        with log.open("w") as file:
+            return subprocess.Popen(
+                [str(self.python), *map(str, args)],
+                env=clean_variables() | dict(env or {}),
+                stdout=file,
+                stderr=subprocess.STDOUT,
+            )
 
     def pip(self, *args: str | Path) -> subprocess.CompletedProcess[str]:
         return self.run("-m", "pip", "--disable-pip-version-check", *args)
@@ -133,6 +157,57 @@ class Environment:
         raise LookupError(f"no console script {name!r} in {self.path}")
 
 
+@dataclass(frozen=True)
+class WarmEnvironment(Environment):
+    """One whose processes are forks: for what commands do, not for how Python starts."""
+
+    forks: Forks
+
+    def run(
+        self,
+        *args: str | Path,
+        env: Mapping[str, str] | None = None,
+        cwd: Path | None = None,
+        input: str | None = None,
+        timeout: float = 300,
+        check: bool = True,
+    ) -> subprocess.CompletedProcess[str]:
+        done = self.forks.run(args, cwd or self.path, env, input or "", timeout)
+        return checked(done) if check else done
+
+    def start(self, *args: str | Path, log: Path | None = None, env: Mapping[str, str] | None = None) -> Fork:
+        return self.forks.start(args, self.path, env, log=log)
+
+
+def warmed(environment: Environment, *flags: str, **variables: str) -> WarmEnvironment:
+    """``variables`` and the interpreter's ``flags`` are those of all runs."""
+    offline = clean_variables() | {"HF_HUB_OFFLINE": "1"} | variables
+    return WarmEnvironment(environment.path, Forks(environment.python, offline, *flags))
+
+
+@contextmanager
+def warm(environment: Environment, *flags: str, **variables: str) -> Iterator[WarmEnvironment]:
+    running = warmed(environment, *flags, **variables)
+    try:
+        yield running
+    finally:
+        running.forks.close()
+
+
+@cache
+def here() -> WarmEnvironment:
+    """The environment of these tests, with the plugin; each run is a fork, which starts at once."""
+    running = warmed(Environment(Path(sys.prefix)))
+    atexit.register(running.forks.close)
+    return running
+
+
+def checked(done: subprocess.CompletedProcess[str]) -> subprocess.CompletedProcess[str]:
+    if done.returncode != 0:
+        raise CommandError(f"{done.args}: exit status {done.returncode}\n{done.stdout}\n{done.stderr}")
+    return done
+
+
 def clean_variables() -> dict[str, str]:
     """The environment variables of this process that change nothing about Python or about us."""
     return {
@@ -146,6 +221,30 @@ def make_environment(path: Path, leave_out: tuple[str, ...] = SLOW_AND_UNNEEDED)
     environment = Environment(path)
     for name, entry in shared_entries(leave_out).items():
         (environment.site_packages / name).symlink_to(entry)
+    return environment
+
+
+# All that mlx-lm takes of transformers when it is imported.
+TRANSFORMERS = """
+import sys
+class Anything(type):
+    def __getattr__(cls, name):
+        if name.startswith("__"):
+            raise AttributeError(name)
+        return lambda *args, **options: None
+def __getattr__(name):
+    if name.startswith("__"):
+        raise AttributeError(name)
+    return Anything(name, (), {})
+sys.modules["transformers.tokenization_utils_base"] = sys.modules["transformers"]
+"""
+
+
+def make_quick_environment(path: Path, *leave_out: str) -> Environment:
+    """One where ``import mlx_lm`` takes a fifth of its time, for want of transformers."""
+    environment = make_environment(path, (*SLOW_AND_UNNEEDED, "transformers", *leave_out))
+    (environment.site_packages / "transformers").mkdir()
+    (environment.site_packages / "transformers" / "__init__.py").write_text(TRANSFORMERS)
     return environment
 
 

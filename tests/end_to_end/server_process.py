@@ -9,7 +9,8 @@ from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 
-from tests.end_to_end.environments import Environment, clean_variables
+from tests.end_to_end.environments import Environment
+from tests.end_to_end.forks import Fork
 
 
 @contextmanager
@@ -26,15 +27,8 @@ def server_process(
         probe.bind(("127.0.0.1", 0))
         port = probe.getsockname()[1]
     address = f"http://127.0.0.1:{port}"
-    command = [environment.python, environment.script(script), "--model", model]
-    command += ["--host", "127.0.0.1", "--port", port, *options]
-    with log.open("w") as file:
-        process = subprocess.Popen(
-            [str(part) for part in command],
-            env=clean_variables() | dict(env or {}),
-            stdout=file,
-            stderr=subprocess.STDOUT,
-        )
+    where = ("--model", model, "--host", "127.0.0.1", "--port", str(port))
+    process = environment.start(environment.script(script), *where, *options, log=log, env=env)
     try:
         _wait_for(f"{address}/health", process, log)
         yield address
@@ -43,7 +37,7 @@ def server_process(
         process.wait(timeout=60)
 
 
-def _wait_for(url: str, process: subprocess.Popen[bytes], log: Path, seconds: float = 120) -> None:
+def _wait_for(url: str, process: "subprocess.Popen[bytes] | Fork", log: Path, seconds: float = 120) -> None:
     deadline = time.monotonic() + seconds
     while process.poll() is None and time.monotonic() < deadline:
         try:

@@ -1,8 +1,5 @@
 """``docs/conversions.md`` says what each command makes of each layout.  No cell is a silent change."""
 
-import os
-import subprocess
-import sys
 from importlib.metadata import version
 from pathlib import Path
 
@@ -11,6 +8,7 @@ import pytest
 from tests.checkpoints import conversions_table as table
 from tests.checkpoints.edits import edit_json
 from tests.checkpoints.tiny_layouts import LAYOUTS
+from tests.end_to_end.environments import here
 
 COLUMNS = table.columns_here()
 CELLS = {table.EXACT, table.CAST, table.QUANTIZED, "refused"}
@@ -51,7 +49,4 @@ def test_copied_tensor_scales_open_in_stock_mlx_lm(column: str, layout: str, tmp
     LAYOUTS[layout].write(tmp_path / "m3")
     edit_json(tmp_path / "m3" / "config.json", lambda config: config.update(torch_dtype="bfloat16"))
     table.WAYS[column](tmp_path / "m3", tmp_path / "made")
-    command = [sys.executable, "-c", OPEN, str(tmp_path / "made")]
-    environment = os.environ | {"MLX_M3_PLUGIN": "off"}
-    done = subprocess.run(command, env=environment, capture_output=True, text=True)
-    assert done.returncode == 0, done.stderr
+    here().run("-c", OPEN, tmp_path / "made", env={"MLX_M3_PLUGIN": "off"})

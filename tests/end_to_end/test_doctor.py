@@ -4,19 +4,45 @@ import json
 import os
 import subprocess
 import sys
+from collections.abc import Callable
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
 import pytest
 
-from tests.end_to_end.environments import SLOW_AND_UNNEEDED, Environment, clean_variables, make_environment
+from tests.end_to_end.environments import (
+    SLOW_AND_UNNEEDED,
+    Environment,
+    clean_variables,
+    make_environment,
+    make_quick_environment,
+)
 
 HAS_NATIVE_CLASS = tuple(int(n) for n in version("mlx-lm").split(".")[:2]) >= (0, 32)
 YES = "Yes, MiniMax-M3 runs here: in mlx_lm and mlx_vlm with this plugin."
+YES_OF_MLX_LM = "Yes, MiniMax-M3 runs here: in mlx_lm with this plugin."
 NO = "No, MiniMax-M3 does not run correctly here: "
 REINSTALL = "pip install --force-reinstall --no-deps mlx-m3-plugin"
 MLX = ("mlx", "mlx-[0-9]*", "mlx_cpu*", "mlx_metal*", "mlx_cuda*")
+
+
+@pytest.fixture
+def new_environment(tmp_path: Path) -> Callable[..., Environment]:
+    """Without mlx-vlm, which is slow to import, as transformers is."""
+    return lambda name="environment": make_quick_environment(tmp_path / name, "mlx_vlm*")
+
+
+@pytest.fixture(scope="module")
+def quick_guest(tmp_path_factory: pytest.TempPathFactory, cold_guest: Environment) -> Environment:
+    environment = make_quick_environment(tmp_path_factory.mktemp("quick_guest"), "mlx_vlm*")
+    environment.install_from(cold_guest)
+    return environment
+
+
+@pytest.fixture
+def with_mlx_vlm(tmp_path: Path, cold_guest: Environment) -> Environment:
+    return guest_without(tmp_path / "with_mlx_vlm", cold_guest)
 
 
 def on_path(environment: Environment) -> dict[str, str]:
@@ -41,20 +67,20 @@ def problem(answer: tuple[int, dict[str, Any]]) -> tuple[str, str]:
     return found["what"], found["fix"]
 
 
-def guest_without(path: Path, guest: Environment, *packages: str) -> Environment:
+def guest_without(path: Path, cold_guest: Environment, *packages: str) -> Environment:
     environment = make_environment(path, (*SLOW_AND_UNNEEDED, *packages))
-    environment.install_from(guest)
+    environment.install_from(cold_guest)
     return environment
 
 
 @pytest.fixture(scope="module")
-def without_mlx(tmp_path_factory: pytest.TempPathFactory, guest: Environment) -> Environment:
-    return guest_without(tmp_path_factory.mktemp("without_mlx"), guest, *MLX)
+def without_mlx(tmp_path_factory: pytest.TempPathFactory, cold_guest: Environment) -> Environment:
+    return guest_without(tmp_path_factory.mktemp("without_mlx"), cold_guest, *MLX)
 
 
-def test_a_healthy_installation(guest: Environment) -> None:
-    scripts = [guest.script(name) for name in ("mlx_lm.generate", "mlx_vlm.generate")]
-    code, diagnosis = doctor(guest)
+def test_a_healthy_installation(cold_guest: Environment) -> None:
+    scripts = [cold_guest.script(name) for name in ("mlx_lm.generate", "mlx_vlm.generate")]
+    code, diagnosis = doctor(cold_guest)
     assert diagnosis["problems"] == diagnosis["errors"] == diagnosis["notes"] == []
     assert (code, diagnosis["ok"], diagnosis["active"]) == (0, True, True)
     assert diagnosis["verdict"] == YES
@@ -66,41 +92,41 @@ def test_a_healthy_installation(guest: Environment) -> None:
     assert modules["mlx_lm.models.minimax_m3"]["why"] == "upstream has no such module"
     vl = modules["mlx_lm.models.minimax_m3_vl"]
     assert vl["source"] == "plugin"
-    assert vl["path"] == str(guest.plugin / "hosts/mlx_lm/minimax_m3_vl.py")
+    assert vl["path"] == str(cold_guest.plugin / "hosts/mlx_lm/minimax_m3_vl.py")
     assert vl["why"] == (
         "ours wins over the native module" if HAS_NATIVE_CLASS else "upstream has no such module"
     )
     assert "mlx_lm.tokenizer_utils" in diagnosis["patches"]
 
 
-def test_the_same_for_a_person(guest: Environment) -> None:
-    lines = guest.run_script("mlx-m3", "doctor", env=on_path(guest)).stdout.splitlines()
-    assert lines[0] == YES
+def test_the_same_for_a_person(quick_guest: Environment) -> None:
+    lines = quick_guest.run_script("mlx-m3", "doctor", env=on_path(quick_guest)).stdout.splitlines()
+    assert lines[0] == YES_OF_MLX_LM
     assert any("mlx_lm.models.minimax_m3_vl: plugin" in line for line in lines)
     assert "What to do" not in lines
 
 
-def test_a_pipe_that_closes_early_is_not_an_error(guest: Environment) -> None:
-    command = f"set -o pipefail; {guest.python} {guest.script('mlx-m3')} doctor | head -1"
-    variables = clean_variables() | on_path(guest)
+def test_a_pipe_that_closes_early_is_not_an_error(quick_guest: Environment) -> None:
+    command = f"set -o pipefail; {quick_guest.python} {quick_guest.script('mlx-m3')} doctor | head -1"
+    variables = clean_variables() | on_path(quick_guest)
     run = subprocess.run(["bash", "-c", command], capture_output=True, text=True, env=variables)
     assert (run.returncode, run.stderr) == (0, "")
-    assert run.stdout == f"{YES}\n"
+    assert run.stdout == f"{YES_OF_MLX_LM}\n"
 
 
 # --- switches ---
 
 
-def test_switched_off(guest: Environment) -> None:
-    answer = doctor(guest, MLX_M3_PLUGIN="off")
+def test_switched_off(quick_guest: Environment) -> None:
+    answer = doctor(quick_guest, MLX_M3_PLUGIN="off")
     what, fix = problem(answer)
     assert what.startswith("MLX_M3_PLUGIN is off")
     assert fix == "unset MLX_M3_PLUGIN"
     assert answer[1]["active"] is False
 
 
-def test_native_preferred(guest: Environment) -> None:
-    code, diagnosis = doctor(guest, MLX_M3_PLUGIN_PREFER="native")
+def test_native_preferred(cold_guest: Environment) -> None:
+    code, diagnosis = doctor(cold_guest, MLX_M3_PLUGIN_PREFER="native")
     (vl,) = [m for m in diagnosis["modules"] if m["name"] == "mlx_lm.models.minimax_m3_vl"]
     assert code == 0
     assert vl["source"] == ("native" if HAS_NATIVE_CLASS else "plugin")
@@ -127,8 +153,8 @@ def test_native_preferred(guest: Environment) -> None:
         ),
     ],
 )
-def test_a_misspelt_switch(guest: Environment, name: str, value: str, what: str, fix: str) -> None:
-    assert problem(doctor(guest, **{name: value})) == (what, fix)
+def test_a_misspelt_switch(quick_guest: Environment, name: str, value: str, what: str, fix: str) -> None:
+    assert problem(doctor(quick_guest, **{name: value})) == (what, fix)
 
 
 # --- what is not installed ---
@@ -143,9 +169,9 @@ def test_without_mlx(without_mlx: Environment) -> None:
 
 
 @pytest.mark.skipif(sys.platform != "linux", reason="the builds of mlx for Linux")
-def test_without_the_library_of_mlx(tmp_path: Path, guest: Environment) -> None:
+def test_without_the_library_of_mlx(tmp_path: Path, cold_guest: Environment) -> None:
     """``pip install mlx`` on Linux, without an extra."""
-    environment = guest_without(tmp_path / "environment", guest, *MLX)
+    environment = guest_without(tmp_path / "environment", cold_guest, *MLX)
     (environment.site_packages / "mlx").mkdir()
     error = "raise ImportError('libmlx.so: cannot open shared object file', name='mlx.core')\n"
     (environment.site_packages / "mlx" / "core.py").write_text(error)
@@ -171,8 +197,8 @@ def test_commands_without_mlx_end_with_one_line(
     assert 'pip install "mlx-m3-plugin[cpu]"' in line
 
 
-def test_without_mlx_lm_and_mlx_vlm(tmp_path: Path, guest: Environment) -> None:
-    environment = guest_without(tmp_path / "environment", guest, "mlx_lm*", "mlx_vlm*")
+def test_without_mlx_lm_and_mlx_vlm(tmp_path: Path, cold_guest: Environment) -> None:
+    environment = guest_without(tmp_path / "environment", cold_guest, "mlx_lm*", "mlx_vlm*")
     what, fix = problem(doctor(environment))
     assert what == "neither mlx-lm nor mlx-vlm is installed"
     assert fix == "pip install mlx-lm, or mlx-vlm, or both"
@@ -202,24 +228,24 @@ def test_the_command_on_path_belongs_to_another_environment(
     ],
 )
 def test_the_command_on_path_is_a_tool_of(
-    guest: Environment, new_environment: Any, receipt: str, install: str
+    quick_guest: Environment, new_environment: Any, receipt: str, install: str
 ) -> None:
     tool = new_environment("mlx-lm")
     (tool.path / receipt).write_text("")
     tool.script("mlx_lm.generate")
-    what, fix = problem(doctor(guest, **on_path(tool)))
+    what, fix = problem(doctor(quick_guest, **on_path(tool)))
     assert "belongs to another environment" in what
     assert fix.partition("; or run ")[0] == install
 
 
 def test_the_command_on_path_belongs_to_another_environment_with_the_plugin(
-    own_guest: Environment, guest: Environment
+    own_guest: Environment, cold_guest: Environment
 ) -> None:
-    guest.script("mlx_lm.generate")
-    (guest.path / "bin" / "mlx_vlm.generate").unlink(missing_ok=True)
-    what, fix = problem(doctor(own_guest, **on_path(guest)))
-    assert f", {guest.path}, which has the plugin" in what
-    assert fix.endswith(f": {guest.python} -m mlx_m3_plugin.cli doctor")
+    cold_guest.script("mlx_lm.generate")
+    (cold_guest.path / "bin" / "mlx_vlm.generate").unlink(missing_ok=True)
+    what, fix = problem(doctor(own_guest, **on_path(cold_guest)))
+    assert f", {cold_guest.path}, which has the plugin" in what
+    assert fix.endswith(f": {cold_guest.python} -m mlx_m3_plugin.cli doctor")
 
 
 def command_without_python(directory: Path) -> Path:
@@ -244,8 +270,8 @@ def test_commands_that_are_not_on_path_are_noted(own_guest: Environment) -> None
     assert any(n.startswith("mlx_lm.generate ") and n.endswith(f" {there}") for n in diagnosis["notes"])
 
 
-def test_a_note_for_notebooks(guest: Environment) -> None:
-    _, diagnosis = doctor(guest, JPY_PARENT_PID="1")
+def test_a_note_for_notebooks(quick_guest: Environment) -> None:
+    _, diagnosis = doctor(quick_guest, JPY_PARENT_PID="1")
     assert "`mlx_m3_plugin.status()`" in diagnosis["notes"][-1]
 
 
@@ -262,9 +288,11 @@ def test_without_its_start_up_files(own_guest: Environment, gone: tuple[str, ...
     assert fix == REINSTALL
 
 
-def test_installed_where_no_start_up_files_are_read(stock: Environment, wheel: Path, tmp_path: Path) -> None:
-    stock.install("--target", tmp_path, wheel)
-    what, fix = problem(doctor(stock, PYTHONPATH=str(tmp_path)))
+def test_installed_where_no_start_up_files_are_read(
+    cold_stock: Environment, wheel: Path, tmp_path: Path
+) -> None:
+    cold_stock.install("--target", tmp_path, wheel)
+    what, fix = problem(doctor(cold_stock, PYTHONPATH=str(tmp_path)))
     assert "not installed in one of Python's site directories" in what
     assert "import mlx_m3_plugin" in fix
 
@@ -311,9 +339,9 @@ def test_a_start_up_file_that_fails(own_guest: Environment) -> None:
     assert REINSTALL in fix
 
 
-def test_mlx_that_ends_the_process(tmp_path: Path, guest: Environment) -> None:
+def test_mlx_that_ends_the_process(tmp_path: Path, cold_guest: Environment) -> None:
     """A build for another processor, or a Metal driver that fails."""
-    environment = guest_without(tmp_path / "environment", guest, *MLX)
+    environment = guest_without(tmp_path / "environment", cold_guest, *MLX)
     (environment.site_packages / "mlx").mkdir()
     (environment.site_packages / "mlx" / "core.py").write_text("import os; os._exit(132)\n")
     what, fix = problem(doctor(environment))
@@ -339,14 +367,14 @@ def install_host(environment: Environment, name: str) -> None:
     (metadata / "METADATA").write_text(f"Metadata-Version: 2.1\nName: {name}\nVersion: 0.9\n")
 
 
-def test_a_host_that_loads_another_class(own_guest: Environment) -> None:
+def test_a_host_that_loads_another_class(with_mlx_vlm: Environment) -> None:
     """Its own patch is run before M3 is loaded."""
-    install_host(own_guest, "omlx")
-    patches = own_guest.site_packages / "omlx" / "patches"
+    install_host(with_mlx_vlm, "omlx")
+    patches = with_mlx_vlm.site_packages / "omlx" / "patches"
     patches.mkdir(parents=True)
     (patches / "__init__.py").touch()
     (patches / "mlx_vlm_minimax_m3_compat.py").write_text(THEIRS)
-    answer = doctor(own_guest)
+    answer = doctor(with_mlx_vlm)
     what, fix = problem(answer)
     assert what == f"omlx 0.9, vision engine loads another class, {patches / '__init__.py'}"
     assert fix == 'use omlx 0.9, text engine ("model_type_override": "llm")'
@@ -355,20 +383,20 @@ def test_a_host_that_loads_another_class(own_guest: Environment) -> None:
     assert (vision["is_default"], text["is_default"]) == (True, False)
 
 
-def test_a_host_that_does_not_ask_for_a_library_that_fails(own_guest: Environment, tmp_path: Path) -> None:
+def test_a_host_that_does_not_ask_for_a_library_that_fails(with_mlx_vlm: Environment, tmp_path: Path) -> None:
     """mlx-openai-server has an mlx-vlm too old for M3, loads M3 with mlx-lm, and has its own command."""
-    install_host(own_guest, "mlx-openai-server")
-    file = own_guest.plugin / "hosts" / "mlx_vlm" / "minimax_m3_vl.py"
+    install_host(with_mlx_vlm, "mlx-openai-server")
+    file = with_mlx_vlm.plugin / "hosts" / "mlx_vlm" / "minimax_m3_vl.py"
     file.write_text("raise ImportError('broken on purpose')\n")
     command = command_without_python(tmp_path)
-    code, diagnosis = doctor(own_guest, PATH=f"{tmp_path}{os.pathsep}/usr/bin{os.pathsep}/bin")
+    code, diagnosis = doctor(with_mlx_vlm, PATH=f"{tmp_path}{os.pathsep}/usr/bin{os.pathsep}/bin")
     assert [(c["path"], c["is_here"]) for c in diagnosis["commands"]][:1] == [(str(command), False)]
     assert (code, diagnosis["problems"]) == (0, [])
     assert diagnosis["verdict"] == YES.replace("mlx_vlm", "mlx-openai-server")
     (host,) = diagnosis["hosts"]
     assert (host["source"], host["path"]) == (
         "plugin",
-        str(own_guest.plugin / "hosts/mlx_lm/minimax_m3_vl.py"),
+        str(with_mlx_vlm.plugin / "hosts/mlx_lm/minimax_m3_vl.py"),
     )
     notes = "\n".join(diagnosis["notes"])
     assert "do not install mlx-m3-plugin[vlm]" in notes

@@ -2,8 +2,6 @@
 
 import json
 import re
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
@@ -116,11 +114,10 @@ MISSING = {
 
 
 @pytest.fixture(scope="module")
-def other(tmp_path_factory: pytest.TempPathFactory) -> Path:
+def other(stock: Environment, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A checkpoint of a Qwen2 that both libraries open, with a tokenizer and a template."""
     directory = tmp_path_factory.mktemp("other")
-    config = json.dumps({"model_type": "qwen2", **COMMON})
-    subprocess.run([sys.executable, "-c", WRITE, str(directory), config], check=True)
+    stock.run("-c", WRITE, directory, json.dumps({"model_type": "qwen2", **COMMON}))
     return directory
 
 
@@ -152,11 +149,12 @@ tokenizer.save_pretrained(directory)
 def test_they_are_served_where_upstream_has_renamed_what_we_use(
     script: str, guest: Environment, stock: Environment, other: Path, tmp_path: Path
 ) -> None:
-    (tmp_path / "sitecustomize.py").write_text(RENAME)
+    renamed = tmp_path / script
+    renamed.write_text(f"{RENAME}\nfrom {script} import main\nmain()\n")
     answers, logs = [], []
     for environment in (guest, stock):
         log = tmp_path / f"{len(logs)}.log"
-        with server_process(environment, script, other, log, env={"PYTHONPATH": str(tmp_path)}) as address:
+        with server_process(environment, str(renamed), other, log) as address:
             answers.append(Server(address, other).ask("aa b cc", max_tokens=8))
         logs.append(log.read_text())
     assert answers[0]["message"] == answers[1]["message"]

@@ -5,13 +5,15 @@ the plugin was installed: nothing of ours runs in it until it is imported.
 """
 
 import json
+import subprocess
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import pytest
 
 from mlx_m3_plugin.hosts.mlx_lm.patches import PATCHES
-from tests.end_to_end.environments import Environment
+from tests.end_to_end.environments import Environment, warm
 
 SHOW = "\nimport mlx_m3_plugin, json\nprint(json.dumps(mlx_m3_plugin.status().as_dict()))\n"
 NAMES = {f"mlx_lm.models.{name}" for name in ("minimax_m3", "minimax_m3_vl")} | {
@@ -19,10 +21,23 @@ NAMES = {f"mlx_lm.models.{name}" for name in ("minimax_m3", "minimax_m3_vl")} | 
 }
 
 
-def older(environment: Environment, source: str, *args: str | Path, **env: str) -> list[Any]:
+@pytest.fixture(scope="module")
+def kernel(cold_guest: Environment) -> Iterator[Environment]:
+    with warm(cold_guest, "-S", PYTHONPATH=str(cold_guest.site_packages)) as environment:
+        yield environment
+
+
+def older(kernel: Environment, source: str, *args: str | Path, **env: str) -> list[Any]:
     """Each line that a process without start-up files prints, as JSON."""
-    variables = {"PYTHONPATH": str(environment.site_packages), **env}
-    done = environment.run("-S", "-c", "import json, sys\n" + source, *args, env=variables)
+    return printed(kernel.run("-c", "import json, sys\n" + source, *args, env=env))
+
+
+def older_in_a_new_process(own_guest: Environment, source: str) -> list[Any]:
+    path = {"PYTHONPATH": str(own_guest.site_packages)}
+    return printed(own_guest.run("-S", "-c", "import json, sys\n" + source, env=path))
+
+
+def printed(done: subprocess.CompletedProcess[str]) -> list[Any]:
     return [json.loads(line) for line in done.stdout.splitlines() if line[:1] in '{["tf0123456789']
 
 
@@ -33,11 +48,11 @@ def nano(guest: Environment, tmp_path_factory: pytest.TempPathFactory) -> Path:
     return path
 
 
-def test_before_anything_is_imported(guest: Environment) -> None:
+def test_before_anything_is_imported(kernel: Environment) -> None:
     imported = (
         "print(json.dumps([n for n in sys.modules if n.partition('.')[0] in ('mlx', 'mlx_lm', 'mlx_vlm')]))"
     )
-    found, modules = older(guest, SHOW + imported)
+    found, modules = older(kernel, SHOW + imported)
     assert modules == []
     assert found["state"] == "waits in this process for mlx_lm or mlx_vlm to be imported"
     assert {m["name"]: (m["source"], m["why"]) for m in found["modules"]} == dict.fromkeys(
@@ -66,7 +81,7 @@ def test_in_a_new_process(guest: Environment) -> None:
 
 @pytest.mark.parametrize("library", ["mlx_lm", "mlx_vlm"])
 def test_functions_imported_by_name_before_the_plugin_open_m3_with_it(
-    guest: Environment, nano: Path, library: str
+    kernel: Environment, nano: Path, library: str
 ) -> None:
     source = f"""
 from {library} import load, generate
@@ -80,8 +95,8 @@ print(json.dumps([served(load(sys.argv[1])[0]), served((renamed(Path(sys.argv[1]
 import {library}.utils
 print(json.dumps(renamed is {library}.utils.load_model))
 """
-    files, is_renewed = older(guest, source, nano)
-    assert files == [str(guest.plugin / "hosts" / library / "minimax_m3_vl.py")] * 2
+    files, is_renewed = older(kernel, source, nano)
+    assert files == [str(kernel.plugin / "hosts" / library / "minimax_m3_vl.py")] * 2
     assert is_renewed
 
 
@@ -103,7 +118,7 @@ print(json.dumps(sorted(stale)))
 """
 
 
-def test_every_copy_of_a_replaced_function_is_renewed(guest: Environment) -> None:
+def test_every_copy_of_a_replaced_function_is_renewed(kernel: Environment) -> None:
     """No two modules that shared a function before hold different ones afterwards."""
     imports = """
 import mlx_lm, mlx_lm.server, mlx_vlm, mlx_vlm.server
@@ -112,12 +127,12 @@ from mlx_lm.utils import load_model, sharded_load
 from mlx_vlm.prompt_utils import apply_chat_template
 from mlx_vlm.utils import load_processor, save_weights
 """
-    (stale,) = older(guest, imports + COPIES + "\nimport mlx_m3_plugin\n" + STALE)
+    (stale,) = older(kernel, imports + COPIES + "\nimport mlx_m3_plugin\n" + STALE)
     assert stale == []
 
 
 @pytest.mark.parametrize("library", ["mlx_lm", "mlx_vlm"])
-def test_a_model_loaded_before_the_plugin_is_counted(guest: Environment, nano: Path, library: str) -> None:
+def test_a_model_loaded_before_the_plugin_is_counted(kernel: Environment, nano: Path, library: str) -> None:
     module = f"{library}.models.minimax_m3_vl"
     source = f"""
 import importlib
@@ -133,10 +148,10 @@ again = importlib.import_module("{module}")
 print(json.dumps(again.__file__))
 del model
 """
-    found, *file = older(guest, source)
+    found, *file = older(kernel, source)
     if not found:
         pytest.skip("this version has no M3 class of its own")
-    assert file == [str(guest.plugin / "hosts" / library / "minimax_m3_vl.py")]
+    assert file == [str(kernel.plugin / "hosts" / library / "minimax_m3_vl.py")]
     first, second = found["advice"]
     assert first.startswith(
         "M3 models in memory that were loaded before the plugin and have upstream's class: 1"
@@ -147,29 +162,29 @@ del model
     assert row["source"] == "plugin"
 
 
-def test_switched_off(guest: Environment) -> None:
-    (found,) = older(guest, "import mlx_lm" + SHOW, MLX_M3_PLUGIN="off")
+def test_switched_off(kernel: Environment) -> None:
+    (found,) = older(kernel, "import mlx_lm" + SHOW, MLX_M3_PLUGIN="off")
     assert found["state"] == "is switched off in this process by MLX_M3_PLUGIN"
     assert {m["source"] for m in found["modules"]} == {"native"}
     assert found["patches"] == {}
     assert found["advice"] == ["unset MLX_M3_PLUGIN and restart this process to use the plugin"]
 
 
-def test_native_preferred(guest: Environment) -> None:
-    (found,) = older(guest, SHOW, MLX_M3_PLUGIN_PREFER="native")
+def test_native_preferred(kernel: Environment) -> None:
+    (found,) = older(kernel, SHOW, MLX_M3_PLUGIN_PREFER="native")
     assert {m["source"] for m in found["modules"]} == {"undecided"}
     assert found["settings"]["prefer_native"] is True
 
 
-def test_a_switch_set_too_late(guest: Environment) -> None:
+def test_a_switch_set_too_late(kernel: Environment) -> None:
     source = "import mlx_lm, mlx_m3_plugin, os\nos.environ['MLX_M3_PLUGIN'] = 'off'" + SHOW
-    (found,) = older(guest, source)
+    (found,) = older(kernel, source)
     assert found["settings"]["enabled"] is True
     assert "the environment variables have changed" in found["advice"][0]
 
 
-def test_a_misspelt_switch(guest: Environment) -> None:
-    (found,) = older(guest, "import mlx_lm" + SHOW, MLX_M3_PLUGIN_PREFR="native")
+def test_a_misspelt_switch(kernel: Environment) -> None:
+    (found,) = older(kernel, "import mlx_lm" + SHOW, MLX_M3_PLUGIN_PREFR="native")
     assert found["errors"] == ["unknown variable MLX_M3_PLUGIN_PREFR; did you mean MLX_M3_PLUGIN_PREFER?"]
 
 
@@ -180,7 +195,7 @@ def test_a_plugin_that_cannot_start(own_guest: Environment) -> None:
             "    finder = PluginFinder(", "    raise OSError('broken')\n    finder = PluginFinder(", 1
         )
     )
-    (found,) = older(own_guest, "import mlx_lm" + SHOW)
+    (found,) = older_in_a_new_process(own_guest, "import mlx_lm" + SHOW)
     assert found["state"] == "is NOT ACTIVE in this process: OSError: broken"
     assert found["errors"] == ["OSError: broken"]
     assert {m["source"] for m in found["modules"]} == {"native"}
@@ -190,16 +205,14 @@ def test_a_newer_version_was_installed_since(own_guest: Environment) -> None:
     (metadata,) = own_guest.site_packages.glob("mlx_m3_plugin-*.dist-info/METADATA")
     text = metadata.read_text()
     metadata.write_text(text.replace("\nVersion: ", "\nVersion: 99.", 1))
-    (found,) = older(own_guest, SHOW)
+    (found,) = older_in_a_new_process(own_guest, SHOW)
     assert found["advice"][0].startswith("version 99.")
     assert "restart this process" in found["advice"][0]
 
 
-def test_it_prints_for_people(guest: Environment) -> None:
-    variables = {"PYTHONPATH": str(guest.site_packages)}
+def test_it_prints_for_people(kernel: Environment) -> None:
     code = "import mlx_lm, mlx_m3_plugin\nprint(mlx_m3_plugin.status())"
-    variables["MLX_M3_PLUGIN_ATTENTION"] = "Dense"
-    lines = guest.run("-S", "-c", code, env=variables).stdout.splitlines()
+    lines = kernel.run("-c", code, env={"MLX_M3_PLUGIN_ATTENTION": "Dense"}).stdout.splitlines()
     assert lines[0].startswith("mlx-m3-plugin ")
     assert lines[0].endswith(" is active in this process")
     assert any(line.startswith("  mlx_lm.models.minimax_m3_vl: plugin, ") for line in lines)

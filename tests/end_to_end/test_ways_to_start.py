@@ -16,7 +16,13 @@ from zipfile import ZipFile
 
 import pytest
 
-from tests.end_to_end.environments import CHECKOUT, CommandError, Environment, clean_variables
+from tests.end_to_end.environments import (
+    CHECKOUT,
+    CommandError,
+    Environment,
+    clean_variables,
+    make_quick_environment,
+)
 
 MODEL_TYPES = ("minimax_m3_vl", "minimax_m3")
 
@@ -75,7 +81,24 @@ def append(file: Path, source: str) -> None:
     file.write_text(file.read_text() + "\n" + source + "\n")
 
 
-@pytest.fixture(scope="session")
+@pytest.fixture(scope="module")
+def stock(tmp_path_factory: pytest.TempPathFactory) -> Environment:
+    return make_quick_environment(tmp_path_factory.mktemp("quick_stock"))
+
+
+@pytest.fixture(scope="module")
+def guest(tmp_path_factory: pytest.TempPathFactory, cold_guest: Environment) -> Environment:
+    environment = make_quick_environment(tmp_path_factory.mktemp("quick_guest"))
+    environment.install_from(cold_guest)
+    return environment
+
+
+@pytest.fixture
+def new_environment(tmp_path: Path) -> Callable[[], Environment]:
+    return lambda: make_quick_environment(tmp_path / "environment")
+
+
+@pytest.fixture(scope="module")
 def stock_stderr(stock: Environment) -> list[str]:
     """What mlx-lm and its dependencies say by themselves, such as "PyTorch was not found"."""
     return stock.run("-c", PROBE).stderr.splitlines()
@@ -184,19 +207,17 @@ class TestCommands:
         (tmp_path / "sitecustomize.py").write_text(source)
         return {"PYTHONPATH": str(tmp_path), "PROBE_REPORT": str(tmp_path / "report.json")}
 
-    @pytest.mark.parametrize("command", ["mlx_lm.generate", "mlx_lm.server", "mlx_lm generate"])
-    def test_console_scripts(self, guest: Environment, at_exit: dict[str, str], command: str):
-        child = guest.run_script(*command.split(), "--help", env=at_exit)
+    @pytest.mark.some(2)
+    @pytest.mark.parametrize(
+        "command",
+        ["mlx_lm.generate", "mlx_lm.server", "mlx_lm generate", "-m mlx_lm.generate", "-m mlx_lm generate"],
+    )
+    def test_stock_commands(self, cold_guest: Environment, at_exit: dict[str, str], command: str):
+        run = cold_guest.run if command.startswith("-m") else cold_guest.run_script
+        child = run(*command.split(), "--help", env=at_exit)
 
         assert "--model" in child.stdout
-        assert answer(Path(at_exit["PROBE_REPORT"]).read_text()) == ours(guest.plugin)
-
-    @pytest.mark.parametrize("command", ["mlx_lm.generate", "mlx_lm generate"])
-    def test_modules(self, guest: Environment, at_exit: dict[str, str], command: str):
-        child = guest.run("-m", *command.split(), "--help", env=at_exit)
-
-        assert "--model" in child.stdout
-        assert answer(Path(at_exit["PROBE_REPORT"]).read_text()) == ours(guest.plugin)
+        assert answer(Path(at_exit["PROBE_REPORT"]).read_text()) == ours(cold_guest.plugin)
 
     @pytest.mark.parametrize("method", ["spawn", "forkserver"])
     def test_multiprocessing_children(self, guest: Environment, tmp_path: Path, method: str):

@@ -11,7 +11,7 @@ from tests.end_to_end.environments import Environment
 
 # With the template's text several times the demo's block budget of 32 tokens.
 QUESTION = "What is this?"
-MAX_TOKENS = 24
+MAX_TOKENS = 12
 VIDEO_FPS = 2
 
 # What ``mlx_vlm.generate`` does, by mlx-vlm's Python interface.

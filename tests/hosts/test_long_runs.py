@@ -45,7 +45,7 @@ def test_index_keys_are_evaluated_with_every_token(model: Any) -> None:
 
 def test_live_arrays_and_memory_are_flat(model: Any, count: Callable[[int, int], int]) -> None:
     """Decoding through upstream's loop, cache aside."""
-    n_steps = count(1_500, 20_000)
+    n_steps = count(500, 20_000)
     warm_up = n_steps // 5
     cache = make_prompt_cache(model)
     samples: list[tuple[int, int, int]] = []

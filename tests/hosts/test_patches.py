@@ -156,11 +156,13 @@ USES: dict[str, Use] = {
 }
 
 
+@pytest.mark.some(100, 100)
 @pytest.mark.parametrize("module", USES)
 def test_other_models_notice_nothing(module: str, llama_directory: Path) -> None:
     check_nothing_noticed(PATCHES, module, USES[module], llama_directory)
 
 
+@pytest.mark.some(40, 20)
 @pytest.mark.parametrize(("module", "name"), cases(PATCHES))
 def test_a_name_that_is_gone_breaks_no_other_model(module: str, name: str, llama_directory: Path) -> None:
     check_without(PATCHES, module, name, USES[module], llama_directory)

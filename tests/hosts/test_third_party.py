@@ -6,7 +6,6 @@
 import asyncio
 import copy
 import json
-import subprocess
 import sys
 from collections.abc import Callable
 from contextvars import ContextVar
@@ -25,7 +24,7 @@ from mlx_m3_plugin.chat.markers import THINK_END, THINK_START
 from mlx_m3_plugin.hosts import patching
 from mlx_m3_plugin.hosts.third_party import exo, mlx_openai_server, rapid_mlx, vllm_mlx, vmlx
 from mlx_m3_plugin.startup import hook
-from tests.end_to_end.environments import clean_variables
+from tests.end_to_end.environments import here
 from tests.hosts.upstream_copies import apply
 
 CHECKPOINT = Path(__file__).parents[1] / "golden" / "as_published"
@@ -542,13 +541,6 @@ from rapid_mlx.memory_cache import _trim_cache_offset
 from mlx_m3_plugin.startup import hook
 print(json.dumps([hook.status["patched"]["rapid_mlx.memory_cache"], hook.status["errors"]]))
 """
-    done = subprocess.run(
-        [sys.executable, "-c", program],
-        capture_output=True,
-        text=True,
-        cwd=tmp_path,
-        env=clean_variables() | {"PYTHONPATH": str(tmp_path)},
-    )
-    assert done.returncode == 0, done.stderr
+    done = here().run("-c", program, cwd=tmp_path)
     assert json.loads(done.stdout) == [["prefixes are cut where prompts part"], []]
     assert hook.status["errors"] == []

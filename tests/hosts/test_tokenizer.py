@@ -4,10 +4,7 @@ import copy
 import dataclasses
 import importlib
 import json
-import os
 import shutil
-import subprocess
-import sys
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -22,6 +19,7 @@ from mlx_m3_plugin.hosts.mlx_lm import chat
 from tests.chat.test_reply_cases import CASES, case_id, expected_calls, pieces_of, tools_of
 from tests.chat.tool_rendering import marked
 from tests.checkpoints.random_model import write_random_model
+from tests.end_to_end.environments import here
 from tests.hosts.native_mlx_lm import NATIVE
 
 NS, THINK, END_OF_THINK = "]<]minimax[>[", "<mm:think>", "</mm:think>"
@@ -62,15 +60,7 @@ def settings(checkpoint: Path, **changes: Any) -> dict[str, Any]:
 
 def run_script(script: str, *arguments: Any, **environ: str) -> Any:
     """What a script prints, as JSON, in a process of its own."""
-    variables = {name: value for name, value in os.environ.items() if not name.startswith("MLX_M3_PLUGIN")}
-    done = subprocess.run(
-        [sys.executable, "-c", script, *map(str, arguments)],
-        env=variables | environ,
-        capture_output=True,
-        text=True,
-    )
-    assert done.returncode == 0, done.stderr
-    return json.loads(done.stdout.splitlines()[-1])
+    return json.loads(here().run("-c", script, *arguments, env=environ).stdout.splitlines()[-1])
 
 
 def assert_speaks_m3(wrapper: TokenizerWrapper) -> None:

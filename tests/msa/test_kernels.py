@@ -27,7 +27,7 @@ def kernels_on_cpu(monkeypatch: pytest.MonkeyPatch) -> None:
 @pytest.mark.parametrize("model", MODELS, ids=str)
 def test_equal_to_the_definition(model: Model, fresh_seed: int, count: Callable[[int, int], int]) -> None:
     rng = random.Random(fresh_seed)
-    for _ in range(count(25, 170)):
+    for _ in range(count(8, 170)):
         case = kernel_cases.draw(model, rng.randrange(2**31))
         try:
             kernel_cases.check(case)

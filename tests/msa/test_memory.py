@@ -52,7 +52,7 @@ def positions(context: int, rows: int, queries: int, padded: bool) -> tuple:
     return ([first - p for p in padding], padding) if padded else (first, None)
 
 
-@pytest.mark.some(6)
+@pytest.mark.some(3)
 @in_every_case
 def test_selection(context: int, rows: int, queries: int, padded: bool) -> None:
     queries = max(1, queries // rows)
@@ -64,7 +64,7 @@ def test_selection(context: int, rows: int, queries: int, padded: bool) -> None:
     assert taken <= default_tile_bytes() + own
 
 
-@pytest.mark.some(6)
+@pytest.mark.some(3)
 @in_every_case
 def test_attention(
     context: int, rows: int, queries: int, padded: bool, count: Callable[[int, int], int]

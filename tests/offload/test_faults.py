@@ -13,7 +13,8 @@ import numpy as np
 import pytest
 
 from mlx_m3_plugin.offload.slots import Slots
-from mlx_m3_plugin.weights import byte_ranges, read_headers
+from mlx_m3_plugin.weights import byte_ranges
+from mlx_m3_plugin.weights.headers import read_headers
 from tests.checkpoints.tiny_layouts import LAYOUTS
 from tests.offload.disk_models import assert_same_bits, load_on_disk, load_with, logits, memory_for
 

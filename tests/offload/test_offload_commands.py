@@ -1,9 +1,6 @@
 """Experts on disk through stock commands, and how much memory they take."""
 
 import gc
-import os
-import subprocess
-import sys
 from collections.abc import Callable
 from importlib.metadata import version
 from pathlib import Path
@@ -16,6 +13,7 @@ import pytest
 from mlx_m3_plugin.cli import main
 from mlx_m3_plugin.model.memory import bytes_per_token
 from tests.checkpoints.random_model import write_random_model
+from tests.end_to_end.environments import here
 from tests.offload.disk_models import VARIABLE, experts_of, load_on_disk, load_with, logits, memory_for
 
 COMMANDS = {
@@ -42,10 +40,7 @@ def test_stock_commands(host: str, checkpoint: Path) -> None:
     """The same text, and a line that says what is on."""
 
     def generate(memory: str) -> tuple[str, str]:
-        command = [sys.executable, "-m", *COMMANDS[host], "--model", str(checkpoint)]
-        done = subprocess.run(
-            command, env={**os.environ, VARIABLE: memory}, capture_output=True, text=True, check=True
-        )
+        done = here().run("-m", *COMMANDS[host], "--model", checkpoint, env={VARIABLE: memory})
         # Between two lines, where there are any; how fast it was stands after the second.
         between = done.stdout.split("==========")[:2]
         return between[-1], done.stderr

@@ -2,6 +2,8 @@
 
 import json
 import shutil
+import subprocess
+import sys
 from collections.abc import Callable
 from importlib.metadata import version
 from pathlib import Path
@@ -240,6 +242,16 @@ def test_a_dry_run_reads_headers_and_writes_nothing(
     assert main(["convert", str(tiny("published_float")), "--recipe", "4bit", "--dry-run"]) == 0
     assert "total" in capsys.readouterr().out
     assert list(tmp_path.iterdir()) == []
+
+
+def test_fixed_bits_are_planned_without_mlx_lm(tiny: Written) -> None:
+    """Its import takes longer than the plan."""
+    arguments = ["convert", str(tiny("published_float")), "--recipe", "4bit", "--dry-run"]
+    code = (
+        f"import sys; from mlx_m3_plugin.cli import main; print(main({arguments}), 'mlx_lm' in sys.modules)"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert done.stdout.splitlines()[-1] == "0 False"
 
 
 @pytest.mark.parametrize(

@@ -5,8 +5,6 @@ import os
 import random
 import shutil
 import signal
-import subprocess
-import sys
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -19,6 +17,8 @@ from mlx_m3_plugin.cli import main
 from mlx_m3_plugin.toolbox.convert import plan as planning
 from mlx_m3_plugin.weights.headers import weight_files
 from tests.checkpoints.conversions import Written, after, convert, converted, digest, interrupt, planned
+from tests.end_to_end.environments import here
+from tests.end_to_end.forks import Fork
 
 # A conversion into many files that takes its time.
 SLOWLY = """
@@ -36,14 +36,12 @@ print("end", flush=True)
 CHECKOUT = str(Path(__file__).parents[2])
 
 
-def start(source: Path, destination: Path) -> subprocess.Popen[str]:
-    process = subprocess.Popen(
-        [sys.executable, "-c", SLOWLY, str(source), str(destination), CHECKOUT],
-        stdout=subprocess.PIPE,
-        text=True,
-    )
-    assert process.stdout is not None
-    assert process.stdout.readline() == "begin\n"
+def start(source: Path, destination: Path) -> Fork:
+    """Returns when the conversion begins."""
+    process = here().start("-c", SLOWLY, source, destination, CHECKOUT)
+    while "begin" not in process.said():
+        assert process.poll() is None, process.said("stderr")
+        time.sleep(0.01)
     return process
 
 
@@ -131,8 +129,7 @@ sys.exit(main(["convert", sys.argv[1], sys.argv[2], "--recipe", "8bit"]))
 
 def test_a_disk_that_is_full_all_the_same(tiny: Written, tmp_path: Path) -> None:
     """Here: a limit on the size of files."""
-    command = [sys.executable, "-c", LIMITED, str(tiny("published_float")), str(tmp_path / "made")]
-    done = subprocess.run(command, capture_output=True, text=True)
+    done = here().run("-c", LIMITED, tiny("published_float"), tmp_path / "made", check=False)
     assert done.returncode == 2
     assert os.strerror(errno.EFBIG) in done.stderr
     assert "made.unfinished; run the same command again" in done.stderr

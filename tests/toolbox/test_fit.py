@@ -32,10 +32,8 @@ WEIGHTS = 241_477_881_856
 
 
 @pytest.fixture(scope="module")
-def four_bits(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    directory = tmp_path_factory.mktemp("real") / "4bit"
-    real_size.REAL_LAYOUTS["fused_4bit"](directory)
-    return directory
+def four_bits() -> Path:
+    return real_size.real("fused_4bit").path
 
 
 def test_the_real_m3_in_four_bits(four_bits: Path) -> None:
@@ -161,6 +159,7 @@ def test_what_stock_takes_in_addition() -> None:
     assert stock_transients(REAL, 2048, 2048) == {"mlx-lm": 0, "mlx-vlm": 0}
 
 
+@pytest.mark.some(1)
 @pytest.mark.parametrize("dtype", [mx.float32, mx.bfloat16], ids=str)
 @pytest.mark.parametrize(("queries", "context"), [(32, 4096), (48, 12_288)])
 def test_the_forecast_is_what_the_layer_takes(queries: int, context: int, dtype: mx.Dtype) -> None:

@@ -18,7 +18,7 @@ from mlx_m3_plugin.toolbox.inspect import inspect, lines_of
 from mlx_m3_plugin.toolbox.parameters import text_shapes
 from tests.checkpoints.edits import edit_header, edit_json, stored_names
 from tests.checkpoints.random_model import write_random_model
-from tests.checkpoints.real_size import REAL_LAYOUTS
+from tests.checkpoints.real_size import REAL_LAYOUTS, real
 from tests.checkpoints.small_model import CONFIG
 from tests.checkpoints.tiny_layouts import LAYOUTS, UNREPRESENTABLE
 
@@ -42,10 +42,11 @@ REAL_COMPONENTS = {
 # --- counts ---
 
 
+@pytest.mark.some(4)
 @pytest.mark.parametrize("name", REAL_LAYOUTS)
-def test_real_sizes_are_counted_to_the_unit(name, tmp_path):
-    written = REAL_LAYOUTS[name](tmp_path)
-    found = inspect(tmp_path)
+def test_real_sizes_are_counted_to_the_unit(name):
+    written = real(name)
+    found = inspect(written.path)
     assert (found.tensors, found.bytes, found.parameters) == (
         written.tensors,
         written.bytes,
@@ -70,9 +71,8 @@ def test_real_sizes_are_counted_to_the_unit(name, tmp_path):
     assert found.memory.per_token == {"text_only_6bit": 122_880, "m31": 138_240}.get(name, 137_472)
 
 
-def test_the_official_mxfp8_checkpoint(tmp_path):
-    REAL_LAYOUTS["mxfp8"](tmp_path)
-    found = inspect(tmp_path)
+def test_the_official_mxfp8_checkpoint():
+    found = inspect(real("mxfp8").path)
     assert (found.tensors, found.files) == (45_838, 31)
     assert {(entry.dtype, entry.tensors) for entry in found.dtypes} >= {("F8_E4M3", 22_422), ("U8", 22_422)}
     assert [str(precision) for precision in found.precisions] == ["mxfp8", "bfloat16", "float32"]

@@ -13,7 +13,7 @@ from typing import Any
 
 import pytest
 
-from mlx_m3_plugin.toolbox.forward_pass import text_of
+from mlx_m3_plugin.toolbox.common import text_of
 from mlx_m3_plugin.toolbox.new_directory import LOCK, STATE
 from tests.checkpoints.conversions import Written, digest
 from tests.toolbox.race_server import BROKEN
@@ -117,7 +117,7 @@ def test_two_processes_leave_a_whole_result_or_none(
     record_property: Callable[[str, object], None],
 ) -> None:
     rng, outcomes = random.Random(fresh_seed), Counter[str]()
-    for number in range(count(8, 200)):
+    for number in range(count(4, 200)):
         room = server.root / f"race-{number}"
         room.mkdir()
         kinds = [rng.choice(WRITERS), rng.choice(WRITERS + READERS)]

@@ -9,9 +9,9 @@ import mlx.core as mx
 import pytest
 
 from mlx_m3_plugin.model.config import text_config_of
-from mlx_m3_plugin.weights import plan_layout, read_headers
 from mlx_m3_plugin.weights.byte_ranges import TensorReader
-from mlx_m3_plugin.weights.headers import MODEL_TYPES, weight_files
+from mlx_m3_plugin.weights.headers import MODEL_TYPES, read_headers, weight_files
+from mlx_m3_plugin.weights.layouts import plan_layout
 from mlx_m3_plugin.weights.tensor import Tensor
 from tests.checkpoints.conversions import Written
 from tests.checkpoints.tiny_layouts import LAYOUTS

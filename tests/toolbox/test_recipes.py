@@ -3,7 +3,6 @@
 import contextlib
 import json
 from dataclasses import replace
-from pathlib import Path
 from typing import Any
 
 import pytest
@@ -155,13 +154,13 @@ def test_whatever_a_file_holds_the_answer_is_a_recipe_or_its_error(content: Any)
         recipe("\n".join(f"{key} = {toml(value)}" for key, value in entries))
 
 
-def test_keep_qat_of_m31_has_the_published_size(tmp_path: Path) -> None:
+def test_keep_qat_of_m31_has_the_published_size() -> None:
     """kszlachcikowski/MiniMax-M3.1-Flash-oQ4e, by the same policy, has 230.8 GiB."""
-    written = real_size.write_m31(tmp_path)
+    written = real_size.real("m31")
     # Published: 427.052 B parameters, 250.12 GB with the draft's small files.
     assert written.parameters == 427_051_937_408
     assert abs(written.bytes / 250.12e9 - 1) < 1e-3
-    plan = planned(tmp_path, "keep-qat")
+    plan = planned(written.path, "keep-qat")
     assert plan.parameters == written.parameters
     assert round(plan.nbytes / 2**30, 1) == 230.8
     stored = {str(spec) for spec in plan.specs.values()}

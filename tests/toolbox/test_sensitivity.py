@@ -12,13 +12,13 @@ from mlx_m3_plugin.cli import main
 from mlx_m3_plugin.toolbox.checkpoint import Checkpoint, open_checkpoint
 from mlx_m3_plugin.toolbox.convert.allocation import (
     allocate_bits,
-    measure_sensitivity,
     read_scores,
     scores_by_position,
     write_scores,
 )
 from mlx_m3_plugin.toolbox.convert.plan import plan_conversion
 from mlx_m3_plugin.toolbox.convert.recipe import RecipeError, load_recipe, matrices_of, parse_recipe
+from mlx_m3_plugin.toolbox.convert.sensitivity import measure_sensitivity
 from mlx_m3_plugin.toolbox.forward_pass import Texts, cut
 from mlx_m3_plugin.toolbox.precision import Quantization
 from tests.checkpoints import real_size

@@ -14,9 +14,9 @@ import pytest
 from mlx_m3_plugin.toolbox import shards
 from mlx_m3_plugin.toolbox.forward_pass import HiddenStates
 from mlx_m3_plugin.toolbox.shards import NewTensor, ShardWriter
-from mlx_m3_plugin.weights import byte_ranges, read_headers
+from mlx_m3_plugin.weights import byte_ranges
 from mlx_m3_plugin.weights.byte_ranges import TensorReader
-from mlx_m3_plugin.weights.headers import weight_files
+from mlx_m3_plugin.weights.headers import read_headers, weight_files
 from mlx_m3_plugin.weights.tensor import Tensor
 from tests.checkpoints.tiny_layouts import LAYOUTS
 
@@ -64,7 +64,7 @@ def test_a_large_tensor_is_read(tmp_path: Path) -> None:
 @pytest.mark.usefixtures("small_limit")
 def test_a_large_tensor_is_written(tmp_path: Path) -> None:
     values = mx.array(np.random.default_rng(0).standard_normal((30, 700), np.float32))
-    with ShardWriter(tmp_path / "x.safetensors", [NewTensor("x", (30, 700), mx.float32)], {}) as writer:
+    with ShardWriter(tmp_path / "x.safetensors", [NewTensor("x", (30, 700), mx.float32)]) as writer:
         writer.write("x", 10, values[10:])
         writer.write("x", 0, values[:10])
         writer.finish()
@@ -84,7 +84,7 @@ def test_hidden_states_are_written_and_read(tmp_path: Path, dtype: str) -> None:
 
 def test_a_shard_with_a_gap_does_not_get_its_name(tmp_path: Path) -> None:
     path = tmp_path / "x.safetensors"
-    with ShardWriter(path, [NewTensor("x", (4, 8), mx.float32)], {}) as writer:
+    with ShardWriter(path, [NewTensor("x", (4, 8), mx.float32)]) as writer:
         writer.write("x", 0, mx.ones((3, 8)))
         with pytest.raises(ValueError, match=r"x\.safetensors: 32 bytes of its tensors were not written"):
             writer.finish()
@@ -93,9 +93,9 @@ def test_a_shard_with_a_gap_does_not_get_its_name(tmp_path: Path) -> None:
 
 def test_a_second_writer_does_not_touch_the_first_ones_file(tmp_path: Path) -> None:
     path, tensors = tmp_path / "x.safetensors", [NewTensor("x", (4, 8), mx.float32)]
-    with ShardWriter(path, tensors, {}) as first:
+    with ShardWriter(path, tensors) as first:
         first.write("x", 0, mx.ones((4, 8)))
-        with ShardWriter(path, tensors, {}) as second:
+        with ShardWriter(path, tensors) as second:
             with pytest.raises(OSError, match=r"x\.safetensors\.unfinished: another process"):
                 first.finish()
             assert not path.exists()

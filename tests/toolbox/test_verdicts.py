@@ -3,8 +3,6 @@
 import json
 import random
 import shutil
-import subprocess
-import sys
 from collections.abc import Callable, Iterator
 from importlib.metadata import version
 from pathlib import Path
@@ -13,12 +11,12 @@ from typing import Any
 import pytest
 from packaging.version import Version
 
-from mlx_m3_plugin.startup.settings import without_plugin
 from mlx_m3_plugin.toolbox.inspect import inspect, lines_of
 from mlx_m3_plugin.toolbox.stock import why_not_opened
 from tests.checkpoints import layouts_table, opens
 from tests.checkpoints.corruptions import CORRUPTIONS, Shards
 from tests.checkpoints.tiny_layouts import UNREPRESENTABLE
+from tests.end_to_end.environments import here
 from tests.weights.test_corruptions import DAMAGED, origins
 
 LIBRARIES = ("mlx-lm", "mlx-vlm")
@@ -59,9 +57,8 @@ def test_what_inspect_says_of_every_layout(sampled_layouts: list[str], tiny: Cal
 
 
 def measured_alone(library: str, names: list[str]) -> dict[str, tuple[str | None, bool]]:
-    command = [sys.executable, opens.__file__, library.replace("-", "_"), "--past-the-budget", *names]
-    run = subprocess.run(command, env=without_plugin(), capture_output=True, text=True)
-    assert run.returncode == 0, run.stderr
+    which = (library.replace("-", "_"), "--past-the-budget", *names)
+    run = here().run(opens.__file__, *which, env={"MLX_M3_PLUGIN": "off"})
     answers: dict[str, tuple[str | None, bool]] = json.loads(run.stdout)
     assert list(answers) == names
     return answers

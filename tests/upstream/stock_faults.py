@@ -1,13 +1,15 @@
-"""What a stock library gets wrong with M3: run with ``MLX_M3_PLUGIN=off``.
+"""What the stock libraries get wrong with M3: run with ``MLX_M3_PLUGIN=off``.
 
-    python stock_faults.py FAULT MODEL OUT
+    python stock_faults.py ASKED OUT
 
-Each function measures one fault of ``docs/upstream.md``, and what it returns is written as JSON.
+Each function measures one fault of ``docs/upstream.md``.  ASKED is a JSON list of ``[function, model]``; OUT
+becomes one of what they return, or of ``{"failed": traceback}``.
 """
 
 import json
 import os
 import sys
+import traceback
 from collections.abc import Callable
 from contextlib import suppress
 from pathlib import Path
@@ -241,7 +243,14 @@ def lm_drafts_leave_out_the_last_token(model: str) -> bool:
     return lengths[1] < lengths[0]
 
 
+def measured(fault: str, model: str) -> Any:
+    try:
+        return globals()[fault](model)
+    except Exception:
+        return {"failed": traceback.format_exc()}
+
+
 if __name__ == "__main__":
     assert os.environ["MLX_M3_PLUGIN"] == "off"
-    fault, model, out = sys.argv[1:]
-    Path(out).write_text(json.dumps(globals()[fault](model)))
+    asked, out = map(Path, sys.argv[1:])
+    out.write_text(json.dumps([measured(*each) for each in json.loads(asked.read_text())]))

@@ -3,8 +3,6 @@
 import json
 import random
 import shutil
-import subprocess
-import sys
 from collections.abc import Callable
 from dataclasses import dataclass
 from importlib import import_module
@@ -27,7 +25,7 @@ from tests.chat.test_reply_cases import CASES, case_id, expected_calls, pieces_o
 from tests.chat.tool_rendering import marked
 from tests.chat.tool_replies import MARKERS, sample
 from tests.checkpoints.random_model import write_random_model
-from tests.end_to_end.environments import clean_variables
+from tests.end_to_end.environments import here
 
 HAS_BUDGETS = Version(version("mlx-vlm")) >= Version("0.7")
 M3 = (THINK_START, THINK_END)
@@ -374,13 +372,7 @@ print(json.dumps(seen, default=str))
 
 
 def seen(checkpoint: Path, messages: int = 3, model_type: str = "qwen2_vl", **environ: str) -> Any:
-    done = subprocess.run(
-        [sys.executable, "-c", OTHERS, str(checkpoint), str(messages), model_type],
-        env=clean_variables() | environ,
-        capture_output=True,
-        text=True,
-    )
-    assert done.returncode == 0, done.stderr
+    done = here().run("-c", OTHERS, checkpoint, str(messages), model_type, env=environ)
     return json.loads(done.stdout.splitlines()[-1])
 
 

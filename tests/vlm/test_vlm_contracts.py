@@ -1,7 +1,6 @@
 """What hosts take for granted of M3 in mlx-vlm, with stand-ins for their code."""
 
 import logging
-import subprocess
 import sys
 from importlib import import_module
 from pathlib import Path
@@ -16,7 +15,7 @@ from mlx_m3_plugin.hosts import patching
 from mlx_m3_plugin.hosts.mlx_vlm import parts
 from mlx_m3_plugin.hosts.mlx_vlm.patches import PATCHES
 from tests.checkpoints.tiny_model import published_config
-from tests.end_to_end.environments import clean_variables
+from tests.end_to_end.environments import here
 from tests.hosts.upstream_copies import apply, copy_of
 from tests.vlm.vlm_runs import BUDGET, TOLERANCE, Prompt, difference, fresh_logits, text
 
@@ -150,7 +149,6 @@ def test_hosts_with_an_old_mlx_vlm_see_no_warning(monkeypatch: pytest.MonkeyPatc
 # Arguments: a directory for the host's own package.
 _BEFORE_UPSTREAM = """
 import shutil, sys
-sys.modules["torch"] = None  # transformers would import it, for seconds
 import mlx_vlm.models
 vendored = sys.argv[1]
 name = "minimax_m3_vl"
@@ -166,10 +164,7 @@ def test_a_class_that_a_host_puts_before_upstreams(tmp_path: Path) -> None:
     """Newest oMLX: our class serves, with the host's caches; the switch gives back all that is the host's."""
 
     def files(**switch: str) -> list[str]:
-        environment = clean_variables() | switch
-        command = [sys.executable, "-c", _BEFORE_UPSTREAM, str(tmp_path)]
-        run = subprocess.run(command, capture_output=True, text=True, env=environment, check=True)
-        return run.stdout.split()
+        return here().run("-c", _BEFORE_UPSTREAM, tmp_path, env=switch).stdout.split()
 
     theirs = [
         str(tmp_path / "minimax_m3_vl" / name) for name in ("__init__.py", "minimax_m3_vl.py", "language.py")

@@ -8,18 +8,12 @@ from typing import Any
 
 import pytest
 
-from tests.end_to_end.environments import clean_variables
+from tests.end_to_end.environments import clean_variables, here
 from tests.vlm import vlm_runs  # noqa: F401
 
 
 def run(*args: str | Path, **env: str) -> subprocess.CompletedProcess[str]:
-    return subprocess.run(
-        [sys.executable, *map(str, args)],
-        capture_output=True,
-        text=True,
-        cwd=Path(sys.executable).parent,
-        env=clean_variables() | env,
-    )
+    return here().run(*args, env=env, check=False)
 
 
 # --- upstream has changed ---
@@ -60,17 +54,9 @@ print(json.dumps({
 """
 
 
-@pytest.fixture(scope="module")
-def damaged(tmp_path_factory: pytest.TempPathFactory) -> dict[str, str]:
-    """Environment variables."""
-    directory = tmp_path_factory.mktemp("damage")
-    (directory / "sitecustomize.py").write_text(DAMAGE)
-    return {"PYTHONPATH": str(directory)}
-
-
-def test_the_native_classes_where_a_part_is_missing(damaged: dict[str, str]) -> None:
+def test_the_native_classes_where_a_part_is_missing() -> None:
     """Upstream's file under upstream's name, one warning for each module, and ``status`` tells it."""
-    done = run("-c", IMPORT, **damaged)
+    done = run("-c", DAMAGE + IMPORT)
     assert done.returncode == 0, done.stderr
     answer = json.loads(done.stdout)
     directory = Path(answer["files"][0]).parents[1]
@@ -87,16 +73,20 @@ def test_the_native_classes_where_a_part_is_missing(damaged: dict[str, str]) -> 
     assert done.stderr.count("mlx-m3-plugin: ") == 2
 
 
-def test_an_error_where_a_part_is_missing_and_the_user_is_strict(damaged: dict[str, str]) -> None:
-    done = run("-c", IMPORT, MLX_M3_PLUGIN_STRICT="1", **damaged)
+def test_an_error_where_a_part_is_missing_and_the_user_is_strict() -> None:
+    done = run("-c", DAMAGE + IMPORT, MLX_M3_PLUGIN_STRICT="1")
     assert done.returncode == 1
     last = done.stderr.splitlines()[-1]
     assert last.startswith("RuntimeError: mlx-m3-plugin: ")
     assert MISSING in last
 
 
-def test_the_doctor_says_who_serves_where_a_part_is_missing(damaged: dict[str, str]) -> None:
-    done = run("-m", "mlx_m3_plugin.cli", "doctor", "--json", **damaged)
+def test_the_doctor_says_who_serves_where_a_part_is_missing(tmp_path: Path) -> None:
+    """It asks in processes of its own, to which only the environment leads."""
+    (tmp_path / "sitecustomize.py").write_text(DAMAGE)
+    command = [sys.executable, "-m", "mlx_m3_plugin.cli", "doctor", "--json"]
+    variables = clean_variables() | {"PYTHONPATH": str(tmp_path)}
+    done = subprocess.run(command, capture_output=True, text=True, cwd=tmp_path, env=variables)
     assert done.returncode == 1
     diagnosis = json.loads(done.stdout)
     modules = {module["name"]: module for module in diagnosis["modules"]}

@@ -4,8 +4,7 @@ import mlx.core as mx
 import pytest
 from mlx_lm.models.minimax_m3_vl import Model, ModelArgs
 
-from mlx_m3_plugin.weights import check_weights
-from mlx_m3_plugin.weights.check import group_names
+from mlx_m3_plugin.weights.check import check_weights, group_names
 from tests.checkpoints.layouts.arrange import PREFIX, published
 from tests.checkpoints.small_model import CONFIG, MOE, parameters, with_prefix
 

@@ -8,7 +8,8 @@ import pytest
 from mlx_lm.utils import load_config, load_model
 
 from mlx_m3_plugin.model.config import text_config_of
-from mlx_m3_plugin.weights import plan_layout, read_headers
+from mlx_m3_plugin.weights.headers import read_headers
+from mlx_m3_plugin.weights.layouts import plan_layout
 from tests.checkpoints.corruptions import CORRUPTIONS, Shards
 from tests.checkpoints.tiny_layouts import LAYOUTS
 

@@ -3,9 +3,8 @@
 import mlx.core as mx
 import pytest
 
-from mlx_m3_plugin.weights import read_headers
 from mlx_m3_plugin.weights.dtypes import mlx_reads
-from mlx_m3_plugin.weights.headers import INDEX, check_files, is_m3, read_header
+from mlx_m3_plugin.weights.headers import INDEX, check_files, is_m3, read_header, read_headers
 from tests.checkpoints.edits import edit_header
 from tests.checkpoints.opens import TOKENS, load_language_model, logits_of
 from tests.checkpoints.tiny_layouts import LAYOUTS

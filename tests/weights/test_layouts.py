@@ -10,7 +10,8 @@ from mlx.utils import tree_flatten
 from mlx_lm.models.minimax_m3_vl import Model, ModelArgs
 
 from mlx_m3_plugin.model.config import TextConfig
-from mlx_m3_plugin.weights import check_weights, fuse_experts, plan_layout
+from mlx_m3_plugin.weights.check import check_weights
+from mlx_m3_plugin.weights.layouts import pack_experts, plan_layout
 from tests.checkpoints.layouts import arrange
 from tests.checkpoints.layouts.arrange import PREFIX
 from tests.checkpoints.layouts.formats import as_mxfp8_bytes
@@ -95,26 +96,20 @@ def test_mxfp8_bytes(layout):
 # --- the way back ---
 
 
-@pytest.mark.parametrize("pack_shared", [True, False])
-def test_fusing_is_the_inverse_of_splitting(pack_shared, truth):
-    plan = fuse_experts(plan_layout(truth, CONFIG, ""), CONFIG, "", pack_shared=pack_shared)
+def test_packing_is_the_inverse_of_splitting(truth):
+    plan = pack_experts(plan_layout(truth, CONFIG, ""), CONFIG, "")
     made = {name: tensor.make(truth) for name, tensor in plan.items()}
-    expected = arrange.shared_as_last_expert(truth) if pack_shared else dict(truth)
-    assert_same(made, arrange.fused_experts_only(expected))
+    assert_same(made, arrange.fused_experts_only(arrange.shared_as_last_expert(truth)))
 
 
 def test_what_differs_in_bits_stays_apart(float_truth):
     """No tensor can hold rows of 4 and of 8 bits."""
     weights = quantized(float_truth, **PRECISIONS["4-bit"])
     more_bits = quantized(float_truth, **PRECISIONS["8-bit"])
-    weights |= {name: a for name, a in more_bits.items() if f"{MOE}.shared_experts" in name}
-    plan = fuse_experts(plan_layout(weights, CONFIG, ""), CONFIG, "", pack_shared=True)
-    assert f"{MOE}.shared_experts.gate_proj.weight" in plan
-    assert plan[f"{MOE}.switch_mlp.gate_up_proj.weight"].shape[0] == EXPERTS
-
-    weights |= {name: a for name, a in more_bits.items() if f"{MOE}.switch_mlp.up_proj" in name}
-    plan = fuse_experts(plan_layout(weights, CONFIG, ""), CONFIG, "", pack_shared=False)
-    assert f"{MOE}.switch_mlp.gate_up_proj.weight" not in plan
+    assert pack_experts(plan_layout(weights, CONFIG, ""), CONFIG, "") is not None
+    for apart in (f"{MOE}.shared_experts", "up_proj"):
+        mixed = weights | {name: array for name, array in more_bits.items() if apart in name}
+        assert pack_experts(plan_layout(mixed, CONFIG, ""), CONFIG, "") is None
 
 
 def test_mxfp8_from_a_file_with_float8_tensors(tmp_path):

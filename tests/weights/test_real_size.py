@@ -11,8 +11,8 @@ from mlx_lm.utils import load_model
 
 from mlx_m3_plugin.cli import main
 from mlx_m3_plugin.toolbox.fit import fit
-from mlx_m3_plugin.weights import StoredTensor, read_headers
-from tests.checkpoints.real_size import REAL_LAYOUTS
+from mlx_m3_plugin.weights.headers import StoredTensor, read_headers
+from tests.checkpoints.real_size import REAL_LAYOUTS, real
 
 TENSORS = {"published": 23_416, "mxfp8": 45_838}
 BYTES = {"published": 854_172_958_720, "mxfp8": 443_742_085_120, "fused_4bit": 241_477_881_856}
@@ -28,9 +28,10 @@ def vision_of(directory: Path) -> list[StoredTensor]:
     return [t for name, t in tensors if name.startswith(("vision", "multi_modal", "patch_merge"))]
 
 
+@pytest.mark.some(4)
 @pytest.mark.parametrize("layout", REAL_LAYOUTS)
-def test_a_checkpoint_of_real_size_opens_without_being_read(layout, tmp_path):
-    written = REAL_LAYOUTS[layout](tmp_path)
+def test_a_checkpoint_of_real_size_opens_without_being_read(layout):
+    written = real(layout)
     assert written.tensors == TENSORS.get(layout, written.tensors)
     assert written.bytes == BYTES.get(layout, written.bytes)
     text_only = layout == "text_only_6bit"
@@ -40,33 +41,33 @@ def test_a_checkpoint_of_real_size_opens_without_being_read(layout, tmp_path):
     mx.clear_cache()
     before = mx.get_active_memory()
     mx.reset_peak_memory()
-    model, _ = load_model(tmp_path, lazy=True)
+    model, _ = load_model(written.path, lazy=True)
     assert mx.get_peak_memory() - before < 2**20
 
     arrays = dict(tree_flatten(model.parameters()))
-    assert read_headers(tmp_path).problems == []
-    vision = vision_of(tmp_path)
+    assert read_headers(written.path).problems == []
+    vision = vision_of(written.path)
     assert len(vision) == (0 if text_only else 523)
     in_text = written.bytes - sum(tensor.nbytes for tensor in vision)
     assert sum(array.nbytes for array in arrays.values()) == in_text
 
 
-def test_m31_has_its_published_size_everywhere(tmp_path, capsys):
+def test_m31_has_its_published_size_everywhere(capsys):
     """In the headers, as `fit` says, as the dry run of a conversion says, and in both hosts.
 
     That mlx-lm loads all that is not vision is the test above.
     """
-    written = REAL_LAYOUTS["m31"](tmp_path)
+    written = real("m31")
     assert written.bytes / 1e9 == pytest.approx(M31_PUBLISHED, rel=0.005)
     assert written.parameters / 1e9 == pytest.approx(427.052, abs=0.0005)
-    found = fit(tmp_path, 512 << 30)
+    found = fit(written.path, 512 << 30)
     assert found.model == "MiniMax-M3.1-Flash"
-    assert found.weights == written.bytes - sum(t.nbytes for t in vision_of(tmp_path))
+    assert found.weights == written.bytes - sum(t.nbytes for t in vision_of(written.path))
     assert found.weights + found.vision == written.bytes
 
     # The published 4-bit M3 is the only conversion by a recipe of ours whose size is known.  Here there are
     # three more indexers.
-    assert main(["convert", str(tmp_path), "--recipe", "4bit", "--dry-run", "--json"]) == 0
+    assert main(["convert", str(written.path), "--recipe", "4bit", "--dry-run", "--json"]) == 0
     planned = json.loads(capsys.readouterr().out)
     assert planned["bytes"] == pytest.approx(BYTES["fused_4bit"] + 3 * 3_932_416 * 4.5 / 8, rel=0.005)
     assert planned["parameters"] == M31_PARAMETERS
@@ -76,15 +77,14 @@ def test_m31_has_its_published_size_everywhere(tmp_path, capsys):
 
         mx.clear_cache()
         before = mx.get_active_memory()
-        arrays = dict(tree_flatten(load_vlm(tmp_path, lazy=True).parameters()))
+        arrays = dict(tree_flatten(load_vlm(written.path, lazy=True).parameters()))
         assert mx.get_active_memory() - before < 2**20
         assert sum(array.nbytes for array in arrays.values()) == written.bytes
 
 
-def test_the_bits_of_a_mixed_checkpoint_follow_its_tensors(tmp_path):
+def test_the_bits_of_a_mixed_checkpoint_follow_its_tensors():
     """``config.json`` names the fused module, which is two in memory."""
-    REAL_LAYOUTS["oq4"](tmp_path)
-    _, config = load_model(tmp_path, lazy=True)
+    _, config = load_model(real("oq4").path, lazy=True)
     quantization = config["quantization"]
     assert not any("gate_up_proj" in path for path in quantization)
     assert quantization["language_model.lm_head"] == {"group_size": 64, "bits": 8, "mode": "affine"}

@@ -5,7 +5,7 @@ Only tokenizers with M3's markers in their vocabulary are touched.
 
 import dataclasses
 import sys
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Mapping
 from functools import cache, wraps
 from typing import TYPE_CHECKING, Any
 
@@ -29,30 +29,17 @@ if TYPE_CHECKING:
 # converted with us must open without us.  For the same reason the wrong inference is taken back.
 
 # What ``TokenizerWrapper.__init__`` sets and :func:`become_m3` sets anew.
-ATTRIBUTES = (
-    "_tokenizer",
-    "_think_start",
-    "_think_end",
-    "_think_start_tokens",
-    "_think_end_tokens",
-    "_tool_parser",
-    "_tool_call_start",
-    "_tool_call_end",
-    "_tool_call_start_tokens",
-    "_tool_call_end_tokens",
-    "has_chat_template",
+ATTRIBUTES = tuple(
+    "_tokenizer _think_start _think_end _think_start_tokens _think_end_tokens _tool_parser _tool_call_start"
+    " _tool_call_end _tool_call_start_tokens _tool_call_end_tokens has_chat_template".split()
 )
 
 
-def wrapper_init(module: Any, original: Any) -> Any:
-    @wraps(original)
-    def __init__(self: Any, tokenizer: Any, *args: Any, **kwargs: Any) -> None:
-        original(self, tokenizer, *args, **kwargs)
-        # mlx-lm has just read the vocabulary itself.
-        if has_m3_markers(tokenizer):
-            become_m3(self)
-
-    return __init__
+# mlx-lm reads the vocabulary there itself.
+@where(lambda given: has_m3_markers(given["tokenizer"]))
+def wrapper_init(init: Any, given: Arguments) -> None:
+    call(init, given)
+    become_m3(given.arguments["self"])
 
 
 def structural_markers(module: Any, original: Any) -> Any:
@@ -66,17 +53,15 @@ def structural_markers(module: Any, original: Any) -> Any:
     return structural_markers
 
 
-def infer_tool_parser(module: Any, original: Any) -> Any:
-    @wraps(original)
-    def _infer_tool_parser(*args: Any, **kwargs: Any) -> Any:
-        inferred = original(*args, **kwargs)
-        # A tokenizer, or its template.  until: mlx-lm 0.32
-        read = (getattr(value, "chat_template", value) for value in (*args, *kwargs.values()))
-        if inferred is not None and any(isinstance(text, str) and THINK_START in text for text in read):
-            return None
-        return inferred
+def _reads_m3_template(given: Mapping[str, Any]) -> bool:
+    # A tokenizer, or its template.  until: mlx-lm 0.32
+    read = (getattr(value, "chat_template", value) for value in given.values())
+    return any(isinstance(text, str) and THINK_START in text for text in read)
 
-    return _infer_tool_parser
+
+@where(_reads_m3_template)
+def infer_tool_parser(infer: Any, given: Arguments) -> None:
+    """None of mlx-lm's is M3's."""
 
 
 class M3Tokens(tuple):  # type: ignore[type-arg]
@@ -301,25 +286,20 @@ def _read(module: Any, responses: Any, request: Any, args: Any, in_reasoning: bo
     waiting: list[Any] = []
     segments: Segments = []
     for response in responses:
-        if response.finish_reason is not None and texts.drops_text_of(response) and waiting:
-            events = parser.finish()
-            log.add(events)
-            yield from shows(waiting, segments + _segments(events))
-            waiting, segments = [], []
-        events = parser.feed(texts.of(response))
-        if response.finish_reason is not None:
-            events += parser.finish()
+        is_last = response.finish_reason is not None
+        events = parser.feed(texts.of(response)) + (parser.finish() if is_last else [])
         log.add(events)
         segments += _segments(events)
-        waiting.append(response)
-        if not parser.holds_back:
+        if waiting and is_last and texts.drops_text_of(response):
             yield from shows(waiting, segments)
             waiting, segments = [], []
+        waiting.append(response)
+        # One for each part, while more is to come.
+        ready = len(segments) if parser.holds_back else len(waiting)
+        if parser.holds_back and not 0 < ready < len(waiting):
             continue
-        ready = len(waiting) - 1 if texts.has_machine else min(len(waiting) - 1, len(segments))
-        if ready > 0 and (texts.has_machine or ready == len(segments)):
-            yield from shows(waiting[:ready], segments)
-            waiting, segments = waiting[ready:], []
+        yield from shows(waiting[:ready], segments)
+        waiting, segments = waiting[ready:], []
     yield from shows(waiting, segments + _segments(parser.finish()))
 
 

@@ -20,7 +20,8 @@ from mlx_m3_plugin.model.config import text_part
 from mlx_m3_plugin.model.decoder import DecoderLayer
 from mlx_m3_plugin.model.draft_cost import EXPECTED_ACCEPTANCE, DraftCost, best_length
 from mlx_m3_plugin.model.norm import make_norm
-from mlx_m3_plugin.weights import check_values, check_weights, group_names, plan_draft, shorten
+from mlx_m3_plugin.weights.check import check_values, check_weights, group_names, shorten
+from mlx_m3_plugin.weights.layouts import plan_draft
 
 from .language import TextConfig
 

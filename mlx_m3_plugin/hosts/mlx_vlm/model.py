@@ -8,7 +8,8 @@ from mlx.utils import tree_flatten, tree_map, tree_unflatten
 
 from mlx_m3_plugin.hosts.loading import CheckpointMixin
 from mlx_m3_plugin.model.tensor_scales import is_scaled
-from mlx_m3_plugin.weights import fuse_experts, quantization_entry
+from mlx_m3_plugin.weights.layouts import pack_experts
+from mlx_m3_plugin.weights.quantization import quantization_entry
 from mlx_m3_plugin.weights.tensor import Tensor
 
 from .language import LanguageModel
@@ -61,12 +62,9 @@ class MlxVlmModel(CheckpointMixin):
         self.check_is_whole()
         arrays = dict(tree_flatten(self.parameters()))
         plan = {name: Tensor.stored(name, array) for name, array in arrays.items()}
-        fused = fuse_experts(plan, self.text_config, self.text_prefix, pack_shared=True)
-        packed = self.text_config.n_shared_experts > 0 and not any(
-            ".switch_mlp.gate_proj." in name or ".shared_experts." in name for name in fused
-        )
-        made = {name: tensor.make(arrays) for name, tensor in (fused if packed else plan).items()}
-        description = {"quantization": _quantization(self, made), "pack_shared_expert": packed}
+        packed = pack_experts(plan, self.text_config, self.text_prefix)
+        made = {name: tensor.make(arrays) for name, tensor in (packed or plan).items()}
+        description = {"quantization": _quantization(self, made), "pack_shared_expert": packed is not None}
         return StoredModel(made, self), description
 
     def speculative_logits_from_hidden(self, hidden: mx.array) -> mx.array:

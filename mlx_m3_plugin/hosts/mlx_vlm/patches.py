@@ -55,7 +55,7 @@ def _is_described(given: Mapping[str, Any]) -> bool:
 @where(_is_described)
 def save_config(save: Any, given: Arguments) -> None:
     """With what is true of the weights beside it: quantization, and the layout of experts."""
-    from mlx_m3_plugin.weights import with_quantization
+    from mlx_m3_plugin.weights.quantization import with_quantization
 
     description = _described.pop(_directory_of(given.arguments["config_path"]))
     config = with_quantization(given.arguments["config"], description["quantization"])

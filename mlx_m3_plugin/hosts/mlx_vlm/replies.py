@@ -5,15 +5,19 @@ A reply is M3's if the arguments of its request are, or by M3's opening marker i
 
 import dataclasses
 import json
-import re
 from collections.abc import Callable, Iterator, Mapping
 from functools import cache
 from typing import TYPE_CHECKING, Any
 
 from mlx_m3_plugin.chat.markers import (
+    NO_CHARACTER,
     THINK_END,
+    THINK_MARKER,
     THINK_START,
     TOOL_CALL_START,
+    calls_in,
+    restored,
+    without_calls,
     without_cut_character,
     without_space,
 )
@@ -121,10 +125,6 @@ def thinking_stream_markers(original: Any, given: Arguments) -> Any:
     return ((given.arguments["thinking_start_token"], given.arguments["thinking_end_token"]),)
 
 
-# Every marker in rewritten text is one, and comes whole.
-_THINK = re.compile(f"({re.escape(THINK_START)}|{re.escape(THINK_END)})")
-
-
 @cache
 def _m3_stream(base: Any, delta: Any) -> Any:
     class M3Stream(base):  # type: ignore[misc]
@@ -137,7 +137,7 @@ def _m3_stream(base: Any, delta: Any) -> Any:
             reasoning, content, self._is_reasoning = _split(text or "", was_reasoning)
             closed = was_reasoning and not self._is_reasoning
             return delta(
-                reasoning=_restored(reasoning) or None,
+                reasoning=_Exact(restored(reasoning)) or None,
                 content=_Exact(content) or None,
                 thinking_closed=closed,
             )
@@ -148,14 +148,14 @@ def _m3_stream(base: Any, delta: Any) -> Any:
 @where(lambda given: starts_with_m3(given) and bool(given["text"]))
 def split_thinking(original: Any, given: Arguments) -> Any:
     reasoning, content, _ = _split(given.arguments["text"], False)
-    return _restored(reasoning) or None, _restored(content)
+    return _Exact(restored(reasoning)) or None, _Exact(restored(content))
 
 
 def _split(text: str, is_reasoning: bool) -> tuple[str, str, bool]:
-    """Reasoning, content, and which of them goes on.  Calls stay in the content, where the server takes
-    them out."""
+    """Reasoning, content, and which of them goes on: every marker in rewritten text is one, and comes whole.
+    Calls stay in the content, where the server takes them out."""
     said = {True: "", False: ""}
-    for piece in _THINK.split(text):
+    for piece in THINK_MARKER.split(text):
         if piece in (THINK_START, THINK_END):
             is_reasoning = piece == THINK_START
         else:
@@ -176,22 +176,16 @@ class _Exact(str):
         return self
 
 
-def _restored(text: str) -> _Exact:
-    from mlx_m3_plugin.chat.rewriting import restored
-
-    return _Exact(restored(text))
-
-
 def _beside_calls(text: str) -> _Exact:
-    from mlx_m3_plugin.chat.rewriting import without_calls
-
-    return _restored(without_calls(text))
+    return _Exact(restored(without_calls(text)))
 
 
 def _has_m3_start(given: Mapping[str, Any]) -> bool:
     # Without tools, upstream has no marker there, and the text itself shows whose it is.
     text = given["text"]
-    return is_text(given["self"].tc_start, TOOL_CALL_START) or (isinstance(text, str) and "\ufdd0" in text)
+    return is_text(given["self"].tc_start, TOOL_CALL_START) or (
+        isinstance(text, str) and NO_CHARACTER in text
+    )
 
 
 @where(_has_m3_start)
@@ -214,8 +208,6 @@ def _are_m3_calls(given: Mapping[str, Any]) -> bool:
 @where(_are_m3_calls)
 def process_tool_calls(original: Any, given: Arguments) -> Any:
     """Nothing stands where calls stood."""
-    from mlx_m3_plugin.chat.rewriting import without_calls
-
     found, rest = call(original, given), without_calls(given.arguments["model_output"])
     # until: mlx-vlm 0.7
     if isinstance(found, dict):
@@ -253,8 +245,6 @@ def _parses_m3(given: Mapping[str, Any]) -> bool:
 @where(_parses_m3)
 def tool_deltas(original: Any, given: Arguments) -> Any:
     """A call of M3 is sent when it is complete, not when all are."""
-    from mlx_m3_plugin.chat.rewriting import calls_in
-
     state, text = given.arguments["self"], given.arguments["text"]
     return [
         state._update(

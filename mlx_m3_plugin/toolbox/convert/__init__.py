@@ -9,21 +9,16 @@ from pathlib import Path
 from ...model.config import TextConfig
 from ...model.memory import default_memory
 from ...weights.headers import DRAFT_FOLDER
-from ..checkpoint import Checkpoint, draft_in_words, open_checkpoint
-from ..common import Answer, bytes_bar, component_table, layers_bar, size_in_words
-from ..forward_pass import Texts, default_cache, read_texts, text_of
+from ..checkpoint import draft_in_words, open_checkpoint
+from ..common import Answer, bytes_bar, component_table, size_in_words, text_of
 from ..new_directory import STATE, new_directory, unfinished_of
-from ..precision import Quantization
-from .allocation import Scores, allocate_bits, measure_sensitivity, read_scores, scores_by_position
+from .allocation import Scores, allocate_bits, read_scores, scores_by_position
 from .config_and_card import components
-from .draft import plan_draft_head
-from .plan import ConversionPlan, plan_conversion
-from .recipe import Recipe, load_recipe, recipe_names
+from .plan import ConversionPlan, plan_conversion, plan_draft_head
+from .recipe import load_recipe, recipe_names
 from .run import check_unfinished, space_for, write
 
 _BY_POSITION = "position"
-# As oQ: 128 samples of 256 tokens, or as many as the text has.
-_SAMPLES, _WINDOW = 128, 256
 
 
 def command(args: Namespace) -> Answer:
@@ -33,27 +28,24 @@ def command(args: Namespace) -> Answer:
         raise ValueError(
             "convert needs SRC, DST and --recipe; `mlx-m3 convert --list-recipes` lists the recipes"
         )
-    text = text_of(args.text)
+    text, memory = text_of(args.text), args.memory or default_memory()
     target = None if args.destination is None else Path(args.destination)
     if args.dry_run or target is None:
-        plan, _, origin = _prepare(args, text, None)
+        plan, _, origin = _prepare(args, text, memory, None)
         return _planned(plan, origin, target)
     with _hint(unfinished_of(target)), new_directory(target, "convert", resumable=True) as unfinished:
-        plan, scores, _ = _prepare(args, text, unfinished)
+        plan, scores, _ = _prepare(args, text, memory, unfinished)
         bar = bytes_bar(plan.recipe.name, plan.nbytes)
-        memory = args.memory or default_memory()
         resumed = write(plan, unfinished, memory=memory, progress=bar, scores=scores)
     made = {"path": str(target.expanduser().absolute()), **plan.summary(), "resumed": resumed}
     lines = [
         f"Wrote {made['path']}: {size_in_words(plan.nbytes)} in {made['files']} files, "
-        f"{plan.bits_per_weight:.2f} bits per weight"
+        f"{plan.bits_per_weight:.2f} bits per weight",
+        *_draft(plan),
+        *([f"{resumed} of the files were there from an earlier run"] if resumed else []),
+        f"To measure its quality: mlx-m3 evaluate {made['path']} --reference SOURCE",
     ]
-    lines += _draft(plan)
-    if resumed:
-        lines.append(f"{resumed} of the files were there from an earlier run")
-    return Answer(
-        made, [*lines, f"To measure its quality: mlx-m3 evaluate {made['path']} --reference SOURCE"]
-    )
+    return Answer(made, lines)
 
 
 def _recipes() -> Answer:
@@ -69,7 +61,7 @@ def _recipes() -> Answer:
 
 
 def _prepare(
-    args: Namespace, text: str, unfinished: Path | None
+    args: Namespace, text: str, memory: int, unfinished: Path | None
 ) -> tuple[ConversionPlan, Scores | None, str | None]:
     """A plan; and for recipes with a [plan] the sensitivity behind its bits, and its origin in words.
 
@@ -92,36 +84,30 @@ def _prepare(
     if args.sensitivity is None and unfinished is not None:
         # First see that a plan of about the final size can be written: measuring takes hours.
         draft = plan_it(allocate_bits(checkpoint, recipe, scores))
-        check_unfinished(unfinished, draft, is_draft=True)
-        scores = _measured(checkpoint, recipe, text, (args.memory or default_memory()) // 2)
+        check_unfinished(unfinished, draft, bits_may_change=True)
+        # Imported here: it needs mlx-lm, which takes long to import, and recipes with fixed bits do not.
+        from .sensitivity import measured
+
+        scores = measured(checkpoint, recipe, text, memory // 2)
     elif args.sensitivity not in (None, _BY_POSITION):
         scores = read_scores(Path(args.sensitivity).expanduser())
         origin = f"from {args.sensitivity}"
     return plan_it(allocate_bits(checkpoint, recipe, scores)), scores, origin
 
 
-def _measured(checkpoint: Checkpoint, recipe: Recipe, text: str, memory: int) -> Scores:
-    texts = Texts(read_texts(checkpoint.directory, text, None, _WINDOW).windows[:_SAMPLES])
-    base = Quantization(int(recipe.bit_targets.get("base_bits", 4)), recipe.default.group_size)
-    progress = layers_bar(f"sensitivity of {checkpoint.title}", checkpoint.text_config.num_hidden_layers)
-    return measure_sensitivity(
-        checkpoint, texts, base, default_cache(), memory=memory, step=_WINDOW, progress=progress
-    )
-
-
 @contextmanager
 def _hint(unfinished: Path) -> Iterator[None]:
     """Says of an interrupted conversion that it can be resumed."""
-    hint = f"what is finished is in {unfinished}; run the same command again to resume"
     try:
         yield
-    except (FileExistsError, BlockingIOError):
-        # Nothing was begun.
-        raise
-    except OSError as error:
-        raise (OSError(f"{error}\n{hint}") if (unfinished / STATE).exists() else error) from error
-    except KeyboardInterrupt:
-        raise (KeyboardInterrupt(hint) if (unfinished / STATE).exists() else KeyboardInterrupt) from None
+    except (OSError, KeyboardInterrupt) as error:
+        # Of the first two kinds: nothing was begun.
+        if isinstance(error, (FileExistsError, BlockingIOError)) or not (unfinished / STATE).exists():
+            raise
+        hint = f"what is finished is in {unfinished}; run the same command again to resume"
+        if isinstance(error, KeyboardInterrupt):
+            raise KeyboardInterrupt(hint) from None
+        raise OSError(f"{error}\n{hint}") from error
 
 
 # --- output ---
@@ -136,16 +122,16 @@ def _planned(plan: ConversionPlan, origin: str | None, target: Path | None) -> A
         "sensitivity": origin,
         "space": None if space is None else {**space._asdict(), "is_enough": space.is_enough},
     }
-    lines = [f"{plan.recipe.name}: {plan.recipe.summary}", "", *component_table(components(plan)), ""]
     packing = "experts unfused, for their bits differ: for mlx-lm 0.32, mlx-vlm 0.6.5 and newer"
     if plan.packed:
         packing = "experts fused and packed with the shared one: for mlx-lm 0.32, mlx-vlm 0.6.4 and newer"
-    lines.append(f"{size_in_words(plan.nbytes)} in {len(plan.shards)} files; {packing}")
-    lines += _draft(plan)
-    if origin:
-        lines.append(f"sensitivity of layers: {origin}")
-    if space is not None:
-        lines.append(f"disk: {space}: {'enough' if space.is_enough else 'NOT ENOUGH'}")
+    lines = [
+        *(f"{plan.recipe.name}: {plan.recipe.summary}", "", *component_table(components(plan)), ""),
+        f"{size_in_words(plan.nbytes)} in {len(plan.shards)} files; {packing}",
+        *_draft(plan),
+        *([f"sensitivity of layers: {origin}"] if origin else []),
+        *([f"disk: {space}: {'enough' if space.is_enough else 'NOT ENOUGH'}"] if space else []),
+    ]
     return Answer(content, lines)
 
 

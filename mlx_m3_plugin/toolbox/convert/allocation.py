@@ -1,22 +1,18 @@
 """Bits for each matrix, so that the whole model has the bits per weight of a recipe: the levels of oMLX's oQ.
 
-First the sensitivity of each layer is measured: how much its output changes when its weights get fewer bits.
-Then :func:`allocate_bits` gives bits to the most sensitive layers first, in the order of ``docs/recipes.md``.
+:mod:`.sensitivity` measures how much the output of each layer changes when its weights get fewer bits.
+:func:`allocate_bits` gives bits to the most sensitive layers first, in the order of ``docs/recipes.md``.
 """
 
 import json
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
-import mlx.core as mx
-
 from ...weights.quantization import AFFINE_BITS
 from ..checkpoint import Checkpoint
-from ..common import Progress, read_json_object
-from ..forward_pass import ForwardPass, HiddenStates, Texts, pass_key
-from ..new_directory import LOCK, locked, replace_text
+from ..common import read_json_object
+from ..new_directory import replace_text
 from ..precision import Quantization
-from ..streaming import StreamedLayer
 from .plan import ConversionPlan, plan_conversion
 from .recipe import Matrix, Recipe, RecipeError, matrices_of
 
@@ -28,10 +24,6 @@ Scores = Mapping[int, float]
 _MOST_SENSITIVE, _SENSITIVE = 0.5, 0.2
 _LEAST_BITS = 4
 _RAISED = ("attention", "dense_mlp")
-# The router and the indexer, which no level of oQ quantizes: their bits are not tried either.
-_ROUTER_AND_INDEXER = (".block_sparse_moe.gate", ".index_q_proj", ".index_k_proj")
-# Tokens compared at a time.
-_TOKENS = 1024
 
 
 def allocate_bits(checkpoint: Checkpoint, recipe: Recipe, scores: Scores) -> dict[str, Quantization]:
@@ -89,8 +81,8 @@ class _Allocation:
         bits = self._bits(matrix)
         wanted = 8 if relative >= _MOST_SENSITIVE else bits + (2 if relative >= _SENSITIVE else 1)
         wanted = next((width for width in AFFINE_BITS if width >= wanted), 8)
-        for width in reversed([w for w in AFFINE_BITS if bits < w <= wanted]):
-            if self._raise([matrix], width, most):
+        for width in reversed(AFFINE_BITS):
+            if bits < width <= wanted and self._raise([matrix], width, most):
                 return
 
     def _raise_experts(self, bits: int, most: float) -> None:
@@ -101,15 +93,15 @@ class _Allocation:
 
     def _raise(self, matrices: Sequence[Matrix], bits: int, most: float) -> bool:
         """Give them more bits, if the model then has at most ``most`` bits per weight."""
-        lower = [matrix for matrix in matrices if self._bits(matrix) < bits]
-        raised = {m.module: Quantization(bits, self._specs[m.module].group_size) for m in lower}
-        more = 0
-        for m in lower:
-            new, old = (s[m.module].bytes_of(m.size, self._itemsize[m.module]) for s in (raised, self._specs))
-            more += new - old
-        if 8 * (self._bytes + more) > most * self._parameters:
+        raised, size = {}, self._bytes
+        for m in matrices:
+            if self._bits(m) < bits:
+                old, itemsize = self._specs[m.module], self._itemsize[m.module]
+                raised[m.module] = new = Quantization(bits, old.group_size)
+                size += new.bytes_of(m.size, itemsize) - old.bytes_of(m.size, itemsize)
+        if 8 * size > most * self._parameters:
             return False
-        self._bytes += more
+        self._bytes = size
         self._specs |= raised
         return True
 
@@ -124,62 +116,7 @@ class _Allocation:
         return [matrix for matrix in self._matrices if matrix.is_one_of(parts)]
 
 
-# --- sensitivity ---
-
-
-def measure_sensitivity(
-    checkpoint: Checkpoint,
-    texts: Texts,
-    base: Quantization,
-    cache: Path,
-    *,
-    memory: int,
-    step: int,
-    progress: Progress,
-) -> dict[int, float]:
-    """The score of every layer with the bits of ``base``; continues an interrupted measurement.
-
-    The next layer gets the output of the unquantized one.
-
-    Raises:
-        BlockingIOError: another process measures the same.
-        OSError: a shard or the cache cannot be read or written.
-    """
-    directory = cache / f"{pass_key(checkpoint, texts)}-{base.bits}-bits"
-    doing = f"`mlx-m3 convert` is measuring {checkpoint.directory} in {directory}"
-    file = directory / "scores.json"
-    made = ForwardPass(checkpoint, texts, directory, memory, step)
-    with locked(directory / LOCK, doing, "give a map with --sensitivity"), checkpoint.reader() as reader:
-        scores = read_scores(file) if file.exists() else {}
-        for number, before, after, _ in made.run(reader, progress):
-            tried = HiddenStates(directory / "tried.bin", checkpoint.text_config.hidden_size, made.dtype)
-            trial = StreamedLayer(
-                checkpoint, reader, number, lambda path, spec: _fewer_bits(path, spec, base)
-            )
-            made.run_layer(trial, before, tried)
-            scores[number] = _relative_error(after, tried, len(texts.tokens))
-            write_scores(file, scores)
-    return scores
-
-
-def _fewer_bits(path: str, spec: Quantization, base: Quantization) -> Quantization:
-    """``base``; for a matrix that has no more bits already, the next fewer bits."""
-    if path.endswith(_ROUTER_AND_INDEXER):
-        return spec
-    if spec.bits is None or spec.bits > (base.bits or 0):
-        return base
-    fewer = [bits for bits in AFFINE_BITS if bits < spec.bits]
-    return Quantization(fewer[-1], base.group_size) if fewer else spec
-
-
-def _relative_error(expected: HiddenStates, tried: HiddenStates, tokens: int) -> float:
-    error = squares = 0.0
-    for first in range(0, tokens, _TOKENS):
-        last = min(first + _TOKENS, tokens)
-        out, out_q = (hidden.read(first, last).astype(mx.float32) for hidden in (expected, tried))
-        error += float(mx.square(out - out_q).sum())
-        squares += float(mx.square(out).sum())
-    return error / max(squares, 1e-10 * tokens)
+# --- scores of sensitivity ---
 
 
 def scores_by_position(layers: int) -> dict[int, float]:

@@ -9,80 +9,23 @@ from typing import Any
 from ... import __version__
 from ...chat.prompt import CHAT_TEMPLATE, takes_effort
 from ...startup.report import version_of
-from ...weights import with_quantization
 from ...weights.dtypes import name_of
+from ...weights.quantization import with_quantization
 from ..checkpoint import CHAT_TEMPLATE_FILES, M3, model_name
 from ..checksums import SUMS
 from ..common import read_json_object, read_text, size_in_words
 from ..new_directory import LOCK, STATE
 from ..parameters import component_of
 from ..stock import DEFAULT_EFFORT, WHY_EFFORT, WHY_SAMPLING, stock_commands, wrong_past_the_budget
-from .plan import ConversionPlan
+from .plan import ConversionPlan, quantization_of
 
 _WEIGHTS = (".safetensors", ".bin", ".gguf", ".pt", ".pth", ".npz")
 # Written anew, or about the source's weights.
 _NOT_COPIED = ("config.json", "README.md", "hf_quant_config.json", "offload_index.json", SUMS, LOCK, STATE)
 _LARGEST = 200 << 20
 # What mlx-lm's and mlx-vlm's classes read outside of ``text_config``.
-_OUTER = (
-    *("quantization", "quantization_config", "tie_word_embeddings", "eos_token_id", "transformers_version"),
-)
+_OUTER = "quantization quantization_config tie_word_embeddings eos_token_id transformers_version".split()
 _PACKAGES = ("mlx", "mlx-lm", "mlx-vlm")
-
-_CARD = """---
-license: other{license_name}
-base_model: MiniMaxAI/{model}
-base_model_relation: quantized
-library_name: mlx
-pipeline_tag: {pipeline}
-tags:
-- mlx
-- minimax_m3_vl
----
-
-# {model}, {recipe}
-
-**Built with {built_with}.** {summary}.
-
-| | |
-|---|---|
-| made from | {source} |
-| recipe | `{recipe}` of mlx-m3-plugin {version} |
-| size | {size}, {bits:.2f} bits per weight of {parameters:,} parameters |
-| made with | {packages} |
-
-| part | parameters | stored as |
-|---|---:|---|
-{components}
-
-## Use
-
-```bash
-pip install {libraries}
-{commands}
-```
-
-{why}
-
-{opens}
-With `pip install mlx-m3-plugin` both answer exactly as the reference does past {budget:,} tokens, in batches
-too, and their servers understand M3's reasoning and tool calls.
-
-`sha256sum -c SHA256SUMS` or `mlx-m3 inspect --verify` checks that a download is whole.
-
-`mlx-m3 evaluate` measures how much this quantization loses. This card makes no claim about it.
-
-## Licence
-
-The licence of the source's weights applies, MiniMax's own. Commercial use has conditions: see the LICENSE of
-the source.
-
-## Recipe
-
-```toml
-{text}
-```
-"""
 
 
 def write_config_and_card(directory: Path, plan: ConversionPlan) -> None:
@@ -128,21 +71,18 @@ def _write_json(file: Path, content: dict[str, Any]) -> None:
 
 def new_config(plan: ConversionPlan) -> dict[str, Any]:
     """The source's ``config.json``, changed to describe the new weights."""
-    config = with_quantization(plan.source.config, plan.quantization())
+    config = with_quantization(plan.source.config, quantization_of(plan.modules))
     # mlx-vlm packs the shared expert unless this is false.
     packed = {"pack_shared_expert": plan.packed}
     if isinstance(nested := config.get("text_config"), dict):
         return {**config, "text_config": with_quantization(nested, None) | packed}
     # A flat config as that of ``minimax_m3_vl``, the only M3 that mlx-lm has.  With vision its own keys are
     # among the text's.
-    text = {k: v for k, v in with_quantization(config, None).items() if k != "architectures"}
+    text = {key: value for key, value in with_quantization(config, None).items() if key != "architectures"}
     kept = [*_OUTER, *(config if "vision_config" in config else ())]
-    return {
-        "architectures": ["MiniMaxM3SparseForConditionalGeneration"],
-        "model_type": "minimax_m3_vl",
-        **{k: config[k] for k in kept if k in config and k not in ("architectures", "model_type")},
-        "text_config": text | packed,
-    }
+    new = {"architectures": ["MiniMaxM3SparseForConditionalGeneration"], "model_type": "minimax_m3_vl"}
+    new |= {key: config[key] for key in kept if key in config and key not in new}
+    return {**new, "text_config": text | packed}
 
 
 # --- card ---
@@ -150,30 +90,70 @@ def new_config(plan: ConversionPlan) -> dict[str, Any]:
 
 def model_card(plan: ConversionPlan, has_effort: bool) -> str:
     """``has_effort``: whether the chat template takes one."""
-    model, vision = model_name(plan.source.text_config), bool(plan.source.vision)
-    effort = DEFAULT_EFFORT if has_effort else None
+    source, recipe, budget = plan.source, plan.recipe, plan.source.text_config.budget
+    model, vision = model_name(source.text_config), bool(source.vision)
+    is_m3 = model == M3
+    effort, why = (DEFAULT_EFFORT, [WHY_SAMPLING, WHY_EFFORT]) if has_effort else (None, [WHY_SAMPLING])
     commands = stock_commands("path/to/this", mlx_lm=True, mlx_vlm=vision, model_name=model, effort=effort)
-    return _CARD.format(
-        model=model,
-        built_with="MiniMax M3" if model == M3 else "MiniMax M3.1",
-        license_name="\nlicense_name: minimax-community" if model == M3 else "",
-        libraries="mlx-lm mlx-vlm" if vision else "mlx-lm",
-        commands="\n".join(commands),
-        why="\n".join([WHY_SAMPLING, *([WHY_EFFORT] if has_effort else [])]),
-        pipeline="image-text-to-text" if plan.source.vision else "text-generation",
-        recipe=plan.recipe.name,
-        summary=plan.recipe.summary.rstrip("."),
-        source=plan.source.title,
-        version=__version__,
-        size=size_in_words(plan.nbytes),
-        bits=plan.bits_per_weight,
-        parameters=plan.parameters,
-        packages=", ".join(f"{name} {found}" for name in _PACKAGES if (found := version_of(name))),
-        components="\n".join(f"| {name} | {count:,} | {spec} |" for name, count, _, spec in components(plan)),
-        opens=_opens(plan),
-        budget=plan.source.text_config.budget,
-        text=plan.recipe.text.strip(),
-    )
+    packages = ", ".join(f"{name} {found}" for name in _PACKAGES if (found := version_of(name)))
+    parts = [f"| {name} | {count:,} | {spec} |" for name, count, _, spec in components(plan)]
+    size = f"{size_in_words(plan.nbytes)}, {plan.bits_per_weight:.2f} bits per weight"
+    license_name = "\nlicense_name: minimax-community" if is_m3 else ""
+    lines = "\n".join
+    return f"""---
+license: other{license_name}
+base_model: MiniMaxAI/{model}
+base_model_relation: quantized
+library_name: mlx
+pipeline_tag: {"image-text-to-text" if vision else "text-generation"}
+tags:
+- mlx
+- minimax_m3_vl
+---
+
+# {model}, {recipe.name}
+
+**Built with {"MiniMax M3" if is_m3 else "MiniMax M3.1"}.** {recipe.summary.rstrip(".")}.
+
+| | |
+|---|---|
+| made from | {source.title} |
+| recipe | `{recipe.name}` of mlx-m3-plugin {__version__} |
+| size | {size} of {plan.parameters:,} parameters |
+| made with | {packages} |
+
+| part | parameters | stored as |
+|---|---:|---|
+{lines(parts)}
+
+## Use
+
+```bash
+pip install {"mlx-lm mlx-vlm" if vision else "mlx-lm"}
+{lines(commands)}
+```
+
+{lines(why)}
+
+{_opens(plan)}
+With `pip install mlx-m3-plugin` both answer exactly as the reference does past {budget:,} tokens, in batches
+too, and their servers understand M3's reasoning and tool calls.
+
+`sha256sum -c SHA256SUMS` or `mlx-m3 inspect --verify` checks that a download is whole.
+
+`mlx-m3 evaluate` measures how much this quantization loses. This card makes no claim about it.
+
+## Licence
+
+The licence of the source's weights applies, MiniMax's own. Commercial use has conditions: see the LICENSE of
+the source.
+
+## Recipe
+
+```toml
+{recipe.text.strip()}
+```
+"""
 
 
 def _opens(plan: ConversionPlan) -> str:

@@ -4,22 +4,32 @@ Made from headers alone: all sizes are known before a weight is read.
 """
 
 import math
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from ...weights import group_names, shorten
-from ...weights.names import TEXT_PREFIX
+from ...weights.check import group_names, shorten
+from ...weights.headers import DRAFT_FOLDER
+from ...weights.names import TEXT_PREFIX, published_draft_name
 from ...weights.quantization import quantization_entry
 from ...weights.tensor import Tensor
-from ..checkpoint import Checkpoint
-from ..parameters import text_shapes
+from ..checkpoint import DRAFT_TENSORS, Checkpoint, draft_in_words
+from ..draft_head import DraftHead, draft_shapes, open_draft_head
+from ..parameters import StoredModel, text_shapes
 from ..precision import Quantization
 from ..shards import NewTensor
 from .recipe import VISION, Matrix, Recipe, RecipeError, matrices_of
 
 # The largest file, as in conversions by mlx-lm and mlx-vlm.
 SHARD_BYTES = 5 << 30
+# The first projection in a packed module -> the module's name, and all projections in it.
+_PACKED = {
+    "gate_proj": ("gate_up_proj", ("gate_proj", "up_proj")),
+    "down_proj": ("down_proj", ("down_proj",)),
+}
+# Parts of a draft head's names -> a recipe's name for what is like it in the model.
+_LIKE = {"self_attn": "attention", "mlp": "dense_mlp", "markov_w1": "embeddings", "markov_w2": "lm_head"}
+_AS_STORED = Quantization()
 
 
 @dataclass(frozen=True)
@@ -53,7 +63,7 @@ class NewModule:
 
     path: str
     spec: Quantization
-    matrices: tuple[SourceMatrix, ...]
+    matrices: list[SourceMatrix]
     tensors: Mapping[str, NewTensor]
 
     @property
@@ -73,7 +83,7 @@ class DraftPlan:
         head: to be quantized by the recipe, as ``modules`` of one file; None to be kept bit for bit.
     """
 
-    head: Checkpoint | None = None
+    head: DraftHead | None = None
     modules: tuple[NewModule, ...] = ()
 
     @property
@@ -87,7 +97,7 @@ class ConversionPlan:
 
     Attributes:
         packed: gate and up are fused, and the shared expert is one more of the experts.
-        shards: modules by file.
+        shards: modules by the name of their file.
         specs: module path without a prefix -> how it will be stored.
         draft: what is written of the source's draft head; None for nothing.
     """
@@ -95,13 +105,13 @@ class ConversionPlan:
     source: Checkpoint
     recipe: Recipe
     packed: bool
-    shards: list[list[NewModule]]
+    shards: Mapping[str, list[NewModule]]
     specs: Mapping[str, Quantization]
     draft: DraftPlan | None = None
 
     @property
     def modules(self) -> Iterator[NewModule]:
-        return (module for shard in self.shards for module in shard)
+        return (module for shard in self.shards.values() for module in shard)
 
     @property
     def nbytes(self) -> int:
@@ -125,15 +135,6 @@ class ConversionPlan:
             "packed": self.packed,
         }
 
-    def file_names(self) -> list[str]:
-        count = len(self.shards)
-        return [f"model-{number:05}-of-{count:05}.safetensors" for number in range(1, count + 1)]
-
-    def quantization(self) -> dict[str, Any] | None:
-        """The ``quantization`` of the config to write."""
-        specs = {m.path: m.spec.in_config() for m in self.modules if m.spec.bits is not None}
-        return quantization_entry(specs)
-
 
 def plan_conversion(
     source: Checkpoint,
@@ -147,16 +148,26 @@ def plan_conversion(
     ``specs``: by module path, in place of the recipe's, from :func:`.allocation.allocate_bits`.
     """
     matrices = {m.module: m for m in matrices_of(source.text_config, indexers=source.indexers)}
-    chosen = {path: (specs or {}).get(path) or recipe.spec(matrix) for path, matrix in matrices.items()}
-    # What is quantized already and to be kept keeps its quantization.
-    kept = Quantization()
-    chosen |= {path: source.spec(path) for path, spec in chosen.items() if spec == kept}
+    chosen = {
+        path: _or_as_stored((specs or {}).get(path) or recipe.spec(matrix), source, path)
+        for path, matrix in matrices.items()
+    }
     _check_kept(source, recipe, chosen)
     packed = _can_pack(source, chosen)
     modules = list(_text_modules(source, matrices, chosen, packed))
-    vision = next((rule.spec for rule in reversed(recipe.rules) if VISION in rule.parts), Quantization())
-    modules += [copied_module(source, name, name, vision) for name in source.vision]
-    return ConversionPlan(source, recipe, packed, _cut(modules), chosen, draft)
+    vision = next((rule.spec for rule in reversed(recipe.rules) if VISION in rule.parts), _AS_STORED)
+    modules += [_copied(source, name, name, vision) for name in source.vision]
+    return ConversionPlan(source, recipe, packed, _in_files(modules), chosen, draft)
+
+
+def quantization_of(modules: Iterable[NewModule]) -> dict[str, Any] | None:
+    """The ``quantization`` of the config to write."""
+    return quantization_entry({m.path: m.spec.in_config() for m in modules if m.spec.bits is not None})
+
+
+def _or_as_stored(spec: Quantization, source: StoredModel, path: str) -> Quantization:
+    """What is quantized already and to be kept keeps its quantization."""
+    return source.spec(path) if spec == _AS_STORED else spec
 
 
 def _check_kept(source: Checkpoint, recipe: Recipe, specs: Mapping[str, Quantization]) -> None:
@@ -183,17 +194,17 @@ def _can_pack(source: Checkpoint, specs: Mapping[str, Quantization]) -> bool:
     config = source.text_config
     if not config.n_shared_experts or config.shared_intermediate_size != config.intermediate_size:
         return False
-    with_experts = [layer for layer in range(config.num_hidden_layers) if config.is_moe(layer)]
-    for layer in with_experts:
-        moe = f"model.layers.{layer}.block_sparse_moe"
-        for projections in (("gate_proj", "up_proj"), ("down_proj",)):
+    layers = filter(config.is_moe, range(config.num_hidden_layers))
+    blocks = [f"model.layers.{layer}.block_sparse_moe" for layer in layers]
+    for moe in blocks:
+        for _, projections in _PACKED.values():
             paths = [f"{moe}.{owner}.{p}" for p in projections for owner in ("switch_mlp", "shared_experts")]
             stored = {(specs[path], source.float_dtype(path)) for path in paths}
             # Unquantized, a fused matrix would have more elements than MLX can count.  Fused gate and up
             # would have one tensor scale.
             if len(stored) > 1 or specs[paths[0]].bits is None or specs[paths[0]].tensor_scales:
                 return False
-    return bool(with_experts)
+    return bool(blocks)
 
 
 # --- modules ---
@@ -206,31 +217,31 @@ def _text_modules(
         path, _, part = name.rpartition(".")
         matrix = matrices.get(path)
         if matrix is None or part != "weight":
-            yield copied_module(source, name, TEXT_PREFIX + name, Quantization())
-        elif packed and matrix.part in ("experts", "shared_expert"):
-            if matrix.part == "experts" and matrix.projection != "up_proj":
-                yield _packed(source, matrices, specs, matrix)
-        else:
-            yield new_module(source, TEXT_PREFIX + path, specs[path], list(source_matrices(source, matrix)))
+            yield _copied(source, name, TEXT_PREFIX + name)
+        elif not packed or matrix.part not in ("experts", "shared_expert"):
+            yield _new_module(source, TEXT_PREFIX + path, specs[path], [[matrix]])
+        elif matrix.part == "experts" and matrix.projection in _PACKED:
+            moe = path.removesuffix(f".switch_mlp.{matrix.projection}")
+            new_name, projections = _PACKED[matrix.projection]
+            owners = ("switch_mlp", "shared_experts")
+            rows = [[matrices[f"{moe}.{owner}.{p}"] for owner in owners] for p in projections]
+            yield _new_module(source, f"{TEXT_PREFIX}{moe}.switch_mlp.{new_name}", specs[path], rows)
 
 
-def _packed(
-    source: Checkpoint, matrices: Mapping[str, Matrix], specs: Mapping[str, Quantization], matrix: Matrix
+def _new_module(
+    source: StoredModel, path: str, spec: Quantization, rows: Sequence[Sequence[Matrix]]
 ) -> NewModule:
-    """``gate_up_proj`` or ``down_proj`` of all experts, and of the shared one after them."""
-    moe, _, projection = matrix.module.rpartition(".switch_mlp.")
-    names = ["gate_proj", "up_proj"] if projection == "gate_proj" else [projection]
-    each = []
-    for name in names:
-        routed, shared = matrices[f"{moe}.switch_mlp.{name}"], matrices[f"{moe}.shared_experts.{name}"]
-        each.append([*source_matrices(source, routed), *source_matrices(source, shared)])
-    together = [matrix for of_an_expert in zip(*each, strict=True) for matrix in of_an_expert]
-    fused = "gate_up_proj" if len(names) == 2 else projection
-    path = f"{TEXT_PREFIX}{moe}.switch_mlp.{fused}"
-    return new_module(source, path, specs[matrix.module], together, experts=len(each[0]))
+    """``rows`` go one below the other.  A row is of the routed experts and, if packed, the shared one."""
+    each = [[one for matrix in row for one in _source_matrices(source, matrix)] for row in rows]
+    matrices = [one for of_an_expert in zip(*each, strict=True) for one in of_an_expert]
+    outputs = sum(row[0].outputs for row in rows)
+    shape = (len(each[0]), outputs) if rows[0][0].experts else (outputs,)
+    stored = spec.parts((*shape, rows[0][0].inputs), source.float_dtype(rows[0][0].module))
+    tensors = {part: NewTensor(f"{path}.{part}", *what) for part, what in stored.items()}
+    return NewModule(path, spec, matrices, tensors)
 
 
-def source_matrices(source: Checkpoint, matrix: Matrix) -> Iterator[SourceMatrix]:
+def _source_matrices(source: StoredModel, matrix: Matrix) -> Iterator[SourceMatrix]:
     parts, spec = source.parts(matrix.module), source.spec(matrix.module)
     if not matrix.experts:
         yield SourceMatrix(matrix.module, spec, parts, matrix.outputs, matrix.inputs)
@@ -239,33 +250,64 @@ def source_matrices(source: Checkpoint, matrix: Matrix) -> Iterator[SourceMatrix
         yield SourceMatrix(matrix.module, spec, one, matrix.outputs, matrix.inputs)
 
 
-def new_module(
-    source: Checkpoint, path: str, spec: Quantization, matrices: list[SourceMatrix], experts: int = 0
-) -> NewModule:
-    first = matrices[0]
-    experts = experts or (len(matrices) if len(source.plan[f"{first.module}.weight"].shape) == 3 else 0)
-    outputs = sum(matrix.outputs for matrix in matrices) // max(experts, 1)
-    leading = (experts, outputs) if experts else (outputs,)
-    stored = spec.parts((*leading, first.inputs), source.float_dtype(first.module))
-    tensors = {part: NewTensor(f"{path}.{part}", *what) for part, what in stored.items()}
-    return NewModule(path, spec, tuple(matrices), tensors)
-
-
-def copied_module(source: Checkpoint, name: str, new_name: str, spec: Quantization) -> NewModule:
+def _copied(source: StoredModel, name: str, new_name: str, spec: Quantization = _AS_STORED) -> NewModule:
     """A norm, a bias, or a weight of the vision tower."""
     tensor = source.plan[name]
-    inputs = tensor.shape[-1]
-    outputs = math.prod(tensor.shape[:-1])
-    parts = {"weight": tensor.reshape(outputs, inputs)}
-    matrix = SourceMatrix(name, Quantization(), parts, outputs, inputs)
+    outputs, inputs = math.prod(tensor.shape[:-1]), tensor.shape[-1]
+    matrix = SourceMatrix(name, _AS_STORED, {"weight": tensor.reshape(outputs, inputs)}, outputs, inputs)
     tensors = {"weight": NewTensor(new_name, *spec.parts(tensor.shape, tensor.dtype)["weight"])}
-    return NewModule(new_name.rpartition(".")[0], spec, (matrix,), tensors)
+    return NewModule(new_name.rpartition(".")[0], spec, [matrix], tensors)
+
+
+# --- the draft head ---
+
+
+def plan_draft_head(source: Checkpoint, recipe: Recipe, *, keep: bool = False) -> DraftPlan | None:
+    """What becomes of the draft head.  None where there is none that a recipe is for: it is left out.
+
+    Args:
+        keep: bit for bit.  So is the head where the recipe has a [plan]: sensitivity is not measured of it.
+
+    Raises:
+        ValueError: there is no draft head to keep, or the one to be quantized is not whole.
+    """
+    if keep:
+        _check_can_keep_draft(source)
+    elif DRAFT_FOLDER not in source.draft_folders:
+        return None
+    if keep or recipe.bit_targets:
+        return DraftPlan()
+    head = open_draft_head(source.directory / DRAFT_FOLDER)
+    shapes = draft_shapes(head.config)
+    return DraftPlan(head, tuple(_draft_module(head, recipe, *item) for item in shapes.items()))
+
+
+def _check_can_keep_draft(source: Checkpoint) -> None:
+    if draft_in_words(source.draft_folders, source.headers.tensors) is None:
+        raise ValueError(f"--keep-draft: {source.name} has no draft head")
+    if source.draft_tensors and DRAFT_TENSORS in source.draft_folders:
+        raise ValueError(
+            f"--keep-draft: {source.name} has draft tensors in its shards, which would be written into "
+            f"{DRAFT_TENSORS}/, and that folder is there already: rename it"
+        )
+
+
+def _draft_module(head: DraftHead, recipe: Recipe, name: str, shape: tuple[int, ...]) -> NewModule:
+    published = published_draft_name(name)
+    if len(shape) == 1 or shape[0] == 1:
+        # A norm, or the confidence head.
+        return _copied(head, name, published)
+    path = name.removesuffix(".weight")
+    part = next((part for key, part in _LIKE.items() if key in name), "draft")
+    matrix = Matrix(path, part, None, 0, *shape)
+    spec = _or_as_stored(recipe.spec(matrix), head, path)
+    return _new_module(head, published.removesuffix(".weight"), spec, [[matrix]])
 
 
 # --- files ---
 
 
-def _cut(modules: list[NewModule]) -> list[list[NewModule]]:
+def _in_files(modules: list[NewModule]) -> dict[str, list[NewModule]]:
     """In order, each file as full as ``SHARD_BYTES`` allows; a module is never split."""
     shards: list[list[NewModule]] = [[]]
     size = 0
@@ -275,4 +317,5 @@ def _cut(modules: list[NewModule]) -> list[list[NewModule]]:
             size = 0
         shards[-1].append(module)
         size += module.nbytes
-    return shards
+    names = (f"model-{n:05}-of-{len(shards):05}.safetensors" for n in range(1, len(shards) + 1))
+    return dict(zip(names, shards, strict=True))

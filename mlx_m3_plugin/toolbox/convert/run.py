@@ -7,7 +7,7 @@ there is finished and is not written again.  The directory gets its own name las
 import hashlib
 import json
 import shutil
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator
 from contextlib import suppress
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -17,20 +17,18 @@ import mlx.core as mx
 from ... import __version__
 from ...weights.byte_ranges import TensorReader
 from ...weights.headers import DRAFT_FOLDER, INDEX, weight_files
-from ...weights.quantization import quantization_entry, with_quantization
-from ..checkpoint import Checkpoint
+from ...weights.quantization import with_quantization
+from ..checkpoint import DRAFT_FOLDERS, DRAFT_TENSORS, Checkpoint
 from ..checksums import read_sums, sha256_of, write_sums
 from ..common import Progress, read_json_object
 from ..new_directory import STATE, contents, replace_text
-from ..precision import Quantization, converted
-from ..shards import ShardWriter
+from ..precision import converted
+from ..shards import ShardWriter, header_of
 from .allocation import Scores, write_scores
 from .config_and_card import write_config_and_card
-from .draft import draft_bytes, write_draft
-from .plan import ConversionPlan, DraftPlan, NewModule, SourceMatrix
+from .plan import ConversionPlan, DraftPlan, NewModule, quantization_of
 
 SENSITIVITY = "mlx-m3-sensitivity.json"
-_METADATA = {"format": "mlx"}
 # Bytes for headers, config, tokenizer and the card.
 _SMALL_FILES = 64 << 20
 # Of the memory, for the rows that are converted at once; Python, MLX and the file cache need some, too.
@@ -38,9 +36,8 @@ _PART_OF_MEMORY = 8
 _MOST_AT_ONCE = 1 << 30
 # Quantizing makes some copies in float32 of what it works on.
 _BYTES_PER_ELEMENT = 24
-
-# What a fingerprint says of the bits.
-_OF_BITS = {"precisions", "bytes"}
+# Of tensors that are copied.
+_PIECE = 1 << 22
 
 
 def write(
@@ -61,18 +58,18 @@ def write(
     """
     check_unfinished(unfinished, plan)
     replace_text(unfinished / STATE, json.dumps(fingerprint(plan), indent=2))
-    names = plan.file_names()
-    resumed = sum((unfinished / name).exists() for name in names)
+    resumed = sum((unfinished / name).exists() for name in plan.shards)
     sums = read_sums(unfinished)
     with plan.source.reader() as reader:
-        for name, modules in zip(names, plan.shards, strict=True):
+        for name, modules in plan.shards.items():
             _write_shard(unfinished / name, modules, reader, memory, progress)
             if name not in sums:
                 sums[name] = sha256_of(unfinished / name)
                 write_sums(unfinished, sums)
     if plan.draft is not None:
-        files = _write_draft(plan.source, plan.draft, unfinished, memory)
-        sums |= {name: sha256_of(unfinished / name) for name in files}
+        _write_draft(plan.source, plan.draft, unfinished, memory)
+        files = (f for folder in DRAFT_FOLDERS for f in (unfinished / folder).rglob("*") if f.is_file())
+        sums |= {file.relative_to(unfinished).as_posix(): sha256_of(file) for file in files}
         write_sums(unfinished, sums)
     _write_index(unfinished, plan)
     write_config_and_card(unfinished, plan)
@@ -81,8 +78,11 @@ def write(
     return resumed
 
 
-def check_unfinished(unfinished: Path, plan: ConversionPlan, *, is_draft: bool = False) -> None:
-    """See that ``plan``, whose bits may still change in a draft, can be written or resumed in ``unfinished``.
+# --- before anything is written ---
+
+
+def check_unfinished(unfinished: Path, plan: ConversionPlan, *, bits_may_change: bool = False) -> None:
+    """See that ``plan`` can be written or resumed in ``unfinished``.
 
     Raises:
         ValueError: another conversion was begun there, or it holds other files.
@@ -92,7 +92,8 @@ def check_unfinished(unfinished: Path, plan: ConversionPlan, *, is_draft: bool =
         wanted, begun = fingerprint(plan), {}
         with suppress(ValueError):
             begun = read_json_object(unfinished / STATE)
-        if any(begun.get(key) != wanted[key] for key in wanted.keys() - (_OF_BITS if is_draft else set())):
+        changing = {"precisions", "bytes"} if bits_may_change else set()
+        if any(begun.get(key) != wanted[key] for key in wanted.keys() - changing):
             raise ValueError(
                 f"{unfinished} holds an unfinished conversion of another source, recipe or version; "
                 "finish that one, or delete the directory"
@@ -139,15 +140,21 @@ def space_for(plan: ConversionPlan, unfinished: Path) -> Space:
     """On the disk where ``unfinished`` is or will be."""
     finished = sum(file.stat().st_size for file in unfinished.glob("*.safetensors"))
     there = next(parent for parent in (unfinished, *unfinished.parents) if parent.exists())
-    draft = 0 if plan.draft is None else plan.draft.nbytes or draft_bytes(plan.source)
+    draft = 0 if plan.draft is None else plan.draft.nbytes or _bytes_of_draft(plan.source)
     return Space(plan.nbytes + draft + _SMALL_FILES - finished, shutil.disk_usage(there).free)
+
+
+def _bytes_of_draft(source: Checkpoint) -> int:
+    stored = sum(tensor.nbytes for tensor in source.draft_tensors.values())
+    files = (f for folder in source.draft_folders for f in (source.directory / folder).rglob("*"))
+    return stored + sum(file.stat().st_size for file in files if file.is_file())
 
 
 # --- shards ---
 
 
 def _write_shard(
-    path: Path, modules: list[NewModule], reader: TensorReader, memory: int, progress: Progress
+    path: Path, modules: Collection[NewModule], reader: TensorReader, memory: int, progress: Progress
 ) -> None:
     if path.exists():
         for module in modules:
@@ -155,28 +162,12 @@ def _write_shard(
         return
     tensors = [tensor for module in modules for tensor in module.tensors.values()]
     at_once = min(memory // _PART_OF_MEMORY, _MOST_AT_ONCE)
-    with ShardWriter(path, tensors, _METADATA) as writer:
+    with ShardWriter(path, tensors) as writer:
         for module in modules:
             for part, row, array in _converted_rows(module, reader, at_once):
                 writer.write(module.tensors[part].name, row, array)
             progress(module, module.nbytes)
         writer.finish()
-
-
-def _write_draft(source: Checkpoint, draft: DraftPlan, unfinished: Path, memory: int) -> list[str]:
-    """Returns the names of all files."""
-    if draft.head is None:
-        return write_draft(source, unfinished)
-    names = [f"{DRAFT_FOLDER}/model.safetensors", f"{DRAFT_FOLDER}/config.json"]
-    (unfinished / DRAFT_FOLDER).mkdir(exist_ok=True)
-    # Of another run, perhaps of another source.
-    (unfinished / names[0]).unlink(missing_ok=True)
-    with draft.head.reader() as reader:
-        _write_shard(unfinished / names[0], list(draft.modules), reader, memory, lambda *_: None)
-    specs = {module.path: module.spec.in_config() for module in draft.modules if module.spec.bits is not None}
-    config = with_quantization(draft.head.config, quantization_entry(specs))
-    (unfinished / names[1]).write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
-    return names
 
 
 def _converted_rows(
@@ -190,8 +181,15 @@ def _converted_rows(
     for number, matrix in enumerate(module.matrices):
         step = max(1, memory // (_BYTES_PER_ELEMENT * matrix.inputs))
         for start in range(0, matrix.outputs, step):
-            rows = (start, min(start + step, matrix.outputs))
-            for part, array in _converted(matrix, module.spec, reader, rows).items():
+            stop = min(start + step, matrix.outputs)
+            arrays = {
+                part: reader.read(tensor if part == "global_scale" else tensor.taken(start, stop))
+                for part, tensor in matrix.parts.items()
+            }
+            if module.spec != matrix.spec:
+                arrays = converted(arrays, matrix.spec, module.spec)
+                mx.eval(arrays)
+            for part, array in arrays.items():
                 if part != "global_scale":
                     yield part, before + start, array
                 elif start == 0:
@@ -200,25 +198,10 @@ def _converted_rows(
         before += matrix.outputs
 
 
-def _converted(
-    matrix: SourceMatrix, spec: Quantization, reader: TensorReader, rows: tuple[int, int]
-) -> dict[str, mx.array]:
-    is_whole = rows == (0, matrix.outputs)
-    stored = {
-        part: reader.read(tensor if is_whole or part == "global_scale" else tensor.taken(*rows))
-        for part, tensor in matrix.parts.items()
-    }
-    if spec == matrix.spec:
-        return stored
-    made = converted(stored, matrix.spec, spec)
-    mx.eval(made)
-    return made
-
-
 def _write_index(unfinished: Path, plan: ConversionPlan) -> None:
     weight_map = {
         tensor.name: name
-        for name, modules in zip(plan.file_names(), plan.shards, strict=True)
+        for name, modules in plan.shards.items()
         for module in modules
         for tensor in module.tensors.values()
     }
@@ -227,3 +210,47 @@ def _write_index(unfinished: Path, plan: ConversionPlan) -> None:
         "weight_map": dict(sorted(weight_map.items())),
     }
     (unfinished / INDEX).write_text(json.dumps(index, indent=2), encoding="utf-8")
+
+
+# --- the draft head, in a folder where stock mlx-lm and mlx-vlm look for no weights ---
+
+
+def _write_draft(source: Checkpoint, draft: DraftPlan, unfinished: Path, memory: int) -> None:
+    if draft.head is None:
+        _copy_draft(source, unfinished)
+        return
+    folder = unfinished / DRAFT_FOLDER
+    folder.mkdir(exist_ok=True)
+    # Of another run, perhaps of another source.
+    (folder / "model.safetensors").unlink(missing_ok=True)
+    with TensorReader(draft.head.directory, draft.head.headers.tensors) as reader:
+        _write_shard(folder / "model.safetensors", draft.modules, reader, memory, lambda *_: None)
+    config = with_quantization(draft.head.whole_config, quantization_of(draft.modules))
+    (folder / "config.json").write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
+
+
+def _copy_draft(source: Checkpoint, unfinished: Path) -> None:
+    """Folders are copied; draft tensors of the shards go into one of their own."""
+    for folder in source.draft_folders:
+        shutil.copytree(source.directory / folder, unfinished / folder, dirs_exist_ok=True)
+    if source.draft_tensors:
+        new = unfinished / DRAFT_TENSORS
+        new.mkdir(exist_ok=True)
+        shutil.copyfile(source.directory / "config.json", new / "config.json")
+        _copy_tensors(source, new / "model.safetensors")
+
+
+def _copy_tensors(source: Checkpoint, file: Path) -> None:
+    """With their names, bytes and dtypes, also those that MLX reads as others."""
+    entries: dict[str, object] = {"__metadata__": {"format": "pt"}}
+    end = 0
+    for name, tensor in source.draft_tensors.items():
+        begin, end = end, end + tensor.nbytes
+        entries[name] = {"dtype": tensor.stored_dtype, "shape": tensor.shape, "data_offsets": (begin, end)}
+    with file.open("wb") as new:
+        new.write(header_of(entries, (", ", ": ")))
+        for tensor in source.draft_tensors.values():
+            with (source.directory / tensor.file).open("rb") as shard:
+                shard.seek(tensor.start)
+                for done in range(0, tensor.nbytes, _PIECE):
+                    new.write(shard.read(min(_PIECE, tensor.nbytes - done)))

@@ -14,9 +14,9 @@ from ...chat.prompt import takes_effort
 from ...model.config import uncut_lists
 from ...model.memory import Memory, is_mac, machine_memory, memory_for
 from ...startup.settings import EFFORTS, EXPERT_MEMORY, checked
-from ...weights import shorten, unused_in_words
-from ...weights.check import ranges_of
+from ...weights.check import ranges_of, shorten
 from ...weights.headers import DRAFT_FOLDER, INDEX, dtypes_not_read
+from ...weights.names import unused_in_words
 from ..checkpoint import (
     CHAT_TEMPLATE_FILES,
     M3,

@@ -7,9 +7,9 @@ from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 
 from ...model.config import TextConfig
-from ...weights import Headers, StoredTensor
 from ...weights.dtypes import name_of
 from ...weights.formats import FOR_ACTIVATIONS, FOREIGN_PART
+from ...weights.headers import Headers, StoredTensor
 from ...weights.names import is_unused, is_vision
 from ...weights.quantization import PARTS
 from ...weights.tensor import Tensor

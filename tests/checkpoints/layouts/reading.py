@@ -8,10 +8,11 @@ import mlx.core as mx
 from mlx_m3_plugin.model.config import TextConfig
 from mlx_m3_plugin.toolbox.checkpoint import Checkpoint, open_checkpoint
 from mlx_m3_plugin.toolbox.precision import dequantized
-from mlx_m3_plugin.weights import plan_layout, with_quantization
 from mlx_m3_plugin.weights.byte_ranges import TensorReader
 from mlx_m3_plugin.weights.headers import INDEX
+from mlx_m3_plugin.weights.layouts import plan_layout
 from mlx_m3_plugin.weights.names import is_vision
+from mlx_m3_plugin.weights.quantization import with_quantization
 
 from .source import Source
 
