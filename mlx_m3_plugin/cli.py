@@ -100,7 +100,7 @@ def _main(arguments: Sequence[str]) -> int:
 
 
 def _print_json(content: Any) -> None:
-    print(json.dumps(content, indent=2, ensure_ascii=False))
+    print(json.dumps(content, indent=2, ensure_ascii=False, default=vars))
 
 
 # --- parsing ---

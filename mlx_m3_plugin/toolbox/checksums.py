@@ -3,8 +3,8 @@
 import hashlib
 import re
 from collections.abc import Mapping
-from dataclasses import dataclass, field
 from pathlib import Path
+from types import SimpleNamespace
 
 from ..weights.headers import weight_files
 from .common import Progress, Watch
@@ -15,18 +15,13 @@ _LINE = re.compile(r"([0-9a-fA-F]{64}) [ *](.+)")
 _PIECE = 1 << 22
 
 
-@dataclass
-class Verification:
+class Verification(SimpleNamespace):
     """Files read whole and compared with their checksums.
 
     Attributes:
         files, bytes: how many were read.
         problems: files that differ, are missing, cannot be read or have no checksum, one line each.
     """
-
-    files: int = 0
-    bytes: int = 0
-    problems: list[str] = field(default_factory=list)
 
 
 def verify(directory: Path, watch: Watch) -> Verification:
@@ -45,19 +40,18 @@ def verify(directory: Path, watch: Watch) -> Verification:
             f"{directory} has no {SUMS}, so nothing can be verified; `mlx-m3 convert` writes that file, "
             "or run `sha256sum *.safetensors > SHA256SUMS` where the files are known to be whole"
         )
-    found = Verification(problems=[f"{name}: has no checksum" for name in shards if name not in expected])
+    problems = [f"{name}: has no checksum" for name in shards if name not in expected]
     there = {name: directory / name for name in expected if (directory / name).is_file()}
-    found.problems += [f"{name}: is missing" for name in expected if name not in there]
-    progress = watch("verifying", sum(file.stat().st_size for file in there.values()))
+    problems += [f"{name}: is missing" for name in expected if name not in there]
+    size = sum(file.stat().st_size for file in there.values())
+    progress = watch("verifying", size)
     for name, file in there.items():
-        found.files += 1
-        found.bytes += file.stat().st_size
         try:
             if sha256_of(file, progress) != expected[name]:
-                found.problems.append(f"{name}: its content has changed (SHA-256 differs)")
+                problems.append(f"{name}: its content has changed (SHA-256 differs)")
         except OSError as error:
-            found.problems.append(f"{name}: cannot be read: {error.strerror or error}")
-    return found
+            problems.append(f"{name}: cannot be read: {error.strerror or error}")
+    return Verification(files=len(there), bytes=size, problems=problems)
 
 
 def sha256_of(file: Path, progress: Progress = lambda *_: None) -> str:

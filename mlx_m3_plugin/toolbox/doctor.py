@@ -4,26 +4,26 @@ The answer is about a new process that does not import the plugin, and about the
 environment of another host, such as oMLX, it is about what that host loads.
 """
 
-import json
 import os
 import shlex
 import shutil
 import site
 import stat
-import subprocess
 import sys
 import sysconfig
 from argparse import Namespace
 from collections.abc import Iterator
-from dataclasses import asdict, dataclass, field
+from dataclasses import dataclass
 from importlib.metadata import PackageNotFoundError, distribution
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 from ..startup.report import patch_lines, report, version_of
 from ..startup.settings import read_settings
 from .common import Answer
-from .installed_hosts import HostClass, classes_of_hosts, installed_hosts
+from .installed_hosts import classes_of_hosts, installed_hosts
+from .new_process import ask
 
 _PACKAGES = ("mlx-m3-plugin", "mlx", "mlx-lm", "mlx-vlm", "transformers")
 _LIBRARIES = {"mlx_lm": "mlx-lm", "mlx_vlm": "mlx-vlm"}
@@ -34,7 +34,11 @@ FOR_MLX = (
     if sys.platform == "linux"
     else "pip install --force-reinstall mlx"
 )
-_EXTRAS = {"mlx_vlm": "vlm", "matplotlib": "plot"}
+_FIXES = {
+    "mlx": FOR_MLX,
+    "mlx_vlm": 'pip install "mlx-m3-plugin[vlm]"',
+    "matplotlib": 'pip install "mlx-m3-plugin[plot]"',
+}
 STARTUP_FILES = ("mlx_m3_plugin_startup.pth", "mlx_m3_plugin_startup.start")
 # What the interpreter of another command is asked.
 _ASK = "import json, sys; print(json.dumps([sys.prefix, 'mlx_m3_plugin' in sys.modules]))"
@@ -91,17 +95,11 @@ class Problem:
     fix: str
 
 
-@dataclass
-class StartupFile:
+class StartupFile(SimpleNamespace):
     """One of our start-up files; ``problem`` is why Python skips it, ``cure`` what helps."""
 
-    path: str
-    problem: str | None = None
-    cure: str | None = None
 
-
-@dataclass
-class Command:
+class Command(SimpleNamespace):
     """A stock command, as the shell finds it.
 
     Attributes:
@@ -112,41 +110,21 @@ class Command:
         has_plugin: whether that interpreter loads the plugin at its start.
     """
 
-    name: str
-    path: str | None = None
-    python: str | None = None
-    environment: str | None = None
-    is_here: bool = True
-    has_plugin: bool = False
 
-
-@dataclass
-class Diagnosis:
+class Diagnosis(SimpleNamespace):
     """The result of ``mlx-m3 doctor``.
 
     Attributes:
         ok: an M3 checkpoint runs correctly with the stock commands here: there are no problems.
         verdict: the same as a sentence.
         active: the plugin is active in a new process that imports mlx-lm or mlx-vlm.
+        startup_files, commands: see :class:`StartupFile` and :class:`Command`.
+        modules: those that we serve, with their ``name``, ``source``, ``why`` and ``path``.
         hosts: what the hosts in this environment load, beside mlx-lm and mlx-vlm.
+        patches, errors: of the plugin in that process.
         problems: the most important one first.
         notes: worth knowing, but not a problem.
     """
-
-    ok: bool
-    verdict: str
-    active: bool
-    python: str
-    versions: dict[str, str | None]
-    settings: dict[str, Any]
-    startup_files: list[StartupFile]
-    commands: list[Command]
-    modules: list[dict[str, str | None]] = field(default_factory=list)
-    hosts: list[HostClass] = field(default_factory=list)
-    patches: dict[str, Any] = field(default_factory=dict)
-    errors: list[str] = field(default_factory=list)
-    problems: list[Problem] = field(default_factory=list)
-    notes: list[str] = field(default_factory=list)
 
 
 def command(args: Namespace) -> Answer:
@@ -156,14 +134,14 @@ def command(args: Namespace) -> Answer:
 
         return engine_answer()
     found = diagnose()
-    return Answer(asdict(found), doctor_lines(found), found.ok)
+    return Answer(found, doctor_lines(found), found.ok)
 
 
 def diagnose() -> Diagnosis:
     """Look at this interpreter's environment and at PATH, and see which modules a new process gets."""
     libraries = [library for library, package in _LIBRARIES.items() if version_of(package) is not None]
     probe = _probe(libraries)
-    status = probe["status"] or {}
+    status, import_errors = probe["status"], probe["import_errors"]
     found = Diagnosis(
         ok=False,
         verdict="",
@@ -176,12 +154,14 @@ def diagnose() -> Diagnosis:
         modules=probe["modules"],
         hosts=classes_of_hosts(),
         patches=status.get("patched", {}),
-        errors=[*status.get("errors", []), *(f"{name}: {e}" for name, e in probe["import_errors"].items())],
+        errors=[*status.get("errors", []), *(f"{name}: {e}" for name, e in import_errors.items())],
+        problems=[],
+        notes=[],
     )
-    found.problems = list(_problems(found, libraries, probe))
+    found.problems += _problems(found, libraries, probe)
     found.ok = not found.problems
     found.verdict = _verdict(found, libraries)
-    found.notes = [*_notes(found.commands), *_notes_on_hosts(found)]
+    found.notes += _notes(found)
     return found
 
 
@@ -209,25 +189,18 @@ def _verdict(found: Diagnosis, libraries: list[str]) -> str:
     if found.problems:
         return f"No, MiniMax-M3 does not run correctly here: {found.problems[0].what}."
     sources = {module["name"]: module["source"] for module in found.modules}
-    by_class: dict[str, list[str]] = {}
-    for library in libraries:
-        if sources[f"{library}.models.minimax_m3_vl"] == "none":
-            continue
-        if sources[f"{library}.models.minimax_m3_vl"] == "native":
-            whose = "with upstream's own class, as MLX_M3_PLUGIN_PREFER=native asks"
-        elif found.settings["prefer_native"]:
-            whose = "with this plugin, because upstream has no class of its own"
-        else:
-            whose = "with this plugin"
-        by_class.setdefault(whose, []).append(library)
-    for host in (host for host in found.hosts if host.is_default):
-        whose = (
-            "with this plugin"
-            if host.source == "plugin"
-            else "with another class, as MLX_M3_PLUGIN_PREFER=native asks"
-        )
-        by_class.setdefault(whose, []).append(host.host)
-    parts = [f"in {' and '.join(names)} {whose}" for whose, names in by_class.items()]
+    why_ours = ", because upstream has no class of its own" if found.settings["prefer_native"] else ""
+    loaded = [
+        (library, sources[f"{library}.models.minimax_m3_vl"], why_ours, "upstream's own class")
+        for library in libraries
+    ]
+    loaded += [(host.host, host.source, "", "another class") for host in found.hosts if host.is_default]
+    names: dict[str, list[str]] = {}
+    for name, source, why, other in loaded:
+        ours, native = f"this plugin{why}", f"{other}, as MLX_M3_PLUGIN_PREFER=native asks"
+        if source != "none":
+            names.setdefault(ours if source == "plugin" else native, []).append(name)
+    parts = [f"in {' and '.join(names[which])} with {which}" for which in names]
     return f"Yes, MiniMax-M3 runs here: {'; '.join(parts)}."
 
 
@@ -277,19 +250,21 @@ def _startup_problems(files: list[StartupFile], probe: dict[str, Any]) -> Iterat
     usable = [f for f in files if f.path.endswith(".pth") or sys.version_info >= (3, 15)]
     broken = [file for file in usable if file.problem]
     for file in broken:
-        yield Problem(f"{file.path} is {file.problem}", file.cure or REINSTALL)
-    if not usable and is_in_site_directory():
+        yield Problem(f"{file.path} is {file.problem}", file.cure)
+    if broken:
+        return
+    if usable:
+        yield Problem(
+            f"the plugin's start-up file does not run{_printed(probe)}",
+            f"start Python without -S; if that does not help, {REINSTALL}",
+        )
+    elif is_in_site_directory():
         yield Problem("the plugin's start-up file is missing from this environment", REINSTALL)
-    elif not usable:
+    else:
         yield Problem(
             "the plugin is not installed in one of Python's site directories, where start-up files are read",
             "install it with pip into the environment itself (without --target), or put "
             "`import mlx_m3_plugin` first in your program",
-        )
-    elif not broken:
-        yield Problem(
-            f"the plugin's start-up file does not run{_printed(probe)}",
-            f"start Python without -S; if that does not help, {REINSTALL}",
         )
 
 
@@ -303,7 +278,7 @@ def _failures(found: Diagnosis, libraries: list[str], probe: dict[str, Any]) -> 
         return
     # Where another host is installed, what it loads counts.
     passed_over = {module["why"] for module in found.modules if found.hosts and module["source"] == "none"}
-    errors = (probe["status"] or {}).get("errors", [])
+    errors = probe["status"].get("errors", [])
     for what in errors:
         if what not in found.settings["complaints"] and what not in passed_over:
             yield Problem(what, _UPGRADE)
@@ -317,12 +292,12 @@ def _host_problems(found: Diagnosis) -> Iterator[Problem]:
     if not found.active:
         return
     ours = {host.host: host for host in found.hosts if host.source == "plugin"}
-    for host in found.hosts:
+    for host in (host for host in found.hosts if host.is_default):
         other = ours.get(host.host)
         fix = f"use {other}" if other else f"{_UPGRADE}; if that does not help, report both versions"
-        if host.is_default and host.source == "none":
+        if host.source == "none":
             yield Problem(f"{host} cannot load {host.module} ({host.why})", fix)
-        elif host.is_default and host.source == "native" and not found.settings["prefer_native"]:
+        elif host.source == "native" and not found.settings["prefer_native"]:
             yield Problem(f"{host} loads another class, {host.path}", fix)
 
 
@@ -351,8 +326,8 @@ def _command_problems(command: Command) -> Iterator[Problem]:
         yield Problem(f"{what}, {command.environment}, which does not have the plugin", install + otherwise)
 
 
-def _notes(commands: list[Command]) -> Iterator[str]:
-    for command in commands:
+def _notes(found: Diagnosis) -> Iterator[str]:
+    for command in found.commands:
         if command.path is None:
             there = Path(sys.executable).parent / command.name
             yield f"{command.name} is not on PATH: activate this environment, or run {there}"
@@ -361,9 +336,6 @@ def _notes(commands: list[Command]) -> Iterator[str]:
             "this is about new processes; a notebook that was started before the plugin was installed needs "
             "a restart or `import mlx_m3_plugin`, and `mlx_m3_plugin.status()` describes the notebook itself"
         )
-
-
-def _notes_on_hosts(found: Diagnosis) -> Iterator[str]:
     if not found.hosts:
         return
     names = " and ".join(dict.fromkeys(host.host for host in found.hosts))
@@ -377,20 +349,10 @@ def _notes_on_hosts(found: Diagnosis) -> Iterator[str]:
 
 
 def _probe(libraries: list[str]) -> dict[str, Any]:
-    # Not in the current directory: a checkout of the plugin there would be found without being installed.
-    run = subprocess.run(
-        [sys.executable, "-c", _PROBE, *libraries],
-        capture_output=True,
-        text=True,
-        cwd=Path(sys.executable).parent,
-    )
-    died = None
-    try:
-        answer: dict[str, Any] = json.loads(run.stdout.strip().splitlines()[-1])
-    except (IndexError, json.JSONDecodeError):
-        answer = {"hooked": False, "status": None, "modules": [], "mlx_error": None, "import_errors": {}}
-        died = run.returncode
-    return answer | {"stderr": run.stderr, "died": died}
+    nothing: dict[str, Any] = dict(hooked=False, status=None, modules=[], mlx_error=None, import_errors={})
+    answer, run = ask(_PROBE, *libraries)
+    died, answer = (run.returncode, nothing) if answer is None else (None, answer)
+    return {**answer, "status": answer["status"] or {}, "stderr": run.stderr, "died": died}
 
 
 # --- what is installed ---
@@ -404,16 +366,14 @@ def what_to_install(error: ImportError) -> str | None:
     if package == "mlx_vlm" and (hosts := installed_hosts()):
         # The extra would replace what the host needs.
         return f"mlx_vlm cannot be imported ({error}): install the mlx-vlm that {hosts[0]} asks for"
-    extra = f'pip install "mlx-m3-plugin[{_EXTRAS.get(package)}]"'
-    fixes = {"mlx": FOR_MLX} | dict.fromkeys(_EXTRAS, extra)
     # The other packages that we import are mlx-lm and its dependencies.
-    return f"{package} cannot be imported ({error}): {fixes.get(package, 'pip install --upgrade mlx-lm')}"
+    return f"{package} cannot be imported ({error}): {_FIXES.get(package, 'pip install --upgrade mlx-lm')}"
 
 
 def find_startup_files() -> list[StartupFile]:
     """Our start-up files in the directories where Python looks for them."""
     paths = [directory / name for directory in _site_directories() for name in STARTUP_FILES]
-    return [StartupFile(str(path), *_why_skipped(path)) for path in paths if path.exists()]
+    return [_startup_file(path) for path in paths if path.exists()]
 
 
 def is_in_site_directory() -> bool:
@@ -425,17 +385,17 @@ def is_in_site_directory() -> bool:
     return Path(str(metadata)).resolve() in [directory.resolve() for directory in _site_directories()]
 
 
-def _why_skipped(path: Path) -> tuple[str | None, str | None]:
+def _startup_file(path: Path) -> StartupFile:
+    found = StartupFile(path=str(path), problem=None, cure=None)
     # macOS hides files in some folders, and ``site`` silently skips hidden files.
     hidden = getattr(stat, "UF_HIDDEN", 0x8000)
-    flags = getattr(os.lstat(path), "st_flags", 0)
-    if flags & hidden:
-        return "hidden by macOS, so Python skips it", f"chflags nohidden {path}"
-    if not os.access(path, os.R_OK):
-        return "not readable", f"chmod a+r {path}"
-    if path.stat().st_size == 0:
-        return "empty", REINSTALL
-    return None, None
+    if getattr(os.lstat(path), "st_flags", 0) & hidden:
+        found.problem, found.cure = "hidden by macOS, so Python skips it", f"chflags nohidden {path}"
+    elif not os.access(path, os.R_OK):
+        found.problem, found.cure = "not readable", f"chmod a+r {path}"
+    elif path.stat().st_size == 0:
+        found.problem, found.cure = "empty", REINSTALL
+    return found
 
 
 def _site_directories() -> list[Path]:
@@ -448,15 +408,15 @@ def _site_directories() -> list[Path]:
 def find_command(name: str) -> Command:
     path = shutil.which(name)
     python = None if path is None else _interpreter_of(Path(path))
+    found = Command(name=name, path=path, python=python, environment=None, is_here=True, has_plugin=False)
     if python is None:
-        return Command(name, path)
+        return found
     try:
-        run = subprocess.run([python, "-c", _ASK], capture_output=True, text=True, cwd=Path(python).parent)
-        environment, has_plugin = json.loads(run.stdout.splitlines()[-1])
-    except (OSError, IndexError, ValueError):
-        return Command(name, path, python, is_here=False)
-    is_here = os.path.realpath(environment) == os.path.realpath(sys.prefix)
-    return Command(name, path, python, environment, is_here, has_plugin)
+        (found.environment, found.has_plugin), _ = ask(_ASK, python=python)
+        found.is_here = os.path.realpath(found.environment) == os.path.realpath(sys.prefix)
+    except (OSError, TypeError, ValueError):
+        found.is_here = False
+    return found
 
 
 def _interpreter_of(script: Path) -> str | None:

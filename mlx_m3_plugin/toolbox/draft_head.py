@@ -93,8 +93,6 @@ def open_draft_head(directory: Path) -> DraftHead:
         raise ValueError(f"{directory / 'config.json'}: {_LAYERS} must be a list of layers")
     headers, shapes = read_headers(directory), draft_shapes(config)
     problems = headers.problems if weight_files(directory) else ["there are no safetensors files"]
-    plan: Mapping[str, Tensor] = {}
-    quantized: dict[str, Quantization] = {}
     if not problems:
         sizes = ("num_attention_heads", "head_dim", "dense_intermediate_size", "hidden_size")
         plan = plan_draft(headers.tensors, TextConfig(**{name: config[name] for name in sizes}))

@@ -8,8 +8,9 @@ import math
 from argparse import Namespace
 from collections.abc import Iterator
 from contextlib import AbstractContextManager, nullcontext
-from dataclasses import asdict, dataclass, field
+from itertools import islice
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import mlx.core as mx
@@ -58,61 +59,19 @@ def command(args: Namespace) -> Answer:
     )
     if picture is not None:
         draw(found, picture)
-    return Answer(asdict(found), report_lines(found))
+    return Answer(found, report_lines(found))
 
 
-@dataclass(frozen=True)
-class Distributions:
-    """How the next-token distributions of a checkpoint differ from a reference's.
-
-    Attributes:
-        kl_mean, kl_95: of KL(reference || this), in nats, over the positions that predict a token.
-        top_1: fraction of positions where both have the same most likely token.
-        ear: expected acceptance rate, the mean over positions of ``sum_v min(p_ref(v), p(v))``
-            (arXiv 2605.02404): how often speculative sampling would accept this one's tokens.
-    """
-
-    kl_mean: float
-    kl_95: float
-    top_1: float
-    ear: float
-
-
-@dataclass(frozen=True)
-class LayerComparison:
-    """How a layer's output and choices differ from the reference's.
-
-    Attributes:
-        hidden_error: squared error of hidden states, relative to the reference's squares.
-        router_overlap: fraction of the reference's experts that are chosen here too; None without a router.
-        block_overlap: the same of key blocks, over the queries that could not attend all.
-    """
-
-    layer: int
-    hidden_error: float
-    router_overlap: float | None = None
-    block_overlap: float | None = None
-
-
-@dataclass
-class Evaluation:
+class Evaluation(SimpleNamespace):
     """What was measured.
 
     Attributes:
         bytes: of the whole checkpoint on disk.
-        distributions, layers: compared with the reference, if there is one.
+        context: the length of the longest window.
+        reference, reference_perplexity: None if there is none.
+        distributions, layers: compared with the reference: see :func:`compare_distributions`, None without
+            one, and :func:`compare_layers`.
     """
-
-    checkpoint: str
-    tokens: int
-    windows: int
-    context: int
-    bytes: int
-    perplexity: float
-    reference: str | None = None
-    reference_perplexity: float | None = None
-    distributions: Distributions | None = None
-    layers: list[LayerComparison] = field(default_factory=list)
 
 
 def evaluate(
@@ -139,10 +98,14 @@ def evaluate(
         OSError: a checkpoint or the cache cannot be read or written.
         ValueError: the two have different shapes, or a hidden state is not a number.
     """
-    cache, theirs = cache or default_cache(), reference
-    if theirs is not None:
-        _check_alike(ours, theirs)
-    _check_tokens(ours, texts)
+    cache = cache or default_cache()
+    if reference is not None:
+        _check_alike(ours, reference)
+    largest, vocabulary = max(texts.tokens), ours.text_config.vocab_size
+    if largest >= vocabulary:
+        raise ValueError(
+            f"{ours.directory}: the text has token {largest}, but the vocabulary has {vocabulary}"
+        )
 
     def run(checkpoint: Checkpoint, directory: Path) -> ForwardPass:
         progress = watch(checkpoint.title, checkpoint.text_config.num_hidden_layers)
@@ -151,26 +114,25 @@ def evaluate(
     our_directory = cache / pass_key(ours, texts)
     # Both locks before anything is computed; the reference's only during its own pass, others may need it.
     with _locked(our_directory, ours):
-        if theirs is not None:
-            their_directory = cache / pass_key(theirs, texts)
+        if reference is not None:
+            their_directory = cache / pass_key(reference, texts)
             is_same = their_directory == our_directory
-            with nullcontext() if is_same else _locked(their_directory, theirs):
-                their_pass = run(theirs, their_directory)
+            with nullcontext() if is_same else _locked(their_directory, reference):
+                their_pass = run(reference, their_directory)
                 their_perplexity = _cached_perplexity(their_pass)
         our_pass = run(ours, our_directory)
-    found = Evaluation(
-        ours.name,
-        len(texts.tokens),
-        len(texts.windows),
-        max(map(len, texts.windows)),
-        ours.headers.nbytes,
-        perplexity(our_pass),
+    return Evaluation(
+        checkpoint=ours.name,
+        tokens=len(texts.tokens),
+        windows=len(texts.windows),
+        context=max(map(len, texts.windows)),
+        bytes=ours.headers.nbytes,
+        perplexity=perplexity(our_pass),
+        reference=reference and reference.name,
+        reference_perplexity=reference and their_perplexity,
+        distributions=reference and compare_distributions(our_pass, their_pass),
+        layers=list(compare_layers(our_pass, their_pass)) if reference else [],
     )
-    if theirs is not None:
-        found.reference, found.reference_perplexity = theirs.name, their_perplexity
-        found.distributions = compare_distributions(our_pass, their_pass)
-        found.layers = list(compare_layers(our_pass, their_pass))
-    return found
 
 
 def _cached_perplexity(made: ForwardPass) -> float:
@@ -192,14 +154,6 @@ def _check_alike(ours: Checkpoint, theirs: Checkpoint) -> None:
             )
 
 
-def _check_tokens(checkpoint: Checkpoint, texts: Texts) -> None:
-    largest, vocabulary = max(texts.tokens), checkpoint.text_config.vocab_size
-    if largest >= vocabulary:
-        raise ValueError(
-            f"{checkpoint.directory}: the text has token {largest}, but the vocabulary has {vocabulary}"
-        )
-
-
 def _locked(directory: Path, checkpoint: Checkpoint) -> AbstractContextManager[int]:
     """One forward pass at a time in a directory: two would write over each other's hidden states."""
     doing = f"`mlx-m3 evaluate` is evaluating {checkpoint.directory} in {directory}"
@@ -211,39 +165,55 @@ def _locked(directory: Path, checkpoint: Checkpoint) -> AbstractContextManager[i
 
 def perplexity(made: ForwardPass) -> float:
     """``exp`` of the mean negative log-likelihood of each window's tokens after its first."""
-    total = 0.0
     positions, targets = made.texts.predictions()
-    for at, logits in _logits(made, positions):
-        each = np.arange(len(logits))
-        total += (_log_sums(logits) - logits[each, targets[at : at + len(logits)]]).sum()
+    total, rest = 0.0, iter(targets)
+    for log_p in _log_probabilities(made, positions):
+        total -= log_p[np.arange(len(log_p)), [*islice(rest, len(log_p))]].sum()
     return math.exp(total / len(positions))
 
 
-def compare_distributions(ours: ForwardPass, reference: ForwardPass) -> Distributions:
+def compare_distributions(ours: ForwardPass, reference: ForwardPass) -> SimpleNamespace:
+    """How the next-token distributions of a checkpoint differ from a reference's.
+
+    Returns:
+        kl_mean, kl_95: of KL(reference || this), in nats, over the positions that predict a token.
+        top_1: fraction of positions where both have the same most likely token.
+        ear: expected acceptance rate, the mean over positions of ``sum_v min(p_ref(v), p(v))``
+            (arXiv 2605.02404): how often speculative sampling would accept this one's tokens.
+    """
     positions, _ = ours.texts.predictions()
     kl, top_1, ear = [], 0, 0.0
-    pairs = zip(_logits(reference, positions), _logits(ours, positions), strict=True)
-    for (_, expected), (_, found) in pairs:
-        log_p = expected - _log_sums(expected)[:, None]
-        log_q = found - _log_sums(found)[:, None]
+    both = (_log_probabilities(made, positions) for made in (reference, ours))
+    for log_p, log_q in zip(*both, strict=True):
         p = np.exp(log_p)
         kl.append((p * (log_p - log_q)).sum(axis=1))
-        top_1 += int((expected.argmax(axis=1) == found.argmax(axis=1)).sum())
+        top_1 += int((log_p.argmax(axis=1) == log_q.argmax(axis=1)).sum())
         ear += np.minimum(p, np.exp(log_q)).sum()
     every = np.concatenate(kl)
-    return Distributions(
-        float(every.mean()), float(np.percentile(every, 95)), top_1 / len(every), float(ear) / len(every)
+    return SimpleNamespace(
+        kl_mean=float(every.mean()),
+        kl_95=float(np.percentile(every, 95)),
+        top_1=top_1 / len(every),
+        ear=float(ear) / len(every),
     )
 
 
-def compare_layers(ours: ForwardPass, reference: ForwardPass) -> Iterator[LayerComparison]:
+def compare_layers(ours: ForwardPass, reference: ForwardPass) -> Iterator[SimpleNamespace]:
+    """How each layer's output and choices differ from the reference's.
+
+    Yields:
+        hidden_error: squared error of hidden states, relative to the reference's squares.
+        router_overlap: fraction of the reference's experts that are chosen here too; None without a router.
+        block_overlap: the same of key blocks, over the queries that could not attend all.
+    """
     for number in range(ours.checkpoint.text_config.num_hidden_layers):
         found, expected = ours.layer(number), reference.layer(number)
         difference = found["sample"].astype(np.float64) - expected["sample"]
         error = (difference**2).mean() / max((expected["sample"].astype(np.float64) ** 2).mean(), 1e-30)
-        router = _overlap(found.get("experts"), expected.get("experts"))
-        blocks = _overlap(found.get("blocks"), expected.get("blocks"))
-        yield LayerComparison(number, float(error), router, blocks)
+        router, block = (_overlap(found.get(ids), expected.get(ids)) for ids in ("experts", "blocks"))
+        yield SimpleNamespace(
+            layer=number, hidden_error=float(error), router_overlap=router, block_overlap=block
+        )
 
 
 def _overlap(found: np.ndarray | None, expected: np.ndarray | None) -> float | None:
@@ -260,22 +230,18 @@ def _overlap(found: np.ndarray | None, expected: np.ndarray | None) -> float | N
     return float(common / there)
 
 
-def _logits(made: ForwardPass, positions: list[int]) -> Iterator[tuple[int, np.ndarray]]:
-    """Float64 logits of consecutive parts of ``positions``, with the index of the first."""
+def _log_probabilities(made: ForwardPass, positions: list[int]) -> Iterator[np.ndarray]:
+    """Float64 ``[n, V]``, of consecutive parts of ``positions``."""
     head, hidden = Head(made.checkpoint), made.hidden_states()
     step, at = 1, 0
     while at < len(positions):
         part = positions[at : at + step]
         h = hidden.read(part[0], part[-1] + 1)[mx.array([p - part[0] for p in part])]
         logits = np.array(head(h).astype(mx.float32)).astype(np.float64)
-        yield at, logits
+        largest = logits.max(axis=1, keepdims=True)
+        yield logits - (largest + np.log(np.exp(logits - largest).sum(axis=1, keepdims=True)))
         at += len(part)
         step = max(1, _BYTES_OF_LOGITS // logits[0].nbytes // 4)
-
-
-def _log_sums(logits: np.ndarray) -> np.ndarray:
-    largest = logits.max(axis=1)
-    return largest + np.log(np.exp(logits - largest[:, None]).sum(axis=1))
 
 
 # --- output ---
@@ -287,11 +253,11 @@ def report_lines(found: Evaluation) -> list[str]:
         f"{found.tokens:,} tokens in {found.windows} windows of {found.context:,}",
         f"  perplexity  {found.perplexity:.4f}",
     ]
-    if found.distributions is None or found.reference_perplexity is None:
+    if (different := found.distributions) is None:
         return lines
-    different = found.distributions
     lines[-1] += f", {found.perplexity / found.reference_perplexity - 1:+.2%} of the reference's"
-    lines += [
+    return [
+        *lines,
         f"Against {found.reference} (perplexity {found.reference_perplexity:.4f})",
         f"  KL divergence  {different.kl_mean:.5f} on average, {different.kl_95:.5f} at the 95th percentile",
         f"  same top token {different.top_1:.2%}",
@@ -299,23 +265,21 @@ def report_lines(found: Evaluation) -> list[str]:
         "",
         *_layer_lines(found.layers),
     ]
-    return lines
 
 
-def _layer_lines(layers: list[LayerComparison]) -> list[str]:
+def _layer_lines(layers: list[SimpleNamespace]) -> list[str]:
     """All of few layers; of many those that differ most, the first and the last."""
-    shown = layers
     title = "Layer  hidden error  experts in common  blocks in common"
     if len(layers) > 2 * _WORST:
-        worst = sorted(layers, key=lambda layer: layer.router_overlap or 1)[:_WORST]
-        worst += sorted(layers, key=lambda layer: layer.block_overlap or 1)[:_WORST]
-        by_number = {layer.layer: layer for layer in [*worst, layers[0], layers[-1]]}
-        shown = [by_number[number] for number in sorted(by_number)]
+        by_router = sorted(layers, key=lambda layer: layer.router_overlap or 1)
+        by_block = sorted(layers, key=lambda layer: layer.block_overlap or 1)
+        shown = [*by_router[:_WORST], *by_block[:_WORST], layers[0], layers[-1]]
+        layers = [layer for layer in layers if layer in shown]
         title += "   (those that differ most; --json has all)"
     cells = [
         f"{layer.layer:>5}  {layer.hidden_error:>12.6f}  {_percent(layer.router_overlap):>17}  "
         f"{_percent(layer.block_overlap):>16}"
-        for layer in shown
+        for layer in layers
     ]
     return [title, *cells]
 
@@ -331,45 +295,36 @@ def check_can_draw(path: Path) -> None:
         ValueError: matplotlib is not installed, or cannot write such a file.
         OSError: the file cannot be written.
     """
-    canvas = _pyplot().figure().canvas
-    _pyplot().close(canvas.figure)
-    kinds = canvas.get_supported_filetypes()
+    kinds = _figure().canvas.get_supported_filetypes()
     if path.suffix[1:].lower() not in kinds:
         raise ValueError(f"--plot {path}: the name must end in .{', .'.join(kinds)}")
     check_can_write(path)
 
 
-def _pyplot() -> Any:
+def _figure(**options: Any) -> Any:
     try:
-        import matplotlib
+        import matplotlib.figure
     except ModuleNotFoundError:
         raise ValueError('--plot needs matplotlib: pip install "mlx-m3-plugin[plot]"') from None
-    matplotlib.use("Agg")
-    from matplotlib import pyplot
-
-    return pyplot
+    return matplotlib.figure.Figure(**options)
 
 
 def draw(found: Evaluation, path: Path) -> None:
     """Draw the error and the choices of each layer of an evaluation with a reference."""
-    pyplot = _pyplot()
-    figure, panels = pyplot.subplots(len(_PANELS), 1, sharex=True, figsize=(9, 9), layout="constrained")
+    figure = _figure(figsize=(9, 9), layout="constrained")
+    panels = figure.subplots(len(_PANELS), sharex=True)
     for axes, (name, title) in zip(panels, _PANELS.items(), strict=True):
-        points = [
-            (layer.layer, value) for layer in found.layers if (value := getattr(layer, name)) is not None
-        ]
-        axes.plot(*zip(*points, strict=True), marker="o", markersize=3) if points else None
+        points = {layer.layer: getattr(layer, name) for layer in found.layers}
+        points = {layer: value for layer, value in points.items() if value is not None}
+        axes.plot([*points], [*points.values()], marker="o", markersize=3)
         axes.set_title(title, loc="left", fontsize=10)
         axes.grid(alpha=0.3)
     panels[0].set_yscale("log")
     panels[-1].set_xlabel("layer")
-    different = found.distributions
-    assert different is not None
     figure.suptitle(
-        f"{Path(found.checkpoint).name} against {Path(found.reference or '').name}: perplexity "
-        f"{found.perplexity:.3f} ({found.reference_perplexity:.3f}), KL {different.kl_mean:.4f}, "
-        f"EAR {different.ear:.4f}",
+        f"{Path(found.checkpoint).name} against {Path(found.reference).name}: perplexity "
+        f"{found.perplexity:.3f} ({found.reference_perplexity:.3f}), KL {found.distributions.kl_mean:.4f}, "
+        f"EAR {found.distributions.ear:.4f}",
         fontsize=10,
     )
     figure.savefig(path, dpi=120)
-    pyplot.close(figure)

@@ -4,9 +4,9 @@ Reads headers alone; :mod:`mlx_m3_plugin.model.memory` has the calculation.
 """
 
 from argparse import Namespace
-from collections.abc import Sequence
-from dataclasses import asdict, dataclass
+from collections.abc import Mapping, Sequence
 from pathlib import Path
+from types import SimpleNamespace
 
 from ..model.config import TextConfig
 from ..model.draft_cost import EXPECTED_ACCEPTANCE, DraftCost, best_length, tokens_per_pass
@@ -35,91 +35,28 @@ from .common import Answer, size_in_words, tokens_in_words
 from .draft_head import DraftHead, open_draft_head
 from .parameters import NOT_IN_THE_TEXT_MODEL, OTHER, bytes_of_components
 
-# Components that a token does not read, or (embeddings, routed experts) reads only a part of.
-_NOT_READ_WHOLE = (*NOT_IN_THE_TEXT_MODEL, "routed experts", "embeddings")
 # GB/s of machines that people ask about.
-BANDWIDTHS = {"M2 Ultra": 800, "M3 Ultra": 819, "M4 Max": 546, "M5 Max": 614}
+BANDWIDTHS: Mapping[str, float] = {"M2 Ultra": 800, "M3 Ultra": 819, "M4 Max": 546, "M5 Max": 614}
 # GB/s of the SSD in these Macs.
 DISK = 7
-_LEAST_BANDWIDTH, _MOST_BANDWIDTH = 1, 100_000
 # A value of --draft: the head in the checkpoint's own folder.
 AUTO = "auto"
 
 
-@dataclass(frozen=True)
-class OnDisk:
-    """Experts on disk, if a router chooses all of them equally often; real ones have favourites.
-
-    Attributes:
-        in_memory: experts of each layer.  experts: all of them.  memory: bytes for experts.
-        context: tokens that there is room for beside them.
-        hit_rate: how many of a token's experts are in memory.
-        read: bytes that a token reads from the disk.
-        ceiling: tokens per second that reading them from an SSD of ``DISK`` GB/s allows.
-    """
-
-    in_memory: int
-    experts: int
-    memory: int
-    context: int
-    hit_rate: float
-    read: int
-    ceiling: float
-
-
-@dataclass(frozen=True)
-class DraftLength:
-    """Drafting ``drafted`` tokens in each round, and verifying them.
-
-    Attributes:
-        tokens_per_pass: of the target.  read: bytes in a round.
-        speedup: how many times as fast as without a draft.
-    """
-
-    drafted: int
-    tokens_per_pass: float
-    read: int
-    speedup: float
-
-
-@dataclass(frozen=True)
-class Drafting:
-    """What a draft head would give, if a router chooses all experts equally often.
-
-    Attributes:
-        acceptance: of each token of a block, how often it is accepted if all before it were.
-        weights: bytes of the head.  cache: of its K and V, for a full window.
-        lengths: from 1 token to all of ``acceptance``.
-        best: the fastest of them; None where each is slower than decoding without a draft.
-        ceilings: as in :class:`Fit`, with the best length.
-    """
-
-    path: str
-    acceptance: list[float]
-    weights: int
-    cache: int
-    lengths: list[DraftLength]
-    best: DraftLength | None
-    ceilings: dict[str, float]
-
-    @property
-    def pays(self) -> bool:
-        return self.best is not None
-
-
-@dataclass(frozen=True)
-class Fit:
+class Fit(SimpleNamespace):
     """What fits one machine, in bytes and tokens.
 
     Attributes:
         model: which of MiniMax's models it is.
+        memory: of the machine, of which ``reserve`` is for the system.
         weights: what mlx-lm loads.  vision: what mlx-vlm loads in addition.
-        per_token: of context.  cache: of ``context`` tokens.
+        per_token: of context, with ``kv_bits`` for K and V.  cache: of ``context`` tokens.
         context: tokens planned for: the requested number, at most ``model_context``; if none was
             requested ``largest_context``, or 1 if nothing fits.
         model_context: the most tokens that the model supports.
-        transient: memory of computing a chunk of a prompt at that context.  stock: what index scores and
-            masks of one layer take there in mlx-lm's and mlx-vlm's own classes.
+        transient: memory of computing a chunk of ``prefill_step`` tokens of a prompt at that context.
+            stock: what index scores and masks of one layer take there in mlx-lm's and mlx-vlm's own classes.
+        total: of weights, cache and transient.
         fits: the requested context fits into ``memory`` and is supported by the model.
         missing: bytes of memory that ``context`` needs and the machine does not have.
         largest_context: the most tokens that fit, at most ``model_context``; 0 if nothing fits.
@@ -130,29 +67,32 @@ class Fit:
         drafting: with a draft head, which only mlx-vlm runs; its memory and vision are then in ``total``.
     """
 
-    name: str
-    model: str
-    memory: int
-    reserve: int
-    weights: int
-    vision: int
-    per_token: int
-    kv_bits: int | None
-    context: int
-    model_context: int
-    cache: int
-    prefill_step: int
-    transient: int
-    stock: dict[str, int]
-    total: int
-    fits: bool
-    missing: int
-    largest_context: int
-    touched: int
-    ceilings: dict[str, float]
-    wired_limit_mb: int | None
-    on_disk: OnDisk | None
-    drafting: Drafting | None = None
+
+class OnDisk(SimpleNamespace):
+    """Experts on disk, if a router chooses all of them equally often; real ones have favourites.
+
+    Attributes:
+        in_memory: experts of each layer.  experts: all of them.  memory: bytes for experts.
+        context: tokens that there is room for beside them.
+        hit_rate: how many of a token's experts are in memory.
+        read: bytes that a token reads from the disk.
+        ceiling: tokens per second that reading them from an SSD of ``DISK`` GB/s allows.
+    """
+
+
+class Drafting(SimpleNamespace):
+    """What a draft head would give, if a router chooses all experts equally often.
+
+    Attributes:
+        path: of the head.
+        acceptance: of each token of a block, how often it is accepted if all before it were.
+        weights: bytes of the head.  cache: of its K and V, for a full window.
+        lengths: for each number of ``drafted`` tokens, from 1 to all of ``acceptance``: ``tokens_per_pass``
+            of the target, bytes ``read`` in a round, and ``speedup``: how many times as fast as without a
+            draft.
+        best: the fastest of them; None where each is slower than decoding without a draft.
+        ceilings: as in :class:`Fit`, with the best length.
+    """
 
 
 def command(args: Namespace) -> Answer:
@@ -167,12 +107,11 @@ def command(args: Namespace) -> Answer:
             if getattr(args, option) is not None:
                 raise ValueError(f"--{option} is for one machine, but --memory names several")
         split = fit_pipeline(args.checkpoint, memories, **options)
-        return Answer(
-            {**asdict(split), "fits": split.fits, "split": split.split}, pipeline_lines(split), split.fits
-        )
-    draft = {"draft": args.draft, "acceptance": args.acceptance or (EXPECTED_ACCEPTANCE,)}
-    found = fit(args.checkpoint, memories[0], bandwidth=args.bandwidth, **draft, **options)
-    return Answer(asdict(found), fit_lines(found), found.fits)
+        return Answer(split, pipeline_lines(split), split.fits)
+    options |= {"bandwidth": args.bandwidth, "draft": args.draft}
+    acceptance = args.acceptance or (EXPECTED_ACCEPTANCE,)
+    found = fit(args.checkpoint, memories[0], acceptance=acceptance, **options)
+    return Answer(found, fit_lines(found), found.fits)
 
 
 def fit(
@@ -200,53 +139,44 @@ def fit(
         ValueError: not a MiniMax-M3 checkpoint, a format is unknown, or an option has an invalid value.
     """
     # NaN fails the comparison as well.
-    if bandwidth is not None and not _LEAST_BANDWIDTH <= bandwidth <= _MOST_BANDWIDTH:
-        raise ValueError(
-            f"--bandwidth must be between {_LEAST_BANDWIDTH} and {_MOST_BANDWIDTH:,} GB/s, not {bandwidth}"
-        )
+    if bandwidth is not None and not 1 <= bandwidth <= 100_000:
+        raise ValueError(f"--bandwidth must be between 1 and 100,000 GB/s, not {bandwidth}")
+    rates = BANDWIDTHS if bandwidth is None else {f"{_plain(bandwidth)} GB/s": bandwidth}
     checkpoint = _open_whole(path_or_repository, kv_bits)
     config = checkpoint.text_config
-    parts = bytes_of_components(checkpoint.headers, checkpoint.plan)
-    weights = sum(size for name, size in parts.items() if name not in NOT_IN_THE_TEXT_MODEL)
-    sparse = len(checkpoint.with_indexer)
-    per_token = bytes_per_token(config, sparse, kv_bits)
-    reserve = reserve_of(memory)
-    # Not with draft heads in the shards, which neither loads.
-    vision = sum(parts.values()) - weights - parts[OTHER]
     head = None if draft is None else _open_draft(path_or_repository, draft, config)
-    held = weights if head is None else weights + vision + head.nbytes + head.cache_bytes()
-    largest = context_that_fits(config, per_token, memory - reserve - held, prefill_step)
+    parts = bytes_of_components(checkpoint.headers, checkpoint.plan)
+    text = {name: size for name, size in parts.items() if name not in NOT_IN_THE_TEXT_MODEL}
+
+    found = Fit(name=checkpoint.name, model=model_name(config), memory=memory, reserve=reserve_of(memory))
+    found.weights = sum(text.values())
+    # Not with draft heads in the shards, which neither loads.
+    found.vision = sum(parts.values()) - found.weights - parts[OTHER]
+    found.per_token = bytes_per_token(config, len(checkpoint.with_indexer), kv_bits)
+    found.kv_bits = kv_bits
+    usable, held = memory - found.reserve, found.weights
+    if head is not None:
+        held += found.vision + head.nbytes + head.cache_bytes()
+    largest = context_that_fits(config, found.per_token, usable - held, prefill_step)
     asked = (largest or 1) if context is None else context
-    planned = min(asked, config.max_position_embeddings)
-    cache, transient = per_token * planned, transient_bytes(config, prefill_step, planned)
-    total = held + cache + transient
-    missing = max(0, total - (memory - reserve))
-    cost = _cost(config, parts, sparse, planned, per_token, head)
-    return Fit(
-        name=checkpoint.name,
-        model=model_name(config),
-        memory=memory,
-        reserve=reserve,
-        weights=weights,
-        vision=vision,
-        per_token=per_token,
-        kv_bits=kv_bits,
-        context=planned,
-        model_context=config.max_position_embeddings,
-        cache=cache,
-        prefill_step=prefill_step,
-        transient=transient,
-        stock=stock_transients(config, prefill_step, planned),
-        total=total,
-        fits=not missing and planned == asked,
-        missing=missing,
-        largest_context=largest,
-        touched=int(cost.round(0)),
-        ceilings=_ceilings(cost.round(0), bandwidth),
-        wired_limit_mb=wired_limit(memory, total),
-        on_disk=_on_disk(config, memory - reserve, parts, per_token, context) if missing else None,
-        drafting=None if head is None else _drafting(head, cost, acceptance, planned, bandwidth),
-    )
+    found.context = planned = min(asked, config.max_position_embeddings)
+    found.model_context = config.max_position_embeddings
+    found.cache = found.per_token * planned
+    found.prefill_step = prefill_step
+    found.transient = transient_bytes(config, prefill_step, planned)
+    found.stock = stock_transients(config, prefill_step, planned)
+    found.total = held + found.cache + found.transient
+    missing = max(0, found.total - usable)
+    found.fits = not missing and planned == asked
+    found.missing = missing
+    found.largest_context = largest
+    cost = _cost(checkpoint, text, planned, found.per_token, head)
+    found.touched = int(cost.round(0))
+    found.ceilings = _ceilings(cost.round(0), rates)
+    found.wired_limit_mb = wired_limit(memory, found.total)
+    found.on_disk = _on_disk(config, text, usable, found.per_token, context) if missing else None
+    found.drafting = None if head is None else _drafting(head, cost, acceptance, rates)
+    return found
 
 
 def _open_whole(path_or_repository: str | Path, kv_bits: int | None) -> Checkpoint:
@@ -257,16 +187,14 @@ def _open_whole(path_or_repository: str | Path, kv_bits: int | None) -> Checkpoi
     if kv_bits not in (None, 4, 8):
         raise ValueError(f"--kv-bits must be 4 or 8, not {kv_bits}")
     source = open_source(path_or_repository)
-    checkpoint, problems = None, source.headers.problems
+    problems = source.headers.problems
     try:
         checkpoint = read_checkpoint(source, read_text_config(source.config))
+        # Tensors of damaged files would only be reported twice.
+        problems = problems or checkpoint.of_quantization + checkpoint.of_text + checkpoint.of_vision
     except ValueError as error:
         problems = [str(error), *problems]
-    else:
-        missing = checkpoint.of_quantization + checkpoint.of_text + checkpoint.of_vision
-        # Tensors of damaged files would only be reported twice.
-        problems = problems or missing
-    if checkpoint is None or problems:
+    if problems:
         raise ValueError("\n  ".join([f"{source.name}: its size is unknown:", *shorten(problems)]))
     return checkpoint
 
@@ -275,25 +203,21 @@ def _open_whole(path_or_repository: str | Path, kv_bits: int | None) -> Checkpoi
 
 
 def _cost(
-    config: TextConfig,
-    parts: dict[str, int],
-    sparse: int,
-    context: int,
-    per_token: int,
-    head: DraftHead | None,
+    checkpoint: Checkpoint, parts: Mapping[str, int], context: int, per_token: int, head: DraftHead | None
 ) -> DraftCost:
     """Bytes that decoding reads: all weights except the embedding and the experts that no token is routed to,
     all K and V of dense layers and index keys, and for each token the K and V of the blocks that it selects.
     """
-    index = 2 * config.index_head_dim
-    dense = config.num_hidden_layers - sparse
+    config, sparse = checkpoint.text_config, len(checkpoint.with_indexer)
+    index, dense = 2 * config.index_head_dim, config.num_hidden_layers - sparse
     keys_values = (per_token - sparse * index) // config.num_hidden_layers
-    weights = sum(size for name, size in parts.items() if name not in _NOT_READ_WHOLE)
-    lm_head = parts.get("embeddings", 0) if config.tie_word_embeddings else parts.get("lm_head", 0)
+    embeddings, routed = parts["embeddings"], parts["routed experts"]
+    lm_head = embeddings if config.tie_word_embeddings else parts["lm_head"]
+    cached = (dense * keys_values + sparse * index) * context
     return DraftCost(
-        shared=weights + (dense * keys_values + sparse * index) * context,
+        shared=sum(parts.values()) - embeddings - routed + cached,
         per_token=keys_values * sparse * min(context, config.budget),
-        routed=parts.get("routed experts", 0),
+        routed=routed,
         experts=config.num_local_experts,
         experts_per_token=config.num_experts_per_tok,
         draft=0 if head is None else head.bytes_per_round + head.cache_bytes(context) + lm_head,
@@ -301,27 +225,32 @@ def _cost(
     )
 
 
-def _ceilings(read: float, bandwidth: float | None, tokens: float = 1) -> dict[str, float]:
-    """Tokens per second, if ``tokens`` tokens read so many bytes."""
-    rates = BANDWIDTHS if bandwidth is None else {f"{_plain(bandwidth)} GB/s": bandwidth}
+def _ceilings(read: float, rates: Mapping[str, float], tokens: float = 1) -> dict[str, float]:
+    """Tokens per second at these GB/s, if ``tokens`` tokens read so many bytes."""
     each = {name: rate * 1e9 * tokens / read for name, rate in rates.items()}
     return {name: round(rate, 2 if rate < 1 else 1) for name, rate in each.items()}
 
 
 def _on_disk(
-    config: TextConfig, usable: int, parts: dict[str, int], per_token: int, context: int | None
+    config: TextConfig, parts: Mapping[str, int], usable: int, per_token: int, context: int | None
 ) -> OnDisk | None:
-    routed, experts = parts.get("routed experts", 0), config.num_local_experts
-    others = sum(size for name, size in parts.items() if name not in NOT_IN_THE_TEXT_MODEL) - routed
+    routed, experts = parts["routed experts"], config.num_local_experts
     context = min(context or CONTEXT_BESIDE_EXPERTS, config.max_position_embeddings)
-    memory = room_for_experts(config, usable, others, per_token, context)
+    memory = room_for_experts(config, usable, sum(parts.values()) - routed, per_token, context)
     in_memory = experts * memory // max(1, routed)
     if not 0 < in_memory < experts:
         return None
     hit_rate = in_memory / experts
     read = int(routed * config.num_experts_per_tok / experts * (1 - hit_rate))
-    ceiling = round(DISK * 1e9 / read, 1)
-    return OnDisk(in_memory, experts, memory, context, round(hit_rate, 3), read, ceiling)
+    return OnDisk(
+        in_memory=in_memory,
+        experts=experts,
+        memory=memory,
+        context=context,
+        hit_rate=round(hit_rate, 3),
+        read=read,
+        ceiling=round(DISK * 1e9 / read, 1),
+    )
 
 
 # --- with a draft head ---
@@ -348,16 +277,19 @@ def _open_draft(path_or_repository: str | Path, draft: str | Path, config: TextC
 
 
 def _drafting(
-    head: DraftHead, cost: DraftCost, acceptance: Sequence[float], context: int, bandwidth: float | None
+    head: DraftHead, cost: DraftCost, acceptance: Sequence[float], rates: Mapping[str, float]
 ) -> Drafting:
     if len(acceptance) > head.block:
         raise ValueError(
             f"--acceptance has {len(acceptance)} values, but {head.directory} drafts {head.block} tokens"
         )
-    each = list(acceptance) * head.block if len(acceptance) == 1 else list(acceptance)
+    each = list(acceptance) * (head.block if len(acceptance) == 1 else 1)
     lengths = [
-        DraftLength(
-            n, round(tokens_per_pass(each[:n]), 3), int(cost.round(n)), round(cost.speedup(each[:n]), 3)
+        SimpleNamespace(
+            drafted=n,
+            tokens_per_pass=round(tokens_per_pass(each[:n]), 3),
+            read=int(cost.round(n)),
+            speedup=round(cost.speedup(each[:n]), 3),
         )
         for n in range(1, len(each) + 1)
     ]
@@ -370,7 +302,7 @@ def _drafting(
         cache=head.cache_bytes(),
         lengths=lengths,
         best=best,
-        ceilings={} if best is None else _ceilings(best.read, bandwidth, best.tokens_per_pass),
+        ceilings={} if best is None else _ceilings(best.read, rates, best.tokens_per_pass),
     )
 
 
@@ -386,25 +318,30 @@ def fit_lines(found: Fit) -> list[str]:
             ("weights", found.weights + found.vision, "in mlx-vlm"),
             ("draft head", drafting.weights + drafting.cache, f"{drafting.path}, and its K and V"),
         ]
+    machine = f"{size_in_words(found.memory)} minus {size_in_words(found.reserve)} reserved for the system"
+    missing = f"does NOT fit in {machine}: {size_in_words(found.missing)} missing"
     rows += [
         ("context", found.cache, f"{tokens_in_words(found.context)} of {found.per_token:,} bytes each{bits}"),
         ("a chunk of a prompt", found.transient, f"{found.prefill_step:,} tokens at a time (estimate)"),
-        ("total", found.total, _verdict(found)),
+        ("total", found.total, missing if found.missing else f"fits in {machine}"),
     ]
-    lines = [
-        f"{found.name} ({found.model})",
-        *(f"  {name:<20} {size_in_words(size):>11}  {note}" for name, size, note in rows),
-    ]
+    lines = [f"{found.name} ({found.model})"]
+    lines += [f"  {name:<20} {size_in_words(size):>11}  {note}" for name, size, note in rows]
     lines.append(_largest_context(found))
     if any(found.stock.values()):
         stock = " and ".join(f"{size_in_words(size)} in {name}" for name, size in found.stock.items())
         lines.append(f"Without the plugin, a chunk's index scores and masks in one layer take {stock}.")
-    ceilings = ", ".join(f"{_plain(rate)} on {name}" for name, rate in found.ceilings.items())
-    lines.append(f"A token reads {size_in_words(found.touched)}: at most {ceilings} tokens per second.")
+    lines.append(f"A token reads {size_in_words(found.touched)}: {_at_most_per_second(found.ceilings)}.")
     if drafting is not None:
         lines += _drafting_lines(drafting)
-    if found.on_disk is not None:
-        lines += _on_disk_lines(found.on_disk)
+    if (on_disk := found.on_disk) is not None:
+        lines += [
+            f"With experts on disk it runs: {EXPERT_MEMORY}={int(on_disk.memory / 2**30 * 10) / 10}GB keeps "
+            f"{on_disk.in_memory} of {on_disk.experts} experts of each layer in memory, beside "
+            f"{tokens_in_words(on_disk.context)} of context.",
+            f"If experts are chosen evenly, a token then reads {size_in_words(on_disk.read)} from the disk: "
+            f"at most {on_disk.ceiling} tokens per second at {DISK} GB/s.",
+        ]
     if found.wired_limit_mb is not None:
         here = "" if is_mac() else " (on the Mac)"
         lines.append(
@@ -413,42 +350,30 @@ def fit_lines(found: Fit) -> list[str]:
     return lines
 
 
-def _on_disk_lines(found: OnDisk) -> list[str]:
-    size = int(found.memory / 2**30 * 10) / 10
-    return [
-        f"With experts on disk it runs: {EXPERT_MEMORY}={size}GB keeps {found.in_memory} of {found.experts} "
-        f"experts of each layer in memory, beside {tokens_in_words(found.context)} of context.",
-        f"If experts are chosen evenly, a token then reads {size_in_words(found.read)} from the disk: "
-        f"at most {found.ceiling} tokens per second at {DISK} GB/s.",
-    ]
-
-
 def _drafting_lines(found: Drafting) -> list[str]:
     fastest = max(found.lengths, key=lambda length: length.speedup)
     percent = ", ".join(f"{100 * each:.3g}" for each in dict.fromkeys(found.acceptance))
-    drafts = f"Drafting {tokens_in_words(fastest.drafted)} with {percent} % accepted"
     gives = (
-        f"gives {fastest.tokens_per_pass:.2f} tokens per forward pass, and reads "
-        f"{size_in_words(fastest.read)} for it"
+        f"Drafting {tokens_in_words(fastest.drafted)} with {percent} % accepted gives "
+        f"{fastest.tokens_per_pass:.2f} tokens per forward pass, and reads {size_in_words(fastest.read)} "
+        f"for it: {fastest.speedup:.2f} times as fast"
     )
-    if not found.pays:
-        return [f"{drafts} {gives}: {fastest.speedup:.2f} times as fast. Drafting does NOT pay."]
-    ceilings = ", ".join(f"{_plain(rate)} on {name}" for name, rate in found.ceilings.items())
+    if found.best is None:
+        return [f"{gives}. Drafting does NOT pay."]
     return [
-        f"{drafts} {gives}: {fastest.speedup:.2f} times as fast, at most {ceilings} tokens per second.",
+        f"{gives}, {_at_most_per_second(found.ceilings)}.",
         f"To draft so many, in mlx-vlm: --draft-model {found.path} --draft-block-size {fastest.drafted + 1}",
     ]
 
 
-def _verdict(found: Fit) -> str:
-    machine = f"{size_in_words(found.memory)} minus {size_in_words(found.reserve)} reserved for the system"
-    missing = f"does NOT fit in {machine}: {size_in_words(found.missing)} missing"
-    return missing if found.missing else f"fits in {machine}"
+def _at_most_per_second(ceilings: Mapping[str, float]) -> str:
+    each = ", ".join(f"{_plain(rate)} on {name}" for name, rate in ceilings.items())
+    return f"at most {each} tokens per second"
 
 
 def _largest_context(found: Fit) -> str:
     if not found.missing and not found.fits:
-        return _too_much_context(found.model_context, found.largest_context)
+        return _too_much_context(found)
     if found.largest_context == found.model_context:
         return f"The model's full context of {tokens_in_words(found.model_context)} fits."
     if found.largest_context:
@@ -457,8 +382,9 @@ def _largest_context(found: Fit) -> str:
     return "No context fits: the weights alone are too large." if too_much else "No context fits."
 
 
-def _too_much_context(known: int, largest: int) -> str:
-    return f"The model supports only {known:,} tokens of context, fewer than requested; {_at_most(largest)}."
+def _too_much_context(found: "Fit | PipelineFit") -> str:
+    supported = f"The model supports only {found.model_context:,} tokens of context, fewer than requested"
+    return f"{supported}; {_at_most(found.largest_context)}."
 
 
 def _at_most(largest: int) -> str:
@@ -473,55 +399,18 @@ def _plain(number: float) -> str:
 # --- several machines ---
 
 
-@dataclass(frozen=True)
-class Stage:
-    """What one machine holds, in bytes.
-
-    Attributes:
-        first, last: numbers of its layers, inclusive.
-        weights: of its layers, and of what every machine holds: embedding, final norm and head.
-    """
-
-    rank: int
-    memory: int
-    reserve: int
-    first: int
-    last: int
-    weights: int
-    cache: int
-    transient: int
-
-    @property
-    def total(self) -> int:
-        return self.weights + self.cache + self.transient
-
-
-@dataclass(frozen=True)
-class PipelineFit:
+class PipelineFit(SimpleNamespace):
     """A split that fits, or none.
 
     Attributes:
         context, model_context: as in :class:`Fit`.  asked_context: the requested one, if any.
         largest_context: the most tokens that fit with any split.
-        stages: by rank, of which 0 holds the last layers; empty if nothing fits.
+        stages: what each machine holds, in bytes, by rank, of which 0 holds the last layers; empty if nothing
+            fits.  first, last: numbers of its layers, inclusive.  weights: of these layers, and of what every
+            machine holds: embedding, final norm and head.
         missing: bytes that each machine needs in addition, if nothing fits.
+        fits: as in :class:`Fit`.  split: how many layers each rank holds.
     """
-
-    name: str
-    context: int
-    asked_context: int | None
-    model_context: int
-    largest_context: int
-    stages: tuple[Stage, ...]
-    missing: int
-
-    @property
-    def fits(self) -> bool:
-        return bool(self.stages) and self.asked_context in (None, self.context)
-
-    @property
-    def split(self) -> list[int]:
-        return [stage.last - stage.first + 1 for stage in self.stages]
 
 
 def fit_pipeline(
@@ -537,17 +426,27 @@ def fit_pipeline(
     Like :func:`fit`; ``memories`` are bytes of each machine, by rank.
     """
     checkpoint = _open_whole(path_or_repository, kv_bits)
-    layers = _Layers(checkpoint, memories, kv_bits, prefill_step)
-    if len(memories) > len(layers.weights):
+    config = checkpoint.text_config
+    if len(memories) > config.num_hidden_layers:
         raise ValueError(
-            f"{checkpoint.name} has {len(layers.weights)} layers, fewer than {len(memories)} machines"
+            f"{checkpoint.name} has {config.num_hidden_layers} layers, fewer than {len(memories)} machines"
         )
-    known = layers.config.max_position_embeddings
-    largest = largest_context(layers.config, layers.fit)
+    layers = _Layers(checkpoint, memories, kv_bits, prefill_step)
+    known = config.max_position_embeddings
+    largest = largest_context(config, layers.fit)
     planned = min((largest or 1) if context is None else context, known)
     stages = layers.stages(planned)
-    missing = 0 if stages else layers.missing(planned)
-    return PipelineFit(checkpoint.name, planned, context, known, largest, stages, missing)
+    return PipelineFit(
+        name=checkpoint.name,
+        context=planned,
+        asked_context=context,
+        model_context=known,
+        largest_context=largest,
+        stages=stages,
+        missing=0 if stages else layers.missing(planned),
+        fits=bool(stages) and context in (None, planned),
+        split=[stage.last - stage.first + 1 for stage in stages],
+    )
 
 
 class _Layers:
@@ -562,10 +461,9 @@ class _Layers:
         self.config = config = checkpoint.text_config
         self.shared, self.weights = 0, [0] * config.num_hidden_layers
         for name, tensor in checkpoint.plan.items():
+            size, layer = size_in_bytes(tensor.shape, tensor.dtype), layer_of(name)
             if is_vision(name):
                 continue
-            size = size_in_bytes(tensor.shape, tensor.dtype)
-            layer = layer_of(name)
             if layer is None:
                 self.shared += size
             elif layer < len(self.weights):
@@ -576,50 +474,52 @@ class _Layers:
             self.per_token[layer] += 2 * config.index_head_dim
 
     def fit(self, context: int, slack: int = 0) -> bool:
-        return self._split(context, slack) is not None
+        return bool(self.split(context, slack))
 
-    def _split(self, context: int, slack: int) -> list[int] | None:
-        """How many layers each rank takes if every machine keeps ``slack`` bytes free; None if impossible.
+    def split(self, context: int, slack: int) -> list[int]:
+        """How many layers each rank takes if every machine keeps ``slack`` bytes free; empty if impossible.
 
         The highest rank takes as many of the first layers as it can, and so on.
         """
-        counts, number, n_layers = [], 0, len(self.weights)
-        for rank in reversed(range(len(self.memories))):
-            memory = self.memories[rank]
-            free = memory - reserve_of(memory) - self._on_every_machine(context) - slack
+        sizes = [held + context * each for held, each in zip(self.weights, self.per_token, strict=True)]
+        counts, number = [], 0
+        for lower_ranks, memory in reversed([*enumerate(self.memories)]):
+            free = memory - reserve_of(memory) - self.shared - self.transient(context) - slack
             first = number
-            while number < n_layers - rank:
-                free -= self.weights[number] + context * self.per_token[number]
-                if free < 0:
-                    break
+            while number < len(sizes) - lower_ranks and sizes[number] <= free:
+                free -= sizes[number]
                 number += 1
-            if number == first:
-                return None
             counts.append(number - first)
-        return counts[::-1] if number == n_layers else None
+        return counts[::-1] if all(counts) and number == len(sizes) else []
 
-    def _on_every_machine(self, context: int) -> int:
-        return self.shared + transient_bytes(self.config, self.step, context)
+    def transient(self, context: int) -> int:
+        return transient_bytes(self.config, self.step, context)
 
     def missing(self, context: int) -> int:
         """Bytes, to a MiB, that each machine needs in addition to hold its layers."""
-        most = max(map(reserve_of, self.memories)) + self._on_every_machine(context)
+        most = max(map(reserve_of, self.memories)) + self.shared + self.transient(context)
         most += sum(self.weights) + context * sum(self.per_token)
         return bisect(most, lambda more: not self.fit(context, -more), 1 << 20)[1]
 
-    def stages(self, context: int) -> tuple[Stage, ...]:
+    def stages(self, context: int) -> list[SimpleNamespace]:
         """The split that leaves the fullest machine the most memory, to a MiB; empty if none fits."""
         slack, _ = bisect(max(self.memories), lambda free: self.fit(context, free), 1 << 20)
-        counts = self._split(context, slack) or []
-        transient = transient_bytes(self.config, self.step, context)
-        stages = []
-        for rank, (count, memory) in enumerate(zip(counts, self.memories, strict=False)):
+        counts, stages = self.split(context, slack), []
+        for rank, count in enumerate(counts):
             first = sum(counts[rank + 1 :])
             held = slice(first, first + count)
-            weights, cache = self.shared + sum(self.weights[held]), context * sum(self.per_token[held])
-            last = first + count - 1
-            stages.append(Stage(rank, memory, reserve_of(memory), first, last, weights, cache, transient))
-        return tuple(stages)
+            stage = SimpleNamespace(
+                rank=rank,
+                memory=self.memories[rank],
+                reserve=reserve_of(self.memories[rank]),
+                first=first,
+                last=first + count - 1,
+                weights=self.shared + sum(self.weights[held]),
+                cache=context * sum(self.per_token[held]),
+                transient=self.transient(context),
+            )
+            stages.append(stage)
+        return stages
 
 
 def pipeline_lines(found: PipelineFit) -> list[str]:
@@ -629,27 +529,23 @@ def pipeline_lines(found: PipelineFit) -> list[str]:
         return [found.name, f"does NOT fit with {context}: {missing}; {_at_most(found.largest_context)}."]
     lines = [f"{found.name}, {tokens_in_words(found.context)} of context"]
     lines.append("rank   memory      layers      weights      context   a chunk     left over")
+    limits = []
     for stage in found.stages:
-        left = stage.memory - stage.reserve - stage.total
-        sizes = (stage.weights, stage.cache, stage.transient, left)
-        cells = [size_in_words(stage.memory), f"{stage.first}-{stage.last}", *map(size_in_words, sizes)]
-        widths = (8, 9, 14, 12, 9, 13)
-        aligned = (f"{cell:>{width}}" for cell, width in zip(cells, widths, strict=True))
-        lines.append(f"{stage.rank:>4} {' '.join(aligned)}")
-    lines.append(
-        f"The largest context that fits is {tokens_in_words(found.largest_context)}."
-        if found.fits
-        else _too_much_context(found.model_context, found.largest_context)
-    )
-    lines += [
-        f"To let the GPU of rank {stage.rank} use that much, on its Mac: "
-        f"sudo sysctl iogpu.wired_limit_mb={limit}"
-        for stage in found.stages
-        if (limit := wired_limit(stage.memory, stage.total)) is not None
-    ]
+        total = stage.weights + stage.cache + stage.transient
+        left = stage.memory - stage.reserve - total
+        sizes = (stage.memory, stage.weights, stage.cache, stage.transient, left)
+        memory, *others = map(size_in_words, sizes)
+        cells = (stage.rank, memory, f"{stage.first}-{stage.last}", *others)
+        lines.append("{:>4} {:>8} {:>9} {:>14} {:>12} {:>9} {:>13}".format(*cells))
+        if (limit := wired_limit(stage.memory, total)) is not None:
+            advice = f"To let the GPU of rank {stage.rank} use that much, on its Mac: "
+            limits.append(f"{advice}sudo sysctl iogpu.wired_limit_mb={limit}")
+    largest = f"The largest context that fits is {tokens_in_words(found.largest_context)}."
     split = ",".join(map(str, found.split))
     return [
         *lines,
+        largest if found.fits else _too_much_context(found),
+        *limits,
         "On the machine of rank 0, with all of them in hosts.json in this order:",
         f"  mlx.launch --hostfile hosts.json --backend ring --env {PIPELINE_SPLIT}={split} \\",
         f"    $(which mlx_lm.server) --model {found.name} --pipeline",

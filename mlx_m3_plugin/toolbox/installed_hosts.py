@@ -1,15 +1,12 @@
 """The hosts in this environment, and the class that each loads for MiniMax-M3, after its own patches."""
 
-import json
-import subprocess
-import sys
-from dataclasses import dataclass
-from pathlib import Path
-from typing import Any
+from types import SimpleNamespace
+from typing import NamedTuple
 
 from ..startup.report import version_of
+from .new_process import ask
 
-# Runs in a new process.  Arguments: the module to load, and the host's functions that come before.
+# Runs in a new process.  Arguments: the module to load, and the host's function that comes before, if any.
 _PROBE = """
 import importlib, json, logging, sys
 logging.disable(logging.WARNING)
@@ -33,73 +30,51 @@ print("\\n" + json.dumps(answer))
 """
 
 
-@dataclass(frozen=True)
-class Engine:
+class Engine(NamedTuple):
     """One way in which a host loads M3.
 
     Attributes:
-        name: for people; empty where there is one.
         module: whose ``Model`` it takes.
-        patches: the host's own functions that it calls before, ``module:function``.
+        name: for people; empty where there is one.
+        patch: the host's own function that it calls before, ``module:function``.
     """
 
     module: str
     name: str = ""
-    patches: tuple[str, ...] = ()
+    patch: str = ""
 
 
-_OMLX = "omlx.patches"
+_MLX_LM, _MLX_VLM = "mlx_lm.models.minimax_m3_vl", "mlx_vlm.models.minimax_m3_vl"
+_OMLX_FOR_VLM = "omlx.patches.mlx_vlm_minimax_m3_compat:apply_mlx_vlm_minimax_m3_compat_patch"
+_OMLX_FOR_LM = "omlx.patches.minimax_m3_mlx_lm:apply_minimax_m3_mlx_lm_patch"
+_VMLX = "vmlx_engine.models.minimax_m3.minimax_m3_register:register_minimax_m3_runtime"
 # By distribution.  The first engine takes a checkpoint as it is published.
 _ENGINES = {
     "omlx": [
-        Engine(
-            "mlx_vlm.models.minimax_m3_vl",
-            "vision engine",
-            (f"{_OMLX}.mlx_vlm_minimax_m3_compat:apply_mlx_vlm_minimax_m3_compat_patch",),
-        ),
-        Engine(
-            "mlx_lm.models.minimax_m3_vl",
-            'text engine ("model_type_override": "llm")',
-            (f"{_OMLX}.minimax_m3_mlx_lm:apply_minimax_m3_mlx_lm_patch",),
-        ),
+        Engine(_MLX_VLM, "vision engine", _OMLX_FOR_VLM),
+        Engine(_MLX_LM, 'text engine ("model_type_override": "llm")', _OMLX_FOR_LM),
     ],
     "vllm-mlx": [
-        Engine("mlx_vlm.models.minimax_m3_vl", "with vision"),
+        Engine(_MLX_VLM, "with vision"),
         Engine("mlx_lm.models.minimax_m3", "text-only checkpoints"),
     ],
-    "rapid-mlx": [
-        Engine("mlx_vlm.models.minimax_m3_vl", "with vision"),
-        Engine("mlx_lm.models.minimax_m3_vl", "with --no-mllm"),
-    ],
-    "vmlx": [
-        Engine(
-            "mlx_lm.models.minimax_m3_vl",
-            patches=("vmlx_engine.models.minimax_m3.minimax_m3_register:register_minimax_m3_runtime",),
-        )
-    ],
-    "mlx-openai-server": [Engine("mlx_lm.models.minimax_m3_vl", "with --model-type lm")],
-    "exo": [Engine("mlx_lm.models.minimax_m3_vl")],
+    "rapid-mlx": [Engine(_MLX_VLM, "with vision"), Engine(_MLX_LM, "with --no-mllm")],
+    "vmlx": [Engine(_MLX_LM, patch=_VMLX)],
+    "mlx-openai-server": [Engine(_MLX_LM, "with --model-type lm")],
+    "exo": [Engine(_MLX_LM)],
 }
 
 
-@dataclass
-class HostClass:
+class HostClass(SimpleNamespace):
     """What one engine of an installed host loads.
 
     Attributes:
-        host: its distribution.  engine: for people; empty where there is one.
+        host: its distribution.  engine: its name for people.
         is_default: the engine takes a checkpoint as it is published.
+        module: whose ``Model`` it takes.
         source: ``"plugin"``, ``"native"`` for the host's own class or upstream's, or ``"none"``.
         path: the file of the class.  why: what failed.
     """
-
-    host: str
-    engine: str
-    is_default: bool
-    module: str
-    source: str
-    path: str | None
-    why: str
 
     def __str__(self) -> str:
         return f"{self.host} {version_of(self.host)}{self.engine and ', '}{self.engine}"
@@ -118,15 +93,8 @@ def classes_of_hosts() -> list[HostClass]:
 
 
 def _class_of(host: str, engine: Engine, is_default: bool) -> HostClass:
-    run = subprocess.run(
-        [sys.executable, "-c", _PROBE, engine.module, *engine.patches],
-        capture_output=True,
-        text=True,
-        cwd=Path(sys.executable).parent,
-    )
-    try:
-        found: dict[str, Any] = json.loads(run.stdout.strip().splitlines()[-1])
-    except (IndexError, ValueError):
+    found, run = ask(_PROBE, engine.module, *filter(None, [engine.patch]))
+    if found is None:
         found = {"path": None, "is_ours": False, "why": f"the process ends with exit code {run.returncode}"}
     loads = "plugin" if found["is_ours"] else "native"
     return HostClass(

@@ -1,24 +1,21 @@
 """mlx-lm and mlx-vlm: their commands, and what they do without this plugin."""
 
-import json
 import shlex
-import subprocess
-import sys
 from pathlib import Path
 
 from ..model.config import TextConfig
 from ..startup.report import version_of
 from ..startup.settings import EFFORT, without_plugin
 from .checkpoint import M3
+from .new_process import ask
 
-WHY_SAMPLING = (
+_WHY_SAMPLING = (
     "(with the sampling that MiniMax uses: greedy decoding, the default of these commands, can make "
     "low-bit weights repeat themselves while thinking)"
 )
-_SAMPLING = "--temp 1.0 --top-p 0.95"
 # M3.1 always reasons: about 600 tokens at low effort and 6,400 at max.
-DEFAULT_EFFORT = "max"
-WHY_EFFORT = (
+_EFFORT = "max"
+_WHY_EFFORT = (
     "(max is the effort that MiniMax's own service uses by default; it takes about ten times the tokens of "
     "low, so leave room for them)"
 )
@@ -27,38 +24,43 @@ WHY_EFFORT = (
 
 
 def stock_commands(
-    name: str, *, mlx_lm: bool, mlx_vlm: bool, model_name: str = M3, effort: str | None = None
+    name: str, *, mlx_lm: bool, mlx_vlm: bool, model_name: str = M3, takes_effort: bool = False
 ) -> list[str]:
     """Stock command lines of these libraries, with MiniMax's sampling for ``model_name``,
     ready to paste.
 
     Args:
-        effort: of reasoning, where the chat template takes it.  ``mlx_lm.chat`` and mlx-vlm have no option
-            for it, and get our variable.
+        takes_effort: whether the chat template takes an effort of reasoning.  ``mlx_lm.chat`` and mlx-vlm
+            have no option for it, and get our variable.
     """
     model = f"--model {shlex.quote(name)}"
     tokens = "--max-tokens 4096" if model_name == M3 else "--max-tokens 16384"
+    sampling = "--temp 1.0 --top-p 0.95"
     # Nothing is known of it for M3.1.
     top_k = " --top-k 40" if model_name == M3 else ""
-    arguments = "" if effort is None else f""" '{{"reasoning_effort": "{effort}"}}'"""
-    variable = "" if effort is None else f"{EFFORT}={effort} "
-    config, args = (f" --chat-template-{x}{arguments}" if arguments else "" for x in ("config", "args"))
+    variable = f"{EFFORT}={_EFFORT} " if takes_effort else ""
+    effort = f"""'{{"reasoning_effort": "{_EFFORT}"}}'"""
+    config, args = (f" --chat-template-{x} {effort}" if takes_effort else "" for x in ("config", "args"))
     lines = []
     if mlx_lm:
         lines += [
-            f'mlx_lm.generate {model} --prompt "Hello" {tokens} {_SAMPLING}{top_k}{config}',
+            f'mlx_lm.generate {model} --prompt "Hello" {tokens} {sampling}{top_k}{config}',
             # It has no --top-k.
-            f"{variable}mlx_lm.chat {model} {tokens} {_SAMPLING}",
-            f"mlx_lm.server {model} {tokens} {_SAMPLING}{top_k}{args}",
+            f"{variable}mlx_lm.chat {model} {tokens} {sampling}",
+            f"mlx_lm.server {model} {tokens} {sampling}{top_k}{args}",
         ]
     if mlx_vlm:
-        sampling = _SAMPLING.replace("--temp ", "--temperature ") + top_k
+        sampling = sampling.replace("--temp ", "--temperature ") + top_k
         if (version_of("mlx-vlm") or "").startswith("0.6."):
             # It takes the others from generation_config.json only.  until: mlx-vlm 0.7
             sampling = "--temperature 1.0"
         question = '--image photo.jpg --prompt "What is this?"'
         lines.append(f"{variable}mlx_vlm.generate {model} {question} {tokens} {sampling}")
     return lines
+
+
+def why_these_options(takes_effort: bool) -> list[str]:
+    return [_WHY_SAMPLING, *([_WHY_EFFORT] if takes_effort else [])]
 
 
 # --- what they do alone ---
@@ -87,15 +89,11 @@ def why_not_opened(library: str, *directories: Path) -> list[str]:
     Asks the installed library in a process of its own, which takes some seconds and no memory for weights.
     """
     paths = [str(directory.absolute()) for directory in directories]
-    command = [sys.executable, "-c", _LOAD, library.replace("-", "_"), *paths]
-    home = Path(sys.executable).parent
-    run = subprocess.run(command, capture_output=True, text=True, env=without_plugin(), cwd=home)
-    try:
-        answers: list[str] = json.loads(run.stdout.splitlines()[-1])
-    except (IndexError, ValueError):
+    answers, run = ask(_LOAD, library.replace("-", "_"), *paths, env=without_plugin())
+    if answers is None:
         last = (run.stderr.strip().splitlines() or [f"exit code {run.returncode}"])[-1]
         return [f"{library} does not run: {last}"] * len(paths)
-    return answers
+    return list(answers)
 
 
 def wrong_past_the_budget(config: TextConfig, with_indexer: bool = True) -> dict[str, str]:

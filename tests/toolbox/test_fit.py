@@ -17,7 +17,6 @@ from mlx_m3_plugin.model.attention import Attention
 from mlx_m3_plugin.model.config import text_config_of
 from mlx_m3_plugin.model.memory import attention_transient, stock_transients, wired_limit
 from mlx_m3_plugin.msa.common import default_tile_bytes
-from mlx_m3_plugin.startup.settings import EXPERT_MEMORY
 from mlx_m3_plugin.toolbox import inspect as inspection
 from mlx_m3_plugin.toolbox.common import parse_count, parse_memory, size_in_words
 from mlx_m3_plugin.toolbox.fit import fit, fit_pipeline
@@ -58,12 +57,12 @@ def test_quantized_caches_take_less(four_bits: Path) -> None:
 
 def test_what_does_not_fit(four_bits: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["fit", str(four_bits), "--memory", "128GB"]) == 1
-    assert "No context fits: the weights" in capsys.readouterr().out
+    capsys.readouterr()
     assert main(["fit", str(four_bits), "--memory", "256GB", "--context", "1M"]) == 1
     assert "does NOT fit" in capsys.readouterr().out
 
 
-def test_experts_on_disk(four_bits: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_experts_on_disk(four_bits: Path) -> None:
     assert fit(four_bits, 256 * GIB).on_disk is None
     found = fit(four_bits, 128 * GIB)
     assert found.on_disk is not None
@@ -76,10 +75,6 @@ def test_experts_on_disk(four_bits: Path, capsys: pytest.CaptureFixture[str]) ->
     assert at_512k.in_memory < 63
     # Not even one of each layer.
     assert fit(four_bits, 16 * GIB).on_disk is None
-    main(["fit", str(four_bits), "--memory", "128GB"])
-    said = capsys.readouterr().out
-    assert f"{EXPERT_MEMORY}=107.9GB keeps 63 of 128 experts of each layer in memory, beside 32,768" in said
-    assert f"at most {found.on_disk.ceiling} tokens per second at 7 GB/s" in said
 
 
 def test_how_much_is_missing(four_bits: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -88,8 +83,6 @@ def test_how_much_is_missing(four_bits: Path, capsys: pytest.CaptureFixture[str]
     assert fit(four_bits, 256 * GIB + found.missing * 16 // 15 + 16, context=1 << 20).fits
     main(["fit", str(four_bits), "--memory", "256", "--context", "1M"])
     assert f": {size_in_words(found.missing)} missing" in capsys.readouterr().out
-    main(["fit", str(four_bits), "--memory", "128GB"])
-    assert "103.3 GiB missing" in capsys.readouterr().out
 
 
 def test_inspect_and_fit_show_the_same_context(four_bits: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -212,6 +205,44 @@ def test_the_command_as_json(four_bits: Path, capsys: pytest.CaptureFixture[str]
     assert "131,072 tokens of 137,472 bytes" in capsys.readouterr().out
 
 
+# Of 128 GB, and of 256 and 128 GB.
+PAGES = {
+    "128GB": """\
+m3 (MiniMax-M3)
+  weights                223.3 GiB  in mlx-lm; 1.6 GiB more in mlx-vlm
+  context              137,472 bytes  1 token of 137,472 bytes each
+  a chunk of a prompt  319,488 bytes  2,048 tokens at a time (estimate)
+  total                  223.3 GiB  does NOT fit in 128.0 GiB minus 8.0 GiB reserved for the system: \
+103.3 GiB missing
+No context fits: the weights alone are too large.
+A token reads 13.0 GiB: at most 57.4 on M2 Ultra, 58.8 on M3 Ultra, 39.2 on M4 Max, 44.1 on M5 Max \
+tokens per second.
+With experts on disk it runs: MLX_M3_PLUGIN_EXPERT_MEMORY=107.9GB keeps 63 of 128 experts of each layer \
+in memory, beside 32,768 tokens of context.
+If experts are chosen evenly, a token then reads 3.4 GiB from the disk: at most 1.9 tokens per second at \
+7 GB/s.
+""",
+    "256GB,128GB": """\
+m3, 1,029,352 tokens of context
+rank   memory      layers      weights      context   a chunk     left over
+   0 256.0 GiB     21-59      152.8 GiB     86.1 GiB   1.0 GiB  11,776 bytes
+   1 128.0 GiB      0-20       71.7 GiB     45.6 GiB   1.0 GiB       1.6 GiB
+The largest context that fits is 1,029,352 tokens.
+To let the GPU of rank 0 use that much, on its Mac: sudo sysctl iogpu.wired_limit_mb=245760
+To let the GPU of rank 1 use that much, on its Mac: sudo sysctl iogpu.wired_limit_mb=122880
+On the machine of rank 0, with all of them in hosts.json in this order:
+  mlx.launch --hostfile hosts.json --backend ring --env MLX_M3_PLUGIN_PIPELINE_SPLIT=39,21 \\
+    $(which mlx_lm.server) --model m3 --pipeline
+""",
+}
+
+
+@pytest.mark.parametrize("memory", PAGES)
+def test_the_page(memory: str, four_bits: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    main(["fit", str(four_bits), "--memory", memory])
+    assert capsys.readouterr().out.replace(str(four_bits), "m3") == PAGES[memory]
+
+
 @pytest.mark.parametrize(
     ("text", "size"),
     [
@@ -285,7 +316,7 @@ def test_two_machines_get_the_split_that_leaves_the_most(four_bits: Path) -> Non
     assert sum(stage.cache for stage in found.stages) == one.cache
     # Embeddings, head (of 4.5 bits, as all the rest) and final norm are on both.
     assert beside == 2 * REAL.vocab_size * REAL.hidden_size * 9 // 16 + 2 * REAL.hidden_size
-    spare = [s.memory - s.reserve - s.total for s in found.stages]
+    spare = [s.memory - s.reserve - s.weights - s.cache - s.transient for s in found.stages]
     a_layer = (found.stages[0].weights - beside) // found.split[0]
     assert abs(spare[0] - spare[1]) <= a_layer + context * one.per_token // 60
 
@@ -316,7 +347,7 @@ def test_several_machines_on_the_command_line(four_bits: Path, capsys: pytest.Ca
 def test_how_much_each_of_several_machines_lacks(four_bits: Path, capsys: pytest.CaptureFixture[str]) -> None:
     memories = [96 * GIB, 96 * GIB]
     found = fit_pipeline(four_bits, memories, context=1 << 17)
-    assert found.stages == ()
+    assert found.stages == []
     # A sixteenth of what is added is left to the system.
     more = found.missing * 16 // 15 + 16
     assert fit_pipeline(four_bits, [memory + more for memory in memories], context=1 << 17).fits
@@ -324,6 +355,12 @@ def test_how_much_each_of_several_machines_lacks(four_bits: Path, capsys: pytest
     assert not fit_pipeline(four_bits, [memory + less for memory in memories], context=1 << 17).fits
     main(["fit", str(four_bits), "--memory", "96,96", "--context", "128K"])
     assert f"each machine needs {size_in_words(found.missing)} more" in capsys.readouterr().out
+
+
+def test_a_machine_without_room_for_a_layer(tiny: Callable[[str], Path]) -> None:
+    """All layers would fit the first one, but each machine holds some."""
+    assert fit_pipeline(tiny("published_float"), [64 * GIB, 9 * GIB]).fits
+    assert not fit_pipeline(tiny("published_float"), [64 * GIB, 8 * GIB]).fits
 
 
 def test_more_machines_than_layers(tiny: Callable[[str], Path]) -> None:

@@ -4,7 +4,6 @@ import json
 import re
 import subprocess
 import sys
-from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -345,13 +344,59 @@ def test_a_sound_checkpoint(tmp_path, capsys):
     assert f"""mlx_lm.chat --model '{tmp_path}/it'"'"'s a demo' """ in printed
 
 
+# Without its last parts, which name this machine's memory and mlx-vlm's version.
+PAGE = """\
+m3
+  model         MiniMax-M3.1-Flash
+  model type    minimax_m3_vl
+  layout        published names (language_model.model.layers); experts stacked (4 rows), gate and up
+                separate; 14 unused tensors
+  opens in      mlx-lm and mlx-vlm, with this plugin
+  without it    not right past 32 tokens without the plugin, where it opens: mlx-lm (it ignores
+                sparse_init_block) and mlx-vlm (it selects the same blocks for all groups of heads)
+  stored as     F32 86 tensors, 1.3 MiB; U32 35 tensors, 1.1 MiB; U8 37 tensors, 136,320 bytes
+  size          158 tensors in 3 files, 2,675,592 bytes (2.6 MiB)
+  quantization  nvfp4 786,432, mxfp8 626,688, affine 8-bit g64 180,224; not quantized: float32
+                162,088
+  vision        yes
+  indexer       3 of 3 layers (0-2)
+  block budget  32 tokens, 4 blocks of 8, always 1 initial and 1 local
+  context       1,048,576 tokens
+  draft head    14 tensors in the shards, not used
+
+Component       parameters      bytes  bits/weight  stored as
+embeddings          90,112    101,376         9.00  8-bit g64
+attention          245,952    254,208         8.27  mxfp8, float32
+indexer             37,056     38,784         8.37  mxfp8, float32
+dense MLP          147,456    152,064         8.25  mxfp8
+router               1,032      4,128        32.00  float32
+routed experts     786,432    442,464         4.50  nvfp4
+shared expert      196,608    202,752         8.25  mxfp8
+norms                  896      3,584        32.00  float32
+lm_head             90,112    101,376         9.00  8-bit g64
+vision tower        56,864    227,456        32.00  float32
+projector           20,736     82,944        32.00  float32
+patch merge         82,176    328,704        32.00  float32
+other              234,626    735,752        25.09
+total            1,990,058  2,675,592        10.76
+
+Memory
+  context costs 960 bytes per token, 624 with --kv-bits 8 --kv-group-size 32
+"""
+
+
+def test_the_page(tiny):
+    found = inspect(tiny("m31_oq_keeping_nvfp4_draft"))
+    found.name = "m3"
+    assert "\n".join(lines_of(found)).startswith(PAGE)
+
+
 def test_json_holds_everything(checkpoint, capsys):
     no_template(checkpoint)
     assert main(["inspect", str(checkpoint), "--json"]) == 1
     printed = json.loads(capsys.readouterr().out)
     found = inspect(checkpoint)
-    assert printed == json.loads(json.dumps({**asdict(found), "is_sound": found.is_sound}))
-    assert printed["is_sound"] is False
+    assert printed == json.loads(json.dumps({**vars(found), "is_sound": False}, default=vars))
     assert printed["components"][0]["parameters"] == found.components[0].parameters
     assert printed["opens"] == {"mlx-lm": True, "mlx-vlm": True}
 

@@ -12,7 +12,15 @@ from mlx_m3_plugin.toolbox.installed_hosts import Engine, HostClass
 
 def engine(source: str, is_default: bool = True, name: str = "vision engine") -> HostClass:
     why = "ValueError: broken" if source == "none" else ""
-    return HostClass("omlx", name, is_default, "mlx_vlm.models.minimax_m3_vl", source, "/a/file.py", why)
+    return HostClass(
+        host="omlx",
+        engine=name,
+        is_default=is_default,
+        module="mlx_vlm.models.minimax_m3_vl",
+        source=source,
+        path="/a/file.py",
+        why=why,
+    )
 
 
 def diagnosis(*hosts: HostClass, prefer_native: bool = False, active: bool = True) -> Any:
@@ -48,7 +56,7 @@ def test_a_plugin_that_is_not_active_is_not_the_fault_of_a_host() -> None:
 
 
 def test_a_host_whose_own_patch_ends_the_process() -> None:
-    found = installed_hosts._class_of("omlx", Engine("mlx_lm.models.llama", patches=("os:abort",)), True)
+    found = installed_hosts._class_of("omlx", Engine("mlx_lm.models.llama", patch="os:abort"), True)
     assert (found.source, found.why) == ("none", f"the process ends with exit code {-signal.SIGABRT}")
 
 

@@ -2,7 +2,6 @@
 
 import json
 import re
-from dataclasses import asdict
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -53,7 +52,7 @@ def hub(monkeypatch: pytest.MonkeyPatch, checkpoint: Path) -> Path:
 
 
 def test_a_repository_is_described_like_its_directory(hub):
-    from_hub, from_disk = asdict(inspect("someone/m3")), asdict(inspect(hub))
+    from_hub, from_disk = vars(inspect("someone/m3")), vars(inspect(hub))
     assert from_hub.pop("name") == "someone/m3"
     assert "--model someone/m3 " in from_hub.pop("commands")[0]
     del from_disk["name"], from_disk["commands"]

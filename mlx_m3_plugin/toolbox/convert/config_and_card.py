@@ -16,7 +16,7 @@ from ..checksums import SUMS
 from ..common import read_json_object, read_text, size_in_words
 from ..new_directory import LOCK, STATE
 from ..parameters import component_of
-from ..stock import DEFAULT_EFFORT, WHY_EFFORT, WHY_SAMPLING, stock_commands, wrong_past_the_budget
+from ..stock import stock_commands, why_these_options, wrong_past_the_budget
 from .plan import ConversionPlan, quantization_of
 
 _WEIGHTS = (".safetensors", ".bin", ".gguf", ".pt", ".pth", ".npz")
@@ -93,8 +93,9 @@ def model_card(plan: ConversionPlan, has_effort: bool) -> str:
     source, recipe, budget = plan.source, plan.recipe, plan.source.text_config.budget
     model, vision = model_name(source.text_config), bool(source.vision)
     is_m3 = model == M3
-    effort, why = (DEFAULT_EFFORT, [WHY_SAMPLING, WHY_EFFORT]) if has_effort else (None, [WHY_SAMPLING])
-    commands = stock_commands("path/to/this", mlx_lm=True, mlx_vlm=vision, model_name=model, effort=effort)
+    commands = stock_commands(
+        "path/to/this", mlx_lm=True, mlx_vlm=vision, model_name=model, takes_effort=has_effort
+    )
     packages = ", ".join(f"{name} {found}" for name in _PACKAGES if (found := version_of(name)))
     parts = [f"| {name} | {count:,} | {spec} |" for name, count, _, spec in components(plan)]
     size = f"{size_in_words(plan.nbytes)}, {plan.bits_per_weight:.2f} bits per weight"
@@ -133,7 +134,7 @@ pip install {"mlx-lm mlx-vlm" if vision else "mlx-lm"}
 {lines(commands)}
 ```
 
-{lines(why)}
+{lines(why_these_options(has_effort))}
 
 {_opens(plan)}
 With `pip install mlx-m3-plugin` both answer exactly as the reference does past {budget:,} tokens, in batches

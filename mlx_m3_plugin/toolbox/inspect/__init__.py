@@ -5,13 +5,15 @@ Reads headers and settings alone, so a checkpoint of 850 GB takes about a second
 
 import textwrap
 from argparse import Namespace
-from collections.abc import Iterable, Mapping
-from dataclasses import asdict, dataclass, field
+from collections.abc import Iterable
+from contextlib import suppress
+from functools import partial
+from itertools import chain
 from pathlib import Path
-from typing import Any
+from types import SimpleNamespace
 
 from ...chat.prompt import takes_effort
-from ...model.config import uncut_lists
+from ...model.config import TextConfig, uncut_lists
 from ...model.memory import Memory, is_mac, machine_memory, memory_for
 from ...startup.settings import EFFORTS, EXPERT_MEMORY, checked
 from ...weights.check import ranges_of, shorten
@@ -29,73 +31,31 @@ from ..checkpoint import (
     read_checkpoint,
     read_text_config,
 )
-from ..checksums import Verification, verify
+from ..checksums import verify
 from ..common import Answer, bytes_bar, component_table, size_in_words, tokens_in_words
 from ..draft_head import open_draft_head
 from ..parameters import NOT_IN_THE_TEXT_MODEL
-from ..stock import (
-    DEFAULT_EFFORT,
-    WHY_EFFORT,
-    WHY_SAMPLING,
-    stock_commands,
-    why_not_opened,
-    wrong_past_the_budget,
-)
-from .layout import Component, Layout, Precision, StoredDtype, dtype_histogram, measure, recognise_layout
+from ..stock import stock_commands, why_not_opened, why_these_options, wrong_past_the_budget
+from .layout import dtype_histogram, measure, recognise_layout
 
-# Of a line of text.
 _COLUMNS = 100
-_LABEL = 14
+# Paths and tensor names are not broken.
+_wrap = partial(textwrap.wrap, width=_COLUMNS, break_long_words=False, break_on_hyphens=False)
 _MOST_PROBLEMS = 20
 
 
-@dataclass(frozen=True)
-class AttentionSummary:
-    """Which layers select blocks of keys, and the context length.
-
-    Attributes:
-        layers: how many there are.  with_indexer: the numbers of the layers that select blocks.
-        budget: tokens that a query of such a layer attends to, ``blocks`` of ``block_size``.
-        initial, local: how many of these blocks are always the first ones, and those up to the query.
-        context: the most tokens that the model supports.
-        yarn: the config's YaRN entry, if any.
-    """
-
-    layers: int
-    with_indexer: list[int]
-    budget: int
-    blocks: int
-    block_size: int
-    initial: int
-    local: int
-    context: int
-    yarn: dict[str, Any] | None
-
-
-@dataclass(frozen=True)
-class Drafter:
-    """A DSpark draft head.
-
-    Attributes:
-        block: the most tokens that it drafts in a round.  target_layers: whose output it reads.
-    """
-
-    bytes: int
-    block: int
-    target_layers: list[int]
-
-
-@dataclass
-class Inspection:
+class Inspection(SimpleNamespace):
     """The result of ``mlx-m3 inspect``.
 
     Attributes:
         model: which of MiniMax's models it is, None if the config is not understood.
         efforts: what the chat template takes as reasoning effort, empty if it takes none.
         draft: where a draft head is; None if there is none.
-        drafter: what the one in ``dspark/`` is, which mlx-vlm runs; None where it is not on disk.
-        components: None if the config or a format is not understood; then ``parameters``,
-            ``attention`` and ``memory`` are None as well.
+        drafter: of the one in ``dspark/``, which mlx-vlm runs, its ``bytes``, ``block``: the most tokens that
+            it drafts in a round, and ``target_layers``: whose output it reads; None where it is not on disk.
+        components, precisions: see :func:`~.layout.measure`.  If the config or a format is not understood,
+            ``components``, ``parameters``, ``attention`` and ``memory`` are None.
+        attention: see :func:`_attention`.
         opens: ``mlx-lm`` and ``mlx-vlm`` -> whether it opens there with this plugin.
         wrong_without_plugin: library -> why its answers are not right past ``attention.budget`` tokens
             without this plugin, where it opens the checkpoint.
@@ -104,35 +64,6 @@ class Inspection:
         notes: what to know before using it.  problems: what is wrong with it, one line each.
         verified: None unless the files were compared with their checksums.
     """
-
-    name: str
-    model_type: str
-    files: int
-    tensors: int
-    bytes: int
-    layout: Layout
-    dtypes: list[StoredDtype]
-    vision: bool
-    model: str | None = None
-    efforts: list[str] = field(default_factory=list)
-    draft: str | None = None
-    drafter: Drafter | None = None
-    parameters: int | None = None
-    components: list[Component] | None = None
-    precisions: list[Precision] = field(default_factory=list)
-    attention: AttentionSummary | None = None
-    opens: dict[str, bool] = field(default_factory=lambda: {"mlx-lm": False, "mlx-vlm": False})
-    wrong_without_plugin: dict[str, str] = field(default_factory=dict)
-    fails_without_plugin: dict[str, str] | None = None
-    memory: Memory | None = None
-    commands: list[str] = field(default_factory=list)
-    notes: list[str] = field(default_factory=list)
-    problems: list[str] = field(default_factory=list)
-    verified: Verification | None = None
-
-    @property
-    def is_sound(self) -> bool:
-        return not self.problems
 
 
 def command(args: Namespace) -> Answer:
@@ -144,7 +75,8 @@ def command(args: Namespace) -> Answer:
     if args.verify:
         found.verified = verify(directory, bytes_bar)
         found.problems += found.verified.problems
-    return Answer({**asdict(found), "is_sound": found.is_sound}, lines_of(found), found.is_sound)
+    is_sound = not found.problems
+    return Answer({**vars(found), "is_sound": is_sound}, lines_of(found), is_sound)
 
 
 def inspect(path_or_repository: str | Path) -> Inspection:
@@ -155,12 +87,11 @@ def inspect(path_or_repository: str | Path) -> Inspection:
         ValueError: not a MiniMax-M3 checkpoint.
     """
     source = open_source(path_or_repository)
-    headers = source.headers
-    config, problems = None, headers.problems
+    headers, config, problems = source.headers, None, [*source.headers.problems]
     try:
         config = read_text_config(source.config)
     except ValueError as error:
-        problems = [str(error), *problems]
+        problems.insert(0, str(error))
     layout = recognise_layout(headers.tensors, config)
     found = Inspection(
         name=source.name,
@@ -174,18 +105,36 @@ def inspect(path_or_repository: str | Path) -> Inspection:
         model=None if config is None else model_name(config),
         efforts=[*EFFORTS] if takes_effort(source.chat_template or "") else [],
         draft=draft_in_words(source.draft_folders, headers.tensors),
-        problems=[*problems],
+        drafter=None,
+        parameters=None,
+        components=None,
+        precisions=[],
+        attention=None,
+        opens={"mlx-lm": False, "mlx-vlm": False},
+        wrong_without_plugin={},
+        fails_without_plugin=None,
+        memory=None,
+        commands=[],
+        notes=_notes(source),
+        problems=problems,
+        verified=None,
     )
-    found.notes += _notes(source)
-    _inspect_drafter(found, source)
+    try:
+        if source.folder is not None and DRAFT_FOLDER in source.draft_folders:
+            head = open_draft_head(source.folder / DRAFT_FOLDER)
+            found.drafter = SimpleNamespace(
+                bytes=head.nbytes, block=head.block, target_layers=head.target_layers
+            )
+    except (OSError, ValueError) as error:
+        problems.append(str(error))
     if config is not None:
         try:
             checkpoint = read_checkpoint(source, config)
         except ValueError as error:
-            found.problems.append(str(error))
+            problems.append(str(error))
         else:
             _inspect_tensors(found, checkpoint)
-    found.problems += source.problems + _tokenizer_problems(source)
+    problems += source.problems + _tokenizer_problems(source)
     if source.model is None:
         found.notes.append(
             "the stock commands take only the main revision by name: for this one, give them the directory "
@@ -197,20 +146,9 @@ def inspect(path_or_repository: str | Path) -> Inspection:
             mlx_lm=found.opens["mlx-lm"],
             mlx_vlm=found.opens["mlx-vlm"] and found.vision,
             model_name=found.model or M3,
-            effort=DEFAULT_EFFORT if found.efforts else None,
+            takes_effort=bool(found.efforts),
         )
     return found
-
-
-def _inspect_drafter(found: Inspection, source: Source) -> None:
-    if source.folder is None or DRAFT_FOLDER not in source.draft_folders:
-        return
-    try:
-        head = open_draft_head(source.folder / DRAFT_FOLDER)
-    except (OSError, ValueError) as error:
-        found.problems.append(str(error))
-    else:
-        found.drafter = Drafter(head.nbytes, head.block, head.target_layers)
 
 
 def _notes(source: Source) -> list[str]:
@@ -220,47 +158,31 @@ def _notes(source: Source) -> list[str]:
     if headers.unlisted:
         files = ", ".join(shorten(headers.unlisted, 3))
         notes.append(f"{INDEX} does not list {files}: mlx-lm loads what is in there, mlx-vlm does not")
-    try:
+    # What is wrong with the config is reported where it is read.
+    with suppress(ValueError):
         if uncut := uncut_lists(source.config):
-            notes.append(
-                f"the config describes more layers than num_hidden_layers: of {', '.join(uncut)}, the first "
-                "entries count"
-            )
-    except ValueError:
-        # Whoever reads the config reports it.
-        pass
+            more = f"the config describes more layers than num_hidden_layers: of {', '.join(uncut)}"
+            notes.append(f"{more}, the first entries count")
     return notes
 
 
 def _inspect_tensors(found: Inspection, checkpoint: Checkpoint) -> None:
-    headers, config = checkpoint.headers, checkpoint.text_config
+    headers, config, with_indexer = checkpoint.headers, checkpoint.text_config, checkpoint.with_indexer
     found.components, found.precisions = measure(checkpoint.plan, checkpoint.quantized, headers)
     found.parameters = sum(component.parameters for component in found.components)
-    rope = config.rope_parameters
-    found.attention = AttentionSummary(
-        layers=config.num_hidden_layers,
-        with_indexer=checkpoint.with_indexer,
-        budget=config.budget,
-        blocks=config.index_topk_blocks,
-        block_size=config.index_block_size,
-        initial=config.index_init_blocks,
-        local=config.index_local_blocks,
-        context=config.max_position_embeddings,
-        yarn=dict(rope) if "yarn" in (rope.get("rope_type"), rope.get("type")) else None,
-    )
-    found.wrong_without_plugin = wrong_past_the_budget(config, bool(checkpoint.with_indexer))
+    found.attention = _attention(config, with_indexer)
+    found.wrong_without_plugin = wrong_past_the_budget(config, bool(with_indexer))
     weights = sum(part.bytes for part in found.components if part.name not in NOT_IN_THE_TEXT_MODEL)
-    found.memory = memory_for(config, weights, len(checkpoint.with_indexer), machine_memory())
-    if not checkpoint.with_indexer:
+    found.memory = memory_for(config, weights, len(with_indexer), machine_memory())
+    if not with_indexer:
         has_sparse_layers = "minimax_m3_sparse" in config.layer_types
         why = "the checkpoint has no indexer" if has_sparse_layers else "the config has no sparse layers"
         found.notes.append(
             f"{why}: every layer attends to all tokens, which differs from MiniMax-M3's training past "
             f"{config.budget:,} tokens"
         )
-    found.problems += checkpoint.of_quantization
     unread = dtypes_not_read(headers)
-    found.problems += [unread] if unread else []
+    found.problems += checkpoint.of_quantization + ([unread] if unread else [])
     if headers.problems:
         # Tensors of damaged files would only be reported twice.
         return
@@ -271,6 +193,30 @@ def _inspect_tensors(found: Inspection, checkpoint: Checkpoint) -> None:
         # It reads such dtypes by itself.
         "mlx-vlm": text_is_whole and not checkpoint.of_vision,
     }
+
+
+def _attention(config: TextConfig, with_indexer: list[int]) -> SimpleNamespace:
+    """Which layers select blocks of keys, and the context length.
+
+    Returns:
+        layers: how many there are.  with_indexer: the numbers of the layers that select blocks.
+        budget: tokens that a query of such a layer attends to, ``blocks`` of ``block_size``.
+        initial, local: how many of these blocks are always the first ones, and those up to the query.
+        context: the most tokens that the model supports.
+        yarn: the config's YaRN entry, if any.
+    """
+    rope = config.rope_parameters
+    return SimpleNamespace(
+        layers=config.num_hidden_layers,
+        with_indexer=with_indexer,
+        budget=config.budget,
+        blocks=config.index_topk_blocks,
+        block_size=config.index_block_size,
+        initial=config.index_init_blocks,
+        local=config.index_local_blocks,
+        context=config.max_position_embeddings,
+        yarn=dict(rope) if "yarn" in (rope.get("rope_type"), rope.get("type")) else None,
+    )
 
 
 def _tokenizer_problems(source: Source) -> list[str]:
@@ -293,26 +239,33 @@ def _tokenizer_problems(source: Source) -> list[str]:
 
 
 def lines_of(found: Inspection) -> list[str]:
-    lines = [found.name, *_what_it_is(found)]
+    lines = [found.name]
+    for label, fact in _facts(found).items():
+        lines += _wrap(fact, initial_indent=f"  {label:14}", subsequent_indent=" " * 16)
     if found.components:
-        parts = [(c.name, c.parameters, c.bytes, ", ".join(c.stored_as)) for c in found.components]
-        lines += ["", *component_table([(*p[:3], p[3].replace("affine ", "")) for p in parts], _COLUMNS)]
+        rows = [
+            (part.name, part.parameters, part.bytes, ", ".join(part.stored_as).replace("affine ", ""))
+            for part in found.components
+        ]
+        lines += ["", *component_table(rows, _COLUMNS)]
+    sections = {"Memory": [], "Notes": found.notes, "Checksums": []}
     if found.memory is not None:
-        lines += ["", "Memory", *_indented(memory_lines(found.memory) + _lines_of_experts_on_disk())]
-    if found.notes:
-        lines += ["", "Notes", *_indented(found.notes)]
-    if found.verified is not None:
-        read = f"{_files(found.verified.files)}, {size_in_words(found.verified.bytes)}, read and compared"
-        result = "they differ, see the problems" if found.verified.problems else "all match"
-        lines += ["", "Checksums", *_indented([f"{read}: {result}"])]
-    lines += ["", "Problems", *_indented(shorten(found.problems, _MOST_PROBLEMS) or ["none"])]
+        sections["Memory"] = memory_lines(found.memory) + _experts_on_disk()
+    if (verified := found.verified) is not None:
+        result = "they differ, see the problems" if verified.problems else "all match"
+        read = f"{_files(verified.files)}, {size_in_words(verified.bytes)}, read and compared"
+        sections["Checksums"] = [f"{read}: {result}"]
+    sections["Problems"] = shorten(found.problems, _MOST_PROBLEMS) or ["none"]
+    for title, entries in sections.items():
+        lines += ["", title, *_indented(entries)] if entries else []
     if found.commands:
-        why = [WHY_SAMPLING, *([WHY_EFFORT] if found.efforts else [])]
-        lines += ["", "To run it", *map(_command, found.commands), *_indented(why)]
+        why = _indented(why_these_options(bool(found.efforts)))
+        lines += ["", "To run it", *map(_command, found.commands), *why]
     return lines
 
 
-def _what_it_is(found: Inspection) -> list[str]:
+def _facts(found: Inspection) -> dict[str, str]:
+    """Label -> what it is, in words."""
     stored = (f"{d.dtype} {d.tensors:,} tensors, {size_in_words(d.bytes)}" for d in found.dtypes)
     size = f"{found.bytes:,} bytes ({size_in_words(found.bytes)})"
     facts = {
@@ -327,7 +280,7 @@ def _what_it_is(found: Inspection) -> list[str]:
         "vision": "yes" if found.vision else "none",
     }
     if found.attention is not None:
-        facts |= _attention(found.attention)
+        facts |= _attention_in_words(found.attention)
     if found.efforts:
         facts["effort"] = f"{', '.join(found.efforts)} (reasoning_effort of the chat template)"
     if (drafter := found.drafter) is not None:
@@ -339,37 +292,30 @@ def _what_it_is(found: Inspection) -> list[str]:
     elif found.draft is not None:
         is_used = f"{DRAFT_FOLDER}/" in found.draft
         facts["draft head"] = f"{found.draft}, " + ("for mlx-vlm's --draft-model" if is_used else "not used")
-    return [
-        line
-        for label, fact in facts.items()
-        for line in _wrapped(fact, f"  {label:{_LABEL}}", " " * (_LABEL + 2))
-    ]
+    return facts
 
 
-def _opens(opens: Mapping[str, bool]) -> str:
-    yes, no = ([library for library in opens if opens[library] == answer] for answer in (True, False))
-    parts = [f"{' and '.join(yes)}, with this plugin"] if yes else []
-    parts += [f"not in {' and '.join(no)}: see the problems below"] if no else []
+def _opens(opens: dict[str, bool]) -> str:
+    yes, no = (" and ".join(name for name in opens if opens[name] == answer) for answer in (True, False))
+    parts = [f"{yes}, with this plugin"] if yes else []
+    parts += [f"not in {no}: see the problems below"] if no else []
     return "; ".join(parts)
 
 
 def _without_plugin(found: Inspection) -> dict[str, str]:
     fails, wrong = found.fails_without_plugin, found.wrong_without_plugin
-    not_right = "" if found.attention is None else f"not right past {found.attention.budget:,} tokens"
+    not_right = f"not right past {found.attention.budget:,} tokens" if wrong else ""
     if fails is None:
-        if not not_right or not wrong:
-            return {}
         libraries = " and ".join(f"{library} ({why})" for library, why in wrong.items())
-        return {"without it": f"{not_right} without the plugin, where it opens: {libraries}"}
-    said = {
-        library: f"does not open ({textwrap.shorten(why, _COLUMNS // 2, placeholder=' ...')})"
-        if why
-        else f"opens, {not_right} ({wrong[library]})"
-        if library in wrong
-        else "opens"
-        for library, why in fails.items()
-    }
-    return {f"{library} alone": verdict for library, verdict in said.items()}
+        said = f"{not_right} without the plugin, where it opens: {libraries}"
+        return {"without it": said} if wrong else {}
+    verdicts = {}
+    for library, why in fails.items():
+        verdict = f"opens, {not_right} ({wrong[library]})" if library in wrong else "opens"
+        if why:
+            verdict = f"does not open ({textwrap.shorten(why, _COLUMNS // 2, placeholder=' ...')})"
+        verdicts[f"{library} alone"] = verdict
+    return verdicts
 
 
 def _files(count: int) -> str:
@@ -380,15 +326,16 @@ def _quantization(found: Inspection) -> str:
     if found.components is None:
         parts = found.layout.foreign_parts
         return f"unknown ({', '.join(parts)})" if parts else "unknown"
-    quantized = [p for p in found.precisions if p.group_size is not None]
-    kept = [p for p in found.precisions if p.group_size is None]
-    unquantized = ", ".join(f"{p} {_count(p.parameters)}" for p in kept)
-    if not quantized:
-        return f"none: {unquantized}"
-    return ", ".join(f"{p} {_count(p.parameters)}" for p in quantized) + f"; not quantized: {unquantized}"
+    quantized, floats = (
+        ", ".join(
+            f"{p} {_count(p.parameters)}" for p in found.precisions if (p.group_size is None) == is_float
+        )
+        for is_float in (False, True)
+    )
+    return f"{quantized}; not quantized: {floats}" if quantized else f"none: {floats}"
 
 
-def _attention(attention: AttentionSummary) -> dict[str, str]:
+def _attention_in_words(attention: SimpleNamespace) -> dict[str, str]:
     sparse, layers = attention.with_indexer, attention.layers
     indexer = f"{len(sparse)} of {layers} layers" + (f" ({', '.join(ranges_of(sparse))})" if sparse else "")
     budget = f"{attention.budget:,} tokens, {attention.blocks} blocks of {attention.block_size}"
@@ -419,7 +366,7 @@ def memory_lines(memory: Memory) -> list[str]:
     return lines
 
 
-def _lines_of_experts_on_disk() -> list[str]:
+def _experts_on_disk() -> list[str]:
     memory = checked("expert_memory")
     size = memory if isinstance(memory, str) else size_in_words(memory)
     return [f"{EXPERT_MEMORY} is set ({size}): routed experts that do not fit stay on disk"] if memory else []
@@ -437,17 +384,6 @@ def _count(count: int) -> str:
     )
 
 
-def _indented(lines: Iterable[str]) -> list[str]:
-    return [wrapped for line in lines for wrapped in _wrapped(line, "  ", "    ")]
-
-
-def _wrapped(text: str, first: str, following: str) -> list[str]:
-    # Paths and tensor names are not broken.
-    return textwrap.wrap(
-        text,
-        _COLUMNS,
-        initial_indent=first,
-        subsequent_indent=following,
-        break_long_words=False,
-        break_on_hyphens=False,
-    )
+def _indented(entries: Iterable[str]) -> list[str]:
+    each = (_wrap(entry, initial_indent="  ", subsequent_indent="    ") for entry in entries)
+    return list(chain.from_iterable(each))
