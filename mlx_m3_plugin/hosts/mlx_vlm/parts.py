@@ -76,20 +76,21 @@ def _bound(name: str) -> ModuleType:
 def rope_and_experts() -> tuple[Any, Any]:
     """``initialize_rope`` and ``SwitchGLU``.
 
+    mlx-vlm's own, or those of mlx-lm that it uses (until: mlx-vlm 0.6.4).
+
     Raises:
         PartsDoNotFitError: one of them is missing.
     """
-    # Where mlx-vlm has the module, its tools know no other class.
-    experts = _checked(_own_or_mlx_lms("switch_layers").__name__, "SwitchGLU")
-    return _own_or_mlx_lms("rope_utils").initialize_rope, experts.SwitchGLU
-
-
-def _own_or_mlx_lms(name: str) -> ModuleType:
-    """mlx-vlm's module, or that of mlx-lm, which it uses (until: mlx-vlm 0.6.4)."""
     try:
-        return import_module(f"mlx_vlm.models.{name}")
-    except ImportError:
-        return import_module(f"mlx_lm.models.{name}")
+        from mlx_vlm.models.rope_utils import initialize_rope
+    except ImportError:  # until: mlx-vlm 0.6.4
+        from mlx_lm.models.rope_utils import initialize_rope
+    try:
+        from mlx_vlm.models import switch_layers
+    except ImportError:  # until: mlx-vlm 0.6.4
+        from mlx_lm.models import switch_layers
+    # Where mlx-vlm has the module, its tools know no other class.
+    return initialize_rope, _checked(switch_layers.__name__, "SwitchGLU").SwitchGLU
 
 
 def keeps_hidden_states() -> bool:
