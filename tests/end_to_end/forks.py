@@ -189,10 +189,13 @@ def _become(arguments: list[str], cwd: str, variables: dict[str, str], files: li
     except SystemExit as end:
         status = end.code if isinstance(end.code, int) else int(end.code is not None)
         if isinstance(end.code, str):
+            sys.stdout.flush()
             print(end.code, file=sys.stderr)
     except BaseException:
         import traceback
 
+        # In a log of both, the error comes last, as in a terminal.
+        sys.stdout.flush()
         traceback.print_exc()
     finally:
         with suppress(OSError):
