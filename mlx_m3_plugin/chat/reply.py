@@ -137,7 +137,11 @@ class ReplyParser:
 
     def _go_on(self) -> list[Event]:
         self._dropped += self._at
-        self._text, self._at = self._text[self._at :] + "".join(self._pieces), 0
+        # With no other name for it, CPython appends in place: a long text is not copied for each piece.
+        text, self._text = self._text[self._at :] if self._at else self._text, ""
+        text += "".join(self._pieces)
+        self._text, self._at = text, 0
+        del text
         self._pieces.clear()
         events = []
         for event in self._steps:
@@ -326,7 +330,10 @@ class ReplyParser:
                 if depth <= 0:
                     break
             elif (half := _HALF_JSON_PIECE.match(self._text, self._at + at)) and not self._finished:
-                yield from self._more(_QUOTE if half[1] else _ANYTHING)
+                awaited = _QUOTE if half[1] else _ANYTHING
+                # A match holds the text, which could then not be appended to in place.
+                half = None
+                yield from self._more(awaited)
             else:
                 break
         written = self._text[self._at + begin : self._at + at]
@@ -434,7 +441,8 @@ class ReplyParser:
         if tag is None and not self._finished:
             is_half = _HALF_TAG.match(self._text, after)
             if is_half or "invokename".startswith(self._text[after : after + 20].strip()):
-                yield from self._more(_BRACKET if "<" in self._text[after:] else _ANYTHING)
+                rest = self._text[after:].lstrip()
+                yield from self._more(_BRACKET if "<" in rest else _ANYTHING if rest else _NOT_BLANK)
                 return None
         name, closing = (tag[2].strip(), bool(tag[1])) if tag else ("", False)
         length = tag.end() - self._at if tag else len(NAMESPACE)
