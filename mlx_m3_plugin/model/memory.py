@@ -195,10 +195,13 @@ def attention_transient(
     one = queries * config.num_attention_heads * config.head_dim * itemsize
     bytes_of_a_key = itemsize * (1 + _OF_NEXT_GROUP) if itemsize == 4 else itemsize + 4 + 4
     copies = int(bytes_of_a_key * context * config.head_dim) if copies_keys else 0
+    at_its_end = int(_ARRAYS_AT_ITS_END * one)
     if context <= config.budget:
-        return int(_ARRAYS_AT_ITS_END * one)
+        return at_its_end
+    # The last group's transposed keys are still there.
+    at_its_end += 4 * context * config.head_dim if copies_keys else 0
     in_groups = _ARRAYS_IN_GROUPS * one + one * 4 // itemsize + copies + int(_FRACTION_OF_TILE * tile)
-    return max(int(_ARRAYS_AT_ITS_END * one), in_groups)
+    return max(at_its_end, in_groups)
 
 
 def stock_transients(config: TextConfig, step: int, context: int) -> dict[str, int]:
