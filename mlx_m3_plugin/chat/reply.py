@@ -138,10 +138,9 @@ class ReplyParser:
     def _go_on(self) -> list[Event]:
         self._dropped += self._at
         # With no other name for it, CPython appends in place: a long text is not copied for each piece.
-        text, self._text = self._text[self._at :] if self._at else self._text, ""
+        text, self._text = self._text[self._at :], ""
         text += "".join(self._pieces)
         self._text, self._at = text, 0
-        del text
         self._pieces.clear()
         events = []
         for event in self._steps:

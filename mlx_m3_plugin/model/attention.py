@@ -80,8 +80,8 @@ class Attention(nn.Module):
             keys, values = kv.append(kv_cache, keys, values)
             out = self.host.attention(queries, keys, values, cache=kv_cache, scale=self.scale, mask=mask)
         else:
-            setup = setup_for(self.config, queries.dtype, *kv.bits_and_group_size(kv_cache))
-            setup = setup._replace(heads=self.num_attention_heads, groups=self.num_key_value_heads)
+            heads = self.num_attention_heads, self.num_key_value_heads
+            setup = setup_for(self.config, heads, queries.dtype, *kv.bits_and_group_size(kv_cache))
             out = engine.attend(
                 queries,
                 *kv.append_to_slots(kv_cache, keys, values),
@@ -146,14 +146,16 @@ class Attention(nn.Module):
             delattr(self, name)
 
 
-def setup_for(config: TextConfig, dtype: mx.Dtype, kv_bits: int, kv_group_size: int) -> engine.Setup:
-    """What the engine proves its kernels for, where all heads are in one process."""
+def setup_for(
+    config: TextConfig, heads: tuple[int, int], dtype: mx.Dtype, kv_bits: int, kv_group_size: int
+) -> engine.Setup:
+    """What the engine proves its kernels for; ``heads``: query heads and KV heads of this process."""
     return engine.Setup(
         dtype=dtype,
         kv_bits=kv_bits,
         kv_group_size=kv_group_size,
-        heads=config.num_attention_heads,
-        groups=config.num_key_value_heads,
+        heads=heads[0],
+        groups=heads[1],
         channels=config.head_dim,
         value_channels=config.head_dim,
         index_channels=config.index_head_dim,

@@ -36,7 +36,9 @@ def engine_answer() -> Answer:
 
 def _examine(mode: str, kv_bits: int, kv_group_size: int) -> dict[str, Any]:
     """The kernels for one kind of arrays: why they don't serve, and milliseconds of both forms by size."""
-    setup = setup_for(TextConfig(), mx.bfloat16, kv_bits, kv_group_size)
+    config = TextConfig()
+    heads = config.num_attention_heads, config.num_key_value_heads
+    setup = setup_for(config, heads, mx.bfloat16, kv_bits, kv_group_size)
     with warnings.catch_warnings():
         # The report says it.
         warnings.simplefilter("ignore", RuntimeWarning)

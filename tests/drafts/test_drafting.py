@@ -59,7 +59,7 @@ def test_batches_with_joins_and_leaves(model: Any, tmp_path: Path, fresh_seed: i
     """Rows accept different numbers of drafts, end at different steps, and wait for a batch to end."""
     random = Random(fresh_seed)
     drafter = random_drafter(tmp_path, fresh_seed)
-    accepted = 0
+    rates: list[float] = []
     for case in range(count(4, 60)):
         requests = [
             Request(random.prompt(8 * BUDGET), random.below(16, 6), joins_at=random.below(8) * (case % 2))
@@ -69,14 +69,14 @@ def test_batches_with_joins_and_leaves(model: Any, tmp_path: Path, fresh_seed: i
         if len({answer.tokens[0] for answer in expected}) < len(expected):
             # Their answers could not be told apart.
             continue
-        make_knowing(drafter, expected, fresh_seed, 0.8)
+        # The first accepts all, so that some are accepted whatever the seed.
+        make_knowing(drafter, expected, fresh_seed, 0.8 if rates else 1.0)
         options = {"draft_block_size": random.below(9, 3), "prefill_step_size": 64}
         said = drafted_together(model, requests, drafter, **options)
         for tokens, answer in zip(said, expected, strict=True):
             assert_same_tokens(tokens, answer)
-        accepted += sum(drafter.accept_lens)
-    # Of rows together few are.
-    assert accepted
+        rates.append(sum(drafter.accept_lens) / sum(drafter.draft_lens))
+    assert max(rates) > 0.2
 
 
 @pytest.mark.parametrize("kept_in", ["conversation", "prefix cache"])

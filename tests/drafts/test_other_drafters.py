@@ -56,7 +56,7 @@ def make(name: str) -> Any:
     return drafter
 
 
-def make_knowing_eagle3(drafter: Any, answers: Sequence[Answer], seed: int) -> None:
+def make_knowing_eagle3(drafter: Any, answers: Sequence[Answer], seed: int, rate: float) -> None:
     """As :func:`make_knowing`, for all rows at once."""
     random = np.random.default_rng(seed)
     own_block = type(drafter).draft_block.__get__(drafter)
@@ -72,7 +72,7 @@ def make_knowing_eagle3(drafter: Any, answers: Sequence[Answer], seed: int) -> N
         drafts = own.tolist()
         for row, tokens in enumerate(rows if len(rows) == len(newest) else []):
             for i, token in enumerate(tokens[at + 1 : at + 1 + len(drafts[row])]):
-                drafts[row][i] = token if random.random() < 0.8 else drafts[row][i]
+                drafts[row][i] = token if random.random() < rate else drafts[row][i]
         return mx.array(drafts, dtype=own.dtype)
 
     drafter.draft_block = draft_block
@@ -96,11 +96,7 @@ def test_past_the_budget_and_in_batches(
     drafter = make(name)
     rates = []
 
-    def make_good(answers: Sequence[Answer]) -> None:
-        if kind == "eagle3":
-            make_knowing_eagle3(drafter, answers, fresh_seed)
-        else:
-            make_knowing(drafter, answers, fresh_seed, 0.8)
+    make_good = make_knowing_eagle3 if kind == "eagle3" else make_knowing
 
     def prompt() -> Any:
         return text(int(random.integers(5, 8 * BUDGET)), int(random.integers(2**31)))
@@ -108,16 +104,16 @@ def test_past_the_budget_and_in_batches(
     for _ in range(count(1, 25)):
         options: dict[str, Any] = {"draft_kind": kind, "draft_block_size": int(random.integers(3, 9))}
         expected = alone(model, one := prompt(), 16)
-        make_good([expected])
+        # The first knows all, so that many are accepted whatever the seed.
+        make_good(drafter, [expected], fresh_seed, 0.8 if rates else 1.0)
         assert_same_tokens(drafted(model, one, 16, drafter, prefill_step_size=32, **options), expected)
         rates.append(sum(drafter.accept_lens) / sum(drafter.draft_lens))
 
         requests = [Request(prompt(), int(random.integers(6, 12))) for _ in range(3)]
         answers = [alone(model, request.prompt, request.n_tokens) for request in requests]
         if len({answer.tokens[0] for answer in answers}) == len(answers):
-            make_good(answers)
+            make_good(drafter, answers, fresh_seed, 0.8)
             said = drafted_together(model, requests, drafter, prefill_step_size=32, **options)
             for tokens, answer in zip(said, answers, strict=True):
                 assert_same_tokens(tokens, answer)
-    # However few: an answer of 16 tokens takes few rounds.
-    assert max(rates) > 0
+    assert max(rates) > 0.3

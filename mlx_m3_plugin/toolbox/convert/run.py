@@ -7,7 +7,7 @@ there is finished and is not written again.  The directory gets its own name las
 import hashlib
 import json
 import shutil
-from collections.abc import Collection, Iterator
+from collections.abc import Collection, Iterable, Iterator
 from contextlib import suppress
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -68,7 +68,7 @@ def write(
                 write_sums(unfinished, sums)
     if plan.draft is not None:
         _write_draft(plan.source, plan.draft, unfinished, memory)
-        files = (f for folder in DRAFT_FOLDERS for f in (unfinished / folder).rglob("*") if f.is_file())
+        files = _files_in(unfinished, DRAFT_FOLDERS)
         sums |= {file.relative_to(unfinished).as_posix(): sha256_of(file) for file in files}
         write_sums(unfinished, sums)
     _write_index(unfinished, plan)
@@ -146,8 +146,11 @@ def space_for(plan: ConversionPlan, unfinished: Path) -> Space:
 
 def _bytes_of_draft(source: Checkpoint) -> int:
     stored = sum(tensor.nbytes for tensor in source.draft_tensors.values())
-    files = (f for folder in source.draft_folders for f in (source.directory / folder).rglob("*"))
-    return stored + sum(file.stat().st_size for file in files if file.is_file())
+    return stored + sum(file.stat().st_size for file in _files_in(source.directory, source.draft_folders))
+
+
+def _files_in(directory: Path, folders: Iterable[str]) -> Iterator[Path]:
+    return (file for folder in folders for file in (directory / folder).rglob("*") if file.is_file())
 
 
 # --- shards ---
